@@ -1,0 +1,180 @@
+"""Parts of a ResNet: convolution, norm, stems, shortcuts, attention, stochastic depth.
+
+Each is chosen by handing the class (or a `functools.partial` of it) to `ResNet`; none has a switch for another.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from resnet_jax.keys import example_index, example_keys
+
+ModuleDef = Callable[..., Any]
+
+# He et al. 2015, https://arxiv.org/abs/1502.01852, in the fan-out form of torchvision.
+kernel_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+
+# Uniform in +-1/sqrt(fan_in), torch.nn.Linear's.
+dense_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
+BatchNorm = partial(nn.BatchNorm, momentum=0.9, epsilon=1e-5)
+
+
+def conv(features: int, kernel_size: int = 3, strides: int = 1, groups: int = 1, **kwargs: Any) -> nn.Conv:
+    """A square convolution without bias, padded as torchvision does (XLA's "SAME" differs where `strides` > 1)."""
+    pad = (kernel_size - 1) // 2
+    options: dict[str, Any] = {"padding": ((pad, pad), (pad, pad)), "use_bias": False, "kernel_init": kernel_init}
+    return nn.Conv(
+        features,
+        (kernel_size, kernel_size),
+        strides=(strides, strides),
+        feature_group_count=groups,
+        **(options | kwargs),
+    )
+
+
+def max_pool(x: jax.Array) -> jax.Array:
+    """3x3 max-pool of stride 2 with padding 1, [B, H, W, C] to [B, ceil(H / 2), ceil(W / 2), C]."""
+    return nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+
+
+class NormAct(nn.Module):
+    """Norm, then ReLU: the end of a pre-activation trunk."""
+
+    norm: ModuleDef
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return nn.relu(self.norm(name="norm")(x))
+
+
+class Stem(nn.Module):
+    """One convolution, norm and ReLU, then a max-pool: 7x7 of stride 2 as in He et al. 2015."""
+
+    features: int
+    conv: ModuleDef
+    norm: ModuleDef
+    kernel_size: int = 7
+    strides: int = 2
+    pool: bool = True
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = self.conv(self.features, self.kernel_size, self.strides, name="conv")(x)
+        x = nn.relu(self.norm(name="norm")(x))
+        return max_pool(x) if self.pool else x
+
+
+class PreActStem(Stem):
+    """The convolution alone (then max-pool): the first pre-activation block brings norm and ReLU."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = self.conv(self.features, self.kernel_size, self.strides, name="conv")(x)
+        return max_pool(x) if self.pool else x
+
+
+class DeepStem(nn.Module):
+    """Three 3x3 convolutions, then a max-pool: the "C" and "D" stem, https://arxiv.org/abs/1812.01187."""
+
+    features: int
+    conv: ModuleDef
+    norm: ModuleDef
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        half = self.features // 2
+        for i, (features, strides) in enumerate([(half, 2), (half, 1), (self.features, 1)], start=1):
+            x = self.conv(features, 3, strides, name=f"conv{i}")(x)
+            x = nn.relu(self.norm(name=f"norm{i}")(x))
+        return max_pool(x)
+
+
+ImageNetStem = Stem
+CifarStem = partial(Stem, kernel_size=3, strides=1, pool=False)
+CifarPreActStem = partial(PreActStem, kernel_size=3, strides=1, pool=False)
+
+
+class Projection(nn.Module):
+    """1x1 convolution and norm where the shape changes: shortcut "B" of https://arxiv.org/abs/1512.03385."""
+
+    features: int
+    strides: int
+    conv: ModuleDef
+    norm: ModuleDef
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = self.conv(self.features, 1, self.strides, name="conv")(x)
+        return self.norm(name="norm")(x)
+
+
+class PooledProjection(Projection):
+    """Average-pool, then a 1x1 convolution of stride 1: the "D" shortcut, https://arxiv.org/abs/1812.01187."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        if self.strides > 1:
+            window = (self.strides, self.strides)
+            height, width = (-size % self.strides for size in x.shape[1:3])
+            # An odd edge is averaged over the pixels that exist, as PyTorch's ceil_mode does.
+            padding = ((0, height), (0, width))
+            x = nn.avg_pool(x, window, strides=window, padding=padding, count_include_pad=False)
+        x = self.conv(self.features, 1, 1, name="conv")(x)
+        return self.norm(name="norm")(x)
+
+
+class PlainProjection(Projection):
+    """1x1 convolution alone: the shortcut of pre-activation blocks, https://arxiv.org/abs/1603.05027."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.conv(self.features, 1, self.strides, name="conv")(x)
+
+
+class ZeroPad(Projection):
+    """Subsample and pad channels with zeros, no parameters: shortcut "A" of https://arxiv.org/abs/1512.03385."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        missing = self.features - x.shape[-1]
+        x = x[:, :: self.strides, :: self.strides]
+        return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (missing // 2, missing - missing // 2)))
+
+
+class SqueezeExcite(nn.Module):
+    """Channels reweighted by a gate on their means, https://arxiv.org/abs/1709.01507. [B, H, W, C] to the same."""
+
+    reduction: int = 16
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        channels = x.shape[-1]
+        gate = x.mean((1, 2), dtype=jnp.float32).astype(self.dtype)
+        gate = nn.relu(nn.Dense(channels // self.reduction, dtype=self.dtype, name="fc1")(gate))
+        gate = nn.sigmoid(nn.Dense(channels, dtype=self.dtype, name="fc2")(gate))
+        return x * gate[:, None, None, :]
+
+
+class DropPath(nn.Module):
+    """Stochastic depth, https://arxiv.org/abs/1603.09382: a residual branch is dropped for single examples.
+
+    Kept branches are divided by the probability of keeping them. Drawn from the `drop_path` key by global example
+    index, so that one device and eight drop the same.
+    """
+
+    rate: float
+    axis_name: str | None = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        if not train or self.rate == 0:
+            return x
+        keys = example_keys(self.make_rng("drop_path"), example_index(x.shape[0], self.axis_name))
+        keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - self.rate))(keys)
+        return x * (keep / (1 - self.rate)).astype(x.dtype)[:, None, None, None]

@@ -1,0 +1,163 @@
+"""Batches from a split: an endless seeded stream to train on, and every example exactly once to evaluate on.
+
+The stream is the same whether a split lives in memory or is decoded on the way: epoch `e` is a permutation drawn from
+(seed, e), epochs follow one another without a gap, and batch `s` holds positions s * batch and the ones that follow.
+So each example comes once an epoch, batches are always full, and the position is all that a checkpoint must keep.
+"""
+
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import Any, Protocol
+
+import grain
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from resnet_jax.parallel import Mode, batch_sharding, replicated, shard_batch
+from train.data import Arrays, Encoded, Example
+from train.errors import UsageError
+
+Batch = dict[str, Any]
+
+
+class Batches(Protocol):
+    """An endless iterator of device batches that can say where it stands and go back there."""
+
+    def __next__(self) -> Batch: ...
+    def state(self) -> dict[str, Any]: ...
+    def restore(self, state: dict[str, Any]) -> None: ...
+
+
+@lru_cache(maxsize=2)
+def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
+    """The order of `count` examples in one epoch, int64 [count]."""
+    return np.random.default_rng([seed, epoch]).permutation(count)
+
+
+def stream_indices(count: int, seed: int, start: int, size: int) -> np.ndarray:
+    """Examples at positions `start` .. `start + size - 1` of the stream, int64 [size]."""
+    positions = np.arange(start, start + size)
+    epochs, offsets = np.divmod(positions, count)
+    parts = [epoch_order(count, seed, int(e))[offsets[epochs == e]] for e in np.unique(epochs)]
+    return np.concatenate(parts)
+
+
+def train_batches(source: Arrays | Encoded, *, batch: int, seed: int, mesh: Mesh, mode: Mode = "jit") -> Batches:
+    """The training stream of a split, laid out over the mesh; `batch` is the global batch size.
+
+    Raises:
+      UsageError: a batch that the devices do not divide, or one larger than the split.
+    """
+    if batch < 1 or batch % mesh.size:
+        raise UsageError(f"a batch of {batch} is not divisible by {mesh.size} devices: choose a multiple of {mesh.size}")
+    if batch > len(source):
+        raise UsageError(f"a batch of {batch} is larger than the {len(source)} training images: choose a smaller --batch")
+    kind = ResidentBatches if isinstance(source, Arrays) else StreamedBatches
+    return kind(source, batch=batch, seed=seed, mesh=mesh, mode=mode)
+
+
+class ResidentBatches:
+    """Batches gathered on the device from a split that lives there as uint8: the host only draws indices."""
+
+    def __init__(self, source: Arrays, *, batch: int, seed: int, mesh: Mesh, mode: Mode) -> None:
+        self.count, self.batch, self.seed, self.mesh, self.mode = len(source), batch, seed, mesh, mode
+        self.position = 0
+        arrays = {"image": source.images, "label": source.labels.astype(np.int32)}
+        if mode == "pmap":
+            sharding = jax.sharding.SingleDeviceSharding(mesh.local_devices[0])
+            self.arrays = jax.device_put(arrays, sharding)
+            self.take = jax.jit(_take)
+        else:
+            self.arrays = jax.tree.map(lambda x: _place(x, replicated(mesh)), arrays)
+            self.take = jax.jit(_take, out_shardings=batch_sharding(mesh))
+
+    def __next__(self) -> Batch:
+        indices = stream_indices(self.count, self.seed, self.position, self.batch).astype(np.int32)
+        self.position += self.batch
+        if self.mode == "pmap":
+            return shard_batch(self.take(self.arrays, _own_part(indices)), self.mesh, mode="pmap")
+        return self.take(self.arrays, _place(indices, batch_sharding(self.mesh)))
+
+    def state(self) -> dict[str, Any]:
+        return {"position": self.position}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.position = int(state["position"])
+
+
+def _take(arrays: Batch, indices: jax.Array) -> Batch:
+    return jax.tree.map(lambda x: x[indices], arrays)
+
+
+def _place(array: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
+    """The same host array in every process, as one global array."""
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+
+def _own_part(indices: np.ndarray) -> np.ndarray:
+    """This process's contiguous part of a global batch."""
+    return np.split(indices, jax.process_count())[jax.process_index()]
+
+
+class StreamedBatches:
+    """Batches decoded by Grain's threads ahead of the step."""
+
+    def __init__(self, source: Encoded, *, batch: int, seed: int, mesh: Mesh, mode: Mode) -> None:
+        self.batch, self.seed, self.mesh, self.mode = batch, seed, mesh, mode
+        self.own = batch // jax.process_count()
+        self.source = source
+        self._start(0)
+
+    def _start(self, position: int) -> None:
+        self.position = position
+        first = position // self.batch * self.own
+        options = grain.ReadOptions(num_threads=16, prefetch_buffer_size=2 * self.own)
+        examples = grain.MapDataset.range(first, 2**62).map(self._example).to_iter_dataset(options)
+        self.iterator = iter(examples.batch(self.own, drop_remainder=True))
+
+    def _example(self, own_position: int) -> Example:
+        """The example at one of this process's positions: a pure function of it, so any thread may ask at any time."""
+        step, row = divmod(own_position, self.own)
+        position = step * self.batch + jax.process_index() * self.own + row
+        epoch, offset = divmod(position, len(self.source))
+        index = int(epoch_order(len(self.source), self.seed, epoch)[offset])
+        return self.source.example(index, np.random.default_rng([self.seed, position, 1]))
+
+    def __next__(self) -> Batch:
+        self.position += self.batch
+        return shard_batch(next(self.iterator), self.mesh, mode=self.mode)
+
+    def state(self) -> dict[str, Any]:
+        return {"position": self.position}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self._start(int(state["position"]))
+
+
+def eval_batches(source: Arrays | Encoded, *, batch: int, mesh: Mesh, mode: Mode = "jit") -> Iterator[Batch]:
+    """Every example of a split exactly once: `valid` bool [B] is False on the rows that fill up the last batch.
+
+    `batch` is rounded up to a multiple of the devices.
+    """
+    batch = -(-batch // mesh.size) * mesh.size
+    own = batch // jax.process_count()
+    options = grain.ReadOptions(num_threads=16, prefetch_buffer_size=2 * own)
+    steps = -(-len(source) // batch)
+
+    def example(own_position: int) -> Example:
+        step, row = divmod(own_position, own)
+        position = step * batch + jax.process_index() * own + row
+        valid = position < len(source)
+        return {**source[min(position, len(source) - 1)], "valid": np.bool_(valid)}
+
+    if isinstance(source, Arrays):
+        for step in range(steps):
+            positions = _own_part(np.arange(step * batch, (step + 1) * batch))
+            rows = np.minimum(positions, len(source) - 1)
+            part = {"image": source.images[rows], "label": source.labels[rows].astype(np.int32)}
+            yield shard_batch({**part, "valid": positions < len(source)}, mesh, mode=mode)
+    else:
+        examples = grain.MapDataset.range(steps * own).map(example).to_iter_dataset(options)
+        for part in examples.batch(own, drop_remainder=True):
+            yield shard_batch(part, mesh, mode=mode)

@@ -1,0 +1,168 @@
+"""Checkpoints: the state, the place in the data, and a checksum, in one Orbax step folder.
+
+Saving returns as soon as the state has left the devices. A checkpoint is renamed into place when it is whole, so a run
+that is killed while saving leaves the ones before; one that was damaged later is found by its checksum and passed over.
+"""
+
+import shutil
+import sys
+import zlib
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from resnet_jax.tree import PyTree, leaves
+from train.errors import RunError, UsageError
+from train.state import TrainState
+
+METRIC = "validation_accuracy"
+
+
+class Checkpoints:
+    """The checkpoints of one run, under `root`: the newest `keep_last`, and the best `keep_best` by validation.
+
+    Raises (from every method that writes):
+      RunError: the disk is full or refuses; what was saved before is kept.
+    """
+
+    def __init__(self, root: Path, *, keep_last: int = 2, keep_best: int = 1) -> None:
+        from orbax.checkpoint import v1 as ocp
+
+        policies = ocp.training.preservation_policies
+        best = policies.BestN(
+            get_metric_fn=lambda metrics: metrics[METRIC], n=keep_best, keep_checkpoints_without_metrics=False
+        )
+        self.root = root.resolve()
+        self._orbax = ocp.training.Checkpointer(
+            self.root,
+            preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep_last), best]),
+            cleanup_tmp_directories=True,
+        )
+        self._pending: Any = None
+
+    @property
+    def steps(self) -> list[int]:
+        """Saved steps, oldest first."""
+        return sorted(c.step for c in self._orbax.checkpoints)
+
+    @property
+    def best(self) -> int | None:
+        """The saved step of the highest validation accuracy, the newest of equals; None if none was measured."""
+        measured = [(c.metrics[METRIC], c.step) for c in self._orbax.checkpoints if c.metrics]
+        return max(measured)[1] if measured else None
+
+    def save(self, state: TrainState, iterator: dict[str, Any], metrics: dict[str, float] | None = None) -> None:
+        """Start saving `state` and the iterator's state; `metrics` may hold `validation_accuracy`."""
+        self.wait()
+        arrays = _to_host(state)
+        metadata = {"iterator": iterator, "checksum": _checksum(arrays)}
+        step = int(arrays["step"])
+        if step in self.steps:
+            return
+        try:
+            self._pending = self._orbax.save_async(
+                step, arrays, metrics=metrics, custom_metadata=metadata, force=True
+            )
+        except Exception as error:
+            raise self._failed(error) from error
+
+    def wait(self) -> None:
+        """Block until the checkpoint in progress is on disk."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            try:
+                pending.result()
+            except Exception as error:
+                raise self._failed(error) from error
+
+    def restore(self, like: TrainState, *, step: int | None = None) -> tuple[TrainState, dict[str, Any]] | None:
+        """(state, iterator state) of the newest good checkpoint, or of `step`; None if there is none.
+
+        `like` is a state of the same shapes, laid out as the restored one shall be: any number of devices will do.
+
+        Raises:
+          UsageError: the checkpoint is of another model or optimizer, or every one is damaged.
+        """
+        self.wait()
+        steps = self.steps if step is None else [step]
+        for candidate in reversed(steps):
+            try:
+                arrays, iterator = self._load(candidate, like)
+            except UsageError:
+                raise
+            except Exception as error:  # whatever a damaged file makes a reader say
+                reason = " ".join(str(error).split())[:160]
+                print(f"warning: checkpoint {candidate} in {self.root} is damaged ({reason})", file=sys.stderr)
+                continue
+            if candidate != steps[-1]:
+                print(f"warning: going on from the older checkpoint {candidate}", file=sys.stderr)
+            self._discard_after(candidate)
+            return _to_devices(arrays, like), iterator
+        if steps:
+            raise UsageError(f"every checkpoint in {self.root} is damaged; choose another --out to start anew")
+        return None
+
+    def close(self) -> None:
+        self.wait()
+        self._orbax.close()
+
+    def _load(self, step: int, like: TrainState) -> tuple[PyTree, dict[str, Any]]:
+        wanted = _to_host(like)
+        metadata = self._orbax.metadata(step)
+        _check_same(leaves(metadata.metadata), leaves(wanted), self.root / str(step))
+        arrays = self._orbax.load(step, wanted)
+        if _checksum(arrays) != metadata.custom_metadata["checksum"]:
+            raise ValueError("its checksum differs")
+        return arrays, metadata.custom_metadata["iterator"]
+
+    def _discard_after(self, step: int) -> None:
+        """Damaged newer checkpoints would stand in the way of the ones that are saved from here on."""
+        for newer in [s for s in self.steps if s > step]:
+            shutil.rmtree(self.root / str(newer), ignore_errors=True)
+        self._orbax.reload()
+
+    def _failed(self, error: Exception) -> RunError:
+        kept = f"the newest one kept is step {self.steps[-1]}" if self.steps else "none was saved before"
+        return RunError(f"cannot write a checkpoint to {self.root}: {error}; {kept}")
+
+
+def _to_host(state: TrainState) -> PyTree:
+    """NumPy copies of a state's arrays, keys as their bits: donated buffers may be overwritten while files are written."""
+    fields = {name: getattr(state, name) for name in state.__dataclass_fields__}
+    fields["key"] = jax.random.key_data(state.key)
+    return jax.tree.map(np.array, fields)
+
+
+def _to_devices(arrays: PyTree, like: TrainState) -> TrainState:
+    arrays = {**arrays, "key": jax.random.wrap_key_data(arrays["key"], impl=jax.random.key_impl(like.key))}
+    fields = {name: getattr(like, name) for name in like.__dataclass_fields__}
+    # Orbax returns plain containers; optimizer states are named tuples.
+    placed = [
+        jax.device_put(new, old.sharding)
+        for new, old in zip(jax.tree.leaves(arrays), jax.tree.leaves(fields), strict=True)
+    ]
+    return type(like)(**jax.tree.unflatten(jax.tree.structure(fields), placed))
+
+
+def _checksum(arrays: PyTree) -> int:
+    value = 0
+    for leaf in jax.tree.leaves(arrays):
+        value = zlib.crc32(np.ascontiguousarray(leaf).tobytes(), value)
+    return value
+
+
+def _check_same(saved: dict[str, Any], wanted: dict[str, Any], where: Path) -> None:
+    """One line that names the first difference, before Orbax fails on it at length."""
+    for path in sorted(saved.keys() ^ wanted.keys()):
+        raise UsageError(
+            f"checkpoint {where} is of another model or optimizer: {path} is only in "
+            f"{'the checkpoint' if path in saved else 'this run'}"
+        )
+    for path, leaf in wanted.items():
+        if tuple(saved[path].shape) != leaf.shape:
+            raise UsageError(
+                f"checkpoint {where} is of another model or optimizer: {path} is {tuple(saved[path].shape)} there, "
+                f"{leaf.shape} in this run"
+            )

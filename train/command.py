@@ -1,0 +1,56 @@
+"""The command line of every pipeline: a preset's name, then its fields as flags, by tyro."""
+
+import contextlib
+import io
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import tyro
+
+from train.config import flat
+from train.errors import UsageError, unknown
+
+
+def parse(
+    program: str, presets: dict[str, Callable[[], Any]], argv: Sequence[str], *, default: str
+) -> tuple[str, Any]:
+    """(preset's name, its config with the flags of `argv` applied).
+
+    Raises:
+      UsageError: no such preset or flag, or a value of the wrong kind; in one line.
+    """
+    argv = list(argv)
+    preset = argv.pop(0) if argv and not argv[0].startswith("-") else default
+    if preset not in presets:
+        raise unknown("preset", preset, presets)
+    config = presets[preset]()
+    about = f"{presets[preset].__doc__}\n\nPresets: {', '.join(presets)}."
+    if "-h" in argv or "--help" in argv:
+        return preset, tyro.cli(type(config), prog=f"{program} {preset}", description=about, default=config, args=argv)
+    _check_names(argv, flat(config))
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
+            return preset, tyro.cli(type(config), prog=program, default=config, args=argv)
+    except SystemExit:
+        raise UsageError(_plain(said.getvalue())) from None
+
+
+def _check_names(argv: Sequence[str], fields: dict[str, Any]) -> None:
+    known = {f"--{name.replace('_', '-')}" for name in fields}
+    for argument in argv:
+        flag = argument.split("=", 1)[0].replace("_", "-")
+        if not flag.startswith("--"):
+            continue
+        head, _, last = flag.removeprefix("--").rpartition(".")
+        positive = f"--{head}.{last.removeprefix('no-')}" if head else f"--{last.removeprefix('no-')}"
+        if flag not in known and positive not in known:
+            raise unknown("field", flag, sorted(known))
+
+
+def _plain(text: str) -> str:
+    """tyro's boxed message as one line."""
+    text = re.sub(r"\x1b\[[0-9;]*m|[─-╿]", " ", text)
+    text = re.sub(r"\s+", " ", text).strip()
+    return re.sub(r"(Parsing error|For full helptext.*)", "", text).strip(" :") or "these flags cannot be parsed"

@@ -1,0 +1,224 @@
+"""What a supervised run is told: frozen dataclasses, one field a flag (`--optim.lr 0.1`). Known to the mains alone."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from resnet_jax.losses import LOSSES
+from resnet_jax.parallel import Mode
+from resnet_jax.resnet import MODELS
+from train.errors import UsageError, unknown
+from train.optim import OPTIMIZERS, SCHEDULES
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where images come from; see `train.data.load`."""
+
+    name: str = "digits"
+    """`digits`, `synthetic`, `folder:DIR`, or a prepared TFDS set."""
+    dir: str | None = None
+    """The TFDS data_dir that prepared sets are in."""
+    image_size: int | None = None
+    """Side of the square that images are brought to when they are decoded."""
+    validation: float = 0.1
+    """Fraction of the training split held back where the set has no validation split."""
+    split_seed: int = 0
+    """Seed of that draw, the same for every run."""
+    random_crop: bool = False
+    """Cut a random box out of the whole image while decoding: for sets too large for memory."""
+    broken: Literal["refuse", "skip"] = "refuse"
+    """What to do about images that cannot be decoded."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentConfig:
+    """What happens to training images on the device, in this order; 0 or None leaves a part out."""
+
+    crop_padding: int = 0
+    """Random crop out of the image padded by so many pixels."""
+    crop_mode: Literal["constant", "reflect"] = "constant"
+    """What the padding holds."""
+    resized_crop: int | None = None
+    """Random resized crop to this side; evaluation takes the centre of this side."""
+    min_scale: float = 0.08
+    """Smallest share of the area that a resized crop keeps."""
+    flip: bool = False
+    """Mirror half of the images."""
+    rand_augment: int = 0
+    """RandAugment with two operations of this magnitude, 1 to 30."""
+    trivial_augment: bool = False
+    """TrivialAugmentWide: one random operation of random strength."""
+    color_jitter: float = 0.0
+    """Strength of brightness, contrast and saturation changes; a quarter of it for hue."""
+    mean: tuple[float, ...] | None = None
+    """Channel means to subtract, in [0, 1]; None measures them on the training split."""
+    std: tuple[float, ...] | None = None
+    """Channel deviations to divide by; None measures them."""
+    cutout: int = 0
+    """Side of a square set to the mean."""
+    erasing: float = 0.0
+    """Probability of random erasing."""
+    mixup: float = 0.0
+    """Alpha of mixup; with cutmix as well, each batch takes one of the two."""
+    cutmix: float = 0.0
+    """Alpha of cutmix."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """How parameters move; see `train.optim`."""
+
+    name: str = "sgd"
+    """`sgd`, `adamw`, `lars`, `lamb`, or `optax.NAME`."""
+    lr: float = 0.1
+    """Peak learning rate."""
+    momentum: float = 0.9
+    nesterov: bool = False
+    weight_decay: float = 0.0
+    """On kernels alone, never on norms and biases."""
+    schedule: str = "cosine"
+    """`cosine`, `linear`, `step`, `one_cycle` or `constant`."""
+    warmup_epochs: float = 0.0
+    milestones: tuple[float, ...] = (0.5, 0.75)
+    """Where `step` multiplies by `factor`, as fractions of all steps."""
+    factor: float = 0.1
+    clip_norm: float | None = None
+    """Largest global norm of the gradient."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """A supervised run."""
+
+    out: str | None = None
+    """The run's folder; the same one again resumes. Default: runs/PRESET-seedN."""
+    model: str = "resnet8"
+    """A name in `resnet_jax.MODELS`."""
+    width: int | None = None
+    """Channels of the first stage, where it is not to be the model's own."""
+    drop_path: float = 0.0
+    """Stochastic depth of the last block."""
+    zero_init: bool = False
+    """Start residual branches at zero."""
+    data: DataConfig = field(default_factory=DataConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    epochs: float = 30
+    steps: int | None = None
+    """Number of updates, instead of epochs."""
+    batch: int = 128
+    """Global batch size."""
+    eval_batch: int = 500
+    accumulate: int = 1
+    """Parts that a device's share of a batch is computed in."""
+    loss: str = "softmax"
+    """`softmax` or `sigmoid` (binary cross entropy)."""
+    label_smoothing: float = 0.0
+    ema: float | None = None
+    """Decay of a moving average of the parameters, which is then what is evaluated and used."""
+    init: str | None = None
+    """Start from a run's folder, or from PyTorch weights (.pth, .safetensors); a head of another size is made anew."""
+    freeze: bool = False
+    """Train the head alone."""
+    select: Literal["last", "best"] = "last"
+    """Which parameters the test split is shown: the last, or the best on validation."""
+    seed: int = 0
+    mode: Mode = "jit"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of convolutions and activations; auto is bfloat16 on GPU and TPU, float32 on CPU."""
+    xla: tuple[str, ...] = ()
+    """XLA compiler options for the train step, NAME=VALUE each (not in mode pmap)."""
+    sync_bn: bool = True
+    """Batch statistics over all devices; False (not in mode jit): over each device's own part."""
+    distributed: bool = False
+    """Join the other hosts (jax.distributed.initialize) first."""
+    eval_every: float = 1.0
+    """Epochs between evaluations on validation, each with a checkpoint."""
+    save_steps: int | None = None
+    """Further checkpoints, every so many steps."""
+    keep_last: int = 2
+    keep_best: int = 1
+    log_every: int = 50
+    """Steps between rows of metrics.jsonl."""
+
+
+def flat(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Fields by their flag's name: `optim.lr` and so on."""
+    fields: dict[str, Any] = {}
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        fields |= flat(value, f"{prefix}{f.name}.") if dataclasses.is_dataclass(value) else {prefix + f.name: value}
+    return fields
+
+
+def from_dict(kind: type, values: dict[str, Any]) -> Any:
+    """The inverse of `dataclasses.asdict` after a trip through JSON."""
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    nested = {"data": DataConfig, "augment": AugmentConfig, "optim": OptimConfig}
+
+    def value(name: str, v: Any) -> Any:
+        if isinstance(v, dict):
+            return from_dict(nested[name], v)
+        return tuple(v) if isinstance(v, list) else v
+
+    return kind(**{name: value(name, v) for name, v in values.items() if name in fields})
+
+
+def check(config: TrainConfig) -> None:
+    """Refuse in one line what cannot work, before anything is loaded.
+
+    Raises:
+      UsageError: a name in no table, or a number out of its range.
+    """
+    if config.model not in MODELS:
+        raise unknown("model", config.model, MODELS)
+    if config.loss not in LOSSES:
+        raise unknown("loss", config.loss, LOSSES)
+    if config.optim.name not in OPTIMIZERS and not config.optim.name.startswith("optax."):
+        raise unknown("optimizer", config.optim.name, [*OPTIMIZERS, "optax.NAME"])
+    if config.optim.schedule not in [*SCHEDULES, "one_cycle"]:
+        raise unknown("schedule", config.optim.schedule, [*SCHEDULES, "one_cycle"])
+    ranges = {
+        "drop_path": 0 <= config.drop_path < 1,
+        "label_smoothing": 0 <= config.label_smoothing < 1,
+        "ema": config.ema is None or 0 <= config.ema < 1,
+        "accumulate": config.accumulate >= 1,
+        "epochs": config.epochs > 0,
+        "steps": config.steps is None or config.steps > 0,
+        "batch": config.batch >= 1,
+        "eval_batch": config.eval_batch >= 1,
+        "eval_every": config.eval_every > 0,
+        "save_steps": config.save_steps is None or config.save_steps > 0,
+        "keep_last": config.keep_last >= 1,
+        "keep_best": config.keep_best >= 0,
+        "log_every": config.log_every >= 1,
+        "width": config.width is None or config.width >= 1,
+        "optim.lr": config.optim.lr >= 0,
+        "optim.momentum": 0 <= config.optim.momentum < 1,
+        "optim.weight_decay": config.optim.weight_decay >= 0,
+        "optim.warmup_epochs": config.optim.warmup_epochs >= 0,
+        "optim.clip_norm": config.optim.clip_norm is None or config.optim.clip_norm > 0,
+        "augment.crop_padding": config.augment.crop_padding >= 0,
+        "augment.min_scale": 0 < config.augment.min_scale <= 1,
+        "augment.rand_augment": 0 <= config.augment.rand_augment <= 30,
+        "augment.color_jitter": 0 <= config.augment.color_jitter <= 1,
+        "augment.erasing": 0 <= config.augment.erasing <= 1,
+        "augment.mixup": config.augment.mixup >= 0,
+        "augment.cutmix": config.augment.cutmix >= 0,
+    }
+    values = flat(config)
+    for name, fits in ranges.items():
+        if not fits:
+            raise UsageError(f"--{name.replace('_', '-')} {values[name]} is out of range")
+    if not config.sync_bn and config.mode == "jit":
+        raise UsageError("under jit batch statistics are those of the whole batch: --no-sync-bn needs --mode shard_map or pmap")
+    if config.mode == "pmap" and config.xla:
+        raise UsageError("pmap takes no compiler options: --xla needs --mode jit or shard_map")
+    for option in config.xla:
+        if not all(option.partition("=")):
+            raise UsageError(f"--xla {option!r} is not of the form NAME=VALUE")
+    if config.freeze and config.init is None:
+        raise UsageError("--freeze trains a head on a given backbone: name it with --init")
+    if config.select == "best" and config.keep_best == 0:
+        raise UsageError("--select best needs --keep-best 1 or more")

@@ -1,0 +1,35 @@
+"""What a user can mend (exit code 2), what stopped a run (exit code 1), and the one line that says so."""
+
+import difflib
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+
+class UsageError(Exception):
+    """Bad usage or bad input: nothing was started, or nothing lost. The message says what and how to mend it."""
+
+
+class RunError(Exception):
+    """A run that could not go on: the message says where it stopped and what was kept."""
+
+
+def unknown(kind: str, name: str, valid: Iterable[str]) -> UsageError:
+    """The error for a name that is in no table: lists the valid ones, the nearest first."""
+    valid = list(valid)
+    near = difflib.get_close_matches(name, valid, n=3, cutoff=0.6)
+    hint = f"did you mean {' or '.join(near)}? " if near else ""
+    return UsageError(f"unknown {kind} {name!r}: {hint}choose one of {', '.join(valid)}")
+
+
+@contextmanager
+def one_line() -> Iterator[None]:
+    """Turn the two errors above into one line on stderr and their exit code; anything else is a bug and shows."""
+    try:
+        yield
+    except (UsageError, RunError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(2 if isinstance(error, UsageError) else 1) from None
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again to go on from the last checkpoint", file=sys.stderr)
+        raise SystemExit(130) from None

@@ -1,0 +1,170 @@
+"""The training loop: dispatch a step, then look at the one before, so that the device never waits for the host."""
+
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from train.batches import Batches
+from train.errors import RunError
+from train.metrics import summarize
+from train.state import TrainState
+
+Step = Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]
+Log = Callable[[int, dict[str, float]], None]
+# (every, call): `call(state)` after each `every` steps, and after the last
+Hook = tuple[int, Callable[[TrainState], None]]
+
+
+def fit(
+    step: Step,
+    state: TrainState,
+    data: Batches,
+    *,
+    steps: int,
+    hooks: Sequence[Hook] = (),
+    log: Log = lambda number, metrics: None,
+) -> TrainState:
+    """Train until `state.step` is `steps`.
+
+    `log(number, metrics)` gets the metrics of each step as floats, one step late; `number` counts steps done.
+
+    Raises:
+      RunError: a loss or gradient that is not finite, with the number of the step. Hooks do not see that state.
+    """
+    number = int(state.step)
+    late: tuple[int, dict[str, jax.Array]] | None = None
+
+    def look() -> None:
+        if late is not None:
+            metrics = {name: float(value) for name, value in late[1].items()}
+            bad = [name for name, value in metrics.items() if not math.isfinite(value)]
+            if bad:
+                raise RunError(
+                    f"{' and '.join(bad)} at step {late[0]} is not finite: lower the learning rate, clip gradients or "
+                    "warm up longer"
+                )
+            log(late[0], metrics)
+
+    while number < steps:
+        state, metrics = step(state, next(data))
+        number += 1
+        look()
+        late = number, metrics
+        due = [call for every, call in hooks if number % every == 0 or number == steps]
+        if due:
+            # Hooks keep what they see: first make sure that it is sound.
+            look()
+            late = None
+            for call in due:
+                call(state)
+    return state
+
+
+def evaluate(step: Callable[[Any, Any], dict[str, jax.Array]], variables: Any, batches: Iterable[Any]) -> dict[str, Any]:
+    """Sum `step(variables, batch)` over all batches in float64 and summarise; see `train.metrics.summarize`."""
+    total: dict[str, np.ndarray] | None = None
+    for batch in batches:
+        sums = jax.tree.map(lambda x: np.asarray(x, np.float64), step(variables, batch))
+        total = sums if total is None else jax.tree.map(np.add, total, sums)
+    if total is None:
+        raise ValueError("no examples were evaluated")
+    return summarize(total)
+
+
+class Progress:
+    """Progress for people on stderr (step, epoch, loss, accuracy, images/s, time left), for programs in a JSONL file.
+
+    A terminal gets one line that changes; a log file a line every few seconds. `every` is the spacing of JSONL rows in
+    steps, whose values are means over those steps.
+    """
+
+    def __init__(self, path: Path | None, *, start: int, steps: int, epoch_steps: float, batch: int, every: int) -> None:
+        self.steps, self.epoch_steps, self.batch, self.every = steps, epoch_steps, batch, every
+        self.file = None
+        if path is not None:
+            keep = [row for row in _rows(path) if row["step"] <= start]
+            path.write_text("".join(json.dumps(row) + "\n" for row in keep))
+            self.file = path.open("a", buffering=1)
+        self.terminal = sys.stderr.isatty()
+        self.window: list[dict[str, float]] = []
+        self.shown = self.begun = time.perf_counter()
+        self.first: int | None = None
+        self.last = start
+        self.paused = 0.0
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        self.window.append(metrics)
+        now = time.perf_counter()
+        if self.first is None:  # compilation belongs to no rate
+            self.begun, self.first = now, step
+            self.paused = 0.0
+        self.last = step
+        if step % self.every == 0 or step == self.steps:
+            means = {name: float(np.mean([m[name] for m in self.window])) for name in metrics}
+            self.window = []
+            self.row({"step": step, "epoch": round(step / self.epoch_steps, 4), **means})
+            self.show(step, means, now)
+
+    def show(self, step: int, means: dict[str, float], now: float) -> None:
+        if not self.terminal and now - self.shown < 5 and step != self.steps:
+            return
+        self.shown = now
+        rate = self.images_per_second
+        left = (self.steps - step) * self.batch / rate if rate else 0.0
+        total = math.ceil(self.steps / self.epoch_steps)
+        line = (
+            f"step {step}/{self.steps}  epoch {step / self.epoch_steps:.1f}/{total}  loss {means['loss']:.4f}  "
+            f"accuracy {means['accuracy']:.3f}  {rate:,.0f} images/s  {_clock(left)} left"
+        )
+        print(f"\r{line:<110}" if self.terminal else line, end="" if self.terminal else "\n", file=sys.stderr, flush=True)
+
+    def note(self, line: str) -> None:
+        """A line that stays."""
+        print(f"\r{line:<110}" if self.terminal else line, file=sys.stderr, flush=True)
+
+    def row(self, row: dict[str, Any]) -> None:
+        if self.file is not None:
+            try:
+                self.file.write(json.dumps(row) + "\n")
+            except OSError as error:
+                raise RunError(f"cannot write {self.file.name}: {error}") from None
+
+    def pause(self, seconds: float) -> None:
+        """Time that was not spent on training."""
+        self.paused += seconds
+
+    @property
+    def images_per_second(self) -> float:
+        """Since the first step, without it (it compiles) and without pauses."""
+        seconds = time.perf_counter() - self.begun - self.paused
+        return (self.last - self.first) * self.batch / seconds if self.first is not None else 0.0
+
+    def close(self) -> None:
+        if self.terminal:
+            print(file=sys.stderr)
+        if self.file is not None:
+            self.file.close()
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    """Rows of a JSONL file; a last line that was cut short is dropped."""
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -1,0 +1,148 @@
+"""Learning-rate schedules and optimizers by name; any optax chain goes wherever these go."""
+
+import inspect
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import optax
+
+from resnet_jax.tree import Predicate, is_kernel, select
+from train.errors import unknown
+
+Schedule = Callable[[Any], Any]  # step -> learning rate
+
+
+def cosine(peak: float, steps: int) -> Schedule:
+    """Half a cosine from `peak` to 0, https://arxiv.org/abs/1608.03983."""
+    return optax.cosine_decay_schedule(peak, max(steps, 1))
+
+
+def linear(peak: float, steps: int) -> Schedule:
+    """A straight line from `peak` to 0."""
+    return optax.linear_schedule(peak, 0.0, max(steps, 1))
+
+
+def step_decay(peak: float, steps: int, milestones: Sequence[float] = (0.5, 0.75), factor: float = 0.1) -> Schedule:
+    """`peak`, times `factor` at each of `milestones`, fractions of all steps: He et al. 2015 on CIFAR."""
+    return optax.piecewise_constant_schedule(peak, {round(m * steps): factor for m in milestones})
+
+
+def constant(peak: float, steps: int) -> Schedule:
+    """`peak` throughout."""
+    del steps
+    return optax.constant_schedule(peak)
+
+
+SCHEDULES: dict[str, Callable[..., Schedule]] = {
+    "cosine": cosine,
+    "linear": linear,
+    "step": step_decay,
+    "constant": constant,
+}
+
+
+def make_schedule(name: str, *, peak: float, steps: int, warmup: int = 0, **options: Any) -> Schedule:
+    """A schedule by name over `steps` in all, the first `warmup` of them a line from 0 to `peak`.
+
+    `one_cycle` (https://arxiv.org/abs/1708.07120) rises for `warmup` steps (30 % if 0) along a cosine and falls along
+    another. `options` go to the schedule: `milestones` and `factor` of `step`.
+    """
+    if name == "one_cycle":
+        return optax.cosine_onecycle_schedule(steps, peak, pct_start=warmup / steps if warmup else 0.3)
+    if name not in SCHEDULES:
+        raise unknown("schedule", name, [*SCHEDULES, "one_cycle"])
+    if not warmup:
+        return SCHEDULES[name](peak, steps, **options)
+    after = SCHEDULES[name](peak, steps - warmup, **options)
+    # Step 0 already moves: the line reaches the peak at step `warmup`.
+    rise = optax.linear_schedule(peak / (warmup + 1), peak, warmup)
+    return optax.join_schedules([rise, after], [warmup])
+
+
+def sgd(schedule: Schedule, *, momentum: float, nesterov: bool, weight_decay: float, mask: Any) -> Any:
+    """SGD with momentum and L2 added to the gradient, as torch.optim.SGD."""
+    return optax.chain(
+        optax.add_decayed_weights(weight_decay, mask),
+        optax.sgd(schedule, momentum=momentum, nesterov=nesterov),
+    )
+
+
+def adamw(schedule: Schedule, *, momentum: float, nesterov: bool, weight_decay: float, mask: Any) -> Any:
+    """AdamW, https://arxiv.org/abs/1711.05101; `momentum` is b1."""
+    return optax.adamw(schedule, b1=momentum, nesterov=nesterov, weight_decay=weight_decay, mask=mask)
+
+
+def lars(schedule: Schedule, *, momentum: float, nesterov: bool, weight_decay: float, mask: Any) -> Any:
+    """LARS, https://arxiv.org/abs/1708.03888: the trust ratio applies where weight decay does."""
+    return optax.lars(
+        schedule,
+        weight_decay=weight_decay,
+        weight_decay_mask=mask,
+        trust_ratio_mask=mask,
+        momentum=momentum,
+        nesterov=nesterov,
+    )
+
+
+def lamb(schedule: Schedule, *, momentum: float, nesterov: bool, weight_decay: float, mask: Any) -> Any:
+    """LAMB, https://arxiv.org/abs/1904.00962; `momentum` is b1, Nesterov does not apply."""
+    del nesterov
+    return optax.lamb(schedule, b1=momentum, weight_decay=weight_decay, mask=mask)
+
+
+OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
+    "sgd": sgd,
+    "adamw": adamw,
+    "lars": lars,
+    "lamb": lamb,
+}
+
+
+def make_optimizer(
+    name: str,
+    schedule: Schedule,
+    *,
+    momentum: float = 0.9,
+    nesterov: bool = False,
+    weight_decay: float = 0.0,
+    decay: Predicate = is_kernel,
+    clip_norm: float | None = None,
+    trainable: Predicate | None = None,
+) -> optax.GradientTransformation:
+    """An optimizer by name: one of `OPTIMIZERS`, or any of optax's that takes a learning rate, `optax.adan` say.
+
+    Args:
+      weight_decay: applies to the parameters that `decay` selects; not to norms and biases by default.
+      clip_norm: largest global norm of the gradient, > 0; None does not clip.
+      trainable: selects what is updated; the rest stays as it is. None updates everything.
+    """
+    mask = partial(select, predicate=decay)
+    if name in OPTIMIZERS:
+        tx = OPTIMIZERS[name](
+            schedule, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay, mask=mask
+        )
+    else:
+        tx = _from_optax(name, schedule, weight_decay, mask)
+    if clip_norm is not None:
+        tx = optax.chain(optax.clip_by_global_norm(clip_norm), tx)
+    if trainable is None:
+        return tx
+
+    def group(params: Any) -> Any:
+        return jax.tree.map(lambda selected: "train" if selected else "freeze", select(params, trainable))
+
+    return optax.partition({"train": tx, "freeze": optax.set_to_zero()}, group)
+
+
+def _from_optax(name: str, schedule: Schedule, weight_decay: float, mask: Any) -> optax.GradientTransformation:
+    factory = getattr(optax, name.removeprefix("optax."), None) if name.startswith("optax.") else None
+    accepted = inspect.signature(factory).parameters if callable(factory) else {}
+    if "learning_rate" not in accepted:
+        raise unknown("optimizer", name, [*OPTIMIZERS, "optax.NAME"])
+    if weight_decay and "weight_decay" not in accepted:
+        return optax.chain(optax.add_decayed_weights(weight_decay, mask), factory(learning_rate=schedule))
+    options = {"weight_decay": weight_decay} if "weight_decay" in accepted else {}
+    options |= {"mask": mask} if "mask" in accepted else {}
+    return factory(learning_rate=schedule, **options)

@@ -1,0 +1,130 @@
+"""Use a trained run: `python -m train.predict RUN IMAGE...`, or in Python
+
+    from train.predict import load
+    predict = load("runs/digits-seed0")
+    predict("seven.png")  # [("7", 0.97), ("1", 0.01), ...]
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from resnet_jax.augment import augment_batch
+from resnet_jax.keys import example_keys
+from resnet_jax.tree import PyTree
+from train.checkpoint import Checkpoints
+from train.config import TrainConfig
+from train.data import decode_image
+from train.errors import UsageError
+from train.run import eval_augment, fresh_state, make_model, make_tx, read_config
+
+Prediction = list[tuple[str, float]]  # (class, probability), most probable first
+
+
+def load(run: str | Path, *, top: int = 5) -> Callable[[Any], Any]:
+    """The trained network of a run as a function of an image, or of a list of them.
+
+    An image is a path, encoded bytes, or a uint8 array [H, W, C]; it is resized and cropped as the run's test images
+    were. Returns the `top` classes with their probabilities.
+
+    Raises:
+      UsageError: no such run, no good checkpoint, an image that cannot be read.
+    """
+    run = Path(run)
+    config, saved = read_config(run)
+    variables, model = load_variables(run), make_model(config, len(saved["classes"]))
+    preprocess = eval_augment(config.augment)
+
+    @jax.jit
+    def probabilities(images: jax.Array) -> jax.Array:
+        keys = example_keys(jax.random.key(0), jnp.arange(images.shape[0]))
+        logits = model.apply(variables, augment_batch(preprocess, keys, images), train=False)
+        return jax.nn.softmax(logits)
+
+    def predict(images: Any) -> Prediction | list[Prediction]:
+        many = isinstance(images, Sequence) and not isinstance(images, str | bytes)
+        batch = np.stack([_pixels(i, saved["image_shape"]) for i in (images if many else [images])])
+        found = [_top(row, saved["classes"], top) for row in np.asarray(probabilities(batch))]
+        return found if many else found[0]
+
+    return predict
+
+
+def load_variables(run: Path) -> dict[str, PyTree]:
+    """The variables that a run is used with: its last checkpoint's, or its best one's where it selects on validation."""
+    config, saved = read_config(run)
+    if not (run / "checkpoints").is_dir():
+        raise UsageError(f"{run} has no checkpoints yet")
+    state = _like(config, make_model(config, len(saved["classes"])), tuple(saved["image_shape"]))
+    checkpoints = Checkpoints(run / "checkpoints", keep_last=config.keep_last, keep_best=config.keep_best)
+    restored = checkpoints.restore(state, step=checkpoints.best if config.select == "best" else None)
+    checkpoints.close()
+    if restored is None:
+        raise UsageError(f"{run} has no checkpoints yet")
+    return restored[0].variables
+
+
+def _like(config: TrainConfig, model: nn.Module, image_shape: tuple[int, int, int]) -> Any:
+    # The optimizer's state has the same shapes however long the run was.
+    return fresh_state(config, model, make_tx(config, 1, 1.0)[0], image_shape)
+
+
+def _pixels(image: Any, shape: Sequence[int]) -> np.ndarray:
+    height, width, channels = shape
+    if height != width:
+        raise UsageError(f"this run was trained on {height}x{width} images, which are not square: pass arrays of that size")
+    if isinstance(image, str | Path):
+        try:
+            image = Path(image).read_bytes()
+        except OSError as error:
+            raise UsageError(f"cannot read image {image}: {error.strerror}") from None
+    try:
+        if isinstance(image, bytes):
+            return decode_image(image, height, channels)
+        from PIL import Image
+
+        array = np.asarray(image)
+        if array.dtype != np.uint8:
+            raise UsageError(f"an image array must be uint8 [H, W, C], not {array.dtype} {array.shape}")
+        if array.shape == tuple(shape):
+            return array
+        import io
+
+        encoded = io.BytesIO()
+        Image.fromarray(array.squeeze()).save(encoded, "PNG")
+        return decode_image(encoded.getvalue(), height, channels)
+    except (OSError, SyntaxError, ValueError, TypeError) as error:
+        raise UsageError(f"cannot read image: {error}") from None
+
+
+def _top(row: np.ndarray, classes: Sequence[str], top: int) -> Prediction:
+    return [(classes[i], float(row[i])) for i in np.argsort(-row, kind="stable")[:top]]
+
+
+def main() -> None:
+    """`python -m train.predict RUN IMAGE...`: the top classes of each image, a line each, and as JSON on stdout."""
+    import argparse
+    import json
+    import sys
+
+    parser = argparse.ArgumentParser(prog="python -m train.predict", description=main.__doc__)
+    parser.add_argument("run", help="a run's folder")
+    parser.add_argument("images", nargs="+", help="image files")
+    parser.add_argument("--top", type=int, default=5, help="how many classes to name")
+    args = parser.parse_args()
+    predictions = load(args.run, top=args.top)(args.images)
+    for path, found in zip(args.images, predictions, strict=True):
+        print(f"{path}: " + ", ".join(f"{name} {p:.1%}" for name, p in found), file=sys.stderr)
+    print(json.dumps([{"image": i, "top": found} for i, found in zip(args.images, predictions, strict=True)]))
+
+
+if __name__ == "__main__":
+    from train.errors import one_line
+
+    with one_line():
+        main()

@@ -1,0 +1,81 @@
+"""The state of training: arrays only, so that one pytree is compiled, donated, saved and compared."""
+
+import hashlib
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import struct
+
+from resnet_jax.masks import no_masks
+from resnet_jax.tree import PyTree, leaves
+
+
+class TrainState(struct.PyTreeNode):
+    """What a step reads and writes.
+
+    Attributes:
+      step: int32 scalar, steps done.
+      params: float32 parameters.
+      batch_stats: float32 running statistics of the norms.
+      opt_state: optax's.
+      masks: boolean tree like `params`, 0-d True where a leaf is never pruned; `params == apply_masks(params, masks)`.
+      ema: None, or the moving average of {"params", "batch_stats"}.
+      key: the run's typed key; steps derive theirs from it and never store one back.
+    """
+
+    step: jax.Array
+    params: PyTree
+    batch_stats: PyTree
+    opt_state: PyTree
+    masks: PyTree
+    ema: PyTree | None
+    key: jax.Array
+
+    @property
+    def variables(self) -> dict[str, PyTree]:
+        """What the network is used with: the moving average where there is one."""
+        return self.ema or {"params": self.params, "batch_stats": self.batch_stats}
+
+
+def init_variables(model: nn.Module, key: jax.Array, image_shape: tuple[int, int, int]) -> dict[str, PyTree]:
+    """Fresh variables of `model` for images (H, W, C), initialised in one compiled call."""
+    images = jnp.zeros((1, *image_shape), jnp.float32)
+    variables = jax.jit(lambda k: model.init(k, images, train=False))(key)
+    return {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})}
+
+
+def init_state(
+    variables: dict[str, PyTree],
+    tx: optax.GradientTransformation,
+    key: jax.Array,
+    *,
+    masks: PyTree | None = None,
+    ema: bool = False,
+) -> TrainState:
+    """A state at step 0. `key` is the run's key; `ema` starts a moving average at `variables`."""
+    params = variables["params"]
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        batch_stats=variables["batch_stats"],
+        opt_state=tx.init(params),
+        masks=no_masks(params) if masks is None else masks,
+        # A copy: donated buffers must not appear twice in a state.
+        ema=jax.tree.map(jnp.copy, {k: variables[k] for k in ("params", "batch_stats")}) if ema else None,
+        key=key,
+    )
+
+
+def digest(state: TrainState) -> str:
+    """sha256 over parameters, statistics and masks: equal digests mean bit-equal runs."""
+    tree: dict[str, Any] = {"params": state.params, "batch_stats": state.batch_stats, "masks": state.masks}
+    sha = hashlib.sha256()
+    for path, leaf in sorted(leaves(tree).items()):
+        array = np.ascontiguousarray(leaf)
+        sha.update(f"{path} {array.dtype} {array.shape}".encode())
+        sha.update(array.tobytes())
+    return sha.hexdigest()

@@ -1,0 +1,80 @@
+"""Weights to start from: another run of this project, or a PyTorch state dict."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from resnet_jax.torch_weights import from_torch
+from resnet_jax.tree import PyTree, leaves, map_with_path
+from train.errors import UsageError
+
+
+def load_weights(source: Path, variables: dict[str, PyTree]) -> dict[str, PyTree]:
+    """`variables` with the weights of `source` in them; a head of another size, or none, stays as it was.
+
+    Args:
+      source: a run's folder, a .safetensors file, or a .pth / .pt / .bin file (read with `weights_only=True`) with
+        torchvision's or timm's names.
+
+    Raises:
+      UsageError: no such file, one that cannot be read, or weights of another model; every tensor is accounted for.
+    """
+    source = source.expanduser()
+    if source.is_dir():
+        from train.predict import load_variables
+
+        return _same_shapes(load_variables(source), variables, source)
+    if not source.is_file():
+        raise UsageError(f"no weights at {source}")
+    try:
+        return from_torch(read_state_dict(source), variables, new_head=True)
+    except ValueError as error:
+        raise UsageError(f"{source}: {error}") from None
+
+
+def read_state_dict(path: Path) -> dict[str, np.ndarray]:
+    """Names and arrays of a PyTorch weights file; wrappers such as {"state_dict": ...} are opened.
+
+    Raises:
+      UsageError: the file is damaged, or PyTorch is needed to read it and missing.
+    """
+    if path.suffix == ".safetensors":
+        from safetensors import SafetensorError
+        from safetensors.numpy import load_file
+
+        try:
+            return load_file(path)
+        except (SafetensorError, OSError, ValueError) as error:
+            raise UsageError(f"{path} is no readable safetensors file: {error}") from None
+    try:
+        import torch
+    except ImportError:
+        raise UsageError(
+            f"reading {path} needs PyTorch: pip install 'resnet-jax[parity]', or convert it to .safetensors"
+        ) from None
+    try:
+        content: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # damaged files raise whatever unpickling meets
+        raise UsageError(f"{path} is no readable PyTorch weights file: {error}") from None
+    for wrapper in ("state_dict", "model", "net"):
+        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
+            content = content[wrapper]
+    if not isinstance(content, dict) or not all(isinstance(v, torch.Tensor) for v in content.values()):
+        raise UsageError(f"{path} holds no state dict (names and tensors)")
+    return {name: tensor.numpy() for name, tensor in content.items()}
+
+
+def _same_shapes(given: PyTree, wanted: PyTree, source: Path) -> PyTree:
+    have, want = leaves(given), leaves(wanted)
+
+    def is_head(path: str) -> bool:
+        return path.startswith("params/head/")
+
+    odd = sorted(p for p in have.keys() ^ want.keys() if not is_head(p))
+    odd += [p for p in want if p in have and have[p].shape != want[p].shape and not is_head(p)]
+    if odd:
+        raise UsageError(f"{source} is of another model: {odd[0]} and {len(odd) - 1} more differ")
+    heads = [p for p in want if is_head(p)]
+    fits = all(p in have and have[p].shape == want[p].shape for p in heads)
+    return map_with_path(lambda path, leaf: leaf if is_head(path) and not fits else have[path], wanted)
