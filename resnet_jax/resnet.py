@@ -32,10 +32,6 @@ from resnet_jax.layers import (
 )
 
 
-def identity(x: jax.Array) -> jax.Array:
-    return x
-
-
 class Block(nn.Module):
     """What residual blocks have in common: their fields, and the way past them.
 

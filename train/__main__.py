@@ -9,6 +9,7 @@ from train.presets import PRESETS
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Parse, run, print the result."""
     preset, config = parse("python -m train", PRESETS, sys.argv[1:] if argv is None else argv, default="digits")
     from train.run import run  # after parsing: --help and typing errors answer before jax is up
 

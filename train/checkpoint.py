@@ -110,7 +110,12 @@ class Checkpoints:
 
     def _load(self, step: int, like: TrainState) -> tuple[PyTree, dict[str, Any]]:
         wanted = _to_host(like)
+        missing = [name for name in ("manifest.ocdbt", "_METADATA") if not (self.root / str(step) / "state" / name).is_file()]
+        if missing:  # Orbax would log at length
+            raise ValueError(f"{missing[0]} is missing")
         metadata = self._orbax.metadata(step)
+        if metadata.metadata is None:
+            raise ValueError("its index cannot be read")
         _check_same(leaves(metadata.metadata), leaves(wanted), self.root / str(step))
         arrays = self._orbax.load(step, wanted)
         if _checksum(arrays) != metadata.custom_metadata["checksum"]:

@@ -196,6 +196,7 @@ def decode_all(source: Encoded, *, skip_broken: bool = False) -> Arrays:
 
 
 def report_broken(broken: Sequence[str], of: int, skip: bool) -> None:
+    """Refuse a set with broken images, or with `skip` warn of them: how many, and the first by name."""
     if not broken:
         return
     shown = "; ".join(broken[:3]) + ("; ..." if len(broken) > 3 else "")

@@ -1,6 +1,7 @@
 """What a user can mend (exit code 2), what stopped a run (exit code 1), and the one line that says so."""
 
 import difflib
+import logging
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -25,6 +26,9 @@ def unknown(kind: str, name: str, valid: Iterable[str]) -> UsageError:
 @contextmanager
 def one_line() -> Iterator[None]:
     """Turn the two errors above into one line on stderr and their exit code; anything else is a bug and shows."""
+    # What Orbax and asyncio log about a damaged checkpoint would bury the line that says so.
+    for library in ("absl", "asyncio", "root"):
+        logging.getLogger(library).setLevel(logging.CRITICAL)
     try:
         yield
     except (UsageError, RunError) as error:

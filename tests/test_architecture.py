@@ -1,0 +1,83 @@
+"""The house rules that code can check: imports point down, importing has no effect, files stay readable."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = ("resnet_jax", "train", "pretrain")
+# Layer by layer: what a package may import of the project, and (for layer 0) of the world.
+ALLOWED = {"resnet_jax": {"resnet_jax"}, "train": {"resnet_jax", "train"}, "pretrain": {"resnet_jax", "train", "pretrain"}}
+LAYER_0 = {"jax", "numpy", "flax"}
+LINEN_FILES = {"resnet.py", "layers.py", "mobilenet.py", "heads.py"}
+FILES = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
+
+
+def imports(path):
+    """Imported modules, wherever in the file."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield node.module
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_point_down(path):
+    package = path.relative_to(ROOT).parts[0]
+    for module in imports(path):
+        top = module.split(".")[0]
+        if top in (*PACKAGES, "tests", "colab"):
+            assert top in ALLOWED[package], f"{path} imports {module}"
+        elif package == "resnet_jax":
+            assert top in LAYER_0 or top in sys.stdlib_module_names, f"{path} imports {module}"
+            if module.startswith("flax"):
+                assert path.name in LINEN_FILES or "detection" in path.parts, f"{path} imports {module}"
+
+
+@pytest.mark.parametrize("name", ["utils.py", "common.py", "helpers.py", "misc.py"])
+def test_no_drawer_for_everything(name):
+    assert not [path for path in FILES if path.name == name]
+
+
+def test_importing_the_library_is_cheap_and_has_no_effect():
+    """`import resnet_jax` pulls in jax, numpy and flax alone, sets no flag, asks for no device."""
+    program = """
+import os, sys, warnings
+before = dict(os.environ)
+import resnet_jax.resnet, resnet_jax.augment, resnet_jax.parallel, resnet_jax.losses, resnet_jax.torch_weights
+import jax
+heavy = {"tensorflow", "tensorflow_datasets", "grain", "orbax.checkpoint.v1", "tyro", "optax", "torch", "PIL", "sklearn"}
+# flax itself imports orbax and optax; nothing else may.
+import flax
+print(sorted((heavy - {"optax", "orbax.checkpoint.v1"}) & set(sys.modules)))
+print(before == dict(os.environ), jax._src.xla_bridge.backends_are_initialized())
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split("\n")[:2] == ["[]", "True False"]
+
+
+def test_helping_is_quick_and_needs_no_device():
+    done = subprocess.run(
+        [sys.executable, "-m", "train", "--help"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert "--optim.lr" in done.stdout
+    assert "cifar10_resnet18_50ep" in done.stdout
+
+
+def test_public_functions_say_what_they_do():
+    """Every module, public class and public function has a docstring."""
+    missing = []
+    for path in FILES:
+        tree = ast.parse(path.read_text())
+        if path.read_text().strip() and not ast.get_docstring(tree):
+            missing.append(str(path))
+        for node in tree.body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+                if not ast.get_docstring(node):
+                    missing.append(f"{path.relative_to(ROOT)}: {node.name}")
+    assert not missing

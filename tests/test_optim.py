@@ -1,0 +1,117 @@
+"""Schedules at their corners, optimizers against their definitions, decay and freezing by predicate."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from resnet_jax.tree import is_head
+from train.errors import UsageError
+from train.optim import OPTIMIZERS, SCHEDULES, make_optimizer, make_schedule
+
+PARAMS = {
+    "stem": {"kernel": jnp.full((2, 2), 2.0), "bias": jnp.full((2,), 2.0)},
+    "norm": {"scale": jnp.full((2,), 2.0)},
+    "head": {"kernel": jnp.full((2, 3), 2.0)},
+}
+ZEROS = jax.tree.map(jnp.zeros_like, PARAMS)
+ONES = jax.tree.map(jnp.ones_like, PARAMS)
+
+
+@pytest.mark.parametrize("name", [*SCHEDULES, "one_cycle"])
+@pytest.mark.parametrize("warmup", [0, 10])
+def test_schedule_family(name, warmup):
+    """Peak where warm-up ends, never above it, never negative, and a float under jit."""
+    schedule = make_schedule(name, peak=0.4, steps=100, warmup=warmup)
+    values = np.asarray([schedule(step) for step in range(100)])
+    top = {"one_cycle": warmup or 30}.get(name, warmup)
+    assert values[top] == pytest.approx(0.4, rel=1e-5)
+    assert values.max() <= 0.4 + 1e-6
+    assert values.min() > 0
+    if warmup:
+        assert (np.diff(values[: warmup + 1]) > 0).all()
+    assert float(jax.jit(schedule)(7)) == pytest.approx(float(values[7]), rel=1e-6)
+
+
+@pytest.mark.parametrize(("name", "last"), [("cosine", 0.0), ("linear", 0.0), ("constant", 0.4), ("step", 0.004)])
+def test_schedule_ends(name, last):
+    assert float(make_schedule(name, peak=0.4, steps=100)(100)) == pytest.approx(last, abs=1e-6)
+
+
+def test_step_decay_at_its_milestones():
+    schedule = make_schedule("step", peak=1.0, steps=100, milestones=(0.3, 0.6), factor=0.2)
+    assert [float(schedule(s)) for s in (0, 29, 30, 59, 60)] == pytest.approx([1, 1, 0.2, 0.2, 0.04])
+
+
+def test_warmup_moves_from_the_first_step():
+    schedule = make_schedule("cosine", peak=1.0, steps=100, warmup=4)
+    assert [float(schedule(s)) for s in range(5)] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+
+
+@pytest.mark.parametrize("name", [*OPTIMIZERS, "optax.adan", "optax.lion", "optax.rmsprop"])
+def test_optimizer_family(name):
+    """Each by name: descends a quadratic under jit, and decays kernels alone."""
+    tx = make_optimizer(name, optax.constant_schedule(0.02), weight_decay=0.0)
+
+    @jax.jit
+    def step(params, state):
+        updates, state = tx.update(params, state, params)  # the gradient of |params|^2 / 2
+        return optax.apply_updates(params, updates), state
+
+    params, state = PARAMS, tx.init(PARAMS)
+    for _ in range(20):
+        params, state = step(params, state)
+    assert optax.tree.norm(params) < optax.tree.norm(PARAMS)
+
+    decayed = make_optimizer(name, optax.constant_schedule(0.1), weight_decay=0.1)
+    updates, _ = decayed.update(ZEROS, decayed.init(PARAMS), PARAMS)
+    assert (updates["stem"]["kernel"] < 0).all() and (updates["head"]["kernel"] < 0).all()
+    assert (updates["stem"]["bias"] == 0).all() and (updates["norm"]["scale"] == 0).all()
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_sgd_is_torch_sgd(nesterov):
+    """Three steps against the recurrence in torch.optim.SGD's documentation."""
+    tx = make_optimizer("sgd", lambda step: 0.1, momentum=0.9, nesterov=nesterov, weight_decay=0.5)
+    params, state = PARAMS, tx.init(PARAMS)
+    p, velocity = 2.0, 0.0
+    for _ in range(3):
+        updates, state = tx.update(ONES, state, params)
+        params = optax.apply_updates(params, updates)
+        g = 1.0 + 0.5 * p
+        velocity = 0.9 * velocity + g
+        p -= 0.1 * (g + 0.9 * velocity if nesterov else velocity)
+    np.testing.assert_allclose(params["stem"]["kernel"], p, rtol=1e-5)
+
+
+def test_lars_scales_by_the_trust_ratio():
+    tx = make_optimizer("lars", lambda step: 1.0, momentum=0.0, weight_decay=0.0)
+    updates, _ = tx.update(ONES, tx.init(PARAMS), PARAMS)
+    np.testing.assert_allclose(updates["stem"]["kernel"], -0.001 * 2.0, rtol=1e-5)  # 0.001 * |p| / |g|
+    np.testing.assert_allclose(updates["stem"]["bias"], -1.0, rtol=1e-6)
+
+
+def test_clipping():
+    tx = make_optimizer("sgd", lambda step: 1.0, momentum=0.0, clip_norm=0.5)
+    updates, _ = tx.update(ONES, tx.init(PARAMS), PARAMS)
+    assert float(optax.tree.norm(updates)) == pytest.approx(0.5, rel=1e-5)
+
+
+def test_frozen_parameters_do_not_move_and_do_not_count_when_clipping():
+    tx = make_optimizer("sgd", lambda step: 1.0, momentum=0.0, weight_decay=0.1, clip_norm=0.5, trainable=is_head)
+    updates, _ = tx.update(ONES, tx.init(PARAMS), PARAMS)
+    assert (updates["stem"]["kernel"] == 0).all() and (updates["norm"]["scale"] == 0).all()
+    head = np.full((2, 3), 0.5 / np.sqrt(6)) + 0.2  # clipped over the head alone, then decay
+    np.testing.assert_allclose(updates["head"]["kernel"], -head, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["sdg", "optax.chain", "optax.nothing"])
+def test_unknown_optimizer(name):
+    with pytest.raises(UsageError, match=rf"unknown optimizer '{name}'.*sgd, adamw, lars, lamb, optax.NAME"):
+        make_optimizer(name, lambda step: 0.1)
+
+
+def test_unknown_schedule():
+    with pytest.raises(UsageError, match="unknown schedule 'cosin': did you mean cosine"):
+        make_schedule("cosin", peak=1.0, steps=10)
