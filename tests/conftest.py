@@ -1,6 +1,8 @@
 """Every test runs on 8 forced CPU devices, with warnings and silent rank promotion as errors, without a network."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -29,3 +31,41 @@ def images():
     """uint8 [16, 8, 8, 3] and their labels int32 [16], 4 classes."""
     rng = np.random.default_rng(0)
     return rng.integers(0, 256, (16, 8, 8, 3), dtype=np.uint8), rng.integers(0, 4, 16).astype(np.int32)
+
+
+@pytest.fixture(scope="session")
+def command(tfds_dir):
+    """`command("train", "--seed", 1)` runs `python -m train --seed 1` as a user does, warnings as errors, one device."""
+
+    def environment(**extra):
+        cache = {"JAX_COMPILATION_CACHE_DIR": str(CACHE), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3"}
+        return {**os.environ, "TFDS_DATA_DIR": str(tfds_dir), **cache, **extra}
+
+    def run(*arguments, start=False, before=(), env=(), **options):
+        line = [*before, sys.executable, "-W", "error", "-m", *map(str, arguments)]
+        options = {"cwd": CACHE.parent.parent, "text": True, "env": environment(**dict(env)), **options}
+        if start:
+            return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
+        return subprocess.run(line, capture_output=True, check=False, **options)
+
+    return run
+
+
+@pytest.fixture
+def fails(capsys):
+    """`fails(2, main, [...])`: one line on stderr, this exit code, nothing on stdout; returns the line."""
+    from train.errors import one_line
+
+    def run(code, main, *arguments):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop, one_line():
+            main(*arguments)
+        said = capsys.readouterr()
+        assert stop.value.code == code
+        assert said.out == ""
+        line = said.err.splitlines()[-1]
+        assert line.startswith("error: ")
+        assert "Traceback" not in said.err
+        return line
+
+    return run

@@ -198,3 +198,12 @@ def test_disk_that_refuses(tmp_path, states, monkeypatch):
     with pytest.raises(RunError, match=r"cannot write a checkpoint .*No space left.*newest one kept is step 1"):
         checkpoints.save(states[1], {})
     assert_equal(Checkpoints(tmp_path).restore(states[0])[0], states[0])
+
+
+def test_disk_without_room(tmp_path, states, monkeypatch):
+    """A disk that is too full is not even tried."""
+    checkpoints = saved(tmp_path, states[:1])
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 99, 1))
+    with pytest.raises(RunError, match="it needs 0 MB and 0 MB are free; the newest one kept is step 1"):
+        checkpoints.save(states[1], {})
+    assert checkpoints.steps == [1]

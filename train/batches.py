@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from resnet_jax.parallel import Mode, batch_sharding, replicated, shard_batch
+from resnet_jax.parallel import Mode, batch_sharding, make_mesh, replicated, shard_batch
 from train.data import Arrays, Encoded, Example
 from train.errors import UsageError
 
@@ -49,10 +49,11 @@ def train_batches(source: Arrays | Encoded, *, batch: int, seed: int, mesh: Mesh
     Raises:
       UsageError: a batch that the devices do not divide, or one larger than the split.
     """
-    if batch < 1 or batch % mesh.size:
-        raise UsageError(f"a batch of {batch} is not divisible by {mesh.size} devices: choose a multiple of {mesh.size}")
-    if batch > len(source):
-        raise UsageError(f"a batch of {batch} is larger than the {len(source)} training images: choose a smaller --batch")
+    count, devices = len(source), mesh.size
+    if batch < 1 or batch % devices:
+        raise UsageError(f"a batch of {batch} is not divisible by {devices} devices: choose a multiple of {devices}")
+    if batch > count:
+        raise UsageError(f"a batch of {batch} is larger than the {count} training images: choose a smaller --batch")
     kind = ResidentBatches if isinstance(source, Arrays) else StreamedBatches
     return kind(source, batch=batch, seed=seed, mesh=mesh, mode=mode)
 
@@ -61,23 +62,23 @@ class ResidentBatches:
     """Batches gathered on the device from a split that lives there as uint8: the host only draws indices."""
 
     def __init__(self, source: Arrays, *, batch: int, seed: int, mesh: Mesh, mode: Mode) -> None:
-        self.count, self.batch, self.seed, self.mesh, self.mode = len(source), batch, seed, mesh, mode
+        self.count, self.batch, self.seed = len(source), batch, seed
         self.position = 0
+        # pmap sees this host's devices alone, and an axis of devices before that of examples.
+        self.local = mode == "pmap"
+        mesh = make_mesh(mesh.local_devices) if self.local else mesh
+        self.devices = mesh.size
+        self.sharding = batch_sharding(mesh)
         arrays = {"image": source.images, "label": source.labels.astype(np.int32)}
-        if mode == "pmap":
-            sharding = jax.sharding.SingleDeviceSharding(mesh.local_devices[0])
-            self.arrays = jax.device_put(arrays, sharding)
-            self.take = jax.jit(_take)
-        else:
-            self.arrays = jax.tree.map(lambda x: _place(x, replicated(mesh)), arrays)
-            self.take = jax.jit(_take, out_shardings=batch_sharding(mesh))
+        self.arrays = jax.tree.map(lambda x: _place(x, replicated(mesh)), arrays)
+        self.take = jax.jit(_take, out_shardings=self.sharding)
 
     def __next__(self) -> Batch:
         indices = stream_indices(self.count, self.seed, self.position, self.batch).astype(np.int32)
         self.position += self.batch
-        if self.mode == "pmap":
-            return shard_batch(self.take(self.arrays, _own_part(indices)), self.mesh, mode="pmap")
-        return self.take(self.arrays, _place(indices, batch_sharding(self.mesh)))
+        if self.local:
+            indices = _own_part(indices).reshape(self.devices, -1)
+        return self.take(self.arrays, _place(indices, self.sharding))
 
     def state(self) -> dict[str, Any]:
         return {"position": self.position}
@@ -140,6 +141,8 @@ def eval_batches(source: Arrays | Encoded, *, batch: int, mesh: Mesh, mode: Mode
 
     `batch` is rounded up to a multiple of the devices.
     """
+    if batch < 1:
+        raise UsageError(f"a batch of {batch} holds no image")
     batch = -(-batch // mesh.size) * mesh.size
     own = batch // jax.process_count()
     options = grain.ReadOptions(num_threads=16, prefetch_buffer_size=2 * own)

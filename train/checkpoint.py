@@ -61,6 +61,9 @@ class Checkpoints:
         step = int(arrays["step"])
         if step in self.steps:
             return
+        needed, free = sum(a.nbytes for a in jax.tree.leaves(arrays)), shutil.disk_usage(self.root).free
+        if free < needed:
+            raise self._failed(f"it needs {needed / 1e6:.0f} MB and {free / 1e6:.0f} MB are free")
         try:
             self._pending = self._orbax.save_async(
                 step, arrays, metrics=metrics, custom_metadata=metadata, force=True
@@ -128,7 +131,7 @@ class Checkpoints:
             shutil.rmtree(self.root / str(newer), ignore_errors=True)
         self._orbax.reload()
 
-    def _failed(self, error: Exception) -> RunError:
+    def _failed(self, error: Exception | str) -> RunError:
         kept = f"the newest one kept is step {self.steps[-1]}" if self.steps else "none was saved before"
         return RunError(f"cannot write a checkpoint to {self.root}: {error}; {kept}")
 

@@ -8,22 +8,32 @@ once into `Arrays`; large ones stay encoded and are decoded by `train.batches` w
 """
 
 import contextlib
+import difflib
 import io
 import os
+import re
+import struct
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from train.errors import UsageError, unknown
 
 MEMORY_LIMIT = 2 << 30  # bytes: sets that decode to no more than this live in memory
+# What Pillow raises on images that are none, are cut off, corrupted, or claim to be enormous.
+UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 Example = dict[str, np.ndarray]
+
+
+class BrokenImage(UsageError):
+    """An image that cannot be decoded; the message names it."""
 
 
 class Source(Protocol):
@@ -41,10 +51,11 @@ class Arrays:
     labels: np.ndarray
 
     def __post_init__(self) -> None:
-        if self.images.dtype != np.uint8 or self.images.ndim != 4:
-            raise UsageError(f"images must be uint8 [N, H, W, C], not {self.images.dtype} {self.images.shape}")
-        if self.labels.shape != self.images.shape[:1] or not np.issubdtype(self.labels.dtype, np.integer):
-            raise UsageError(f"labels must be integers [{len(self.images)}], not {self.labels.dtype} {self.labels.shape}")
+        images, labels = self.images, self.labels
+        if images.dtype != np.uint8 or images.ndim != 4:
+            raise UsageError(f"images must be uint8 [N, H, W, C], not {images.dtype} {images.shape}")
+        if labels.shape != images.shape[:1] or not np.issubdtype(labels.dtype, np.integer):
+            raise UsageError(f"labels must be integers [{len(images)}], not {labels.dtype} {labels.shape}")
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -67,6 +78,8 @@ class Encoded:
       size: side of the square that images are resized and cropped to; None keeps images as they are.
       channels: 1 or 3.
       random_crop: whether training cuts a random box out of the whole image while decoding, instead of the centre.
+      read_many: `read` for many positions at once, where that is quicker than one by one.
+      labels: label of each position, where they are known without reading.
     """
 
     read: Callable[[int], tuple[bytes, int]]
@@ -75,6 +88,8 @@ class Encoded:
     size: int | None
     channels: int
     random_crop: bool = False
+    read_many: Callable[[Sequence[int]], Sequence[tuple[bytes, int]]] | None = None
+    labels: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -85,12 +100,12 @@ class Encoded:
     def example(self, index: int, rng: np.random.Generator | None) -> Example:
         """Example `index`; `rng` draws the box where `random_crop` is set."""
         position = int(self.indices[index])
-        data, label = self.read(position)
+        box = rng if self.random_crop else None
         try:
-            box = rng if self.random_crop else None
+            data, label = self.read(position)
             return {"image": decode_image(data, self.size, self.channels, rng=box), "label": np.int32(label)}
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise UsageError(f"cannot read image {self.name(position)}: {error}") from None
+        except UNREADABLE as error:
+            raise BrokenImage(f"cannot read image {self.name(position)}: {fault(error)}") from None
 
     def subset(self, indices: np.ndarray) -> "Encoded":
         return replace(self, indices=self.indices[indices])
@@ -118,9 +133,7 @@ class Dataset:
 # ---- decoding -----------------------------------------------------------------------------------------------------
 
 
-def decode_image(
-    data: bytes, size: int | None, channels: int, *, rng: np.random.Generator | None = None
-) -> np.ndarray:
+def decode_image(data: bytes, size: int | None, channels: int, *, rng: np.random.Generator | None = None) -> np.ndarray:
     """JPEG, PNG, WebP ... of any size and mode to uint8 [size, size, channels] (or its own size where that is None).
 
     The short side is resized to `size` and the centre cut out; with `rng` a random box of 8-100 % of the area and
@@ -144,7 +157,8 @@ def to_mode(image: Image.Image, mode: str) -> Image.Image:
     """Any Pillow mode as 8-bit grey or RGB: 16-bit is scaled, transparency falls on black."""
     if image.mode.startswith("I") or image.mode == "F":
         pixels = np.asarray(image, np.float64)
-        scale = 257.0 if pixels.max(initial=0) > 255 else 1.0
+        # A dark image in a mode of 16 bits is dark; the wider modes hold 8-bit values as well.
+        scale = 257.0 if image.mode.startswith("I;16") or pixels.max(initial=0) > 255 else 1.0
         image = Image.fromarray(np.clip(np.rint(pixels / scale), 0, 255).astype(np.uint8))
     if image.mode in ("P", "PA", "LA", "RGBA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
@@ -170,6 +184,11 @@ def _random_box(width: int, height: int, rng: np.random.Generator) -> tuple[floa
     return _centre(width, height)
 
 
+def fault(error: Exception) -> str:
+    """What is wrong with an unreadable image; Pillow's own words for a file of another kind name a Python object."""
+    return "not an image" if isinstance(error, UnidentifiedImageError) else str(error)
+
+
 def decode_all(source: Encoded, *, skip_broken: bool = False) -> Arrays:
     """Decode a split into memory, in threads; broken images are refused together, or with `skip_broken` left out.
 
@@ -177,22 +196,33 @@ def decode_all(source: Encoded, *, skip_broken: bool = False) -> Arrays:
       UsageError: images that cannot be read, or that differ in size while `source.size` is None.
     """
 
-    def attempt(index: int) -> Example | str:
-        try:
-            return source[index]
-        except UsageError as error:
-            return str(error)
+    def decode(indices: np.ndarray) -> list[Example | str]:
+        part = source.subset(indices)
+        if part.read_many is not None:
+            positions = part.indices.tolist()
+            part = replace(part, read=dict(zip(positions, part.read_many(positions), strict=True)).__getitem__)
+        examples: list[Example | str] = []
+        for index in range(len(part)):
+            try:
+                examples.append(part[index])
+            except BrokenImage as error:
+                examples.append(str(error))
+        return examples
 
+    chunks = np.split(np.arange(len(source)), range(256, len(source), 256))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        examples = list(pool.map(attempt, range(len(source)), chunksize=256))
+        examples = [example for chunk in pool.map(decode, chunks) for example in chunk]
     report_broken([e for e in examples if isinstance(e, str)], len(examples), skip_broken)
     good = [e for e in examples if not isinstance(e, str)]
     if not good:
         raise UsageError("no image of this set can be read")
-    shapes = {e["image"].shape for e in good}
-    if len(shapes) > 1:
-        raise UsageError(f"images differ in size ({len(shapes)} sizes): pass --data.image-size")
+    if len({e["image"].shape for e in good}) > 1:
+        raise differ_in_size("the images of this set")
     return Arrays(images=np.stack([e["image"] for e in good]), labels=np.stack([e["label"] for e in good]))
+
+
+def differ_in_size(what: str) -> UsageError:
+    return UsageError(f"{what} differ in size: pass --data.image-size")
 
 
 def report_broken(broken: Sequence[str], of: int, skip: bool) -> None:
@@ -245,15 +275,20 @@ def load(
     elif name.startswith("folder:"):
         from train import folder
 
-        classes, splits = folder.read(Path(name.removeprefix("folder:")), size=image_size, skip_broken=broken == "skip")
+        root = Path(name.removeprefix("folder:")).expanduser()
+        classes, splits = folder.read(root, size=image_size, skip_broken=broken == "skip")
     else:
         classes, splits = _tfds(name, Path(dir).expanduser() if dir else None, image_size)
-    splits = _complete(splits, validation, split_seed, by_class=name.startswith("folder:"))
+    splits = _complete(splits, validation, split_seed)
 
-    first = next(iter(splits.values()))[0]["image"]
-    if sum(map(len, splits.values())) * first.nbytes <= memory_limit:
-        splits = {k: s if isinstance(s, Arrays) else decode_all(s, skip_broken=broken == "skip") for k, s in splits.items()}
+    encoded = {split: source for split, source in splits.items() if isinstance(source, Encoded)}
+    if sum(len(source) * _image_bytes(source) for source in encoded.values()) <= memory_limit:
+        splits |= {split: decode_all(source, skip_broken=broken == "skip") for split, source in encoded.items()}
+        if len({source.images.shape[1:] for source in splits.values()}) > 1:
+            raise differ_in_size(f"the splits of {name}")
     elif random_crop:
+        if image_size is None:
+            raise UsageError("--data.random-crop needs --data.image-size, the side that boxes are brought to")
         splits["train"] = replace(splits["train"], random_crop=True)
     for split, source in splits.items():
         check_labels(source, len(classes), f"{name} {split}")
@@ -276,8 +311,8 @@ def from_arrays(
     splits: dict[str, Arrays | Encoded] = {"train": Arrays(images=images, labels=labels)}
     if test is not None:
         splits["test"] = Arrays(images=test[0], labels=test[1])
-    names = tuple(classes) if classes else tuple(str(c) for c in range(int(labels.max()) + 1))
-    splits = _complete(splits, validation, split_seed, by_class=False)
+    names = tuple(classes) if classes else tuple(str(c) for c in range(int(labels.max(initial=-1)) + 1))
+    splits = _complete(splits, validation, split_seed)
     for split, source in splits.items():
         check_labels(source, len(names), split)
     return Dataset(name="arrays", classes=names, **splits)
@@ -287,20 +322,22 @@ def check_labels(source: Arrays | Encoded, classes: int, name: str) -> None:
     """Labels of a split in memory lie in 0..classes-1; encoded ones are checked as they are read."""
     if len(source) == 0:
         raise UsageError(f"{name} holds no images")
-    if isinstance(source, Arrays) and not (0 <= source.labels.min() and source.labels.max() < classes):
+    if isinstance(source, Arrays):
         low, high = source.labels.min(), source.labels.max()
-        raise UsageError(f"{name}: labels run from {low} to {high}, but there are {classes} classes (0 to {classes - 1})")
+        if low < 0 or high >= classes:
+            span = f"there are {classes} classes (0 to {classes - 1})"
+            raise UsageError(f"{name}: labels run from {low} to {high}, but {span}")
 
 
 def split_indices(count: int, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """(kept, held back): sorted indices of a seeded draw of `round(count * fraction)`, at least one."""
+    """(kept, held back): sorted indices of a seeded draw of `round(count * fraction)`, at least one, never the last."""
     order = np.random.default_rng(seed).permutation(count)
-    held = max(round(count * fraction), 1)
+    held = min(max(round(count * fraction), 1), count - 1)
     return np.sort(order[held:]), np.sort(order[:held])
 
 
 def split_by_class(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """As `split_indices`, but drawn within each class, so that small classes appear in both parts."""
+    """As `split_indices`, but drawn within each class, so that all classes of two or more appear in both parts."""
     parts = []
     for label in np.unique(labels):
         members = np.flatnonzero(labels == label)
@@ -309,7 +346,17 @@ def split_by_class(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.n
     return tuple(np.sort(np.concatenate(part)) for part in zip(*parts, strict=True))
 
 
-def _complete(splits: dict[str, Any], fraction: float, seed: int, *, by_class: bool) -> dict[str, Any]:
+def _image_bytes(source: Encoded) -> int:
+    """Bytes of one decoded image: where no size is set, of the first that can be read."""
+    if source.size is not None:
+        return source.size**2 * source.channels
+    for index in range(len(source)):
+        with contextlib.suppress(BrokenImage):
+            return source[index]["image"].nbytes
+    return 0
+
+
+def _complete(splits: dict[str, Any], fraction: float, seed: int) -> dict[str, Any]:
     """Train, validation and test from whatever of them a set has."""
     if "test" not in splits and "validation" in splits:
         # A lone held-out split (ImageNet's "validation") is what results are reported on: the test split.
@@ -319,11 +366,12 @@ def _complete(splits: dict[str, Any], fraction: float, seed: int, *, by_class: b
             train = splits["train"]
             if len(train) < 3:
                 raise UsageError(f"{len(train)} images are too few to hold some back for {missing}")
-            if by_class:
-                labels = np.asarray([train.read(int(i))[1] for i in train.indices])
-                kept, held = split_by_class(labels, fraction, seed)
+            if isinstance(train, Encoded) and train.labels is not None:
+                kept, held = split_by_class(train.labels[train.indices], fraction, seed)
             else:
                 kept, held = split_indices(len(train), fraction, seed)
+            if len(held) == 0:
+                raise UsageError(f"a class needs two images or more to hold some back for {missing}")
             splits["train"], splits[missing] = train.subset(kept), train.subset(held)
     return splits
 
@@ -359,30 +407,39 @@ def _tfds(name: str, data_dir: Path | None, size: int | None) -> tuple[tuple[str
     features = builder.info.features
     image_key, image = _feature(features, tfds.features.Image, name)
     label_key, label = _feature(features, tfds.features.ClassLabel, name)
-    channels = image.shape[-1] or 3
     if None in image.shape[:2] and size is None:
-        raise UsageError(f"images of {name} differ in size: pass --data.image-size")
-
-    def encoded(split: str) -> Encoded:
-        records = builder.as_data_source(split, decoders={image_key: tfds.decode.SkipDecoding()})
-
-        def read(position: int) -> tuple[bytes, int]:
-            record = records[position]
-            if not 0 <= record[label_key] < label.num_classes:
-                raise UsageError(f"{name} {split} {position}: label {record[label_key]} is out of range")
-            return record[image_key], record[label_key]
-
-        def describe(position: int) -> str:
-            return f"{position} of {name} {split}"
-
-        # Sets of one size that is the wanted one need no resizing.
-        target = None if image.shape[0] == image.shape[1] == (size or image.shape[0]) else size
-        return Encoded(read=read, name=describe, indices=np.arange(len(records)), size=target, channels=channels)
+        raise differ_in_size(f"the images of {name}")
 
     known = [s for s in ("train", "validation", "test") if s in builder.info.splits]
     if "train" not in known:
         raise UsageError(f"{name} has no split named train (there: {', '.join(builder.info.splits)})")
-    return tuple(label.names), {split: encoded(split) for split in known}
+    undecoded = {image_key: tfds.decode.SkipDecoding()}
+    try:
+        sources = {split: builder.as_data_source(split, decoders=undecoded) for split in known}
+    except NotImplementedError:
+        raise UsageError(
+            f"{folder} is stored as {builder.info.file_format.value}, which has no random access: prepare it as "
+            f"array_record, with 'python -m train.data prepare {name}' and another --dir"
+        ) from None
+    if "test" in sources and len(sources["test"]) and sources["test"][0][label_key] == -1:
+        del sources["test"]  # ImageNet's comes without labels: there is nothing to report on it
+
+    def encoded(split: str, records: Any) -> Encoded:
+        def content(position: int, record: dict[str, Any]) -> tuple[bytes, int]:
+            if not 0 <= record[label_key] < label.num_classes:
+                raise UsageError(f"label {record[label_key]} of image {position} of {name} {split} is out of range")
+            return record[image_key], record[label_key]
+
+        return Encoded(
+            read=lambda position: content(position, records[position]),
+            read_many=lambda positions: list(map(content, positions, records.__getitems__(positions))),
+            name=lambda position: f"{position} of {name} {split}",
+            indices=np.arange(len(records)),
+            size=size,
+            channels=1 if image.shape[-1] == 1 else 3,
+        )
+
+    return tuple(label.names), {split: encoded(split, records) for split, records in sources.items()}
 
 
 def _feature(features: Any, kind: type, name: str) -> tuple[str, Any]:
@@ -394,7 +451,7 @@ def _feature(features: Any, kind: type, name: str) -> tuple[str, Any]:
 
 def default_data_dir() -> Path:
     """TFDS's data_dir: `TFDS_DATA_DIR`, else tensorflow_datasets in the user's home."""
-    return Path(os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")).expanduser()
+    return Path(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
 
 
 def prepared_folder(name: str, root: Path) -> Path | None:
@@ -402,8 +459,8 @@ def prepared_folder(name: str, root: Path) -> Path | None:
 
     def versions() -> Iterator[tuple[tuple[int, ...], Path]]:
         for path in (root / name, *(root / name).glob("*"), *(root / name).glob("*/*")):
-            if (path / "features.json").is_file() and (path / "dataset_info.json").is_file():
-                yield tuple(int(n) for n in path.name.split(".") if n.isdigit()), path
+            if re.fullmatch(r"\d+\.\d+\.\d+", path.name) and (path / "dataset_info.json").is_file():
+                yield tuple(map(int, path.name.split("."))), path
 
     found = max(versions(), default=None)
     return found[1] if found else None
@@ -421,26 +478,36 @@ def prepare(name: str, root: Path) -> Path:
     import tensorflow_datasets as tfds
 
     tfds.disable_progress_bar()
-    root.mkdir(parents=True, exist_ok=True)
     if name == "digits":
         from train.digits import Digits
 
-        builder = Digits(data_dir=root, file_format="array_record")
+        make = Digits
     else:
+        stock = tfds.list_builders(with_community_datasets=False)  # those would be asked for over the network
+        base = re.split("[/:]", name)[0]
+        if base not in stock:
+            near = " or ".join(difflib.get_close_matches(base, stock)) or "see https://www.tensorflow.org/datasets"
+            raise UsageError(f"TFDS has no set {base!r}: did you mean {near}?")
         try:
             import tensorflow  # noqa: F401
         except ImportError:
-            raise UsageError(
-                "preparing a stock TFDS set needs TensorFlow: pip install 'resnet-jax[prepare]'"
-            ) from None
-        try:
-            builder = tfds.builder(name, data_dir=root, file_format="array_record")
-        except tfds.core.DatasetNotFoundError:
-            raise unknown("TFDS set", name, tfds.list_builders()) from None
-        _check_reachable(builder.info.homepage)
-    with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints; stdout is for results
-        builder.download_and_prepare()
-    return Path(builder.data_dir)
+            raise UsageError("preparing a stock TFDS set needs TensorFlow: pip install 'resnet-jax[prepare]'") from None
+        make = partial(tfds.builder, name)
+    folder = None
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        builder = make(data_dir=root, file_format="array_record")
+        folder = Path(builder.data_dir)
+        if not folder.is_dir():
+            if name != "digits":
+                _check_reachable(builder.info.homepage)
+            with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints; stdout is for results
+                builder.download_and_prepare()
+    except (AssertionError, ImportError, OSError, ValueError, tfds.download.DownloadError) as error:
+        # AssertionError is how TFDS asks for files to be fetched by hand, as ImageNet's are.
+        if folder is None or not folder.is_dir():  # else another run has just prepared it too
+            raise UsageError(f"cannot prepare {name} in {root}: {error}") from None
+    return folder
 
 
 def _check_reachable(homepage: str, timeout: float = 5.0) -> None:

@@ -1,6 +1,7 @@
 """scikit-learn's handwritten digits as a TFDS set: real 8x8 scans, on every machine, without network or TensorFlow."""
 
 import io
+from typing import ClassVar
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -10,10 +11,10 @@ TEST_FRACTION = 0.2
 
 
 class Digits(tfds.core.GeneratorBasedBuilder):
-    """1,797 digits, https://archive.ics.uci.edu/dataset/80: 1,437 to train on and 360 to test, the same for everybody."""
+    """1,797 digits, https://archive.ics.uci.edu/dataset/80: 1,437 to train on, 360 to test, the same for everybody."""
 
     VERSION = tfds.core.Version("1.0.0")
-    RELEASE_NOTES = {"1.0.0": "A fifth of each class, drawn once with seed 0, is the test split."}
+    RELEASE_NOTES: ClassVar = {"1.0.0": "A fifth of each class, drawn once with seed 0, is the test split."}
     pkg_dir_path = None  # no metadata files beside the code
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -35,9 +36,7 @@ class Digits(tfds.core.GeneratorBasedBuilder):
 
         images, labels = load_digits(return_X_y=True)
         pixels = np.rint(images.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
-        train, test = train_test_split(
-            np.arange(len(labels)), test_size=TEST_FRACTION, stratify=labels, random_state=0
-        )
+        train, test = train_test_split(np.arange(len(labels)), test_size=TEST_FRACTION, stratify=labels, random_state=0)
         return {
             "train": self._generate_examples(pixels, labels, np.sort(train)),
             "test": self._generate_examples(pixels, labels, np.sort(test)),

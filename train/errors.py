@@ -5,6 +5,7 @@ import logging
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 
 class UsageError(Exception):
@@ -26,9 +27,10 @@ def unknown(kind: str, name: str, valid: Iterable[str]) -> UsageError:
 @contextmanager
 def one_line() -> Iterator[None]:
     """Turn the two errors above into one line on stderr and their exit code; anything else is a bug and shows."""
-    # What Orbax and asyncio log about a damaged checkpoint would bury the line that says so.
+    # What Orbax and asyncio say about a damaged checkpoint or a full disk would bury the line that says so.
     for library in ("absl", "asyncio", "root"):
         logging.getLogger(library).setLevel(logging.CRITICAL)
+    sys.unraisablehook = _without_late_writes
     try:
         yield
     except (UsageError, RunError) as error:
@@ -37,3 +39,9 @@ def one_line() -> Iterator[None]:
     except KeyboardInterrupt:
         print("interrupted; run the same command again to go on from the last checkpoint", file=sys.stderr)
         raise SystemExit(130) from None
+
+
+def _without_late_writes(unraisable: Any) -> None:
+    """`sys.unraisablehook`, but for writes that report to an event loop which their failure has already closed."""
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)

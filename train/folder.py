@@ -5,9 +5,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image
 
-from train.data import Encoded, report_broken
+from train.data import UNREADABLE, Encoded, differ_in_size, fault, report_broken
 from train.errors import UsageError
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
@@ -26,21 +26,31 @@ def read(root: Path, *, size: int | None, skip_broken: bool) -> tuple[tuple[str,
     """
     if not root.is_dir():
         raise UsageError(f"no folder {root}")
-    present = {split: root / n for split, names in SPLITS.items() for n in names if (root / n).is_dir()}
-    folders = present if "train" in present else {"train": root}
-    classes = tuple(sorted(p.name for p in folders["train"].iterdir() if p.is_dir() and not p.name.startswith(".")))
+    inside = _subfolders(root)
+    folders = {split: p for p in inside for split, names in SPLITS.items() if p.name.lower() in names}
+    if "train" not in folders:
+        if folders and len(folders) == len(inside):
+            raise UsageError(f"{root} holds {' and '.join(p.name for p in inside)}, but no folder train")
+        folders = {"train": root}
+    classes = tuple(p.name for p in _subfolders(folders["train"]))
     if not classes:
         raise UsageError(f"{folders['train']} holds no class folders (one subfolder of images for each class)")
     return classes, {split: _split(folder, classes, size, skip_broken) for split, folder in folders.items()}
 
 
+def _subfolders(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+
+
 def _split(folder: Path, classes: Sequence[str], size: int | None, skip_broken: bool) -> Encoded:
     files: list[Path] = []
     labels: list[int] = []
-    for path in sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")):
+    for path in _subfolders(folder):
         if path.name not in classes:
             raise UsageError(f"{path} is a class that the training split does not have")
         images = sorted(f for f in path.rglob("*") if f.suffix.lower() in SUFFIXES and f.is_file())
+        # Hidden ones are copies and notes that desktops and notebooks leave (._a.jpg, .ipynb_checkpoints/a.jpg).
+        images = [f for f in images if not any(part.startswith(".") for part in f.relative_to(path).parts)]
         if not images:
             raise UsageError(f"{path} holds no images ({', '.join(sorted(SUFFIXES))})")
         files += images
@@ -49,11 +59,14 @@ def _split(folder: Path, classes: Sequence[str], size: int | None, skip_broken: 
         raise UsageError(f"{folder} holds no class folders with images")
 
     with ThreadPoolExecutor() as pool:
-        faults = list(pool.map(_fault, files))
-    report_broken([f"{f}: {fault}" for f, fault in zip(files, faults, strict=True) if fault], len(files), skip_broken)
-    good = np.asarray([i for i, fault in enumerate(faults) if fault is None], int)
+        seen = list(pool.map(_look, files))
+    broken = [f"{file}: {wrong}" for file, wrong in zip(files, seen, strict=True) if isinstance(wrong, str)]
+    report_broken(broken, len(files), skip_broken)
+    good = np.asarray([i for i, look in enumerate(seen) if not isinstance(look, str)], int)
     if not len(good):
         raise UsageError(f"{folder} holds no image that can be read")
+    if size is None and len({seen[i] for i in good}) > 1:
+        raise differ_in_size(f"the images in {folder}")
 
     return Encoded(
         read=lambda i: (files[i].read_bytes(), labels[i]),
@@ -61,22 +74,28 @@ def _split(folder: Path, classes: Sequence[str], size: int | None, skip_broken: 
         indices=good,
         size=size,
         channels=3,
+        labels=np.asarray(labels),
     )
 
 
-def _fault(path: Path) -> str | None:
-    """What is wrong with a file, from its two ends alone: whole folders are checked in seconds."""
+def _look(path: Path) -> tuple[int, int] | str:
+    """The width and height of an image, or what is wrong with it.
+
+    Only the two ends of the file are read, so that whole folders are checked in seconds.
+    """
     try:
         with Image.open(path) as image:
             kind = image.format
+            size = image.size
+            if image.getexif().get(ExifTags.Base.Orientation, 1) >= 5:  # lies on its side
+                size = size[::-1]
         with path.open("rb") as file:
             file.seek(-min(4096, path.stat().st_size), 2)
             tail = file.read()
-        end = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}.get(kind or "", b"")
-        if end not in tail:
+        if {"JPEG": b"\xff\xd9", "PNG": b"IEND"}.get(kind or "", b"") not in tail:
             # Cameras append data of their own behind the end: only decoding tells.
             with Image.open(path) as image:
                 image.load()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        return str(error)
-    return None
+    except UNREADABLE as error:
+        return fault(error)
+    return size

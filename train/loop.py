@@ -64,6 +64,7 @@ def fit(
             late = None
             for call in due:
                 call(state)
+    look()
     return state
 
 

@@ -88,7 +88,7 @@ def run(config: TrainConfig, preset: str = "custom") -> dict[str, Any]:
     options = {"mesh": mesh, "mode": config.mode}
     step = compile_step(
         partial(train_step, **step_options(config, model, tx)),
-        compiler_options=dict(option.split("=", 1) for option in config.xla) or None,
+        compiler_options=dict(_xla_option(option) for option in config.xla) or None,
         **options,
     )
     judge = compile_step(
@@ -132,10 +132,16 @@ def run(config: TrainConfig, preset: str = "custom") -> dict[str, Any]:
     compiled: list[float] = []
 
     def timed(state: TrainState, batch: Any) -> Any:
+        if compiled:
+            return step(state, batch)
         before = time.perf_counter()
-        result = step(state, batch)
-        if not compiled:  # the first call traces and compiles before it returns
-            compiled.append(time.perf_counter() - before)
+        try:
+            result = step(state, batch)  # the first call traces and compiles before it returns
+        except jax.errors.JaxRuntimeError as error:
+            if config.xla and "option" in str(error):
+                raise UsageError(f"--xla {' '.join(config.xla)}: {error}") from None
+            raise
+        compiled.append(time.perf_counter() - before)
         return result
 
     try:
@@ -305,6 +311,11 @@ def step_options(config: TrainConfig, model: nn.Module, tx: optax.GradientTransf
         "accumulate": config.accumulate,
         "frozen_stats": config.freeze,
     }
+
+
+def _xla_option(option: str) -> tuple[str, str | bool]:
+    name, value = option.split("=", 1)
+    return name, {"true": True, "false": False}.get(value.lower(), value)
 
 
 def environment() -> dict[str, Any]:
