@@ -6,11 +6,14 @@ Shapes are static. Resampling weights sum to one only up to rounding: values may
 """
 
 import math
+import operator
 from collections.abc import Callable, Sequence
+from functools import reduce
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 Key = jax.Array
 Image = jax.Array
@@ -78,13 +81,13 @@ def augment_batch(augment: Augment, keys: Key, images: jax.Array) -> jax.Array:
 
 def normalize(mean: float | Sequence[float] = IMAGENET_MEAN, std: float | Sequence[float] = IMAGENET_STD) -> Augment:
     """Return `(image - mean) / std`; `mean` and `std` are scalars or one number per channel, for images in [0, 1]."""
-    mean, std = (np.asarray(value, np.float32).reshape(1, 1, -1) for value in (mean, std))
+    centre, scale = (np.asarray(value, np.float32).reshape(1, 1, -1) for value in (mean, std))
 
     def augment(key: Key, image: Image) -> Image:
         del key
-        if {mean.size, std.size} - {1, image.shape[-1]}:
-            raise ValueError(f"normalize: {mean.size} means, {std.size} stds for an image of shape {image.shape}")
-        return (image - mean) / std
+        if {centre.size, scale.size} - {1, image.shape[-1]}:
+            raise ValueError(f"normalize: {centre.size} means, {scale.size} stds for an image of shape {image.shape}")
+        return (image - centre) / scale
 
     return augment
 
@@ -170,7 +173,7 @@ def _pair(size: Size) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
 
 
-def _uniform(key: Key, shape: tuple[int, ...], low: float, high: float) -> jax.Array:
+def _uniform(key: Key, shape: tuple[int, ...], low: ArrayLike, high: ArrayLike) -> jax.Array:
     return jax.random.uniform(key, shape, jnp.float32, low, high)
 
 
@@ -218,7 +221,7 @@ def cutout(size: Size = 16, *, p: float = 1.0, fill: float = 0.0) -> Augment:
     height, width = _pair(size)
 
     def augment(key: Key, image: Image) -> Image:
-        return jnp.where(_random_centred_box(key, image.shape[0], image.shape[1], height, width), fill, image)
+        return jnp.where(random_centred_box(key, image.shape[0], image.shape[1], height, width), fill, image)
 
     return randomly(augment, p)
 
@@ -249,7 +252,8 @@ def _box(rows: int, columns: int, height, width, top, left) -> jax.Array:
     return (y >= top) & (y < top + height) & (x >= left) & (x < left + width)
 
 
-def _random_centred_box(key: Key, rows: int, columns: int, height, width) -> jax.Array:
+def random_centred_box(key: Key, rows: int, columns: int, height: jax.Array, width: jax.Array) -> jax.Array:
+    """Boolean [rows, columns, 1], True in a box of `height` x `width` pixels around a random one, cut at the border."""
     y, x = jax.random.randint(key, (2,), 0, np.array([rows, columns]))
     return _box(rows, columns, height, width, y - height // 2, x - width // 2)
 
@@ -286,7 +290,7 @@ def color_jitter(brightness: float = 0.4, contrast: float = 0.4, saturation: flo
         for slot in range(3):
             planes = blend(planes, order[slot], jnp.where(slot < turn, factors[order[slot]], 1.0))
         if shifts_hue:
-            planes = jax.lax.optimization_barrier(_shift_hue(*planes, _uniform(shift_key, (), -hue, hue)))
+            planes = jax.lax.optimization_barrier(_shift_hue(planes, _uniform(shift_key, (), -hue, hue)))
             for slot in range(3):
                 planes = blend(planes, order[slot], jnp.where(slot < turn, 1.0, factors[order[slot]]))
         return jnp.stack(planes, axis=-1)
@@ -317,8 +321,10 @@ def gaussian_blur(sigma: tuple[float, float] = (0.1, 2.0), *, kernel_size: int |
         weights = jnp.exp(-0.5 * (jnp.arange(-radius, radius + 1) / _uniform(key, (), *sigma)) ** 2)
         weights = weights / jnp.sum(weights)
         padded = jnp.pad(image, ((radius, radius), (radius, radius), (0, 0)), mode="reflect")
-        rows = sum(weights[shift] * padded[shift : shift + image.shape[0]] for shift in range(2 * radius + 1))
-        return sum(weights[shift] * rows[:, shift : shift + image.shape[1]] for shift in range(2 * radius + 1))
+        height, width, _ = image.shape
+        shifts = range(2 * radius + 1)
+        rows = reduce(operator.add, (weights[i] * padded[i : i + height] for i in shifts))
+        return reduce(operator.add, (weights[i] * rows[:, i : i + width] for i in shifts))
 
     return augment
 
@@ -342,7 +348,8 @@ def _blend(image: jax.Array, other: jax.Array | float, factor: jax.Array) -> jax
     return jnp.clip(factor * image + (1 - factor) * other, 0.0, 1.0)
 
 
-def _shift_hue(red: jax.Array, green: jax.Array, blue: jax.Array, turns: jax.Array) -> list[jax.Array]:
+def _shift_hue(planes: Sequence[jax.Array], turns: jax.Array) -> list[jax.Array]:
+    red, green, blue = planes
     value = jnp.maximum(jnp.maximum(red, green), blue)
     chroma = value - jnp.minimum(jnp.minimum(red, green), blue)
     # Not `value == red`: a compiler that computes `red` twice may round it in two ways.
@@ -492,76 +499,6 @@ def _equalize(image: Image) -> Image:
         return jnp.where(step > 0, jnp.minimum(table, 255)[plane], plane)
 
     return jax.vmap(channel, -1, -1)(_levels(image)).astype(image.dtype) / 255
-
-
-# --- mixing examples --------------------------------------------------------------------------------------------------
-
-
-def mixup(
-    key: Key, images: jax.Array, labels: jax.Array, *, alpha: float = 0.2, axis_name: str | None = None
-) -> tuple[jax.Array, jax.Array]:
-    """Mix every example with its partner: `lam * x + (1 - lam) * partner`, one lam ~ Beta(alpha, alpha) per batch.
-
-    images float [B, H, W, C], labels float [B, K]; https://arxiv.org/abs/1710.09412. The partner of global example i is
-    B - 1 - i, so shuffled batches have random partners. With `axis_name` the batch is split over that axis, and the
-    same key on all devices gives what one device would.
-    """
-    return _mix(images, labels, _weights(key, images.shape, alpha, False), axis_name)
-
-
-def cutmix(
-    key: Key, images: jax.Array, labels: jax.Array, *, alpha: float = 1.0, axis_name: str | None = None
-) -> tuple[jax.Array, jax.Array]:
-    """Paste one random box of the partner's image, and mix the labels by the box's exact area after clipping.
-
-    Shapes, partners and `axis_name` as in `mixup`; the box covers a share of about 1 - lam, lam ~ Beta(alpha, alpha);
-    https://arxiv.org/abs/1905.04899.
-    """
-    return _mix(images, labels, _weights(key, images.shape, alpha, True), axis_name)
-
-
-def mix(
-    key: Key,
-    images: jax.Array,
-    labels: jax.Array,
-    *,
-    mixup_alpha: float = 0.8,
-    cutmix_alpha: float = 1.0,
-    axis_name: str | None = None,
-) -> tuple[jax.Array, jax.Array]:
-    """Apply `mixup` or `cutmix` to the batch, each with probability 1/2; an alpha of 0 (a static number) is off."""
-    if not mixup_alpha and not cutmix_alpha:
-        return images, labels
-    choice_key, key = jax.random.split(key)
-    pasted = jax.random.bernoulli(choice_key) if mixup_alpha and cutmix_alpha else bool(cutmix_alpha)
-    alpha = jnp.where(pasted, cutmix_alpha, mixup_alpha)
-    return _mix(images, labels, _weights(key, images.shape, alpha, pasted), axis_name)
-
-
-def _weights(key: Key, shape: tuple[int, ...], alpha: jax.Array | float, pasted: jax.Array | bool) -> jax.Array:
-    """Every pixel's own share [H, W, 1]: 0 inside a random box of area 1 - lam if `pasted`, else lam everywhere."""
-    lam_key, place_key = jax.random.split(key)
-    lam = jax.random.beta(lam_key, alpha, alpha, (), jnp.float32)
-    height, width = (jnp.floor(length * jnp.sqrt(1 - lam)).astype(jnp.int32) for length in shape[1:3])
-    box = _random_centred_box(place_key, shape[1], shape[2], height, width)
-    return jnp.where(pasted, 1 - box.astype(jnp.float32), lam)
-
-
-def _mix(
-    images: jax.Array, labels: jax.Array, weights: jax.Array, axis_name: str | None
-) -> tuple[jax.Array, jax.Array]:
-    """Blend with the partners, the images by `weights` [H, W, 1] and the labels by their mean."""
-    if not (jnp.issubdtype(images.dtype, jnp.floating) and jnp.issubdtype(labels.dtype, jnp.floating)):
-        raise TypeError(f"images and labels must be floating (labels one-hot or soft): {images.dtype}, {labels.dtype}")
-
-    def partner(x: jax.Array) -> jax.Array:
-        if axis_name is not None:
-            n = jax.lax.axis_size(axis_name)
-            x = jax.lax.ppermute(x, axis_name, [(device, n - 1 - device) for device in range(n)])
-        return x[::-1]
-
-    weights, share = weights[None].astype(images.dtype), jnp.mean(weights).astype(labels.dtype)
-    return weights * images + (1 - weights) * partner(images), share * labels + (1 - share) * partner(labels)
 
 
 AUGMENTS: dict[str, Callable[..., Augment]] = {

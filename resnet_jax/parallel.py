@@ -1,8 +1,8 @@
 """One step, three compilers: `jit` with shardings, `pmap`, or `shard_map`, over a mesh with one axis of devices.
 
-A step is `step(state, batch, *, axis_name=None)`; it returns (state, metrics), or sums in evaluation. Under `jit` it sees the whole batch and
-`axis_name` is None; under the other two it sees its shard's part, and `vary` and `mean_over` make its gradients those
-of the whole batch. The same step gives the same state in all three.
+A step is `step(state, batch, *, axis_name=None)`; it returns (state, metrics), or sums in evaluation. Under `jit` it
+sees the whole batch and `axis_name` is None; under the other two it sees its shard's part, and `vary` and `mean_over`
+make its gradients those of the whole batch. The same step gives the same state in all three.
 """
 
 from collections.abc import Callable, Sequence
@@ -33,6 +33,18 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """The leading axis is split over the devices."""
     return NamedSharding(mesh, PartitionSpec(AXIS))
+
+
+def place(tree: PyTree, sharding: NamedSharding) -> PyTree:
+    """Arrays, the same in every process, laid out as one global array each; typed keys too."""
+
+    def put(x: Any) -> jax.Array:
+        if jax.dtypes.issubdtype(getattr(x, "dtype", None), jax.dtypes.prng_key):
+            return jax.random.wrap_key_data(put(jax.random.key_data(x)), impl=jax.random.key_impl(x))
+        host = np.asarray(x)
+        return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+    return jax.tree.map(put, tree)
 
 
 def axis_of(mode: Mode) -> str | None:
@@ -86,9 +98,7 @@ def compile_step(
             raise ValueError("pmap takes no compiler options; use mode jit or shard_map")
         local = [d for d in mesh.devices.flat if d.process_index == jax.process_index()]
         devices = local if jax.process_count() == 1 else None
-        return jax.pmap(
-            step, axis_name=AXIS, in_axes=(None, 0), out_axes=None, donate_argnums=donated, devices=devices
-        )
+        return jax.pmap(step, axis_name=AXIS, in_axes=(None, 0), out_axes=None, donate_argnums=donated, devices=devices)
     if mode == "shard_map":
         specs = (PartitionSpec(), PartitionSpec(AXIS))
         step = jax.shard_map(step, mesh=mesh, in_specs=specs, out_specs=PartitionSpec())

@@ -232,7 +232,7 @@ STAGES: dict[int, tuple[tuple[int, ...], ModuleDef]] = {
     101: ((3, 4, 23, 3), Bottleneck),
     152: ((3, 8, 36, 3), Bottleneck),
 }
-PREACT = {BasicBlock: PreActBlock, Bottleneck: PreActBottleneck}
+PREACT: dict[ModuleDef, ModuleDef] = {BasicBlock: PreActBlock, Bottleneck: PreActBottleneck}
 
 # Three stages of 2n + 2n + 2n layers for 32x32 images, https://arxiv.org/abs/1512.03385 section 4.2.
 cifar_resnet = partial(ResNet, num_classes=10, width=16, stem=CifarStem)
@@ -242,7 +242,9 @@ CIFAR_DEPTHS = (8, 20, 32, 44, 56, 110)
 
 def wide_resnet(depth: int, factor: int) -> ModuleDef:
     """WRN-`depth`-`factor` for 32x32 images, https://arxiv.org/abs/1605.07146."""
-    return partial(cifar_preact, stage_sizes=((depth - 4) // 6,) * 3, block=PreActBlock, width=16 * factor, stem_width=16)
+    return partial(
+        cifar_preact, stage_sizes=((depth - 4) // 6,) * 3, block=PreActBlock, width=16 * factor, stem_width=16
+    )
 
 
 MODELS: dict[str, ModuleDef] = {

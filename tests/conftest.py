@@ -35,7 +35,7 @@ def images():
 
 @pytest.fixture(scope="session")
 def command(tfds_dir):
-    """`command("train", "--seed", 1)` runs `python -m train --seed 1` as a user does, warnings as errors, one device."""
+    """`command("train", "--seed", 1)` runs `python -m train --seed 1` as a user does, with warnings as errors."""
 
     def environment(**extra):
         cache = {"JAX_COMPILATION_CACHE_DIR": str(CACHE), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3"}

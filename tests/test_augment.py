@@ -13,6 +13,7 @@ from jax.sharding import AxisType, PartitionSpec
 from PIL import Image, ImageOps
 
 from resnet_jax import augment as A
+from resnet_jax import mix as M
 
 CASES = {
     "normalize": {"mean": 0.5, "std": 0.25},
@@ -282,7 +283,7 @@ def shift_hue(image, turns):
 def test_hue_equals_colorsys(turns, seed):
     image = photo((5, 4, 3), seed)
     image[0] = [[0.5, 0.5, 0.5], [0.7, 0.7, 0.1], [0.1, 0.7, 0.7], [0.7, 0.1, 0.7]]  # gray, and pairs of equal maxima
-    planes = hue_planes(*(image[..., channel] for channel in range(3)), np.float32(turns))
+    planes = hue_planes([image[..., channel] for channel in range(3)], np.float32(turns))
     np.testing.assert_allclose(np.stack(planes, -1), shift_hue(image.astype(float), turns), atol=5e-6)
 
 
@@ -409,9 +410,9 @@ def test_tables_list_the_same_operations():
 IMAGES = np.stack([photo((6, 5, 3), seed) for seed in range(16)])
 LABELS = np.random.default_rng(0).dirichlet(np.ones(4), 16).astype(np.float32)
 MIXES = {
-    "mixup": partial(A.mixup, alpha=0.4),
-    "cutmix": partial(A.cutmix, alpha=1.0),
-    "mix": partial(A.mix, mixup_alpha=0.8, cutmix_alpha=1.0),
+    "mixup": partial(M.mixup, alpha=0.4),
+    "cutmix": partial(M.cutmix, alpha=1.0),
+    "mix": partial(M.mix, mixup_alpha=0.8, cutmix_alpha=1.0),
 }
 
 
@@ -440,17 +441,17 @@ def test_mix_uses_both_and_zero_turns_one_off():
     for seed in range(20):
         kinds.add(bool(np.isin(np.asarray(mixer("mix")(jax.random.key(seed), IMAGES, LABELS)[0]), IMAGES).all()))
     assert kinds == {True, False}
-    images, labels = A.mix(key, IMAGES, LABELS, mixup_alpha=0, cutmix_alpha=0)
+    images, labels = M.mix(key, IMAGES, LABELS, mixup_alpha=0, cutmix_alpha=0)
     assert images is IMAGES and labels is LABELS
     inner = jax.random.split(key)[1]
     for alphas, name in (((0.4, 0), "mixup"), ((0, 1.0), "cutmix")):
-        got = A.mix(key, IMAGES, LABELS, mixup_alpha=alphas[0], cutmix_alpha=alphas[1])
+        got = M.mix(key, IMAGES, LABELS, mixup_alpha=alphas[0], cutmix_alpha=alphas[1])
         np.testing.assert_allclose(got[0], mixer(name)(inner, IMAGES, LABELS)[0], atol=1e-6)
 
 
 def test_mixing_refuses_integers():
     with pytest.raises(TypeError, match="int32"):
-        A.mixup(jax.random.key(0), jnp.asarray(IMAGES), jnp.zeros(16, jnp.int32))
+        M.mixup(jax.random.key(0), jnp.asarray(IMAGES), jnp.zeros(16, jnp.int32))
 
 
 @pytest.mark.parametrize("name", ["mixup", "cutmix"])

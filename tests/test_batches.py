@@ -2,6 +2,7 @@
 
 import io
 from collections import Counter
+from itertools import pairwise
 
 import jax
 import numpy as np
@@ -73,7 +74,7 @@ def test_every_example_once_an_epoch(count, seed, epoch, data):
     start, stop = epoch * count, (epoch + 1) * count
     cuts = sorted(data.draw(st.lists(st.integers(max(start - 5, 0), stop + 5), max_size=4)))
     edges = [max(start - 5, 0), *cuts, stop + 5]
-    parts = [stream_indices(count, seed, a, b - a) for a, b in zip(edges, edges[1:], strict=False) if b > a]
+    parts = [stream_indices(count, seed, a, b - a) for a, b in pairwise(edges) if b > a]
     order = np.concatenate(parts)[start - edges[0] :][:count]
     assert sorted(order) == list(range(count))
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from resnet_jax.parallel import make_mesh
 from train import folder
 from train.batches import train_batches
 from train.data import Arrays, Encoded, load
@@ -239,7 +240,7 @@ def test_broken_file_is_named_and_refused_or_skipped(name, tmp_path, capsys):
     fill(tmp_path, {"cat": 5, "dog": 5})
     data, reason = BROKEN[name]
     path = write(tmp_path / "cat" / name, data)
-    with pytest.raises(UsageError, match=rf"1 of \d+ images are broken: .*{path}: .*({reason}).*pass --data.broken skip"):
+    with pytest.raises(UsageError, match=rf"1 of \d+ images are broken: .*{path}: .*({reason}).*--data\.broken skip"):
         load_folder(tmp_path)
 
     data = load_folder(tmp_path, broken="skip")
@@ -253,7 +254,7 @@ def test_broken_file_is_named_and_refused_or_skipped(name, tmp_path, capsys):
 def test_first_file_broken_in_its_middle(tmp_path):
     """The image that the size of the set is judged by may be the one that cannot be decoded."""
     fill(tmp_path, {"cat": 5, "dog": 5}, size=(40, 30))
-    path = write(tmp_path / "cat" / "+.png", BROKEN["middle.png"][0])  # sorted before the others
+    path = write(tmp_path / "cat" / "-.png", BROKEN["middle.png"][0])  # sorted before the others
     assert folder.read(tmp_path, size=6, skip_broken=False)[1]["train"].name(0) == str(path)
     for size in (6, None):
         with pytest.raises(UsageError, match=rf"1 of \d+ images are broken: .*{path}"):
@@ -265,7 +266,9 @@ def test_broken_files_are_counted(tmp_path):
     fill(tmp_path, {"cat": 5, "dog": 5})
     for i in range(5):
         write(tmp_path / "dog" / f"bad{i}.jpg", b"")
-    with pytest.raises(UsageError, match=r"5 of 15 images are broken: .*bad0.*bad1.*bad2\.jpg: not an image; \.\.\. Mend"):
+    with pytest.raises(
+        UsageError, match=r"5 of 15 images are broken: .*bad0.*bad1.*bad2\.jpg: not an image and 2 more"
+    ):
         load_folder(tmp_path)
 
 
@@ -294,23 +297,16 @@ def test_file_that_went_away_is_named(tmp_path):
                 source[i]
 
 
-def test_file_broken_in_its_middle_stops_a_stream_with_its_name(tmp_path, mesh):
+def test_file_broken_in_its_middle_stops_a_stream_with_its_name(tmp_path):
     for split in ("train", "test"):
         fill(tmp_path / split, {"cat": 6, "dog": 6})
     path = write(tmp_path / "train" / "cat" / "middle.png", BROKEN["middle.png"][0])
     data = load_folder(tmp_path, memory_limit=0, validation=0.01)
     assert isinstance(data.train, Encoded)
-    stream = train_batches(data.train, batch=8, seed=0, mesh=mesh)
+    stream = train_batches(data.train, batch=8, seed=0, mesh=make_mesh())
     with pytest.raises(UsageError, match=rf"cannot read image {path}: "):
         for _ in range(3):
             next(stream)
-
-
-@pytest.fixture
-def mesh():
-    from resnet_jax.parallel import make_mesh
-
-    return make_mesh()
 
 
 def test_in_memory_by_default(tmp_path):

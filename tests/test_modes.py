@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from resnet_jax.augment import compose, mix, normalize, random_crop, random_flip
+from resnet_jax.augment import compose, normalize, random_crop, random_flip
 from resnet_jax.masks import apply_masks
+from resnet_jax.mix import mix
 from resnet_jax.parallel import axis_of, compile_step, make_mesh, replicated, shard_batch
 from resnet_jax.tree import is_kernel, map_with_path
 from tests.nets import batch_of, tiny, tiny_state, tiny_tx

@@ -90,7 +90,9 @@ def test_depth_is_what_the_name_says(name: str) -> None:
     assert f"{layers}" in re.findall(r"\d+", name)[0]
 
 
-@pytest.mark.parametrize(("channels", "num_classes", "dtype"), [(1, 7, "float32"), (3, 10, "bfloat16"), (4, None, "bfloat16")])
+@pytest.mark.parametrize(
+    ("channels", "num_classes", "dtype"), [(1, 7, "float32"), (3, 10, "bfloat16"), (4, None, "bfloat16")]
+)
 @pytest.mark.parametrize("name", MODELS)
 def test_every_model(name: str, channels: int, num_classes: int | None, dtype: str) -> None:
     """Levels, strides, dtypes and names, on an odd size that no stride divides."""

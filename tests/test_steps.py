@@ -8,9 +8,10 @@ import numpy as np
 import optax
 import pytest
 
-from resnet_jax.augment import mixup, normalize
+from resnet_jax.augment import normalize
 from resnet_jax.losses import LOSSES, sigmoid_cross_entropy, smooth_labels, softmax_cross_entropy
 from resnet_jax.masks import apply_masks
+from resnet_jax.mix import mixup
 from resnet_jax.tree import is_head, is_kernel, leaves, map_with_path
 from tests.nets import CLASSES, batch_of, tiny, tiny_state, tiny_tx
 from train.optim import make_optimizer
@@ -66,7 +67,9 @@ def test_overfits_32_images():
         "label": rng.integers(0, CLASSES, 32).astype(np.int32),
     }
     tx = tiny_tx(lr=0.1, steps=150)
-    step = jax.jit(partial(train_step, model=tiny(), tx=tx, augment=normalize((0.5,) * 3, (0.25,) * 3)), donate_argnums=0)
+    step = jax.jit(
+        partial(train_step, model=tiny(), tx=tx, augment=normalize((0.5,) * 3, (0.25,) * 3)), donate_argnums=0
+    )
     state = tiny_state(tx)
     for _ in range(150):
         state, metrics = step(state, batch)
@@ -84,7 +87,9 @@ def test_accumulation_is_the_mean_of_the_parts_gradients(images):
     odd, second = whole(state, {k: v[1::2] for k, v in batch_of(images).items()})
     assert_close(got.params, jax.tree.map(lambda a, b: (a + b) / 2, even.params, odd.params), atol=1e-6, rtol=0)
     assert float(metrics["loss"]) == pytest.approx((float(first["loss"]) + float(second["loss"])) / 2, rel=1e-5)
-    carried = jax.tree.map(lambda s0, a, b: 0.9 * a + (b - 0.9 * s0), state.batch_stats, even.batch_stats, odd.batch_stats)
+    carried = jax.tree.map(
+        lambda s0, a, b: 0.9 * a + (b - 0.9 * s0), state.batch_stats, even.batch_stats, odd.batch_stats
+    )
     # Only the first norm's inputs are independent of what the statistics are.
     assert_close(got.batch_stats["stem"], carried["stem"], atol=1e-6, rtol=0)
 
@@ -95,7 +100,9 @@ def test_accumulation_must_divide_the_batch(images):
 
 
 def test_masked_weights_stay_zero_under_momentum_decay_and_ema(images):
-    masks = map_with_path(lambda path, p: jnp.abs(p) > 0.05 if is_kernel(path, p) else jnp.ones((), bool), tiny_state(TX).params)
+    masks = map_with_path(
+        lambda path, p: jnp.abs(p) > 0.05 if is_kernel(path, p) else jnp.ones((), bool), tiny_state(TX).params
+    )
     state = tiny_state(TX, masks=masks, ema=True)
     state = state.replace(params=apply_masks(state.params, masks))
     step = jax.jit(partial(train_step, model=tiny(), tx=TX, ema_decay=0.9))

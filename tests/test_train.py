@@ -21,7 +21,20 @@ from train.run import fresh_state, make_model, make_tx, run, step_options
 from train.steps import train_step
 
 # A run of seconds: 20 batches of 64 in an epoch of the digits' 1,293 training images.
-QUICK = ["--model", "resnet8", "--width", "8", "--steps", "45", "--batch", "64", "--eval-every", "1", "--log-every", "5"]
+QUICK = [
+    "--model",
+    "resnet8",
+    "--width",
+    "8",
+    "--steps",
+    "45",
+    "--batch",
+    "64",
+    "--eval-every",
+    "1",
+    "--log-every",
+    "5",
+]
 
 
 def quick(out, *more):
@@ -154,14 +167,10 @@ def test_modes_reach_the_same_result(mode, tmp_path, tfds_dir):
 
 def test_options_of_a_run(tmp_path, tfds_dir):
     """Averaged parameters, the best checkpoint, mixing, accumulation and stochastic depth, all in one run."""
-    config = parse(
-        "train",
-        PRESETS,
-        quick(tmp_path, "--steps", "24", "--eval-every", "0.4", "--select", "best", "--ema", "0.9")
-        + ["--accumulate", "2", "--drop-path", "0.1", "--augment.mixup", "0.2", "--augment.cutmix", "1.0"]
-        + ["--augment.cutout", "2", "--augment.flip", "--xla", "xla_cpu_enable_fast_min_max=true"],
-        default="digits",
-    )[1]
+    options = "--steps 24 --eval-every 0.4 --select best --ema 0.9 --accumulate 2 --drop-path 0.1 --augment.flip"
+    options += " --augment.mixup 0.2 --augment.cutmix 1.0 --augment.cutout 2 --augment.erasing 0.5"
+    options += " --xla xla_cpu_enable_fast_min_max=true"
+    _, config = parse("train", PRESETS, quick(tmp_path, *options.split()), default="digits")
     result = run(config)
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     measured = {r["step"]: r["validation_accuracy"] for r in rows if "validation_accuracy" in r}
@@ -186,7 +195,9 @@ def test_presets_are_complete(name):
         config = dataclasses.replace(config, augment=dataclasses.replace(config.augment, mean=(0.5,), std=(0.5,)))
     model = make_model(config, 10)
     tx, _ = make_tx(config, 100, 10.0)
-    state = jax.eval_shape(lambda: fresh_state(dataclasses.replace(config, init=None), model, tx, (size, size, channels)))
+    state = jax.eval_shape(
+        lambda: fresh_state(dataclasses.replace(config, init=None), model, tx, (size, size, channels))
+    )
     batch = {
         "image": jax.ShapeDtypeStruct((4, size, size, channels), jnp.uint8),
         "label": jax.ShapeDtypeStruct((4,), jnp.int32),

@@ -57,7 +57,9 @@ def test_example_keys_are_the_same_in_any_split():
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     spec = jax.sharding.PartitionSpec("data")
     parts = jax.jit(
-        jax.shard_map(lambda x: example_keys(key, example_index(x.shape[0], "data")), mesh=mesh, in_specs=spec, out_specs=spec)
+        jax.shard_map(
+            lambda x: example_keys(key, example_index(x.shape[0], "data")), mesh=mesh, in_specs=spec, out_specs=spec
+        )
     )(jnp.zeros(8))
     np.testing.assert_array_equal(jax.random.key_data(whole), jax.random.key_data(parts))
     assert len(np.unique(jax.random.key_data(whole), axis=0)) == 8

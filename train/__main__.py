@@ -3,6 +3,8 @@
 import json
 import sys
 
+import jax
+
 from train.command import parse
 from train.errors import one_line
 from train.presets import PRESETS
@@ -11,9 +13,11 @@ from train.presets import PRESETS
 def main(argv: list[str] | None = None) -> None:
     """Parse, run, print the result."""
     preset, config = parse("python -m train", PRESETS, sys.argv[1:] if argv is None else argv, default="digits")
-    from train.run import run  # after parsing: --help and typing errors answer before jax is up
+    from train.run import run  # after parsing: --help and typing errors need not wait for it
 
-    print(json.dumps(run(config, preset)))
+    result = run(config, preset)
+    if jax.process_index() == 0:
+        print(json.dumps(result))
 
 
 if __name__ == "__main__":

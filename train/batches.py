@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from resnet_jax.parallel import Mode, batch_sharding, make_mesh, replicated, shard_batch
+from resnet_jax.parallel import Mode, batch_sharding, make_mesh, place, replicated, shard_batch
 from train.data import Arrays, Encoded, Example
 from train.errors import UsageError
 
@@ -54,8 +54,9 @@ def train_batches(source: Arrays | Encoded, *, batch: int, seed: int, mesh: Mesh
         raise UsageError(f"a batch of {batch} is not divisible by {devices} devices: choose a multiple of {devices}")
     if batch > count:
         raise UsageError(f"a batch of {batch} is larger than the {count} training images: choose a smaller --batch")
-    kind = ResidentBatches if isinstance(source, Arrays) else StreamedBatches
-    return kind(source, batch=batch, seed=seed, mesh=mesh, mode=mode)
+    if isinstance(source, Arrays):
+        return ResidentBatches(source, batch=batch, seed=seed, mesh=mesh, mode=mode)
+    return StreamedBatches(source, batch=batch, seed=seed, mesh=mesh, mode=mode)
 
 
 class ResidentBatches:
@@ -70,7 +71,7 @@ class ResidentBatches:
         self.devices = mesh.size
         self.sharding = batch_sharding(mesh)
         arrays = {"image": source.images, "label": source.labels.astype(np.int32)}
-        self.arrays = jax.tree.map(lambda x: _place(x, replicated(mesh)), arrays)
+        self.arrays = place(arrays, replicated(mesh))
         self.take = jax.jit(_take, out_shardings=self.sharding)
 
     def __next__(self) -> Batch:
@@ -78,7 +79,7 @@ class ResidentBatches:
         self.position += self.batch
         if self.local:
             indices = _own_part(indices).reshape(self.devices, -1)
-        return self.take(self.arrays, _place(indices, self.sharding))
+        return self.take(self.arrays, place(indices, self.sharding))
 
     def state(self) -> dict[str, Any]:
         return {"position": self.position}
@@ -91,11 +92,6 @@ def _take(arrays: Batch, indices: jax.Array) -> Batch:
     return jax.tree.map(lambda x: x[indices], arrays)
 
 
-def _place(array: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
-    """The same host array in every process, as one global array."""
-    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
-
-
 def _own_part(indices: np.ndarray) -> np.ndarray:
     """This process's contiguous part of a global batch."""
     return np.split(indices, jax.process_count())[jax.process_index()]
@@ -105,7 +101,8 @@ class StreamedBatches:
     """Batches decoded by Grain's threads ahead of the step."""
 
     def __init__(self, source: Encoded, *, batch: int, seed: int, mesh: Mesh, mode: Mode) -> None:
-        self.batch, self.seed, self.mesh, self.mode = batch, seed, mesh, mode
+        self.batch, self.seed, self.mesh = batch, seed, mesh
+        self.mode: Mode = mode
         self.own = batch // jax.process_count()
         self.source = source
         self._start(0)

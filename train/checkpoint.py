@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from resnet_jax.parallel import place
 from resnet_jax.tree import PyTree, leaves
 from train.errors import RunError, UsageError
 from train.state import TrainState
@@ -65,9 +66,7 @@ class Checkpoints:
         if free < needed:
             raise self._failed(f"it needs {needed / 1e6:.0f} MB and {free / 1e6:.0f} MB are free")
         try:
-            self._pending = self._orbax.save_async(
-                step, arrays, metrics=metrics, custom_metadata=metadata, force=True
-            )
+            self._pending = self._orbax.save_async(step, arrays, metrics=metrics, custom_metadata=metadata, force=True)
         except Exception as error:
             raise self._failed(error) from error
 
@@ -113,7 +112,8 @@ class Checkpoints:
 
     def _load(self, step: int, like: TrainState) -> tuple[PyTree, dict[str, Any]]:
         wanted = _to_host(like)
-        missing = [name for name in ("manifest.ocdbt", "_METADATA") if not (self.root / str(step) / "state" / name).is_file()]
+        files = [self.root / str(step) / "state" / name for name in ("manifest.ocdbt", "_METADATA")]
+        missing = [file.name for file in files if not file.is_file()]
         if missing:  # Orbax would log at length
             raise ValueError(f"{missing[0]} is missing")
         metadata = self._orbax.metadata(step)
@@ -137,7 +137,7 @@ class Checkpoints:
 
 
 def _to_host(state: TrainState) -> PyTree:
-    """NumPy copies of a state's arrays, keys as their bits: donated buffers may be overwritten while files are written."""
+    """NumPy copies of a state's arrays, keys as their bits: donated buffers change while files are still written."""
     fields = {name: getattr(state, name) for name in state.__dataclass_fields__}
     fields["key"] = jax.random.key_data(state.key)
     return jax.tree.map(np.array, fields)
@@ -148,7 +148,7 @@ def _to_devices(arrays: PyTree, like: TrainState) -> TrainState:
     fields = {name: getattr(like, name) for name in like.__dataclass_fields__}
     # Orbax returns plain containers; optimizer states are named tuples.
     placed = [
-        jax.device_put(new, old.sharding)
+        place(new, old.sharding)
         for new, old in zip(jax.tree.leaves(arrays), jax.tree.leaves(fields), strict=True)
     ]
     return type(like)(**jax.tree.unflatten(jax.tree.structure(fields), placed))

@@ -12,9 +12,7 @@ from train.config import flat
 from train.errors import UsageError, unknown
 
 
-def parse(
-    program: str, presets: dict[str, Callable[[], Any]], argv: Sequence[str], *, default: str
-) -> tuple[str, Any]:
+def parse(program: str, presets: dict[str, Callable[[], Any]], argv: Sequence[str], *, default: str) -> tuple[str, Any]:
     """(preset's name, its config with the flags of `argv` applied).
 
     Raises:

@@ -1,6 +1,7 @@
 """What a supervised run is told: frozen dataclasses, one field a flag (`--optim.lr 0.1`). Known to the mains alone."""
 
 import dataclasses
+import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -131,8 +132,8 @@ class TrainConfig:
     """XLA compiler options for the train step, NAME=VALUE each (not in mode pmap)."""
     sync_bn: bool = True
     """Batch statistics over all devices; False (not in mode jit): over each device's own part."""
-    distributed: bool = False
-    """Join the other hosts (jax.distributed.initialize) first."""
+    distributed: str | None = None
+    """Join the other hosts first: `auto` on SLURM, Kubernetes and TPU pods, elsewhere COORDINATOR:PORT,COUNT,INDEX."""
     eval_every: float = 1.0
     """Epochs between evaluations on validation, each with a checkpoint."""
     save_steps: int | None = None
@@ -212,7 +213,9 @@ def check(config: TrainConfig) -> None:
         if not fits:
             raise UsageError(f"--{name.replace('_', '-')} {values[name]} is out of range")
     if not config.sync_bn and config.mode == "jit":
-        raise UsageError("under jit batch statistics are those of the whole batch: --no-sync-bn needs --mode shard_map or pmap")
+        raise UsageError("jit's statistics are those of the whole batch: --no-sync-bn needs --mode shard_map or pmap")
+    if config.distributed not in (None, "auto") and not re.fullmatch(r".+:\d+,\d+,\d+", config.distributed):
+        raise UsageError(f"--distributed {config.distributed} is neither auto nor COORDINATOR:PORT,COUNT,INDEX")
     if config.mode == "pmap" and config.xla:
         raise UsageError("pmap takes no compiler options: --xla needs --mode jit or shard_map")
     for option in config.xla:

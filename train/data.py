@@ -29,7 +29,7 @@ from train.errors import UsageError, unknown
 MEMORY_LIMIT = 2 << 30  # bytes: sets that decode to no more than this live in memory
 # What Pillow raises on images that are none, are cut off, corrupted, or claim to be enormous.
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
-Example = dict[str, np.ndarray]
+Example = dict[str, Any]
 
 
 class BrokenImage(UsageError):
@@ -222,6 +222,7 @@ def decode_all(source: Encoded, *, skip_broken: bool = False) -> Arrays:
 
 
 def differ_in_size(what: str) -> UsageError:
+    """The error for images that cannot be stacked as they are."""
     return UsageError(f"{what} differ in size: pass --data.image-size")
 
 
@@ -229,7 +230,7 @@ def report_broken(broken: Sequence[str], of: int, skip: bool) -> None:
     """Refuse a set with broken images, or with `skip` warn of them: how many, and the first by name."""
     if not broken:
         return
-    shown = "; ".join(broken[:3]) + ("; ..." if len(broken) > 3 else "")
+    shown = "; ".join(broken[:3]) + (f" and {len(broken) - 3} more" if len(broken) > 3 else "")
     line = f"{len(broken)} of {of} images are broken: {shown}"
     if not skip:
         raise UsageError(f"{line}. Mend or remove them, or pass --data.broken skip")
@@ -343,7 +344,8 @@ def split_by_class(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.n
         members = np.flatnonzero(labels == label)
         kept, held = split_indices(len(members), fraction, seed + int(label))
         parts.append((members[kept], members[held]))
-    return tuple(np.sort(np.concatenate(part)) for part in zip(*parts, strict=True))
+    kept, held = (np.sort(np.concatenate(part)) for part in zip(*parts, strict=True))
+    return kept, held
 
 
 def _image_bytes(source: Encoded) -> int:
@@ -418,8 +420,8 @@ def _tfds(name: str, data_dir: Path | None, size: int | None) -> tuple[tuple[str
         sources = {split: builder.as_data_source(split, decoders=undecoded) for split in known}
     except NotImplementedError:
         raise UsageError(
-            f"{folder} is stored as {builder.info.file_format.value}, which has no random access: prepare it as "
-            f"array_record, with 'python -m train.data prepare {name}' and another --dir"
+            f"{folder} is stored in a format without random access: prepare it as array_record, "
+            f"with 'python -m train.data prepare {name}' and another --dir"
         ) from None
     if "test" in sources and len(sources["test"]) and sources["test"][0][label_key] == -1:
         del sources["test"]  # ImageNet's comes without labels: there is nothing to report on it
@@ -462,7 +464,7 @@ def prepared_folder(name: str, root: Path) -> Path | None:
             if re.fullmatch(r"\d+\.\d+\.\d+", path.name) and (path / "dataset_info.json").is_file():
                 yield tuple(map(int, path.name.split("."))), path
 
-    found = max(versions(), default=None)
+    found = max(versions(), default=None) if name else None  # no name would find any set
     return found[1] if found else None
 
 

@@ -86,9 +86,10 @@ def _look(path: Path) -> tuple[int, int] | str:
     try:
         with Image.open(path) as image:
             kind = image.format
-            size = image.size
-            if image.getexif().get(ExifTags.Base.Orientation, 1) >= 5:  # lies on its side
-                size = size[::-1]
+            width, height = image.size
+            # Without the first condition Pillow decodes a PNG to find out.
+            if "exif" in image.info and image.getexif().get(ExifTags.Base.Orientation, 1) >= 5:
+                width, height = height, width  # lies on its side
         with path.open("rb") as file:
             file.seek(-min(4096, path.stat().st_size), 2)
             tail = file.read()
@@ -98,4 +99,4 @@ def _look(path: Path) -> tuple[int, int] | str:
                 image.load()
     except UNREADABLE as error:
         return fault(error)
-    return size
+    return width, height

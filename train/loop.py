@@ -68,7 +68,9 @@ def fit(
     return state
 
 
-def evaluate(step: Callable[[Any, Any], dict[str, jax.Array]], variables: Any, batches: Iterable[Any]) -> dict[str, Any]:
+def evaluate(
+    step: Callable[[Any, Any], dict[str, jax.Array]], variables: Any, batches: Iterable[Any]
+) -> dict[str, Any]:
     """Sum `step(variables, batch)` over all batches in float64 and summarise; see `train.metrics.summarize`."""
     total: dict[str, np.ndarray] | None = None
     for batch in batches:
@@ -83,11 +85,14 @@ class Progress:
     """Progress for people on stderr (step, epoch, loss, accuracy, images/s, time left), for programs in a JSONL file.
 
     A terminal gets one line that changes; a log file a line every few seconds. `every` is the spacing of JSONL rows in
-    steps, whose values are means over those steps.
+    steps, whose values are means over those steps; `silent` prints nothing.
     """
 
-    def __init__(self, path: Path | None, *, start: int, steps: int, epoch_steps: float, batch: int, every: int) -> None:
+    def __init__(
+        self, path: Path | None, *, start: int, steps: int, epoch_steps: float, batch: int, every: int, silent: bool = False
+    ) -> None:
         self.steps, self.epoch_steps, self.batch, self.every = steps, epoch_steps, batch, every
+        self.silent = silent
         self.file = None
         if path is not None:
             keep = [row for row in _rows(path) if row["step"] <= start]
@@ -124,11 +129,13 @@ class Progress:
             f"step {step}/{self.steps}  epoch {step / self.epoch_steps:.1f}/{total}  loss {means['loss']:.4f}  "
             f"accuracy {means['accuracy']:.3f}  {rate:,.0f} images/s  {_clock(left)} left"
         )
-        print(f"\r{line:<110}" if self.terminal else line, end="" if self.terminal else "\n", file=sys.stderr, flush=True)
+        self.say(line, stays=not self.terminal)
 
-    def note(self, line: str) -> None:
-        """A line that stays."""
-        print(f"\r{line:<110}" if self.terminal else line, file=sys.stderr, flush=True)
+    def say(self, line: str, *, stays: bool = True) -> None:
+        """Print a line, which the next one overwrites unless it `stays`."""
+        if not self.silent:
+            text = f"\r{line:<110}" if self.terminal else line
+            print(text, end="\n" if stays else "", file=sys.stderr, flush=True)
 
     def row(self, row: dict[str, Any]) -> None:
         if self.file is not None:
@@ -148,7 +155,7 @@ class Progress:
         return (self.last - self.first) * self.batch / seconds if self.first is not None else 0.0
 
     def close(self) -> None:
-        if self.terminal:
+        if self.terminal and not self.silent:
             print(file=sys.stderr)
         if self.file is not None:
             self.file.close()

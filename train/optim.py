@@ -120,9 +120,7 @@ def make_optimizer(
     """
     mask = partial(select, predicate=decay)
     if name in OPTIMIZERS:
-        tx = OPTIMIZERS[name](
-            schedule, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay, mask=mask
-        )
+        tx = OPTIMIZERS[name](schedule, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay, mask=mask)
     else:
         tx = _from_optax(name, schedule, weight_decay, mask)
     if clip_norm is not None:
@@ -137,7 +135,7 @@ def make_optimizer(
 
 
 def _from_optax(name: str, schedule: Schedule, weight_decay: float, mask: Any) -> optax.GradientTransformation:
-    factory = getattr(optax, name.removeprefix("optax."), None) if name.startswith("optax.") else None
+    factory: Any = getattr(optax, name.removeprefix("optax."), None) if name.startswith("optax.") else None
     accepted = inspect.signature(factory).parameters if callable(factory) else {}
     if "learning_rate" not in accepted:
         raise unknown("optimizer", name, [*OPTIMIZERS, "optax.NAME"])

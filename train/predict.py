@@ -1,8 +1,8 @@
 """Use a trained run: `python -m train.predict RUN IMAGE...`, or in Python
 
-    from train.predict import load
-    predict = load("runs/digits-seed0")
-    predict("seven.png")  # [("7", 0.97), ("1", 0.01), ...]
+from train.predict import load
+predict = load("runs/digits-seed0")
+predict("seven.png")  # [("7", 0.97), ("1", 0.01), ...]
 """
 
 from collections.abc import Callable, Sequence
@@ -43,7 +43,7 @@ def load(run: str | Path, *, top: int = 5) -> Callable[[Any], Any]:
     @jax.jit
     def probabilities(images: jax.Array) -> jax.Array:
         keys = example_keys(jax.random.key(0), jnp.arange(images.shape[0]))
-        logits = model.apply(variables, augment_batch(preprocess, keys, images), train=False)
+        logits: Any = model.apply(variables, augment_batch(preprocess, keys, images), train=False)
         return jax.nn.softmax(logits)
 
     def predict(images: Any) -> Prediction | list[Prediction]:
@@ -56,7 +56,7 @@ def load(run: str | Path, *, top: int = 5) -> Callable[[Any], Any]:
 
 
 def load_variables(run: Path) -> dict[str, PyTree]:
-    """The variables that a run is used with: its last checkpoint's, or its best one's where it selects on validation."""
+    """The variables that a run is used with: of its last checkpoint, or of the best where it says so."""
     config, saved = read_config(run)
     if not (run / "checkpoints").is_dir():
         raise UsageError(f"{run} has no checkpoints yet")
@@ -77,7 +77,7 @@ def _like(config: TrainConfig, model: nn.Module, image_shape: tuple[int, int, in
 def _pixels(image: Any, shape: Sequence[int]) -> np.ndarray:
     height, width, channels = shape
     if height != width:
-        raise UsageError(f"this run was trained on {height}x{width} images, which are not square: pass arrays of that size")
+        raise UsageError(f"this run was trained on {height}x{width} images: pass arrays of that size")
     if isinstance(image, str | Path):
         try:
             image = Path(image).read_bytes()

@@ -6,7 +6,6 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -20,7 +19,8 @@ import optax
 
 from resnet_jax import augment as aug
 from resnet_jax.losses import LOSSES
-from resnet_jax.parallel import axis_of, compile_step, make_mesh, replicated
+from resnet_jax.mix import mix
+from resnet_jax.parallel import axis_of, compile_step, make_mesh, place, replicated
 from resnet_jax.resnet import MODELS
 from resnet_jax.tree import count, is_head
 from train.batches import eval_batches, train_batches
@@ -35,7 +35,8 @@ from train.steps import eval_step, train_step
 from train.weights import load_weights
 
 # Fields that may differ between a run and its continuation: they change where and how fast, never what.
-FREE_FIELDS = {"out", "mode", "data.dir", "distributed", "keep_last", "keep_best", "log_every", "save_steps", "eval_batch"}
+FREE_FIELDS = {"out", "mode", "data.dir", "distributed", "log_every", "eval_batch"}
+FREE_FIELDS |= {"keep_last", "keep_best", "save_steps"}
 
 
 def run(config: TrainConfig, preset: str = "custom") -> dict[str, Any]:
@@ -48,8 +49,7 @@ def run(config: TrainConfig, preset: str = "custom") -> dict[str, Any]:
     """
     # ---- where ----
     check(config)
-    if config.distributed:
-        jax.distributed.initialize()
+    join_hosts(config.distributed)
     out = Path(config.out or f"runs/{preset}-seed{config.seed}").expanduser()
     if finished := _finished(out, preset, config):
         print(f"{out} holds this run, finished; its result:", file=sys.stderr)
@@ -70,7 +70,7 @@ def run(config: TrainConfig, preset: str = "custom") -> dict[str, Any]:
     steps = config.steps or max(int(config.epochs * epoch_steps), 1)
     model = make_model(config, len(dataset.classes), axis_of(config.mode))
     tx, schedule = make_tx(config, steps, epoch_steps)
-    state = jax.device_put(fresh_state(config, model, tx, dataset.image_shape), replicated(mesh))
+    state = place(fresh_state(config, model, tx, dataset.image_shape), replicated(mesh))
     _say(f"{config.model}: {count(state.params):,} parameters on {mesh.size} {jax.devices()[0].device_kind} "
          f"({config.mode}, {jnp.dtype(model.dtype).name})")  # fmt: skip
 
@@ -85,16 +85,14 @@ def run(config: TrainConfig, preset: str = "custom") -> dict[str, Any]:
         _say(f"going on from step {int(state.step)}")
 
     # ---- steps ----
-    options = {"mesh": mesh, "mode": config.mode}
-    step = compile_step(
+    compiled_for = partial(compile_step, mesh=mesh, mode=config.mode)
+    step = compiled_for(
         partial(train_step, **step_options(config, model, tx)),
         compiler_options=dict(_xla_option(option) for option in config.xla) or None,
-        **options,
     )
-    judge = compile_step(
+    judge = compiled_for(
         partial(eval_step, model=model, preprocess=eval_augment(config.augment), loss=LOSSES[config.loss]),
         donate=False,
-        **options,
     )
 
     def measure(variables: Any, split: str) -> dict[str, Any]:
@@ -110,6 +108,7 @@ def run(config: TrainConfig, preset: str = "custom") -> dict[str, Any]:
         epoch_steps=epoch_steps,
         batch=config.batch,
         every=config.log_every,
+        silent=not main_process,
     )
 
     def log(number: int, metrics: dict[str, float]) -> None:
@@ -121,7 +120,7 @@ def run(config: TrainConfig, preset: str = "custom") -> dict[str, Any]:
         found = measure(state.variables, "validation")
         row = {f"validation_{name}": found[name] for name in ("accuracy", "loss", "calibration_error")}
         progress.row({"step": number, "epoch": round(number / epoch_steps, 4), **row})
-        progress.note(f"step {number}: validation accuracy {found['accuracy']:.4f}, loss {found['loss']:.4f}")
+        progress.say(f"step {number}: validation accuracy {found['accuracy']:.4f}, loss {found['loss']:.4f}")
         checkpoints.save(state, stream.state(), {"validation_accuracy": found["accuracy"]})
         progress.pause(time.perf_counter() - began)
 
@@ -190,6 +189,21 @@ def run(config: TrainConfig, preset: str = "custom") -> dict[str, Any]:
     return result
 
 
+def join_hosts(distributed: str | None) -> None:
+    """Make this process one of several: `auto`, or COORDINATOR:PORT,COUNT,INDEX; None stays alone.
+
+    Raises:
+      RunError: the others cannot be reached.
+    """
+    if distributed is None or jax.distributed.is_initialized():
+        return
+    address, count, index = (None, None, None) if distributed == "auto" else distributed.rsplit(",", 2)
+    try:
+        jax.distributed.initialize(address, count and int(count), index and int(index))
+    except (RuntimeError, ValueError) as error:
+        raise RunError(f"cannot join the other hosts (--distributed {distributed}): {error}") from None
+
+
 # ---- from a config to the pieces: also for scripts that want a preset's pieces --------------------------------------
 
 
@@ -232,18 +246,23 @@ def train_augment(config: AugmentConfig) -> aug.Augment:
     if config.color_jitter:
         s = config.color_jitter
         parts.append(aug.color_jitter(s, s, s, s / 4))
-    parts.append(aug.normalize(config.mean, config.std))
+    parts.append(_normalize(config))
     if config.cutout:
         parts.append(aug.cutout(config.cutout))
     if config.erasing:
-        parts.append(aug.random_erasing(config.erasing))
+        parts.append(aug.random_erasing(p=config.erasing))
     return aug.compose(*parts)
 
 
 def eval_augment(config: AugmentConfig) -> aug.Augment:
     """What evaluation and prediction do to an image: the centre where training crops, then normalise."""
     crop = [aug.center_crop(config.resized_crop)] if config.resized_crop else []
-    return aug.compose(*crop, aug.normalize(config.mean, config.std))
+    return aug.compose(*crop, _normalize(config))
+
+
+def _normalize(config: AugmentConfig) -> aug.Augment:
+    assert config.mean is not None and config.std is not None, "with_statistics fills them in"
+    return aug.normalize(config.mean, config.std)
 
 
 def make_model(config: TrainConfig, num_classes: int | None, axis_name: str | None = None) -> nn.Module:
@@ -299,12 +318,12 @@ def fresh_state(
 def step_options(config: TrainConfig, model: nn.Module, tx: optax.GradientTransformation) -> dict[str, Any]:
     """The static arguments of `train_step`."""
     mixing = config.augment.mixup or config.augment.cutmix
-    mix = partial(aug.mix, mixup_alpha=config.augment.mixup, cutmix_alpha=config.augment.cutmix)
+    mixer = partial(mix, mixup_alpha=config.augment.mixup, cutmix_alpha=config.augment.cutmix)
     return {
         "model": model,
         "tx": tx,
         "augment": train_augment(config.augment),
-        "mix": mix if mixing else None,
+        "mix": mixer if mixing else None,
         "loss": LOSSES[config.loss],
         "label_smoothing": config.label_smoothing,
         "ema_decay": config.ema,

@@ -49,7 +49,7 @@ def train_step(
 
     Args:
       augment: applied to each example under its own key.
-      mix: mixup or cutmix on the augmented batch, `resnet_jax.augment.mix` with its alphas bound.
+      mix: mixup or cutmix on the augmented batch, `resnet_jax.mix.mix` with its alphas bound.
       label_smoothing: in [0, 1].
       ema_decay: of the moving average in `state.ema`, in [0, 1); it starts lower and grows with the steps.
       accumulate: number of parts whose gradients are averaged before the update; must divide the shard's batch.
@@ -96,9 +96,7 @@ def train_step(
         decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))
         average = ema(average, {"params": params, "batch_stats": stats}, decay)
         average["params"] = apply_masks(average["params"], state.masks)
-    state = state.replace(
-        step=state.step + 1, params=params, batch_stats=stats, opt_state=opt_state, ema=average
-    )
+    state = state.replace(step=state.step + 1, params=params, batch_stats=stats, opt_state=opt_state, ema=average)
     return state, metrics | {"grad_norm": global_norm(grads)}
 
 
@@ -146,7 +144,7 @@ def eval_step(
     """
     keys = example_keys(jax.random.key(0), jnp.arange(batch["label"].shape[0]))
     images = augment_batch(preprocess, keys, batch["image"])
-    logits = model.apply(variables, images, train=False)
+    logits: Any = model.apply(variables, images, train=False)
     classes = logits.shape[-1]
     label, valid = batch["label"], batch["valid"].astype(jnp.float32)
     targets = jax.nn.one_hot(label, classes)

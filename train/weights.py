@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from resnet_jax.torch_weights import from_torch
+from resnet_jax.torch_weights import canonical, from_torch
 from resnet_jax.tree import PyTree, leaves, map_with_path
 from train.errors import UsageError
 
@@ -27,8 +27,11 @@ def load_weights(source: Path, variables: dict[str, PyTree]) -> dict[str, PyTree
         return _same_shapes(load_variables(source), variables, source)
     if not source.is_file():
         raise UsageError(f"no weights at {source}")
+    state_dict = read_state_dict(source)
+    theirs, ours = canonical(state_dict).get("fc.weight"), variables["params"].get("head")
+    fits = theirs is not None and ours is not None and theirs.shape == ours["kernel"].shape[::-1]
     try:
-        return from_torch(read_state_dict(source), variables, new_head=True)
+        return from_torch(state_dict, variables, new_head=not fits)
     except ValueError as error:
         raise UsageError(f"{source}: {error}") from None
 

@@ -1,0 +1,78 @@
+"""Mixing examples of a batch: mixup and cutmix, the same on one device and on many.
+
+The partner of global example i is example B - 1 - i: batches are shuffled, so it is a random one, and shards find it
+with a single exchange.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from resnet_jax.augment import random_centred_box
+from resnet_jax.keys import Key
+
+
+def mixup(
+    key: Key, images: jax.Array, labels: jax.Array, *, alpha: float = 0.2, axis_name: str | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """Mix every example with its partner: `lam * x + (1 - lam) * partner`, one lam ~ Beta(alpha, alpha) per batch.
+
+    images float [B, H, W, C], labels float [B, K]; https://arxiv.org/abs/1710.09412. The partner of global example i is
+    B - 1 - i, so shuffled batches have random partners. With `axis_name` the batch is split over that axis, and the
+    same key on all devices gives what one device would.
+    """
+    return _mix(images, labels, _weights(key, images.shape, alpha, False), axis_name)
+
+
+def cutmix(
+    key: Key, images: jax.Array, labels: jax.Array, *, alpha: float = 1.0, axis_name: str | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """Paste one random box of the partner's image, and mix the labels by the box's exact area after clipping.
+
+    Shapes, partners and `axis_name` as in `mixup`; the box covers a share of about 1 - lam, lam ~ Beta(alpha, alpha);
+    https://arxiv.org/abs/1905.04899.
+    """
+    return _mix(images, labels, _weights(key, images.shape, alpha, True), axis_name)
+
+
+def mix(
+    key: Key,
+    images: jax.Array,
+    labels: jax.Array,
+    *,
+    mixup_alpha: float = 0.8,
+    cutmix_alpha: float = 1.0,
+    axis_name: str | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Apply `mixup` or `cutmix` to the batch, each with probability 1/2; an alpha of 0 (a static number) is off."""
+    if not mixup_alpha and not cutmix_alpha:
+        return images, labels
+    choice_key, key = jax.random.split(key)
+    pasted = jax.random.bernoulli(choice_key) if mixup_alpha and cutmix_alpha else bool(cutmix_alpha)
+    alpha = jnp.where(pasted, cutmix_alpha, mixup_alpha)
+    return _mix(images, labels, _weights(key, images.shape, alpha, pasted), axis_name)
+
+
+def _weights(key: Key, shape: tuple[int, ...], alpha: jax.Array | float, pasted: jax.Array | bool) -> jax.Array:
+    """Every pixel's own share [H, W, 1]: 0 inside a random box of area 1 - lam if `pasted`, else lam everywhere."""
+    lam_key, place_key = jax.random.split(key)
+    lam = jax.random.beta(lam_key, alpha, alpha, (), jnp.float32)
+    height, width = (jnp.floor(length * jnp.sqrt(1 - lam)).astype(jnp.int32) for length in shape[1:3])
+    box = random_centred_box(place_key, shape[1], shape[2], height, width)
+    return jnp.where(pasted, 1 - box.astype(jnp.float32), lam)
+
+
+def _mix(
+    images: jax.Array, labels: jax.Array, weights: jax.Array, axis_name: str | None
+) -> tuple[jax.Array, jax.Array]:
+    """Blend with the partners, the images by `weights` [H, W, 1] and the labels by their mean."""
+    if not (jnp.issubdtype(images.dtype, jnp.floating) and jnp.issubdtype(labels.dtype, jnp.floating)):
+        raise TypeError(f"images and labels must be floating (labels one-hot or soft): {images.dtype}, {labels.dtype}")
+
+    def partner(x: jax.Array) -> jax.Array:
+        if axis_name is not None:
+            n = jax.lax.axis_size(axis_name)
+            x = jax.lax.ppermute(x, axis_name, [(device, n - 1 - device) for device in range(n)])
+        return x[::-1]
+
+    weights, share = weights[None].astype(images.dtype), jnp.mean(weights).astype(labels.dtype)
+    return weights * images + (1 - weights) * partner(images), share * labels + (1 - share) * partner(labels)

@@ -1,0 +1,49 @@
+"""Two processes on this machine, four devices each, as two hosts: one run, the result of a single process."""
+
+import json
+import socket
+import subprocess
+
+import pytest
+
+ARGUMENTS = ["train", "--model", "resnet8", "--width", "8", "--steps", "12", "--batch", "64", "--save-steps", "5"]
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        return listener.getsockname()[1]
+
+
+def start(command, out, hosts, devices):
+    where = f"localhost:{free_port()}"
+    extra = [[]] if hosts == 1 else [["--distributed", f"{where},{hosts},{index}"] for index in range(hosts)]
+    env = {"JAX_NUM_CPU_DEVICES": str(devices)}
+    return [command(*ARGUMENTS, "--out", out, *more, start=True, env=env) for more in extra]
+
+
+def finish(processes):
+    try:
+        return [(*process.communicate(timeout=240), process.returncode) for process in processes]
+    except subprocess.TimeoutExpired:
+        for process in processes:
+            process.kill()
+        raise
+
+
+@pytest.mark.slow
+def test_two_hosts_equal_one(command, tmp_path):
+    (single, _, _), *_ = finish(start(command, tmp_path / "one", 1, 8))
+    (first, said, code), (second, silence, code2) = finish(start(command, tmp_path / "two", 2, 4))
+    assert (code, code2) == (0, 0), said + silence
+    assert "{" not in second  # the first host alone has a result; gloo greets from both
+    one, two = (json.loads(said.splitlines()[-1]) for said in (single, first))
+    assert two["devices"].startswith("8 x")
+    assert two["test_loss"] == pytest.approx(one["test_loss"], rel=1e-4)
+    assert two["test_images"] == one["test_images"] == 360
+    # And what two hosts saved, one goes on from.
+    (tmp_path / "two" / "result.json").unlink()
+    (again, said, code), *_ = finish(start(command, tmp_path / "two", 1, 1))
+    assert code == 0, said
+    assert "going on from step 12" in said
+    assert json.loads(again)["params_digest"] == two["params_digest"]

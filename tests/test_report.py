@@ -1,0 +1,57 @@
+"""Runs as files to publish."""
+
+import json
+
+import pytest
+
+from train.report import collect, main
+
+HISTORY = [
+    {"step": 10, "epoch": 1.0, "loss": 1.5, "accuracy": 0.4, "grad_norm": 1.0, "learning_rate": 0.1},
+    {"step": 10, "epoch": 1.0, "validation_accuracy": 0.5, "validation_loss": 1.4},
+    {"step": 20, "epoch": 2.0, "loss": 1.0, "accuracy": 0.6, "grad_norm": 1.0, "learning_rate": 0.1},
+    {"step": 20, "epoch": 2.0, "validation_accuracy": 0.7, "validation_loss": 1.1},
+]
+
+
+@pytest.fixture
+def finished(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "result.json").write_text('{"test_accuracy": 0.7, "seed": 0}')
+    (tmp_path / "run" / "config.json").write_text('{"config": {"batch": 128}}')
+    (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in HISTORY))
+    return tmp_path / "run"
+
+
+def test_collects_all_of_a_run(finished, tmp_path):
+    main([str(finished), "--json", str(tmp_path / "kept.json")])
+    kept = json.loads((tmp_path / "kept.json").read_text())
+    assert kept == collect(finished) == {"test_accuracy": 0.7, "seed": 0, "config": {"batch": 128}, "history": HISTORY}
+
+
+def test_picture_of_runs_and_of_kept_files(finished, tmp_path):
+    pytest.importorskip("matplotlib", reason="needs the extra plot")
+    from PIL import Image
+
+    main([str(finished), "--json", str(tmp_path / "kept.json")])
+    main([str(finished), str(tmp_path / "kept.json"), "--picture", str(tmp_path / "curve.png")])
+    with Image.open(tmp_path / "curve.png") as image:
+        colours = {tuple(pixel[:3]) for _, pixel in image.convert("RGB").getcolors(1 << 20)}
+    assert {(31, 119, 180), (255, 127, 14)} <= colours  # both runs' curves are there
+
+
+def test_without_matplotlib(finished, tmp_path, monkeypatch, fails):
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
+    line = fails(2, main, [str(finished), "--picture", str(tmp_path / "curve.png")])
+    assert "pip install 'resnet-jax[plot]'" in line
+
+
+@pytest.mark.parametrize("missing", ["result.json", "metrics.jsonl"])
+def test_unfinished_run(finished, fails, missing, tmp_path):
+    (finished / missing).unlink()
+    assert f"holds no finished run: {missing} is missing" in fails(2, main, [str(finished), "--json", "x.json"])
+
+
+def test_nothing_to_do(finished, fails):
+    assert "pass --json FILE or --picture FILE" in fails(2, main, [str(finished)])
+    assert "--json takes one run" in fails(2, main, [str(finished), str(finished), "--json", "x.json"])

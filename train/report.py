@@ -1,0 +1,79 @@
+"""A finished run as one JSON file and a picture: `python -m train.report RUN... --json FILE --picture FILE.png`."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from train.errors import UsageError
+
+
+def collect(run: Path) -> dict[str, Any]:
+    """A run's result, config and history (`metrics.jsonl`) together: what is kept of a published run.
+
+    Raises:
+      UsageError: no run there, or one that is not finished.
+    """
+    try:
+        result = json.loads((run / "result.json").read_text())
+        config = json.loads((run / "config.json").read_text())["config"]
+        history = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    except FileNotFoundError as error:
+        raise UsageError(f"{run} holds no finished run: {Path(error.filename).name} is missing") from None
+    except ValueError as error:
+        raise UsageError(f"{run} cannot be read: {error}") from None
+    return {**result, "config": config, "history": history}
+
+
+def draw(runs: dict[str, dict[str, Any]], picture: Path) -> None:
+    """Training loss, and accuracy in training and validation, by epoch; one colour a run. Needs the extra `plot`."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UsageError("pictures need matplotlib: pip install 'resnet-jax[plot]'") from None
+
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    loss, accuracy = figure.subplots(1, 2)
+    for index, (name, run) in enumerate(runs.items()):
+        colour = f"C{index}"
+        train = [row for row in run["history"] if "loss" in row]
+        held = [row for row in run["history"] if "validation_accuracy" in row]
+        loss.plot([r["epoch"] for r in train], [r["loss"] for r in train], colour, label=name)
+        accuracy.plot([r["epoch"] for r in train], [100 * r["accuracy"] for r in train], colour, alpha=0.35, lw=1)
+        accuracy.plot(
+            [r["epoch"] for r in held], [100 * r["validation_accuracy"] for r in held], f"{colour}o-", ms=4, label=name
+        )
+    loss.set(xlabel="epoch", ylabel="training loss (nats)")
+    accuracy.set(xlabel="epoch", ylabel="accuracy (%)")
+    accuracy.set_title("points: validation, thin: training batches", fontsize=9)
+    for axes in (loss, accuracy):
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    figure.savefig(picture, dpi=130)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Collect runs, and write what is asked for."""
+    import argparse
+
+    parser = argparse.ArgumentParser(prog="python -m train.report", description=__doc__)
+    parser.add_argument("runs", nargs="+", type=Path, help="runs' folders, or JSON files that --json wrote")
+    parser.add_argument("--json", type=Path, help="write the run (of one) with its history here")
+    parser.add_argument("--picture", type=Path, help="draw the curves here, as .png, .svg or .pdf")
+    args = parser.parse_args(argv)
+    if not (args.json or args.picture):
+        raise UsageError("nothing to do: pass --json FILE or --picture FILE")
+    if args.json and len(args.runs) > 1:
+        raise UsageError("--json takes one run")
+    runs = {run.stem: json.loads(run.read_text()) if run.is_file() else collect(run) for run in args.runs}
+    if args.json:
+        args.json.write_text(json.dumps(*runs.values(), indent=1) + "\n")
+    if args.picture:
+        draw(runs, args.picture)
+
+
+if __name__ == "__main__":
+    from train.errors import one_line
+
+    with one_line():
+        main()
