@@ -9,6 +9,7 @@ import math
 import operator
 from collections.abc import Callable, Sequence
 from functools import reduce
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -252,7 +253,7 @@ def _box(rows: int, columns: int, height, width, top, left) -> jax.Array:
     return (y >= top) & (y < top + height) & (x >= left) & (x < left + width)
 
 
-def random_centred_box(key: Key, rows: int, columns: int, height: jax.Array, width: jax.Array) -> jax.Array:
+def random_centred_box(key: Key, rows: int, columns: int, height: Any, width: Any) -> jax.Array:
     """Boolean [rows, columns, 1], True in a box of `height` x `width` pixels around a random one, cut at the border."""
     y, x = jax.random.randint(key, (2,), 0, np.array([rows, columns]))
     return _box(rows, columns, height, width, y - height // 2, x - width // 2)

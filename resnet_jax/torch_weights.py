@@ -90,6 +90,7 @@ def some(names: Iterable[str], limit: int = 3) -> str:
 
 
 def has_pooled_shortcuts(names: Iterable[str]) -> bool:
+    """Whether shortcuts count an average-pool before their convolution, as timm's "D" nets do."""
     return any(re.fullmatch(r"layer\d+\.\d+\.downsample\.2\..+", name) for name in names)
 
 

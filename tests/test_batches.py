@@ -13,8 +13,8 @@ from PIL import Image
 
 from resnet_jax.parallel import batch_sharding, make_mesh
 from train.batches import StreamedBatches, eval_batches, stream_indices, train_batches
-from train.data import Arrays, Encoded
 from train.errors import UsageError
+from train.sources import Arrays, Encoded
 
 COUNT = 37  # divisible by neither the batch nor the devices
 MODES = ("jit", "pmap", "shard_map")

@@ -16,6 +16,8 @@ from train.state import digest
 from train.steps import train_step
 
 TX = tiny_tx()
+# Orbax's reads of a damaged file report to an event loop that their failure has closed.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 
 @pytest.fixture(scope="module")

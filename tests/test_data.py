@@ -18,20 +18,17 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from train.data import (
-    Arrays,
-    Encoded,
-    _random_box,
-    decode_all,
-    decode_image,
     default_data_dir,
     from_arrays,
     load,
-    prepare,
     prepared_folder,
     split_by_class,
     split_indices,
 )
+from train.decode import decode_image, random_box
 from train.errors import UsageError
+from train.prepare import prepare
+from train.sources import Arrays, Encoded, decode_all
 
 ROOT = Path(__file__).parent.parent
 quick = settings(deadline=None, max_examples=60)
@@ -165,7 +162,7 @@ def test_random_box_depends_on_the_generator_alone():
 @quick
 @given(st.integers(1, 3000), st.integers(1, 3000), st.integers(0, 2**32))
 def test_random_box_lies_inside(width, height, seed):
-    left, top, right, bottom = _random_box(width, height, np.random.default_rng(seed))
+    left, top, right, bottom = random_box(width, height, np.random.default_rng(seed))
     assert left >= 0 and top >= 0 and right <= width + 1e-9 and bottom <= height + 1e-9
     w, h = right - left, bottom - top
     if w == pytest.approx(h) and w == pytest.approx(min(width, height)):

@@ -13,8 +13,9 @@ from resnet_jax.tree import leaves
 from train.config import AugmentConfig, DataConfig, OptimConfig, TrainConfig
 from train.data import load as load_data
 from train.errors import UsageError
-from train.predict import load, load_variables, main
+from train.predict import load, main
 from train.run import run
+from train.runs import load_variables
 from train.weights import load_weights, read_state_dict
 
 

@@ -14,10 +14,11 @@ import pytest
 from resnet_jax.parallel import make_mesh
 from train import run as run_module
 from train.__main__ import main
+from train.build import make_model, make_state, make_tx, step_options
 from train.command import parse
 from train.config import TrainConfig, from_dict
 from train.presets import PRESETS
-from train.run import fresh_state, make_model, make_tx, run, step_options
+from train.run import run
 from train.steps import train_step
 
 # A run of seconds: 20 batches of 64 in an epoch of the digits' 1,293 training images.
@@ -56,6 +57,8 @@ def test_run_leaves_what_it_promises(finished):
     assert result["preset"] == "digits" and result["steps"] == 45 and result["seed"] == 0
     assert result["test_accuracy"] > 0.5 and result["test_images"] == 360
     assert len(result["params_digest"]) == 64 and result["images_per_second"] > 0
+    assert result["command"].startswith("python -W error -m train digits --model resnet8")
+    assert result["versions"]["jax"] == jax.__version__ and result["devices"] == "1 x cpu"
     assert "images/s" in done.stderr and "left" in done.stderr and "validation accuracy" in done.stderr
 
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
@@ -195,9 +198,7 @@ def test_presets_are_complete(name):
         config = dataclasses.replace(config, augment=dataclasses.replace(config.augment, mean=(0.5,), std=(0.5,)))
     model = make_model(config, 10)
     tx, _ = make_tx(config, 100, 10.0)
-    state = jax.eval_shape(
-        lambda: fresh_state(dataclasses.replace(config, init=None), model, tx, (size, size, channels))
-    )
+    state = jax.eval_shape(lambda: make_state(config, model, tx, (size, size, channels)))
     batch = {
         "image": jax.ShapeDtypeStruct((4, size, size, channels), jnp.uint8),
         "label": jax.ShapeDtypeStruct((4,), jnp.int32),

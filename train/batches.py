@@ -15,8 +15,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from resnet_jax.parallel import Mode, batch_sharding, make_mesh, place, replicated, shard_batch
-from train.data import Arrays, Encoded, Example
 from train.errors import UsageError
+from train.sources import Arrays, Encoded, Example
 
 Batch = dict[str, Any]
 

@@ -148,8 +148,7 @@ def _to_devices(arrays: PyTree, like: TrainState) -> TrainState:
     fields = {name: getattr(like, name) for name in like.__dataclass_fields__}
     # Orbax returns plain containers; optimizer states are named tuples.
     placed = [
-        place(new, old.sharding)
-        for new, old in zip(jax.tree.leaves(arrays), jax.tree.leaves(fields), strict=True)
+        place(new, old.sharding) for new, old in zip(jax.tree.leaves(arrays), jax.tree.leaves(fields), strict=True)
     ]
     return type(like)(**jax.tree.unflatten(jax.tree.structure(fields), placed))
 

@@ -8,107 +8,22 @@ once into `Arrays`; large ones stay encoded and are decoded by `train.batches` w
 """
 
 import contextlib
-import difflib
-import io
 import os
 import re
-import struct
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
+from train import folder
 from train.errors import UsageError, unknown
+from train.prepare import prepare
+from train.sources import Arrays, BrokenImage, Encoded, decode_all, differ_in_size
 
 MEMORY_LIMIT = 2 << 30  # bytes: sets that decode to no more than this live in memory
-# What Pillow raises on images that are none, are cut off, corrupted, or claim to be enormous.
-UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
-Example = dict[str, Any]
-
-
-class BrokenImage(UsageError):
-    """An image that cannot be decoded; the message names it."""
-
-
-class Source(Protocol):
-    """Random access to labelled images, all of one shape."""
-
-    def __len__(self) -> int: ...
-    def __getitem__(self, index: int) -> Example: ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class Arrays:
-    """A split in memory: `images` uint8 [N, H, W, C], `labels` int32 [N]."""
-
-    images: np.ndarray
-    labels: np.ndarray
-
-    def __post_init__(self) -> None:
-        images, labels = self.images, self.labels
-        if images.dtype != np.uint8 or images.ndim != 4:
-            raise UsageError(f"images must be uint8 [N, H, W, C], not {images.dtype} {images.shape}")
-        if labels.shape != images.shape[:1] or not np.issubdtype(labels.dtype, np.integer):
-            raise UsageError(f"labels must be integers [{len(images)}], not {labels.dtype} {labels.shape}")
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> Example:
-        return {"image": self.images[index], "label": np.int32(self.labels[index])}
-
-    def subset(self, indices: np.ndarray) -> "Arrays":
-        return Arrays(images=self.images[indices], labels=self.labels[indices])
-
-
-@dataclass(frozen=True, kw_only=True)
-class Encoded:
-    """A split that is decoded on access.
-
-    Attributes:
-      read: position -> (encoded image, label).
-      name: position -> what to call the image when it cannot be read.
-      indices: positions in this split.
-      size: side of the square that images are resized and cropped to; None keeps images as they are.
-      channels: 1 or 3.
-      random_crop: whether training cuts a random box out of the whole image while decoding, instead of the centre.
-      read_many: `read` for many positions at once, where that is quicker than one by one.
-      labels: label of each position, where they are known without reading.
-    """
-
-    read: Callable[[int], tuple[bytes, int]]
-    name: Callable[[int], str]
-    indices: np.ndarray
-    size: int | None
-    channels: int
-    random_crop: bool = False
-    read_many: Callable[[Sequence[int]], Sequence[tuple[bytes, int]]] | None = None
-    labels: np.ndarray | None = None
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, index: int) -> Example:
-        return self.example(index, None)
-
-    def example(self, index: int, rng: np.random.Generator | None) -> Example:
-        """Example `index`; `rng` draws the box where `random_crop` is set."""
-        position = int(self.indices[index])
-        box = rng if self.random_crop else None
-        try:
-            data, label = self.read(position)
-            return {"image": decode_image(data, self.size, self.channels, rng=box), "label": np.int32(label)}
-        except UNREADABLE as error:
-            raise BrokenImage(f"cannot read image {self.name(position)}: {fault(error)}") from None
-
-    def subset(self, indices: np.ndarray) -> "Encoded":
-        return replace(self, indices=self.indices[indices])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,113 +43,6 @@ class Dataset:
     @property
     def splits(self) -> dict[str, Arrays | Encoded]:
         return {"train": self.train, "validation": self.validation, "test": self.test}
-
-
-# ---- decoding -----------------------------------------------------------------------------------------------------
-
-
-def decode_image(data: bytes, size: int | None, channels: int, *, rng: np.random.Generator | None = None) -> np.ndarray:
-    """JPEG, PNG, WebP ... of any size and mode to uint8 [size, size, channels] (or its own size where that is None).
-
-    The short side is resized to `size` and the centre cut out; with `rng` a random box of 8-100 % of the area and
-    an aspect of 3/4-4/3 is cut instead (https://arxiv.org/abs/1409.4842). Orientation marks are followed.
-    """
-    with Image.open(io.BytesIO(data)) as image:
-        if size is not None and rng is None:
-            image.draft(None, (size, size))  # JPEG decodes straight to a half, a quarter ... where that is enough
-        image = ImageOps.exif_transpose(image)
-        image = to_mode(image, "L" if channels == 1 else "RGB")
-        if size is not None:
-            width, height = image.size
-            box = _centre(width, height) if rng is None else _random_box(width, height, rng)
-            if image.size != (size, size) or rng is not None:
-                image = image.resize((size, size), Image.Resampling.BILINEAR, box=box)
-        pixels = np.asarray(image)
-    return pixels[..., None] if channels == 1 else pixels
-
-
-def to_mode(image: Image.Image, mode: str) -> Image.Image:
-    """Any Pillow mode as 8-bit grey or RGB: 16-bit is scaled, transparency falls on black."""
-    if image.mode.startswith("I") or image.mode == "F":
-        pixels = np.asarray(image, np.float64)
-        # A dark image in a mode of 16 bits is dark; the wider modes hold 8-bit values as well.
-        scale = 257.0 if image.mode.startswith("I;16") or pixels.max(initial=0) > 255 else 1.0
-        image = Image.fromarray(np.clip(np.rint(pixels / scale), 0, 255).astype(np.uint8))
-    if image.mode in ("P", "PA", "LA", "RGBA", "La", "RGBa") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        black = Image.new("RGBA", image.size, (0, 0, 0, 255))
-        image = Image.alpha_composite(black, image)
-    return image.convert(mode)
-
-
-def _centre(width: int, height: int) -> tuple[float, float, float, float]:
-    side = min(width, height)
-    left, top = (width - side) / 2, (height - side) / 2
-    return left, top, left + side, top + side
-
-
-def _random_box(width: int, height: int, rng: np.random.Generator) -> tuple[float, float, float, float]:
-    for _ in range(10):
-        area = width * height * rng.uniform(0.08, 1.0)
-        aspect = np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))
-        w, h = np.sqrt(area * aspect), np.sqrt(area / aspect)
-        if w <= width and h <= height:
-            left, top = rng.uniform(0, width - w), rng.uniform(0, height - h)
-            return left, top, left + w, top + h
-    return _centre(width, height)
-
-
-def fault(error: Exception) -> str:
-    """What is wrong with an unreadable image; Pillow's own words for a file of another kind name a Python object."""
-    return "not an image" if isinstance(error, UnidentifiedImageError) else str(error)
-
-
-def decode_all(source: Encoded, *, skip_broken: bool = False) -> Arrays:
-    """Decode a split into memory, in threads; broken images are refused together, or with `skip_broken` left out.
-
-    Raises:
-      UsageError: images that cannot be read, or that differ in size while `source.size` is None.
-    """
-
-    def decode(indices: np.ndarray) -> list[Example | str]:
-        part = source.subset(indices)
-        if part.read_many is not None:
-            positions = part.indices.tolist()
-            part = replace(part, read=dict(zip(positions, part.read_many(positions), strict=True)).__getitem__)
-        examples: list[Example | str] = []
-        for index in range(len(part)):
-            try:
-                examples.append(part[index])
-            except BrokenImage as error:
-                examples.append(str(error))
-        return examples
-
-    chunks = np.split(np.arange(len(source)), range(256, len(source), 256))
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        examples = [example for chunk in pool.map(decode, chunks) for example in chunk]
-    report_broken([e for e in examples if isinstance(e, str)], len(examples), skip_broken)
-    good = [e for e in examples if not isinstance(e, str)]
-    if not good:
-        raise UsageError("no image of this set can be read")
-    if len({e["image"].shape for e in good}) > 1:
-        raise differ_in_size("the images of this set")
-    return Arrays(images=np.stack([e["image"] for e in good]), labels=np.stack([e["label"] for e in good]))
-
-
-def differ_in_size(what: str) -> UsageError:
-    """The error for images that cannot be stacked as they are."""
-    return UsageError(f"{what} differ in size: pass --data.image-size")
-
-
-def report_broken(broken: Sequence[str], of: int, skip: bool) -> None:
-    """Refuse a set with broken images, or with `skip` warn of them: how many, and the first by name."""
-    if not broken:
-        return
-    shown = "; ".join(broken[:3]) + (f" and {len(broken) - 3} more" if len(broken) > 3 else "")
-    line = f"{len(broken)} of {of} images are broken: {shown}"
-    if not skip:
-        raise UsageError(f"{line}. Mend or remove them, or pass --data.broken skip")
-    print(f"warning: skipped {line}", file=sys.stderr)
 
 
 # ---- loading ------------------------------------------------------------------------------------------------------
@@ -274,8 +82,6 @@ def load(
     if name == "synthetic":
         classes, splits = _synthetic(image_size or 32)
     elif name.startswith("folder:"):
-        from train import folder
-
         root = Path(name.removeprefix("folder:")).expanduser()
         classes, splits = folder.read(root, size=image_size, skip_broken=broken == "skip")
     else:
@@ -466,65 +272,6 @@ def prepared_folder(name: str, root: Path) -> Path | None:
 
     found = max(versions(), default=None) if name else None  # no name would find any set
     return found[1] if found else None
-
-
-# ---- preparing ----------------------------------------------------------------------------------------------------
-
-
-def prepare(name: str, root: Path) -> Path:
-    """Prepare a stock TFDS set (or `digits`) as ArrayRecord under `root`; returns its folder.
-
-    Raises:
-      UsageError: no such set, TensorFlow is missing, the source cannot be reached (after seconds, not minutes).
-    """
-    import tensorflow_datasets as tfds
-
-    tfds.disable_progress_bar()
-    if name == "digits":
-        from train.digits import Digits
-
-        make = Digits
-    else:
-        stock = tfds.list_builders(with_community_datasets=False)  # those would be asked for over the network
-        base = re.split("[/:]", name)[0]
-        if base not in stock:
-            near = " or ".join(difflib.get_close_matches(base, stock)) or "see https://www.tensorflow.org/datasets"
-            raise UsageError(f"TFDS has no set {base!r}: did you mean {near}?")
-        try:
-            import tensorflow  # noqa: F401
-        except ImportError:
-            raise UsageError("preparing a stock TFDS set needs TensorFlow: pip install 'resnet-jax[prepare]'") from None
-        make = partial(tfds.builder, name)
-    folder = None
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        builder = make(data_dir=root, file_format="array_record")
-        folder = Path(builder.data_dir)
-        if not folder.is_dir():
-            if name != "digits":
-                _check_reachable(builder.info.homepage)
-            with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints; stdout is for results
-                builder.download_and_prepare()
-    except (AssertionError, ImportError, OSError, ValueError, tfds.download.DownloadError) as error:
-        # AssertionError is how TFDS asks for files to be fetched by hand, as ImageNet's are.
-        if folder is None or not folder.is_dir():  # else another run has just prepared it too
-            raise UsageError(f"cannot prepare {name} in {root}: {error}") from None
-    return folder
-
-
-def _check_reachable(homepage: str, timeout: float = 5.0) -> None:
-    """TFDS retries a dead network for minutes; ask once, first, whether the set's own site can be reached at all."""
-    import socket
-    from urllib.parse import urlparse
-    from urllib.request import getproxies
-
-    url = urlparse(homepage)
-    if not url.hostname or getproxies():
-        return
-    try:
-        socket.create_connection((url.hostname, url.port or (80 if url.scheme == "http" else 443)), timeout).close()
-    except OSError as error:
-        raise UsageError(f"cannot reach {url.hostname} to download the set: {error}") from None
 
 
 def main() -> None:

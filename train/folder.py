@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 from PIL import ExifTags, Image
 
-from train.data import UNREADABLE, Encoded, differ_in_size, fault, report_broken
+from train.decode import UNREADABLE, fault
 from train.errors import UsageError
+from train.sources import Encoded, differ_in_size, report_broken
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 SPLITS = {

@@ -89,7 +89,15 @@ class Progress:
     """
 
     def __init__(
-        self, path: Path | None, *, start: int, steps: int, epoch_steps: float, batch: int, every: int, silent: bool = False
+        self,
+        path: Path | None,
+        *,
+        start: int,
+        steps: int,
+        epoch_steps: float,
+        batch: int,
+        every: int,
+        silent: bool = False,
     ) -> None:
         self.steps, self.epoch_steps, self.batch, self.every = steps, epoch_steps, batch, every
         self.silent = silent

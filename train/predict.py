@@ -9,19 +9,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from resnet_jax.augment import augment_batch
 from resnet_jax.keys import example_keys
-from resnet_jax.tree import PyTree
-from train.checkpoint import Checkpoints
-from train.config import TrainConfig
-from train.data import decode_image
+from train.build import eval_augment, make_model
+from train.decode import decode_image
 from train.errors import UsageError
-from train.run import eval_augment, fresh_state, make_model, make_tx, read_config
+from train.runs import load_variables, read_config
 
 Prediction = list[tuple[str, float]]  # (class, probability), most probable first
 
@@ -53,25 +50,6 @@ def load(run: str | Path, *, top: int = 5) -> Callable[[Any], Any]:
         return found if many else found[0]
 
     return predict
-
-
-def load_variables(run: Path) -> dict[str, PyTree]:
-    """The variables that a run is used with: of its last checkpoint, or of the best where it says so."""
-    config, saved = read_config(run)
-    if not (run / "checkpoints").is_dir():
-        raise UsageError(f"{run} has no checkpoints yet")
-    state = _like(config, make_model(config, len(saved["classes"])), tuple(saved["image_shape"]))
-    checkpoints = Checkpoints(run / "checkpoints", keep_last=config.keep_last, keep_best=config.keep_best)
-    restored = checkpoints.restore(state, step=checkpoints.best if config.select == "best" else None)
-    checkpoints.close()
-    if restored is None:
-        raise UsageError(f"{run} has no checkpoints yet")
-    return restored[0].variables
-
-
-def _like(config: TrainConfig, model: nn.Module, image_shape: tuple[int, int, int]) -> Any:
-    # The optimizer's state has the same shapes however long the run was.
-    return fresh_state(config, model, make_tx(config, 1, 1.0)[0], image_shape)
 
 
 def _pixels(image: Any, shape: Sequence[int]) -> np.ndarray:

@@ -8,6 +8,7 @@ import numpy as np
 from resnet_jax.torch_weights import canonical, from_torch
 from resnet_jax.tree import PyTree, leaves, map_with_path
 from train.errors import UsageError
+from train.runs import load_variables
 
 
 def load_weights(source: Path, variables: dict[str, PyTree]) -> dict[str, PyTree]:
@@ -22,8 +23,6 @@ def load_weights(source: Path, variables: dict[str, PyTree]) -> dict[str, PyTree
     """
     source = source.expanduser()
     if source.is_dir():
-        from train.predict import load_variables
-
         return _same_shapes(load_variables(source), variables, source)
     if not source.is_file():
         raise UsageError(f"no weights at {source}")

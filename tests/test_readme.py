@@ -1,0 +1,64 @@
+"""The README tells the truth: its Python runs, its commands parse, its table lists the presets, its links exist."""
+
+import re
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from train.command import parse
+from train.config import OptimConfig, TrainConfig
+from train.presets import PRESETS
+from train.run import run
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", README, re.S)
+
+
+def test_python_runs(tmp_path, tfds_dir, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run(TrainConfig(out="runs/digits-seed0", width=8, steps=5, batch=64, optim=OptimConfig(lr=0.05)))
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save("seven.png")
+    namespace = {}
+    for block in blocks("python"):
+        exec(block, namespace)
+    assert namespace["metrics"]["loss"].shape == ()
+    assert namespace["ensemble"].step.shape == (3,)
+    assert namespace["gradients"]["head"]["bias"].shape == (16, 10)
+
+
+def commands():
+    for block in blocks("sh"):
+        for line in block.splitlines():
+            words = shlex.split(line, comments=True)
+            if words[:3] == ["python", "-m", "train"]:
+                yield words[3:]
+
+
+@pytest.mark.parametrize("words", list(commands()), ids=" ".join)
+def test_commands_parse(words):
+    if "--help" not in words:
+        preset, config = parse("train", PRESETS, words, default="digits")
+        assert isinstance(config, TrainConfig) and (preset in words or preset == "digits")
+
+
+def test_table_lists_every_preset():
+    assert re.findall(r"^\| `(\w+)` \|", README, re.M) == list(PRESETS)
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "results/README.md"])
+def test_links_exist(name):
+    page = ROOT / name
+    for link in re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text()):
+        assert (page.parent / link).exists(), link
+    for file in (
+        re.findall(r"^\| `((?:\w+\.py`?,? ?`?)+)` \|", page.read_text(), re.M) if name == "CONTRIBUTING.md" else []
+    ):
+        for part in re.findall(r"\w+\.py", file):
+            assert (ROOT / "resnet_jax" / part).exists() or (ROOT / "train" / part).exists(), part

@@ -1,0 +1,151 @@
+"""From a config to the pieces of a run: for the mains, and for scripts that want a preset's pieces."""
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from resnet_jax import augment as aug
+from resnet_jax.losses import LOSSES
+from resnet_jax.mix import mix
+from resnet_jax.resnet import MODELS
+from resnet_jax.tree import PyTree, is_head
+from train.config import AugmentConfig, TrainConfig
+from train.data import Dataset, load
+from train.errors import UsageError
+from train.optim import Schedule, make_optimizer, make_schedule
+from train.sources import Arrays
+from train.state import TrainState, init_state, init_variables
+
+
+def load_data(config: TrainConfig) -> Dataset:
+    """The config's `Dataset`."""
+    fields = dataclasses.asdict(config.data)
+    return load(fields.pop("name"), **fields)
+
+
+def with_statistics(config: TrainConfig, dataset: Dataset) -> TrainConfig:
+    """The config with channel means and deviations filled in, measured on the training split where it does not say."""
+    channels = dataset.image_shape[-1]
+    given = config.augment.mean, config.augment.std
+    if given == (None, None):
+        if not isinstance(dataset.train, Arrays):
+            given = aug.IMAGENET_MEAN, aug.IMAGENET_STD
+        else:
+            pixels = dataset.train.images.reshape(-1, channels)
+            # One pixel in so many is plenty, and the same ones every time.
+            sample = pixels[:: max(len(pixels) // 4_000_000, 1)].astype(np.float64) / 255
+            given = tuple(sample.mean(0).round(4).tolist()), tuple(sample.std(0).clip(1e-3).round(4).tolist())
+    if None in given or any(len(values or ()) != channels for values in given):
+        raise UsageError(f"--augment.mean and --augment.std need {channels} values each for images of {dataset.name}")
+    return dataclasses.replace(config, augment=dataclasses.replace(config.augment, mean=given[0], std=given[1]))
+
+
+def train_augment(config: AugmentConfig) -> aug.Augment:
+    """The training augmentation, from uint8 scaled to [0, 1] to normalised images."""
+    parts: list[aug.Augment] = []
+    if config.resized_crop:
+        parts.append(aug.random_resized_crop(config.resized_crop, scale=(config.min_scale, 1.0)))
+    if config.crop_padding:
+        parts.append(aug.random_crop(config.crop_padding, mode=config.crop_mode))
+    if config.flip:
+        parts.append(aug.random_flip())
+    if config.rand_augment:
+        parts.append(aug.rand_augment(magnitude=config.rand_augment))
+    if config.trivial_augment:
+        parts.append(aug.trivial_augment())
+    if config.color_jitter:
+        s = config.color_jitter
+        parts.append(aug.color_jitter(s, s, s, s / 4))
+    parts.append(_normalize(config))
+    if config.cutout:
+        parts.append(aug.cutout(config.cutout))
+    if config.erasing:
+        parts.append(aug.random_erasing(p=config.erasing))
+    return aug.compose(*parts)
+
+
+def eval_augment(config: AugmentConfig) -> aug.Augment:
+    """What evaluation and prediction do to an image: the centre where training crops, then normalise."""
+    crop = [aug.center_crop(config.resized_crop)] if config.resized_crop else []
+    return aug.compose(*crop, _normalize(config))
+
+
+def _normalize(config: AugmentConfig) -> aug.Augment:
+    assert config.mean is not None and config.std is not None, "with_statistics fills them in"
+    return aug.normalize(config.mean, config.std)
+
+
+def make_model(config: TrainConfig, num_classes: int | None, axis_name: str | None = None) -> nn.Module:
+    """The config's model, for the axis that its steps will be compiled with."""
+    options: dict[str, Any] = {} if config.width is None else {"width": config.width}
+    return MODELS[config.model](
+        num_classes=num_classes,
+        drop_path=config.drop_path,
+        zero_init=config.zero_init,
+        dtype=compute_dtype(config.dtype),
+        axis_name=axis_name,
+        sync_bn=config.sync_bn,
+        **options,
+    )
+
+
+def compute_dtype(name: str) -> Any:
+    """`auto` is bfloat16 where it is fast (GPU, TPU) and float32 on CPU; parameters and losses are float32 anyway."""
+    if name == "auto":
+        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return jnp.dtype(name).type
+
+
+def make_tx(config: TrainConfig, steps: int, epoch_steps: float) -> tuple[optax.GradientTransformation, Schedule]:
+    """The config's optimizer and its schedule over `steps`."""
+    o = config.optim
+    warmup = min(round(o.warmup_epochs * epoch_steps), steps - 1)
+    options = {"milestones": o.milestones, "factor": o.factor} if o.schedule == "step" else {}
+    schedule = make_schedule(o.schedule, peak=o.lr, steps=steps, warmup=warmup, **options)
+    tx = make_optimizer(
+        o.name,
+        schedule,
+        momentum=o.momentum,
+        nesterov=o.nesterov,
+        weight_decay=o.weight_decay,
+        clip_norm=o.clip_norm,
+        trainable=is_head if config.freeze else None,
+    )
+    return tx, schedule
+
+
+def make_state(
+    config: TrainConfig,
+    model: nn.Module,
+    tx: optax.GradientTransformation,
+    image_shape: tuple[int, int, int],
+    start: Callable[[dict[str, PyTree]], dict[str, PyTree]] = lambda variables: variables,
+) -> TrainState:
+    """The state at step 0, from random variables; `start` may put others in their place."""
+    init_key, run_key = jax.random.split(jax.random.key(config.seed))
+    variables = start(init_variables(model.clone(axis_name=None), init_key, image_shape))
+    return init_state(variables, tx, run_key, ema=config.ema is not None)
+
+
+def step_options(config: TrainConfig, model: nn.Module, tx: optax.GradientTransformation) -> dict[str, Any]:
+    """The static arguments of `train_step`."""
+    mixing = config.augment.mixup or config.augment.cutmix
+    mixer = partial(mix, mixup_alpha=config.augment.mixup, cutmix_alpha=config.augment.cutmix)
+    return {
+        "model": model,
+        "tx": tx,
+        "augment": train_augment(config.augment),
+        "mix": mixer if mixing else None,
+        "loss": LOSSES[config.loss],
+        "label_smoothing": config.label_smoothing,
+        "ema_decay": config.ema,
+        "accumulate": config.accumulate,
+        "frozen_stats": config.freeze,
+    }
