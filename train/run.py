@@ -36,7 +36,7 @@ def run(config: TrainConfig, preset: str = "custom") -> dict[str, Any]:
     check(config)
     join_hosts(config.distributed)
     out = Path(config.out or f"runs/{preset}-seed{config.seed}").expanduser()
-    if finished := finished_result(out, preset, config):
+    if finished := finished_result(out, config):
         print(f"{out} holds this run, finished; its result:", file=sys.stderr)
         return finished
     main_process = jax.process_index() == 0

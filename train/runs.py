@@ -58,6 +58,7 @@ def write_config(out: Path, preset: str, config: TrainConfig, dataset: Dataset) 
 
 
 def check_continues(out: Path, config: TrainConfig) -> None:
+    """Make sure that a config is the one that a run's folder was made for, but for `FREE_FIELDS`."""
     saved, wanted = flat(read_config(out)[0]), flat(config)
     # Measured statistics are not the user's to repeat.
     measured = {n for n in ("augment.mean", "augment.std") if wanted[n] is None}
@@ -67,7 +68,8 @@ def check_continues(out: Path, config: TrainConfig) -> None:
         raise UsageError(f"{out} holds a run with other settings ({changes}); choose another --out")
 
 
-def finished_result(out: Path, preset: str, config: TrainConfig) -> dict[str, Any] | None:
+def finished_result(out: Path, config: TrainConfig) -> dict[str, Any] | None:
+    """The result of a run that this folder holds and that has ended, else None."""
     if not (out / "result.json").exists():
         return None
     check_continues(out, config)
