@@ -64,7 +64,7 @@ def test_run_leaves_what_it_promises(finished):
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in rows if "loss" in r] == list(range(5, 46, 5))
     assert [r["step"] for r in rows if "validation_accuracy" in r] == [20, 40, 45]
-    assert rows[0]["learning_rate"] == pytest.approx(0.1 * 3 / 41, rel=1e-3)  # mean of the first five
+    assert rows[0]["learning_rate"] == pytest.approx(0.1 * 5 / 41, rel=1e-3)  # on the way up
     assert json.loads((out / "config.json").read_text())["classes"] == [str(d) for d in range(10)]
     confusion = json.loads((out / "confusion.json").read_text())["confusion"]
     assert sum(map(sum, confusion)) == 360
@@ -250,6 +250,10 @@ def test_bad_input_through_the_real_command_line(command):
 def test_unwritable_out(fails, tmp_path, tfds_dir):
     (tmp_path / "file").write_text("")
     assert "cannot make the run's folder" in fails(2, main, quick(tmp_path / "file" / "run"))
+
+
+def test_compiler_option_that_xla_does_not_know(fails, tmp_path, tfds_dir):
+    assert "--xla no_such_option=1: " in fails(2, main, quick(tmp_path, "--xla", "no_such_option=1"))
 
 
 def test_folder_that_is_no_run(fails, tmp_path, tfds_dir):

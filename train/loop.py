@@ -85,7 +85,7 @@ class Progress:
     """Progress for people on stderr (step, epoch, loss, accuracy, images/s, time left), for programs in a JSONL file.
 
     A terminal gets one line that changes; a log file a line every few seconds. `every` is the spacing of JSONL rows in
-    steps, whose values are means over those steps; `silent` prints nothing.
+    steps, whose values are means over those steps, with what `extra` says of the step added; `silent` prints nothing.
     """
 
     def __init__(
@@ -97,10 +97,11 @@ class Progress:
         epoch_steps: float,
         batch: int,
         every: int,
+        extra: Callable[[int], dict[str, float]] = lambda step: {},
         silent: bool = False,
     ) -> None:
         self.steps, self.epoch_steps, self.batch, self.every = steps, epoch_steps, batch, every
-        self.silent = silent
+        self.extra, self.silent = extra, silent
         self.file = None
         if path is not None:
             keep = [row for row in _rows(path) if row["step"] <= start]
@@ -123,7 +124,7 @@ class Progress:
         if step % self.every == 0 or step == self.steps:
             means = {name: float(np.mean([m[name] for m in self.window])) for name in metrics}
             self.window = []
-            self.row({"step": step, "epoch": round(step / self.epoch_steps, 4), **means})
+            self.row({"step": step, "epoch": round(step / self.epoch_steps, 4), **means, **self.extra(step)})
             self.show(step, means, now)
 
     def show(self, step: int, means: dict[str, float], now: float) -> None:

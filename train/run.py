@@ -96,11 +96,9 @@ def run(config: TrainConfig, preset: str = "custom") -> dict[str, Any]:
         epoch_steps=epoch_steps,
         batch=config.batch,
         every=config.log_every,
+        extra=lambda number: {"learning_rate": float(schedule(number - 1))},
         silent=not main_process,
     )
-
-    def log(number: int, metrics: dict[str, float]) -> None:
-        progress.log(number, metrics | {"learning_rate": float(schedule(number - 1))})
 
     def validate(state: TrainState) -> None:
         began = time.perf_counter()
@@ -132,7 +130,7 @@ def run(config: TrainConfig, preset: str = "custom") -> dict[str, Any]:
         return result
 
     try:
-        state = fit(timed, state, stream, steps=steps, hooks=hooks, log=log)
+        state = fit(timed, state, stream, steps=steps, hooks=hooks, log=progress.log)
         checkpoints.wait()
     except RunError as error:
         kept = checkpoints.steps
