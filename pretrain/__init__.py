@@ -1,0 +1,1 @@
+"""Contrastive self-supervised pretraining: the place is kept, nothing is built yet."""

@@ -375,7 +375,9 @@ def test_synthetic():
 
 
 def test_synthetic_is_in_memory_whatever_the_limit():
-    assert isinstance(load("synthetic", image_size=8, memory_limit=0, random_crop=True).train, Arrays)
+    assert isinstance(load("synthetic", image_size=8, memory_limit=0).train, Arrays)
+    with pytest.raises(UsageError, match="synthetic is not decoded"):
+        load("synthetic", image_size=8, random_crop=True)
 
 
 @pytest.mark.parametrize("fraction", [0.0, 1.0, -0.1, 2.0])
@@ -459,22 +461,23 @@ def test_large_sets_stay_encoded(plain):
     assert isinstance(load("plain", dir=plain, memory_limit=bytes_decoded - 1).train, Encoded)
 
 
-def test_random_crop_is_for_training_alone(plain):
-    """Also where images are of the wanted size already."""
-    for size in (4, 6):
-        data = load("plain", dir=plain, memory_limit=0, random_crop=True, image_size=size)
-        assert {k: s.random_crop for k, s in data.splits.items()} == {
-            "train": True,
-            "validation": False,
-            "test": False,
-        }
+@pytest.mark.parametrize("size", [4, 6], ids=["smaller", "the images' own"])
+def test_random_crop_is_for_training_alone(plain, size):
+    data = load("plain", dir=plain, memory_limit=0, random_crop=True, image_size=size)
+    assert {k: s.random_crop for k, s in data.splits.items()} == {"train": True, "validation": False, "test": False}
 
-        def views(source):
-            return {source.example(0, np.random.default_rng(seed))["image"].tobytes() for seed in range(3)}
+    def views(source):
+        return {source.example(0, np.random.default_rng(seed))["image"].tobytes() for seed in range(3)}
 
-        assert len(views(data.train)) == 3
-        assert len(views(data.validation)) == len(views(data.test)) == 1
-        np.testing.assert_array_equal(data.train[0]["image"], data.train.example(0, None)["image"])
+    assert len(views(data.train)) == 3
+    assert len(views(data.validation)) == len(views(data.test)) == 1
+    np.testing.assert_array_equal(data.train[0]["image"], data.train.example(0, None)["image"])
+
+
+def test_random_crop_keeps_a_small_training_split_encoded(plain):
+    data = load("plain", dir=plain, random_crop=True, image_size=6)
+    assert isinstance(data.train, Encoded) and data.train.random_crop
+    assert isinstance(data.validation, Arrays) and isinstance(data.test, Arrays)
 
 
 def test_random_crop_needs_a_size(plain):

@@ -1,0 +1,1 @@
+"""Supervised training: `python -m train`, and its pieces for your own scripts."""

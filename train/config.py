@@ -27,7 +27,7 @@ class DataConfig:
     split_seed: int = 0
     """Seed of that draw, the same for every run."""
     random_crop: bool = False
-    """Cut a random box out of the whole image while decoding: for sets too large for memory."""
+    """Cut a random box out of the whole image while decoding, anew in every epoch: for large photographs."""
     broken: Literal["refuse", "skip"] = "refuse"
     """What to do about images that cannot be decoded."""
 

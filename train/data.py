@@ -69,7 +69,7 @@ def load(
       validation: fraction of the training split held back where the set has no validation split, in (0, 1); also
         the fraction held back for test where there is no test split either.
       split_seed: of that draw; not the run's seed, so that all runs hold back the same examples.
-      random_crop: see `Encoded`; only for sets too large for memory.
+      random_crop: see `Encoded`; the training split is then decoded anew in every epoch.
       broken: `refuse` or `skip` images that cannot be decoded.
 
     Raises:
@@ -89,14 +89,20 @@ def load(
     splits = _complete(splits, validation, split_seed)
 
     encoded = {split: source for split, source in splits.items() if isinstance(source, Encoded)}
-    if sum(len(source) * _image_bytes(source) for source in encoded.values()) <= memory_limit:
-        splits |= {split: decode_all(source, skip_broken=broken == "skip") for split, source in encoded.items()}
-        if len({source.images.shape[1:] for source in splits.values()}) > 1:
-            raise differ_in_size(f"the splits of {name}")
-    elif random_crop:
+    if random_crop:
         if image_size is None:
             raise UsageError("--data.random-crop needs --data.image-size, the side that boxes are brought to")
-        splits["train"] = replace(splits["train"], random_crop=True)
+        if "train" not in encoded:
+            raise UsageError(
+                f"{name} is not decoded, so nothing can be cut out meanwhile: leave out --data.random-crop"
+            )
+        # Decoded anew in every epoch, so never kept in memory.
+        splits["train"] = replace(encoded.pop("train"), random_crop=True)
+    if sum(len(source) * _image_bytes(source) for source in encoded.values()) <= memory_limit:
+        decoded = {split: decode_all(source, skip_broken=broken == "skip") for split, source in encoded.items()}
+        if len({source.images.shape[1:] for source in decoded.values()}) > 1:
+            raise differ_in_size(f"the splits of {name}")
+        splits |= decoded
     for split, source in splits.items():
         check_labels(source, len(classes), f"{name} {split}")
     return Dataset(name=name, classes=classes, **splits)

@@ -115,6 +115,7 @@ def imagenet_resnet50() -> TrainConfig:
 
     Command: python -m train.data prepare imagenet2012 && python -m train imagenet_resnet50
     Hardware: 8 GPUs or a TPU v3-8. Peers report 76.5-77.1 % top-1. The held-out split named validation is the test.
+    The random box is cut while decoding and brought to 256 pixels; the device cuts 224 out of them.
     """
     return TrainConfig(
         model="resnet50",
