@@ -55,7 +55,8 @@ def test_table_lists_every_preset():
 @pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "results/README.md"])
 def test_links_exist(name):
     page = ROOT / name
-    for link in re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text()):
+    prose = re.sub(r"```.*?```", "", page.read_text(), flags=re.S)
+    for link in re.findall(r"\]\((?!http)([^)#]+)\)", prose):
         assert (page.parent / link).exists(), link
     for file in (
         re.findall(r"^\| `((?:\w+\.py`?,? ?`?)+)` \|", page.read_text(), re.M) if name == "CONTRIBUTING.md" else []

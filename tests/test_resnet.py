@@ -100,7 +100,7 @@ def test_every_model(name: str, channels: int, num_classes: int | None, dtype: s
     levels, variables = init_with_maps(model, (2, 33, 29, channels))
     stages = len(model.stage_sizes)
     head = [] if num_classes is None else ["logits"]
-    assert list(levels) == ["stem", *(f"stage{i + 1}" for i in range(stages)), "pooled", *head]
+    assert set(levels) == {"stem", *(f"stage{i + 1}" for i in range(stages)), "pooled", *head}
 
     cifar = stages == 3 or name.endswith("_cifar")
     features = 16 * 2 ** (stages - 1) * (4 if CONVS[getattr(model.block, "func", model.block)] == 3 else 1)
