@@ -75,6 +75,12 @@ def test_precision(backend, expected, monkeypatch):
     assert build.make_model(TrainConfig(dtype="float32"), 10).dtype == jnp.float32
 
 
+def test_compiler_options_are_for_low_precision_on_cpu_alone(monkeypatch):
+    assert build.compiler_options(jnp.bfloat16) and not build.compiler_options(jnp.float32)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert not build.compiler_options(jnp.bfloat16)
+
+
 def test_model_fields():
     config = TrainConfig(model="resnet8", width=8, drop_path=0.2, zero_init=True, sync_bn=False)
     model = build.make_model(config, 7, "data")

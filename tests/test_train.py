@@ -211,14 +211,14 @@ def test_presets_are_complete(name):
 
 BAD_INPUT = {
     "preset": (["digit"], "unknown preset 'digit': did you mean digits?"),
-    "field": (["--optim.learning-rate", "1"], "unknown field '--optim.learning-rate'"),
-    "kind of value": (["--batch", "many"], "batch"),
+    "field": (["--optim.learning-rate", "1"], "unknown field '--optim.learning-rate': "),
+    "kind of value": (["--batch", "many"], "error: Value error Error parsing --batch: invalid literal"),
     "model": (["--model", "resnet19"], "unknown model 'resnet19': did you mean resnet"),
     "dataset": (["--data.name", "cifar11"], "no prepared set 'cifar11'"),
     "optimizer": (["--optim.name", "sdg"], "unknown optimizer 'sdg': did you mean sgd?"),
     "schedule": (["--optim.schedule", "cosinus"], "unknown schedule 'cosinus': did you mean cosine?"),
     "loss": (["--loss", "hinge"], "unknown loss 'hinge'"),
-    "mode": (["--mode", "pjit"], "mode"),
+    "mode": (["--mode", "pjit"], "invalid choice 'pjit' for argument '--mode'. Expected one of ('jit', 'pmap'"),
     "range": (["--ema", "1.5"], "--ema 1.5 is out of range"),
     "devices": (["--batch", "60"], "a batch of 60 is not divisible by 8 devices"),
     "large batch": (["--batch", "8000"], "a batch of 8000 is larger than the 1293 training images"),

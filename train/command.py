@@ -1,6 +1,8 @@
 """The command line of every pipeline: a preset's name, then its fields as flags, by tyro."""
 
 import contextlib
+import difflib
+import inspect
 import io
 import re
 from collections.abc import Callable, Sequence
@@ -23,7 +25,7 @@ def parse(program: str, presets: dict[str, Callable[[], Any]], argv: Sequence[st
     if preset not in presets:
         raise unknown("preset", preset, presets)
     config = presets[preset]()
-    about = f"{presets[preset].__doc__}\n\nPresets: {', '.join(presets)}."
+    about = f"{inspect.getdoc(presets[preset])}\n\nPresets: {', '.join(presets)}."
     if "-h" in argv or "--help" in argv:
         return preset, tyro.cli(type(config), prog=f"{program} {preset}", description=about, default=config, args=argv)
     _check_names(argv, flat(config))
@@ -44,11 +46,14 @@ def _check_names(argv: Sequence[str], fields: dict[str, Any]) -> None:
         head, _, last = flag.removeprefix("--").rpartition(".")
         positive = f"--{head}.{last.removeprefix('no-')}" if head else f"--{last.removeprefix('no-')}"
         if flag not in known and positive not in known:
-            raise unknown("field", flag, sorted(known))
+            near = difflib.get_close_matches(flag, known, n=3)
+            hint = f"did you mean {' or '.join(near)}? " if near else ""
+            raise UsageError(f"unknown field {flag!r}: {hint}--help lists them all")
 
 
 def _plain(text: str) -> str:
     """tyro's boxed message as one line."""
     text = re.sub(r"\x1b\[[0-9;]*m|[─-╿]", " ", text)
-    text = re.sub(r"\s+", " ", text).strip()
-    return re.sub(r"(Parsing error|For full helptext.*)", "", text).strip(" :") or "these flags cannot be parsed"
+    text = re.sub(r"-{3,}|\s+", " ", text)
+    text = re.sub(r"Argument helptext:.*|For full helptext.*", "", text)
+    return re.sub(r"\s+", " ", text).strip(" :") or "these flags cannot be parsed"

@@ -6,6 +6,7 @@ predict("seven.png")  # [("7", 0.97), ("1", 0.01), ...]
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import numpy as np
 
 from resnet_jax.augment import augment_batch
 from resnet_jax.keys import example_keys
-from train.build import eval_augment, make_model
+from train.build import compiler_options, eval_augment, make_model
 from train.decode import decode_image
 from train.errors import UsageError
 from train.runs import load_variables, read_config
@@ -37,7 +38,7 @@ def load(run: str | Path, *, top: int = 5) -> Callable[[Any], Any]:
     variables, model = load_variables(run), make_model(config, len(saved["classes"]))
     preprocess = eval_augment(config.augment)
 
-    @jax.jit
+    @partial(jax.jit, compiler_options=compiler_options(model.dtype) or None)
     def probabilities(images: jax.Array) -> jax.Array:
         keys = example_keys(jax.random.key(0), jnp.arange(images.shape[0]))
         logits: Any = model.apply(variables, augment_batch(preprocess, keys, images), train=False)

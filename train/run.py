@@ -13,7 +13,16 @@ from resnet_jax.losses import LOSSES
 from resnet_jax.parallel import axis_of, compile_step, make_mesh, place, replicated
 from resnet_jax.tree import PyTree, count
 from train.batches import eval_batches, train_batches
-from train.build import eval_augment, load_data, make_model, make_state, make_tx, step_options, with_statistics
+from train.build import (
+    compiler_options,
+    eval_augment,
+    load_data,
+    make_model,
+    make_state,
+    make_tx,
+    step_options,
+    with_statistics,
+)
 from train.checkpoint import Checkpoints
 from train.config import TrainConfig, check
 from train.errors import RunError, UsageError
@@ -74,14 +83,16 @@ def run(config: TrainConfig, preset: str = "custom") -> dict[str, Any]:
         _say(f"going on from step {int(state.step)}")
 
     # ---- steps ----
+    needed = {} if config.mode == "pmap" else compiler_options(model.dtype)
     compiled_for = partial(compile_step, mesh=mesh, mode=config.mode)
     step = compiled_for(
         partial(train_step, **step_options(config, model, tx)),
-        compiler_options=dict(_xla_option(option) for option in config.xla) or None,
+        compiler_options={**needed, **dict(_xla_option(option) for option in config.xla)} or None,
     )
     judge = compiled_for(
         partial(eval_step, model=model, preprocess=eval_augment(config.augment), loss=LOSSES[config.loss]),
         donate=False,
+        compiler_options=needed or None,
     )
 
     def measure(variables: Any, split: str) -> dict[str, Any]:
