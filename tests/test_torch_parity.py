@@ -70,9 +70,18 @@ def assert_near(got: np.ndarray, want: np.ndarray, what: str, tolerance: float) 
 
 @pytest.mark.parametrize("name", CASES)
 def test_golden(name):
+    found = ours(name)
     with np.load(GOLDEN) as stored:
-        for key, got in summary(ours(name)).items():
-            assert_near(got, stored[f"{name}/{key}"], key, 2e-4)
+        for key, got in summary(found).items():
+            want = stored[f"{name}/{key}"]
+            if key in found:
+                assert_near(got, want, key, 2e-4)
+                continue
+            # A row for each tensor, (norm, first value): each is held to its own norm, not to the largest one.
+            names = sorted(k for k in found if k.startswith(key))
+            assert len(want) == len(names), key
+            for row, ours_, theirs in zip(names, got, want, strict=True):
+                assert_near(ours_, theirs, row, 5e-4 if key == "grad" else 2e-4)
 
 
 @pytest.mark.skipif(not HAS_TORCH, reason="needs the extra parity")
