@@ -75,6 +75,18 @@ def test_keeps_the_last_and_the_best(tmp_path, states):
     assert_equal(restored, states[1])
 
 
+def test_reading_changes_nothing(tmp_path, states):
+    """An older checkpoint by its step leaves the newer ones, and a reader leaves another process's save in progress."""
+    saved(tmp_path, states).close()
+    (tmp_path / "5.orbax-checkpoint-tmp").mkdir()
+    before = sorted(p.name for p in tmp_path.iterdir())
+    reader = Checkpoints(tmp_path, writes=False)
+    restored, _ = reader.restore(states[0], step=reader.best)
+    reader.close()
+    assert_equal(restored, states[1])
+    assert sorted(p.name for p in tmp_path.iterdir()) == before == ["2", "3", "4", "5.orbax-checkpoint-tmp"]
+
+
 def test_unmeasured_checkpoints_are_no_candidates_for_best(tmp_path, states):
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(states[0], {}, {"validation_accuracy": 0.1})
@@ -128,7 +140,7 @@ def test_damaged_newest_falls_back_and_says_so(tmp_path, states, capsys, harm):
     harm(tmp_path / "4")
     harm(tmp_path / "3")
     checkpoints = Checkpoints(tmp_path, keep_last=3)
-    restored, iterator = checkpoints.restore(states[0])
+    restored, iterator = checkpoints.resume(states[0])
     assert_equal(restored, states[1])
     assert iterator == {"position": 32}
     said = capsys.readouterr().err

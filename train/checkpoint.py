@@ -24,11 +24,13 @@ METRIC = "validation_accuracy"
 class Checkpoints:
     """The checkpoints of one run, under `root`: the newest `keep_last`, and the best `keep_best` by validation.
 
+    Who only reads passes `writes=False`: the run itself may be in the middle of a save.
+
     Raises (from every method that writes):
       RunError: the disk is full or refuses; what was saved before is kept.
     """
 
-    def __init__(self, root: Path, *, keep_last: int = 2, keep_best: int = 1) -> None:
+    def __init__(self, root: Path, *, keep_last: int = 2, keep_best: int = 1, writes: bool = True) -> None:
         from orbax.checkpoint import v1 as ocp
 
         policies = ocp.training.preservation_policies
@@ -39,7 +41,7 @@ class Checkpoints:
         self._orbax = ocp.training.Checkpointer(
             self.root,
             preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep_last), best]),
-            cleanup_tmp_directories=True,
+            cleanup_tmp_directories=writes,
         )
         self._pending: Any = None
 
@@ -57,11 +59,11 @@ class Checkpoints:
     def save(self, state: TrainState, iterator: dict[str, Any], metrics: dict[str, float] | None = None) -> None:
         """Start saving `state` and the iterator's state; `metrics` may hold `validation_accuracy`."""
         self.wait()
-        arrays = _to_host(state)
-        metadata = {"iterator": iterator, "checksum": _checksum(arrays)}
-        step = int(arrays["step"])
+        step = int(state.step)
         if step in self.steps:
             return
+        arrays = _to_host(state)
+        metadata = {"iterator": iterator, "checksum": _checksum(arrays)}
         needed, free = sum(a.nbytes for a in jax.tree.leaves(arrays)), shutil.disk_usage(self.root).free
         if free < needed:
             raise self._failed(f"it needs {needed / 1e6:.0f} MB and {free / 1e6:.0f} MB are free")
@@ -100,11 +102,19 @@ class Checkpoints:
                 continue
             if candidate != steps[-1]:
                 print(f"warning: going on from the older checkpoint {candidate}", file=sys.stderr)
-            self._discard_after(candidate)
             return _to_devices(arrays, like), iterator
         if steps:
             raise UsageError(f"every checkpoint in {self.root} is damaged; choose another --out to start anew")
         return None
+
+    def resume(self, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
+        """`restore` to train on: the damaged newer checkpoints, which those to come would meet, are removed."""
+        restored = self.restore(like)
+        if restored is not None:
+            for newer in [step for step in self.steps if step > int(restored[0].step)]:
+                shutil.rmtree(self.root / str(newer), ignore_errors=True)
+            self._orbax.reload()
+        return restored
 
     def close(self) -> None:
         self.wait()
@@ -124,12 +134,6 @@ class Checkpoints:
         if _checksum(arrays) != metadata.custom_metadata["checksum"]:
             raise ValueError("its checksum differs")
         return arrays, metadata.custom_metadata["iterator"]
-
-    def _discard_after(self, step: int) -> None:
-        """Damaged newer checkpoints would stand in the way of the ones that are saved from here on."""
-        for newer in [s for s in self.steps if s > step]:
-            shutil.rmtree(self.root / str(newer), ignore_errors=True)
-        self._orbax.reload()
 
     def _failed(self, error: Exception | str) -> RunError:
         kept = f"the newest one kept is step {self.steps[-1]}" if self.steps else "none was saved before"

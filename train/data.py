@@ -1,6 +1,6 @@
 """Image sets: what they hold, where they are read from, how they are split.
 
-`load(name)` returns a `Dataset` with three splits. A split is a `Source`: `len(source)` and
+`load(name)` returns a `Dataset` with three splits. A split has `len(source)` and
 `source[i] -> {"image": uint8 [H, W, C], "label": int32}`, which is also what Grain reads from. Small sets are decoded
 once into `Arrays`; large ones stay encoded and are decoded by `train.batches` while training runs.
 

@@ -76,7 +76,7 @@ def run(config: TrainConfig, preset: str = "custom") -> dict[str, Any]:
     if main_process:
         write_config(out, preset, config, dataset)
     checkpoints = Checkpoints(out / "checkpoints", keep_last=config.keep_last, keep_best=config.keep_best)
-    restored = checkpoints.restore(state)
+    restored = checkpoints.resume(state)
     if restored is not None:
         state, position = restored
         stream.restore(position)

@@ -94,7 +94,7 @@ def load_variables(run: Path) -> dict[str, PyTree]:
     model = make_model(config, len(saved["classes"]))
     # The optimizer's state has the same shapes however long the run was.
     state = make_state(config, model, make_tx(config, 1, 1.0)[0], tuple(saved["image_shape"]))
-    checkpoints = Checkpoints(run / "checkpoints", keep_last=config.keep_last, keep_best=config.keep_best)
+    checkpoints = Checkpoints(run / "checkpoints", writes=False)
     restored = checkpoints.restore(state, step=checkpoints.best if config.select == "best" else None)
     checkpoints.close()
     if restored is None:

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -17,13 +17,6 @@ Example = dict[str, Any]
 
 class BrokenImage(UsageError):
     """An image that cannot be decoded; the message names it."""
-
-
-class Source(Protocol):
-    """Random access to labelled images, all of one shape."""
-
-    def __len__(self) -> int: ...
-    def __getitem__(self, index: int) -> Example: ...
 
 
 @dataclass(frozen=True, kw_only=True)
