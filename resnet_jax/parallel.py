@@ -122,12 +122,16 @@ def vary(tree: PyTree, axis_name: str | None) -> PyTree:
         return tree
 
     def own(x: jax.Array) -> jax.Array:
-        # Typed keys and whatever varies already cannot be cast, and need not be.
-        if axis_name in getattr(jax.typeof(x), "vma", ()):
-            return x
-        return jax.lax.pcast(x, axis_name, to="varying")
+        # Whatever varies already cannot be cast, and need not be.
+        return x if axis_name in varying_axes(x) else jax.lax.pcast(x, axis_name, to="varying")
 
     return jax.tree.map(own, tree)
+
+
+def varying_axes(x: jax.Array) -> frozenset[str]:
+    """The axes of `shard_map` over which an array may differ; none under `jit` and `pmap`."""
+    kind = getattr(jax.typeof(x), "manual_axis_type", None)
+    return kind.varying if kind else frozenset()
 
 
 def mean_over(tree: PyTree, axis_name: str | None) -> PyTree:

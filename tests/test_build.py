@@ -75,10 +75,60 @@ def test_precision(backend, expected, monkeypatch):
     assert build.make_model(TrainConfig(dtype="float32"), 10).dtype == jnp.float32
 
 
-def test_compiler_options_are_for_low_precision_on_cpu_alone(monkeypatch):
-    assert build.compiler_options(jnp.bfloat16) and not build.compiler_options(jnp.float32)
+def test_compiler_options_are_for_cpu_alone(monkeypatch):
+    low, plain, onednn = (
+        build.compiler_options(jnp.bfloat16),
+        build.compiler_options(jnp.float32),
+        build.compiler_options(jnp.float32, plain=False),
+    )
+    assert low == {build.YNN: ""}
+    assert plain[build.YNN].startswith("LIBRARY_FUSION_TYPE")
+    assert onednn == {}
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert not build.compiler_options(jnp.bfloat16)
+    assert build.compiler_options(jnp.bfloat16) == build.compiler_options(jnp.float32) == {}
+
+
+def test_compiler_options_that_this_jaxlib_does_not_know(monkeypatch):
+    build._known_options.cache_clear()
+    monkeypatch.setattr(build, "YNN", "xla_cpu_no_such_option")
+    assert build.compiler_options(jnp.float32) == {}
+    build._known_options.cache_clear()
+
+
+class TestPrimitives:
+    @pytest.fixture(autouse=True)
+    def one_device(self, monkeypatch):
+        monkeypatch.setattr(jax, "device_count", lambda: 1)
+
+    def test_plain_and_auto_off_cpu(self, monkeypatch):
+        assert build.make_primitives("plain") == ({}, "")
+        monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+        assert build.make_primitives("auto") == ({}, "")
+        with pytest.raises(UsageError, match="--primitives onednn: oneDNN computes on CPU, and this is gpu"):
+            build.make_primitives("onednn")
+
+    def test_onednn_where_it_is(self, monkeypatch):
+        monkeypatch.setattr(build.onednn, "load", lambda: None)
+        assert build.make_primitives("auto") == build.make_primitives("onednn") == ({"conv": build.onednn.conv}, "")
+
+    def test_onednn_where_it_is_not(self, monkeypatch):
+        def missing():
+            raise build.onednn.Unavailable("no compiler")
+
+        monkeypatch.setattr(build.onednn, "load", missing)
+        assert build.make_primitives("auto") == ({}, "no compiler")
+        with pytest.raises(UsageError, match="--primitives onednn: no compiler"):
+            build.make_primitives("onednn")
+
+    def test_jit_over_several_devices(self, monkeypatch):
+        monkeypatch.setattr(jax, "device_count", lambda: 8)
+        monkeypatch.setattr(build.onednn, "load", lambda: None)
+        assert "use mode shard_map" in build.make_primitives("auto", "jit")[1]
+        assert build.make_primitives("auto", "shard_map")[0]
+
+    def test_unknown(self):
+        with pytest.raises(UsageError, match="unknown primitives 'mkl'"):
+            build.make_primitives("mkl")
 
 
 def test_model_fields():

@@ -8,6 +8,7 @@ import jax
 from train.command import parse
 from train.errors import one_line
 from train.presets import PRESETS
+from train.process import keep_memory
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -22,4 +23,5 @@ def main(argv: list[str] | None = None) -> None:
 
 if __name__ == "__main__":
     with one_line():
+        keep_memory()
         main()

@@ -59,6 +59,23 @@ def train_batches(source: Arrays | Encoded, *, batch: int, seed: int, mesh: Mesh
     return StreamedBatches(source, batch=batch, seed=seed, mesh=mesh, mode=mode)
 
 
+def batch_like(
+    batch: int, image_shape: tuple[int, int, int], *, valid: bool = False
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of a global batch, with `valid` as evaluation has it: to compile a step before there are images."""
+    like = {
+        "image": jax.ShapeDtypeStruct((batch, *image_shape), np.uint8),
+        "label": jax.ShapeDtypeStruct((batch,), np.int32),
+        "valid": jax.ShapeDtypeStruct((batch,), np.bool_),
+    }
+    return like if valid else {name: like[name] for name in ("image", "label")}
+
+
+def padded(batch: int, mesh: Mesh) -> int:
+    """The batch that evaluation uses: rounded up to a multiple of the devices."""
+    return -(-batch // mesh.size) * mesh.size
+
+
 class ResidentBatches:
     """Batches gathered on the device from a split that lives there as uint8: the host only draws indices."""
 
@@ -140,7 +157,7 @@ def eval_batches(source: Arrays | Encoded, *, batch: int, mesh: Mesh, mode: Mode
     """
     if batch < 1:
         raise UsageError(f"a batch of {batch} holds no image")
-    batch = -(-batch // mesh.size) * mesh.size
+    batch = padded(batch, mesh)
     own = batch // jax.process_count()
     options = grain.ReadOptions(num_threads=16, prefetch_buffer_size=2 * own)
     steps = -(-len(source) // batch)

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import flax.linen as nn
@@ -12,22 +12,36 @@ import numpy as np
 import optax
 
 from resnet_jax import augment as aug
+from resnet_jax import onednn
 from resnet_jax.losses import LOSSES
 from resnet_jax.mix import mix
+from resnet_jax.parallel import Mode
 from resnet_jax.resnet import MODELS
 from resnet_jax.tree import PyTree, is_head
 from train.config import AugmentConfig, TrainConfig
-from train.data import Dataset, load
-from train.errors import UsageError
+from train.data import Dataset, in_memory, load
+from train.errors import UsageError, unknown
 from train.optim import Schedule, make_optimizer, make_schedule
 from train.sources import Arrays
 from train.state import TrainState, init_state, init_variables
 
+PRIMITIVES = ("auto", "plain", "onednn")
+
+
+def open_data(config: TrainConfig) -> Dataset:
+    """The config's `Dataset`, its images encoded as they are stored; `read_data` decodes what fits in memory."""
+    fields = dataclasses.asdict(config.data)
+    return load(fields.pop("name"), **fields, memory_limit=0)
+
+
+def read_data(config: TrainConfig, dataset: Dataset) -> Dataset:
+    """An opened `Dataset` in memory, if it is small enough."""
+    return in_memory(dataset, skip_broken=config.data.broken == "skip")
+
 
 def load_data(config: TrainConfig) -> Dataset:
-    """The config's `Dataset`."""
-    fields = dataclasses.asdict(config.data)
-    return load(fields.pop("name"), **fields)
+    """The config's `Dataset`, in memory if it is small enough."""
+    return read_data(config, open_data(config))
 
 
 def with_statistics(config: TrainConfig, dataset: Dataset) -> TrainConfig:
@@ -82,9 +96,12 @@ def _normalize(config: AugmentConfig) -> aug.Augment:
     return aug.normalize(config.mean, config.std)
 
 
-def make_model(config: TrainConfig, num_classes: int | None, axis_name: str | None = None) -> nn.Module:
-    """The config's model, for the axis that its steps will be compiled with."""
-    options: dict[str, Any] = {} if config.width is None else {"width": config.width}
+def make_model(
+    config: TrainConfig, num_classes: int | None, axis_name: str | None = None, primitives: dict[str, Any] | None = None
+) -> nn.Module:
+    """The config's model, for the axis that its steps will be compiled with; see `make_primitives`."""
+    options: dict[str, Any] = primitives or {}
+    options |= {} if config.width is None else {"width": config.width}
     return MODELS[config.model](
         num_classes=num_classes,
         drop_path=config.drop_path,
@@ -96,6 +113,34 @@ def make_model(config: TrainConfig, num_classes: int | None, axis_name: str | No
     )
 
 
+def make_primitives(name: str, mode: Mode = "jit") -> tuple[dict[str, Any], str]:
+    """(fields of a model, remark): what its convolutions are computed by.
+
+    `plain` is XLA, which every transformation can take; `onednn` is quicker on x86 CPUs; `auto` is oneDNN where that
+    can be used, and the remark says why it cannot, or is empty. Variables are the same for both.
+
+    Raises:
+      UsageError: an unknown name, or oneDNN is asked for where it cannot be used.
+    """
+    if name not in PRIMITIVES:
+        raise unknown("primitives", name, PRIMITIVES)
+    if name == "plain" or (name == "auto" and jax.default_backend() != "cpu"):
+        return {}, ""
+    reason = ""
+    if jax.default_backend() != "cpu":
+        reason = f"oneDNN computes on CPU, and this is {jax.default_backend()}"
+    elif mode == "jit" and jax.device_count() > 1:
+        reason = f"under jit XLA cannot split oneDNN's work over {jax.device_count()} devices: use mode shard_map"
+    else:
+        try:
+            onednn.load()
+        except onednn.Unavailable as error:
+            reason = str(error)
+    if reason and name == "onednn":
+        raise UsageError(f"--primitives onednn: {reason}")
+    return ({}, reason) if reason else ({"conv": onednn.conv}, "")
+
+
 def compute_dtype(name: str) -> Any:
     """`auto` is bfloat16 where it is fast (GPU, TPU) and float32 on CPU; parameters and losses are float32 anyway."""
     if name == "auto":
@@ -103,14 +148,35 @@ def compute_dtype(name: str) -> Any:
     return jnp.dtype(name).type
 
 
-def compiler_options(dtype: Any) -> dict[str, Any]:
-    """XLA options that this dtype needs on this backend, for `jax.jit(compiler_options=...)`.
+def compiler_options(dtype: Any, *, plain: bool = True) -> dict[str, Any]:
+    """XLA options for networks of this dtype on this backend, `plain` or not, for `jax.jit(compiler_options=...)`.
 
-    XLA:CPU of jax 0.12 hands parts of bfloat16 networks to a library (YNN) that returns nan for some of them: a 3-stage
-    ResNet on 32x32 images is one. Without that library the same network is right.
+    On CPU alone. Plain convolutions in float32: options that keep XLA from fusing the weight gradient's transposition
+    into the backward pass before it, and from handing convolutions to YNN; 1.2 to 1.8 times as fast (docs/speed.md).
+    bfloat16: no YNN at all, which in jax 0.12 returns nan for some networks, a 3-stage ResNet on 32x32 images for one.
     """
-    low = jax.default_backend() == "cpu" and jnp.dtype(dtype) == jnp.bfloat16
-    return {"xla_cpu_experimental_ynn_fusion_type": ""} if low else {}
+    if jax.default_backend() != "cpu":
+        return {}
+    if jnp.dtype(dtype) == jnp.bfloat16:
+        return {YNN: ""}
+    return _known_options() if plain else {}
+
+
+YNN = "xla_cpu_experimental_ynn_fusion_type"
+
+
+@cache
+def _known_options() -> dict[str, Any]:
+    """The options for plain float32 convolutions, if this jaxlib knows them: it refuses those that it does not."""
+    options = {
+        "xla_cpu_opt_preset": "CPU_OPT_PRESET_FAST_COMPILE",
+        YNN: "LIBRARY_FUSION_TYPE_REDUCE,LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT",
+    }
+    try:
+        jax.jit(lambda x: x, compiler_options=options).lower(0.0).compile()
+    except (jax.errors.JaxRuntimeError, ValueError):
+        return {}
+    return options
 
 
 def make_tx(config: TrainConfig, steps: int, epoch_steps: float) -> tuple[optax.GradientTransformation, Schedule]:

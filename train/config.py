@@ -128,8 +128,12 @@ class TrainConfig:
     mode: Mode = "jit"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of convolutions and activations; auto is bfloat16 on GPU and TPU, float32 on CPU."""
+    primitives: Literal["auto", "plain", "onednn"] = "auto"
+    """What computes convolutions: XLA (plain), or on CPU oneDNN; auto is oneDNN where it can be used."""
     xla: tuple[str, ...] = ()
     """XLA compiler options for the train step, NAME=VALUE each (not in mode pmap)."""
+    cache: str = "auto"
+    """Folder of compiled programs for the next start; auto is ~/.cache/resnet-jax/compiled, `none` keeps none."""
     sync_bn: bool = True
     """Batch statistics over all devices; False (not in mode jit): over each device's own part."""
     distributed: str | None = None

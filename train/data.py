@@ -71,6 +71,7 @@ def load(
       split_seed: of that draw; not the run's seed, so that all runs hold back the same examples.
       random_crop: see `Encoded`; the training split is then decoded anew in every epoch.
       broken: `refuse` or `skip` images that cannot be decoded.
+      memory_limit: see `in_memory`; 0 leaves everything encoded.
 
     Raises:
       UsageError: no such set, an empty or broken one, labels out of range.
@@ -87,25 +88,41 @@ def load(
     else:
         classes, splits = _tfds(name, Path(dir).expanduser() if dir else None, image_size)
     splits = _complete(splits, validation, split_seed)
-
-    encoded = {split: source for split, source in splits.items() if isinstance(source, Encoded)}
     if random_crop:
         if image_size is None:
             raise UsageError("--data.random-crop needs --data.image-size, the side that boxes are brought to")
-        if "train" not in encoded:
+        if not isinstance(splits["train"], Encoded):
             raise UsageError(
                 f"{name} is not decoded, so nothing can be cut out meanwhile: leave out --data.random-crop"
             )
-        # Decoded anew in every epoch, so never kept in memory.
-        splits["train"] = replace(encoded.pop("train"), random_crop=True)
-    if sum(len(source) * _image_bytes(source) for source in encoded.values()) <= memory_limit:
-        decoded = {split: decode_all(source, skip_broken=broken == "skip") for split, source in encoded.items()}
-        if len({source.images.shape[1:] for source in decoded.values()}) > 1:
-            raise differ_in_size(f"the splits of {name}")
-        splits |= decoded
-    for split, source in splits.items():
-        check_labels(source, len(classes), f"{name} {split}")
-    return Dataset(name=name, classes=classes, **splits)
+        splits["train"] = replace(splits["train"], random_crop=True)
+    dataset = Dataset(name=name, classes=classes, **splits)
+    _check(dataset)
+    return dataset if memory_limit == 0 else in_memory(dataset, skip_broken=broken == "skip", limit=memory_limit)
+
+
+def in_memory(dataset: Dataset, *, skip_broken: bool = False, limit: int = MEMORY_LIMIT) -> Dataset:
+    """The set with its encoded splits decoded, if all of them take at most `limit` bytes; else as it is.
+
+    Splits that cut random boxes out stay encoded: they are decoded anew in every epoch.
+
+    Raises:
+      UsageError: images that cannot be decoded (unless they are skipped), or that differ in size.
+    """
+    encoded = {s: x for s, x in dataset.splits.items() if isinstance(x, Encoded) and not x.random_crop}
+    if sum(len(source) * _image_bytes(source) for source in encoded.values()) > limit:
+        return dataset
+    decoded = {split: decode_all(source, skip_broken=skip_broken) for split, source in encoded.items()}
+    if len({source.images.shape[1:] for source in decoded.values()}) > 1:
+        raise differ_in_size(f"the splits of {dataset.name}")
+    dataset = replace(dataset, **decoded)
+    _check(dataset)
+    return dataset
+
+
+def _check(dataset: Dataset) -> None:
+    for split, source in dataset.splits.items():
+        check_labels(source, len(dataset.classes), f"{dataset.name} {split}")
 
 
 def from_arrays(

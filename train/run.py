@@ -2,6 +2,7 @@
 
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,14 +13,16 @@ import jax.numpy as jnp
 from resnet_jax.losses import LOSSES
 from resnet_jax.parallel import axis_of, compile_step, make_mesh, place, replicated
 from resnet_jax.tree import PyTree, count
-from train.batches import eval_batches, train_batches
+from train.batches import batch_like, eval_batches, padded, train_batches
 from train.build import (
     compiler_options,
     eval_augment,
-    load_data,
     make_model,
+    make_primitives,
     make_state,
     make_tx,
+    open_data,
+    read_data,
     step_options,
     with_statistics,
 )
@@ -27,6 +30,7 @@ from train.checkpoint import Checkpoints
 from train.config import TrainConfig, check
 from train.errors import RunError, UsageError
 from train.loop import Progress, evaluate, fit
+from train.process import keep_compiled
 from train.runs import environment, finished_result, write_config, write_json
 from train.state import TrainState, digest
 from train.steps import eval_step, train_step
@@ -49,28 +53,63 @@ def run(config: TrainConfig, preset: str = "custom") -> dict[str, Any]:
         print(f"{out} holds this run, finished; its result:", file=sys.stderr)
         return finished
     main_process = jax.process_index() == 0
+    keep_compiled(config.cache)
     mesh = make_mesh()
 
-    # ---- data ----
+    # ---- data: opened here, read further down, while the steps compile ----
     began = time.perf_counter()
-    dataset = load_data(config)
+    dataset = open_data(config)
+    if None in (config.augment.mean, config.augment.std) or config.data.broken == "skip":
+        # What compiles depends on the images themselves: on their statistics, or on how many can be read.
+        dataset = read_data(config, dataset)
     config = with_statistics(config, dataset)
-    stream = train_batches(dataset.train, batch=config.batch, seed=config.seed, mesh=mesh, mode=config.mode)
-    _say(f"{dataset.name}: {', '.join(f'{len(s):,} {n}' for n, s in dataset.splits.items())} images, "
-         f"{len(dataset.classes)} classes, read in {time.perf_counter() - began:.1f} s")  # fmt: skip
+    reading = time.perf_counter() - began
 
     # ---- model, optimizer, state ----
     epoch_steps = len(dataset.train) / config.batch
     steps = config.steps or max(int(config.epochs * epoch_steps), 1)
-    model = make_model(config, len(dataset.classes), axis_of(config.mode))
+    primitives, remark = make_primitives(config.primitives, config.mode)
+    model = make_model(config, len(dataset.classes), axis_of(config.mode), primitives)
     tx, schedule = make_tx(config, steps, epoch_steps)
 
     def start(variables: dict[str, PyTree]) -> dict[str, PyTree]:
         return variables if config.init is None else load_weights(Path(config.init), variables)
 
     state = place(make_state(config, model, tx, dataset.image_shape, start), replicated(mesh))
+    library = "oneDNN" if primitives else "XLA"
     _say(f"{config.model}: {count(state.params):,} parameters on {mesh.size} {jax.devices()[0].device_kind} "
-         f"({config.mode}, {jnp.dtype(model.dtype).name})")  # fmt: skip
+         f"({config.mode}, {jnp.dtype(model.dtype).name}, convolutions by {library})")  # fmt: skip
+    if remark:
+        _say(f"slower than it could be: {remark}")
+
+    # ---- steps, compiled in a thread of their own ----
+    needed = {} if config.mode == "pmap" else compiler_options(model.dtype, plain=not primitives)
+    compiled_for = partial(compile_step, mesh=mesh, mode=config.mode)
+    step = compiled_for(
+        partial(train_step, **step_options(config, model, tx)),
+        compiler_options={**needed, **dict(_xla_option(option) for option in config.xla)} or None,
+    )
+    judge = compiled_for(
+        partial(eval_step, model=model, preprocess=eval_augment(config.augment), loss=LOSSES[config.loss]),
+        donate=False,
+        compiler_options=needed or None,
+    )
+    shapes = jax.eval_shape(lambda: state)
+    train_like = batch_like(config.batch, dataset.image_shape)
+    eval_like = batch_like(padded(config.eval_batch, mesh), dataset.image_shape, valid=True)
+    compiler = ThreadPoolExecutor(1)
+    compiling = (
+        compiler.submit(_compiled, step, shapes, train_like, config),
+        compiler.submit(_compiled, judge, shapes.variables, eval_like, config),
+    )
+    compiler.shutdown(wait=False)
+
+    began = time.perf_counter()
+    dataset = read_data(config, dataset)
+    reading += time.perf_counter() - began
+    stream = train_batches(dataset.train, batch=config.batch, seed=config.seed, mesh=mesh, mode=config.mode)
+    _say(f"{dataset.name}: {', '.join(f'{len(s):,} {n}' for n, s in dataset.splits.items())} images, "
+         f"{len(dataset.classes)} classes, read in {reading:.1f} s")  # fmt: skip
 
     # ---- run folder and checkpoints ----
     if main_process:
@@ -82,18 +121,7 @@ def run(config: TrainConfig, preset: str = "custom") -> dict[str, Any]:
         stream.restore(position)
         _say(f"going on from step {int(state.step)}")
 
-    # ---- steps ----
-    needed = {} if config.mode == "pmap" else compiler_options(model.dtype)
-    compiled_for = partial(compile_step, mesh=mesh, mode=config.mode)
-    step = compiled_for(
-        partial(train_step, **step_options(config, model, tx)),
-        compiler_options={**needed, **dict(_xla_option(option) for option in config.xla)} or None,
-    )
-    judge = compiled_for(
-        partial(eval_step, model=model, preprocess=eval_augment(config.augment), loss=LOSSES[config.loss]),
-        donate=False,
-        compiler_options=needed or None,
-    )
+    (step, compile_seconds), (judge, _) = (task.result() for task in compiling)
 
     def measure(variables: Any, split: str) -> dict[str, Any]:
         batches = eval_batches(dataset.splits[split], batch=config.eval_batch, mesh=mesh, mode=config.mode)
@@ -125,23 +153,8 @@ def run(config: TrainConfig, preset: str = "custom") -> dict[str, Any]:
     if config.save_steps:
         hooks.append((config.save_steps, lambda state: checkpoints.save(state, stream.state())))
     began = time.perf_counter()
-    compiled: list[float] = []
-
-    def timed(state: TrainState, batch: Any) -> Any:
-        if compiled:
-            return step(state, batch)
-        before = time.perf_counter()
-        try:
-            result = step(state, batch)  # the first call traces and compiles before it returns
-        except jax.errors.JaxRuntimeError as error:
-            if config.xla and "option" in str(error):
-                raise UsageError(f"--xla {' '.join(config.xla)}: {error}") from None
-            raise
-        compiled.append(time.perf_counter() - before)
-        return result
-
     try:
-        state = fit(timed, state, stream, steps=steps, hooks=hooks, log=progress.log)
+        state = fit(step, state, stream, steps=steps, hooks=hooks, log=progress.log)
         checkpoints.wait()
     except RunError as error:
         kept = checkpoints.steps
@@ -173,7 +186,7 @@ def run(config: TrainConfig, preset: str = "custom") -> dict[str, Any]:
         "test_per_class_accuracy": [round(float(a), 4) for a in test["per_class_accuracy"]],
         "validation_accuracy": validation["accuracy"],
         "seconds": round(seconds, 2),
-        "compile_seconds": round(sum(compiled), 2),
+        "compile_seconds": round(compile_seconds, 2),
         "images_per_second": round(progress.images_per_second, 1),
         "parameters": count(state.params),
         "params_digest": digest(chosen),
@@ -202,6 +215,20 @@ def join_hosts(distributed: str | None) -> None:
             jax.distributed.initialize(address, int(hosts), int(index))
     except (RuntimeError, ValueError) as error:
         raise RunError(f"cannot join the other hosts (--distributed {distributed}): {error}") from None
+
+
+def _compiled(step: Any, state: Any, batch: Any, config: TrainConfig) -> tuple[Any, float]:
+    """(the step compiled for these shapes, seconds that took). pmap compiles when it is called."""
+    if config.mode == "pmap":
+        return step, 0.0
+    began = time.perf_counter()
+    try:
+        compiled = step.lower(state, batch).compile()
+    except jax.errors.JaxRuntimeError as error:
+        if config.xla and "option" in str(error):
+            raise UsageError(f"--xla {' '.join(config.xla)}: {error}") from None
+        raise
+    return compiled, time.perf_counter() - began
 
 
 def _xla_option(option: str) -> tuple[str, str | bool]:

@@ -22,7 +22,7 @@ from train.errors import RunError, UsageError
 
 # Fields that may differ between a run and its continuation: they change where and how fast, never what.
 FREE_FIELDS = {"out", "mode", "data.dir", "distributed", "log_every", "eval_batch"}
-FREE_FIELDS |= {"keep_last", "keep_best", "save_steps"}
+FREE_FIELDS |= {"keep_last", "keep_best", "save_steps", "primitives", "cache"}
 
 
 def read_config(out: Path) -> tuple[TrainConfig, dict[str, Any]]:

@@ -1,0 +1,242 @@
+"""oneDNN's convolution equals XLA's: outputs, gradients of any order, whole networks, all modes."""
+
+import subprocess
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from resnet_jax import MODELS, onednn
+from resnet_jax.parallel import axis_of, compile_step, make_mesh, replicated, shard_batch
+from resnet_jax.tree import leaves
+from tests.nets import CLASSES, batch_of, tiny, tiny_state, tiny_tx
+from train.state import init_variables
+from train.steps import train_step
+
+try:
+    onednn.load()
+    MISSING = ""
+except onednn.Unavailable as error:
+    MISSING = str(error)
+needs_onednn = pytest.mark.skipif(bool(MISSING), reason=MISSING)
+
+# (batch, height, width, channels, features, kernel, strides, groups)
+SHAPES = [
+    (2, 8, 8, 16, 16, 3, 1, 1),
+    (2, 8, 8, 16, 32, 3, 2, 1),
+    (1, 9, 7, 5, 3, 3, 2, 1),  # odd sizes, odd channels, batch of one
+    (1, 1, 1, 4, 8, 3, 1, 1),  # the kernel is larger than the image
+    (3, 7, 7, 8, 32, 1, 1, 1),
+    (3, 7, 8, 8, 16, 1, 2, 1),
+    (2, 15, 16, 3, 8, 7, 2, 1),
+    (2, 6, 6, 4, 4, 5, 1, 1),
+    (2, 6, 6, 16, 32, 3, 2, 4),
+    (2, 6, 6, 8, 8, 3, 1, 8),  # depthwise
+]
+
+
+def plain(images, kernel, strides, groups):
+    pads = [((size - 1) // 2,) * 2 for size in kernel.shape[:2]]
+    return jax.lax.conv_general_dilated(
+        images,
+        kernel,
+        (strides, strides),
+        pads,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=groups,
+        precision="highest",
+    )
+
+
+def operands(shape, dtype=np.float32):
+    batch, height, width, channels, features, size, _, groups = shape
+    rng = np.random.default_rng(0)
+    images = rng.standard_normal((batch, height, width, channels))
+    kernel = rng.standard_normal((size, size, channels // groups, features))
+    return jnp.asarray(images, dtype), jnp.asarray(kernel, dtype)
+
+
+def near(got, want, tolerance=1e-5):
+    for path, leaf in leaves(want).items():
+        error = np.abs(np.asarray(leaves(got)[path], np.float64) - leaf).max()
+        assert error <= tolerance * max(np.abs(leaf).max(), 1e-3), f"{path}: {error}"
+
+
+def through(conv, strides, groups):
+    """A scalar of a convolution that is linear in neither operand, so that second derivatives are not zero."""
+    return lambda images, kernel: jnp.sin(conv(images, kernel, strides=strides, groups=groups)).sum()
+
+
+@needs_onednn
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_outputs_and_gradients(shape):
+    *_, strides, groups = shape
+    images, kernel = operands(shape)
+    got = onednn.convolution(images, kernel, strides=strides, groups=groups)
+    near({"y": got}, {"y": plain(images, kernel, strides, groups)})
+    grads = [jax.grad(through(f, strides, groups), (0, 1))(images, kernel) for f in (onednn.convolution, plain)]
+    near(*(dict(zip("xw", g, strict=True)) for g in grads))
+
+
+@needs_onednn
+@pytest.mark.parametrize("shape", [SHAPES[1], SHAPES[2], SHAPES[8]], ids=str)
+def test_gradients_of_gradients(shape):
+    """Every mixed second derivative, by the norm of the first ones: all nine rules are used."""
+    *_, strides, groups = shape
+    images, kernel = operands(shape)
+
+    def second(conv):
+        first = jax.grad(through(conv, strides, groups), (0, 1))
+        return jax.grad(lambda x, w: sum((g**3).sum() for g in first(x, w)), (0, 1))
+
+    got, want = second(onednn.convolution)(images, kernel), second(plain)(images, kernel)
+    near(dict(zip("xw", got, strict=True)), dict(zip("xw", want, strict=True)), 1e-4)
+
+
+@needs_onednn
+def test_no_worse_than_xla_against_float64():
+    """The mean error of output and gradients, over shapes, is at most half again XLA's."""
+    errors = {"onednn": [], "xla": []}
+    for shape in SHAPES:
+        *_, strides, groups = shape
+        images, kernel = operands(shape)
+        with jax.enable_x64(True):
+            exact = jax.vjp(partial(plain, strides=strides, groups=groups), *operands(shape, np.float64))
+            wide = [exact[0], *exact[1](jnp.ones_like(exact[0]))]
+        for name, conv in (("onednn", onednn.convolution), ("xla", plain)):
+            y, pull = jax.vjp(partial(conv, strides=strides, groups=groups), images, kernel)
+            found = [y, *pull(jnp.ones_like(y))]
+            errors[name] += [
+                np.linalg.norm(np.asarray(a, np.float64) - b) / np.linalg.norm(b)
+                for a, b in zip(found, map(np.asarray, wide), strict=True)
+            ]
+    assert np.mean(errors["onednn"]) <= 1.5 * np.mean(errors["xla"])
+
+
+@needs_onednn
+def test_bfloat16():
+    images, kernel = operands(SHAPES[0], jnp.bfloat16)
+    got = onednn.convolution(images, kernel)
+    assert got.dtype == jnp.bfloat16
+    near({"y": got}, {"y": np.asarray(plain(images, kernel, 1, 1), np.float32)}, 1e-2)
+
+
+@needs_onednn
+def test_vmap_and_per_example_gradients():
+    images, kernel = operands(SHAPES[1])
+    one = lambda conv: jax.vmap(jax.grad(lambda w, x: through(conv, 2, 1)(x[None], w)), (None, 0))  # noqa: E731
+    near({"g": one(onednn.convolution)(kernel, images)}, {"g": one(plain)(kernel, images)})
+
+
+@needs_onednn
+def test_forward_mode_is_refused():
+    images, kernel = operands(SHAPES[0])
+    with pytest.raises(TypeError, match="forward-mode"):
+        jax.jvp(lambda x: onednn.convolution(x, kernel), (images,), (images,))
+
+
+@needs_onednn
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda x, w: (x.astype(jnp.float16), w.astype(jnp.float16)), TypeError, "float32 or bfloat16, got float16"),
+        (lambda x, w: (x, w.astype(jnp.bfloat16)), TypeError, "got float32 images and a bfloat16 kernel"),
+        (lambda x, w: (x[..., :4], w), ValueError, "4 channels in 1 groups do not fit"),
+    ],
+)
+def test_operands_that_do_not_fit(change, error, message):
+    with pytest.raises(error, match=message):
+        onednn.convolution(*change(*operands(SHAPES[0])))
+
+
+# ---- networks -------------------------------------------------------------------------------------------------------
+
+
+def answers(model, variables, images, labels):
+    """Logits, statistics, gradients of a training pass, and logits in evaluation."""
+
+    def loss(params):
+        logits, new = model.apply({**variables, "params": params}, images, train=True, mutable=["batch_stats"])
+        return -jax.nn.log_softmax(logits)[jnp.arange(len(labels)), labels].mean(), (logits, new["batch_stats"])
+
+    grads, (logits, stats) = jax.grad(loss, has_aux=True)(variables["params"])
+    return {"train": logits, "stats": stats, "grads": grads, "eval": model.apply(variables, images, train=False)}
+
+
+@needs_onednn
+@pytest.mark.parametrize("name", ["resnet8", "resnet18", "resnet50", "resnext50_32x4d", "preact_resnet18_cifar"])
+def test_networks(name):
+    """Each block and stem, one block a stage: outputs, statistics and gradients of whole networks."""
+    model = MODELS[name](num_classes=CLASSES, width=16)
+    model = model.clone(stage_sizes=(1,) * min(len(model.stage_sizes), 3))
+    variables = init_variables(model, jax.random.key(0), (33, 33, 3))
+    images = jax.random.normal(jax.random.key(1), (4, 33, 33, 3))
+    labels = np.arange(4)
+    want = jax.jit(partial(answers, model))(variables, images, labels)
+    got = jax.jit(partial(answers, model.clone(conv=onednn.conv)))(variables, images, labels)
+    near(got, want, 5e-4)
+
+
+@needs_onednn
+@pytest.mark.parametrize("mode", ["jit", "pmap", "shard_map"])
+def test_three_modes(mode, images):
+    """Three steps on eight devices equal three plain steps on one."""
+    states = {}
+    for conv, devices, how in ((None, 1, "jit"), (onednn.conv, 8, mode)):
+        mesh = make_mesh(jax.devices()[:devices])
+        model = tiny(axis_name=axis_of(how), **({"conv": conv} if conv else {}))
+        step = compile_step(partial(train_step, model=model, tx=tiny_tx()), mesh=mesh, mode=how)
+        state = jax.device_put(tiny_state(tiny_tx()), replicated(mesh))
+        for _ in range(3):
+            state, _ = step(state, shard_batch(batch_of(images), mesh, mode=how))
+        states[devices] = jax.device_get(state.params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6, rtol=0), states[8], states[1])
+
+
+# ---- the library ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fresh(monkeypatch, tmp_path):
+    """As in a process that has not loaded oneDNN, with an empty cache."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    onednn.load.cache_clear()
+    yield tmp_path
+    monkeypatch.undo()
+    onednn.load.cache_clear()
+
+
+def test_without_onednn(fresh, monkeypatch):
+    monkeypatch.setattr(onednn.Path, "is_file", lambda path: False)
+    with pytest.raises(onednn.Unavailable, match="not installed: pip install onednn-cpu-gomp"):
+        onednn.load()
+
+
+def test_on_another_system(fresh, monkeypatch):
+    monkeypatch.setattr(onednn.sys, "platform", "darwin")
+    with pytest.raises(onednn.Unavailable, match="need Linux"):
+        onednn.load()
+
+
+@needs_onednn
+def test_without_a_compiler(fresh, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(onednn.Unavailable, match="needs a C\\+\\+ compiler"):
+        onednn.load()
+
+
+@needs_onednn
+def test_compiler_that_fails(fresh, monkeypatch):
+    monkeypatch.setenv("CXX", "false")
+    with pytest.raises(onednn.Unavailable, match=r"false cannot compile .*onednn\.cc"):
+        onednn.load()
+
+
+@needs_onednn
+def test_compiled_once(fresh, monkeypatch):
+    library = onednn._compiled(*onednn._find())
+    assert library.parent == fresh / "resnet-jax"
+    monkeypatch.setattr(subprocess, "run", lambda *a, **k: pytest.fail("compiled again"))
+    assert onednn._compiled(*onednn._find()) == library

@@ -1,0 +1,78 @@
+"""What a process of a pipeline sets up for itself: where compiled programs are kept, how freed memory is treated.
+
+The mains do it, and `train.run.run` for the cache; importing never does.
+"""
+
+import ctypes
+import hashlib
+import os
+import sys
+from importlib import metadata, util
+from pathlib import Path
+
+import jax
+
+from resnet_jax.onednn import cache_folder
+from train.errors import UsageError
+
+# glibc's mallopt, malloc.h
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8
+
+
+def keep_compiled(folder: str = "auto") -> Path | None:
+    """Keep compiled programs in a folder, so that a second start finds them; returns the folder, None if switched off.
+
+    `auto` is JAX's own setting (JAX_COMPILATION_CACHE_DIR) where there is one, else `cache_folder()`/compiled, apart
+    for each kind of processor: code for one may not run on another. `none` keeps nothing.
+
+    Raises:
+      UsageError: the folder cannot be made.
+    """
+    if folder == "none":
+        jax.config.update("jax_compilation_cache_dir", None)
+        return None
+    if folder == "auto" and jax.config.jax_compilation_cache_dir:
+        return Path(jax.config.jax_compilation_cache_dir)
+    path = cache_folder() / "compiled" / _processor() if folder == "auto" else Path(folder).expanduser()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--cache {folder}: cannot make {path}: {error.strerror}") from None
+    jax.config.update("jax_compilation_cache_dir", str(path))
+    # JAX leaves out what compiled in under a second; a start on CPU is made of such programs.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    return path
+
+
+def _processor() -> str:
+    """The instruction set, hashed."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        said = next(line for line in lines if line.startswith(("flags", "Features")))
+    except (OSError, StopIteration):
+        said = f"{sys.platform} {os.environ.get('PROCESSOR_IDENTIFIER', '')}"
+    return hashlib.sha256(said.encode()).hexdigest()[:8]
+
+
+def keep_memory() -> bool:
+    """On CPU, let glibc keep what XLA frees: it frees and allocates all temporaries in each step.
+
+    Pages handed back and faulted in again are a quarter of the step time of a small network. Whatever the process has
+    freed then stays its own until it ends. Called before JAX starts its threads; returns whether it did anything.
+    """
+    if sys.platform != "linux" or not cpu_only():
+        return False
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # not in musl
+    if mallopt is None:
+        return False
+    # One arena: only the main one can grow without limit.
+    settings = {M_MMAP_THRESHOLD: 1 << 30, M_TRIM_THRESHOLD: (1 << 31) - 1, M_ARENA_MAX: 1}
+    return all(mallopt(name, value) for name, value in settings.items())
+
+
+def cpu_only() -> bool:
+    """Whether JAX will have no device but the CPU, told without starting it."""
+    platforms = os.environ.get("JAX_PLATFORMS", "")
+    if platforms:
+        return platforms == "cpu"
+    return not metadata.entry_points(group="jax_plugins") and util.find_spec("libtpu") is None
