@@ -65,10 +65,10 @@ def convolution(images: jax.Array, kernel: jax.Array, *, strides: int = 1, group
     load()
     if images.dtype != kernel.dtype or images.dtype not in DTYPES:
         raise TypeError(f"oneDNN convolves float32 or bfloat16, got {images.dtype} images and a {kernel.dtype} kernel")
-    channels, (height, width, inputs, outputs) = images.shape[-1], kernel.shape
+    (_, rows, columns, channels), (height, width, inputs, outputs) = images.shape, kernel.shape
     if channels != inputs * groups or outputs % groups:
         raise ValueError(f"{channels} channels in {groups} groups do not fit a kernel {kernel.shape}")
-    return _convolution(Geometry(images.shape[1:3], (height, width), strides, groups), images, kernel)
+    return _convolution(Geometry((rows, columns), (height, width), strides, groups), images, kernel)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

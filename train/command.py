@@ -20,7 +20,7 @@ def parse(program: str, presets: dict[str, Callable[[], Any]], argv: Sequence[st
     Raises:
       UsageError: no such preset or flag, or a value of the wrong kind; in one line.
     """
-    argv = list(argv)
+    argv = _joined(argv)
     preset = argv.pop(0) if argv and not argv[0].startswith("-") else default
     if preset not in presets:
         raise unknown("preset", preset, presets)
@@ -35,6 +35,17 @@ def parse(program: str, presets: dict[str, Callable[[], Any]], argv: Sequence[st
             return preset, tyro.cli(type(config), prog=program, default=config, args=argv)
     except SystemExit:
         raise UsageError(_plain(said.getvalue())) from None
+
+
+def _joined(argv: Sequence[str]) -> list[str]:
+    """`--versus "--batch 64"` as `--versus=--batch 64`: a value that is flags itself would be taken for a flag."""
+    joined: list[str] = []
+    for argument in argv:
+        if joined and argument.startswith("--") and " " in argument.split("=", 1)[0]:
+            joined[-1] += f"={argument}"
+        else:
+            joined.append(argument)
+    return joined
 
 
 def _check_names(argv: Sequence[str], fields: dict[str, Any]) -> None:

@@ -112,7 +112,7 @@ def in_memory(dataset: Dataset, *, skip_broken: bool = False, limit: int = MEMOR
     encoded = {s: x for s, x in dataset.splits.items() if isinstance(x, Encoded) and not x.random_crop}
     if sum(len(source) * _image_bytes(source) for source in encoded.values()) > limit:
         return dataset
-    decoded = {split: decode_all(source, skip_broken=skip_broken) for split, source in encoded.items()}
+    decoded: dict[str, Any] = {split: decode_all(source, skip_broken=skip_broken) for split, source in encoded.items()}
     if len({source.images.shape[1:] for source in decoded.values()}) > 1:
         raise differ_in_size(f"the splits of {dataset.name}")
     dataset = replace(dataset, **decoded)

@@ -31,8 +31,9 @@ def keep_compiled(folder: str = "auto") -> Path | None:
     if folder == "none":
         jax.config.update("jax_compilation_cache_dir", None)
         return None
-    if folder == "auto" and jax.config.jax_compilation_cache_dir:
-        return Path(jax.config.jax_compilation_cache_dir)
+    given = getattr(jax.config, "jax_compilation_cache_dir", None)
+    if folder == "auto" and given:
+        return Path(given)
     path = cache_folder() / "compiled" / _processor() if folder == "auto" else Path(folder).expanduser()
     try:
         path.mkdir(parents=True, exist_ok=True)

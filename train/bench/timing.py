@@ -1,0 +1,116 @@
+"""Timing: runners that take turns, medians with their spread, ratios with an interval. Knows nothing of networks.
+
+A runner is called without arguments and returns the arrays to wait for. Whatever is to be compared is timed in the same
+process, block by block in turns and each other block in reverse order (ABBA), so that a machine that slows down slows
+down both; the interval of a ratio comes from the blocks, as steps within one are not independent.
+"""
+
+import gc
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+import numpy as np
+from scipy.special import stdtrit
+
+Runner = Callable[[], Any]
+
+RESAMPLES = 1000
+
+
+def interleaved(
+    runners: dict[str, Runner],
+    *,
+    steps: int,
+    repeats: int,
+    warmup: int,
+    settle: int | None = None,
+    ahead: bool = False,
+) -> dict[str, np.ndarray]:
+    """Seconds of each step, float64 [repeats, steps] by runner; a row is a block.
+
+    Args:
+      steps: timed calls of a block.
+      repeats: blocks of each runner.
+      warmup: untimed calls of each runner before all.
+      settle: untimed calls before each block; None is one where runners take turns, as caches hold another's data.
+      ahead: wait for each call's arrays only after the next is dispatched, as `train.loop.fit` does; times are then
+        those between one end and the next. Else each call is waited for before the next.
+    """
+    with _no_collection():
+        for runner in runners.values():
+            for _ in range(warmup):
+                jax.block_until_ready(runner())
+        untimed = int(len(runners) > 1) if settle is None else settle
+        seconds = {name: np.zeros((repeats, steps)) for name in runners}
+        for block in range(repeats):
+            for name in list(runners)[:: -1 if block % 2 else 1]:
+                for _ in range(untimed):
+                    jax.block_until_ready(runners[name]())
+                seconds[name][block] = _block(runners[name], steps, ahead)
+    return seconds
+
+
+def _block(runner: Runner, steps: int, ahead: bool) -> np.ndarray:
+    """Seconds of each step of one block, [steps]."""
+    marks = [time.perf_counter()]
+    late = runner() if ahead else None
+    for number in range(steps):
+        if ahead:
+            now, late = late, runner() if number + 1 < steps else None
+        else:
+            now = runner()
+        jax.block_until_ready(now)
+        marks.append(time.perf_counter())
+    return np.diff(marks)
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Python's garbage collector waits, as in `timeit`."""
+    was = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
+
+
+def summary(seconds: np.ndarray) -> dict[str, float]:
+    """Milliseconds over all steps: median, quartiles, extremes, 95th percentile; `spread` is their IQR / median."""
+    low, median, high, late = np.percentile(seconds, [25, 50, 75, 95]) * 1e3
+    return {
+        "step_ms": float(median),
+        "step_ms_q1": float(low),
+        "step_ms_q3": float(high),
+        "step_ms_min": float(np.min(seconds) * 1e3),
+        "step_ms_max": float(np.max(seconds) * 1e3),
+        "step_ms_p95": float(late),
+        "spread": float((high - low) / median),
+    }
+
+
+def ratio(a: np.ndarray, b: np.ndarray, confidence: float = 0.95) -> dict[str, float]:
+    """Median of `a` over median of `b`, seconds [repeats, steps] each, timed in turns: `value`, `low`, `high`.
+
+    The interval is Student's around the logarithm, with a standard error from a bootstrap over pairs of blocks
+    (https://arxiv.org/abs/1411.5279 section 4): percentiles of so few blocks would be wrong far too often. The same
+    numbers give the same interval.
+
+    Raises:
+      ValueError: other shapes, or fewer than two blocks.
+    """
+    if a.ndim != 2 or len(a) != len(b) or len(a) < 2:
+        raise ValueError(f"a ratio takes two or more pairs of blocks [repeats, steps], not {a.shape} and {b.shape}")
+    blocks = len(a)
+    drawn = np.random.default_rng(0).integers(0, blocks, (RESAMPLES, blocks))
+    logs = [np.log(np.median(a[rows]) / np.median(b[rows])) for rows in drawn]
+    # Resamples of n blocks vary less than new blocks would, by (n - 1) / n.
+    error = np.std(logs) * np.sqrt(blocks / (blocks - 1))
+    value = np.median(a) / np.median(b)
+    margin = np.exp(stdtrit(blocks - 1, (1 + confidence) / 2) * error)
+    return {"value": float(value), "low": float(value / margin), "high": float(value * margin)}
