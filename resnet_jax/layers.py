@@ -42,6 +42,12 @@ def max_pool(x: jax.Array) -> jax.Array:
     return nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
 
 
+def norm_relu(norm: nn.Module, x: jax.Array) -> jax.Array:
+    """ReLU after a norm: in one go where the norm has a `with_relu`, as oneDNN's has."""
+    together = getattr(norm, "with_relu", None)
+    return nn.relu(norm(x)) if together is None else together(x)
+
+
 class NormAct(nn.Module):
     """Norm, then ReLU: the end of a pre-activation trunk."""
 
@@ -49,7 +55,7 @@ class NormAct(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        return nn.relu(self.norm(name="norm")(x))
+        return norm_relu(self.norm(name="norm"), x)
 
 
 class Stem(nn.Module):
@@ -65,7 +71,7 @@ class Stem(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         x = self.conv(self.features, self.kernel_size, self.strides, name="conv")(x)
-        x = nn.relu(self.norm(name="norm")(x))
+        x = norm_relu(self.norm(name="norm"), x)
         return max_pool(x) if self.pool else x
 
 
@@ -90,7 +96,7 @@ class DeepStem(nn.Module):
         half = self.features // 2
         for i, (features, strides) in enumerate([(half, 2), (half, 1), (self.features, 1)], start=1):
             x = self.conv(features, 3, strides, name=f"conv{i}")(x)
-            x = nn.relu(self.norm(name=f"norm{i}")(x))
+            x = norm_relu(self.norm(name=f"norm{i}"), x)
         return max_pool(x)
 
 

@@ -29,6 +29,7 @@ from resnet_jax.layers import (
     ZeroPad,
     conv,
     dense_init,
+    norm_relu,
 )
 
 
@@ -72,7 +73,7 @@ class BasicBlock(Block):
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         y = self.conv(self.filters, 3, self.strides, name="conv1")(x)
-        y = nn.relu(self.norm(name="norm1")(y))
+        y = norm_relu(self.norm(name="norm1"), y)
         y = self.conv(self.filters, 3, name="conv2")(y)
         y = self.attend(self.norm(name="norm2", scale_init=self.last_scale)(y))
         return nn.relu(self.past(x) + self.drop_path(name="drop_path")(y, train=train))
@@ -94,9 +95,9 @@ class Bottleneck(Block):
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         width = self.filters * self.group_width // 64 * self.groups
         y = self.conv(width, 1, name="conv1")(x)
-        y = nn.relu(self.norm(name="norm1")(y))
+        y = norm_relu(self.norm(name="norm1"), y)
         y = self.conv(width, 3, self.strides, groups=self.groups, name="conv2")(y)
-        y = nn.relu(self.norm(name="norm2")(y))
+        y = norm_relu(self.norm(name="norm2"), y)
         y = self.conv(self.filters * self.expansion, 1, name="conv3")(y)
         y = self.attend(self.norm(name="norm3", scale_init=self.last_scale)(y))
         return nn.relu(self.past(x) + self.drop_path(name="drop_path")(y, train=train))
@@ -113,7 +114,7 @@ class PreActBlock(Block):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        y = nn.relu(self.norm(name="norm1")(x))
+        y = norm_relu(self.norm(name="norm1"), x)
         # A projection starts from the activated input; an identity is taken from before it.
         changes = self.strides > 1 or x.shape[-1] != self.filters * self.expansion
         skip = self.past(y) if changes else x
@@ -124,7 +125,7 @@ class PreActBlock(Block):
             zero = {"kernel_init": nn.initializers.zeros} if self.zero_init and i == last else {}
             y = self.conv(features, size, strides, name=f"conv{i}", **zero)(y)
             if i < last:
-                y = nn.relu(self.norm(name=f"norm{i + 1}")(y))
+                y = norm_relu(self.norm(name=f"norm{i + 1}"), y)
         return skip + self.drop_path(name="drop_path")(self.attend(y), train=train)
 
     @property

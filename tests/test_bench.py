@@ -432,6 +432,11 @@ def test_versus_measures_both(tmp_path, capsys):
     assert f"warning: {path} was measured elsewhere: host another (here " in capsys.readouterr().err
 
 
+def test_state_is_donated_unless_told_otherwise():
+    aliased = [bench(tiny(donate=donate, shares=False))["memory"]["aliased_bytes"] for donate in (True, False)]
+    assert aliased[0] > 0 and aliased[1] == 0
+
+
 def test_versus_applies_flags_over_the_config():
     second = other(tiny(task="eval", versus="--batch 64 --primitives onednn"))
     assert (second.batch, second.primitives, second.task, second.model) == (64, "onednn", "eval", "resnet8")

@@ -5,7 +5,8 @@ The stream is the same whether a split lives in memory or is decoded on the way:
 So each example comes once an epoch, batches are always full, and the position is all that a checkpoint must keep.
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import Any, Protocol
 
@@ -127,9 +128,7 @@ class StreamedBatches:
     def _start(self, position: int) -> None:
         self.position = position
         first = position // self.batch * self.own
-        options = grain.ReadOptions(num_threads=16, prefetch_buffer_size=2 * self.own)
-        examples = grain.MapDataset.range(first, 2**62).map(self._example).to_iter_dataset(options)
-        self.iterator = iter(examples.batch(self.own, drop_remainder=True))
+        self.iterator = iter(_decoded(lambda own_position: self._example(first + own_position), self.own))
 
     def _example(self, own_position: int) -> Example:
         """The example at one of this process's positions: a pure function of it, so any thread may ask at any time."""
@@ -141,7 +140,7 @@ class StreamedBatches:
 
     def __next__(self) -> Batch:
         self.position += self.batch
-        return shard_batch(next(self.iterator), self.mesh, mode=self.mode)
+        return shard_batch(_whole(next(self.iterator)), self.mesh, mode=self.mode)
 
     def state(self) -> dict[str, Any]:
         return {"position": self.position}
@@ -159,7 +158,6 @@ def eval_batches(source: Arrays | Encoded, *, batch: int, mesh: Mesh, mode: Mode
         raise UsageError(f"a batch of {batch} holds no image")
     batch = padded(batch, mesh)
     own = batch // jax.process_count()
-    options = grain.ReadOptions(num_threads=16, prefetch_buffer_size=2 * own)
     steps = -(-len(source) // batch)
 
     def example(own_position: int) -> Example:
@@ -175,6 +173,25 @@ def eval_batches(source: Arrays | Encoded, *, batch: int, mesh: Mesh, mode: Mode
             part = {"image": source.images[rows], "label": source.labels[rows].astype(np.int32)}
             yield shard_batch({**part, "valid": positions < len(source)}, mesh, mode=mode)
     else:
-        examples = grain.MapDataset.range(steps * own).map(example).to_iter_dataset(options)
-        for part in examples.batch(own, drop_remainder=True):
-            yield shard_batch(part, mesh, mode=mode)
+        for part in _decoded(example, own, steps * own):
+            yield shard_batch(_whole(part), mesh, mode=mode)
+
+
+def _decoded(example: Callable[[int], dict[str, Any]], batch: int, count: int = 2**62) -> grain.IterDataset:
+    """Batches of `example(0)`, `example(1)`, ... ahead of need, in threads: arrays [parts, batch / parts, ...].
+
+    A thread is handed several examples at a time: one by one, small images cost more to hand over than to decode.
+    """
+    size = math.gcd(batch, 16)
+
+    def part(number: int) -> dict[str, np.ndarray]:
+        rows = [example(number * size + row) for row in range(size)]
+        return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+
+    options = grain.ReadOptions(num_threads=16, prefetch_buffer_size=2 * batch // size)
+    parts = grain.MapDataset.range(count // size).map(part).to_iter_dataset(options)
+    return parts.batch(batch // size, drop_remainder=True)
+
+
+def _whole(batch: Batch) -> Batch:
+    return {name: x.reshape(-1, *x.shape[2:]) for name, x in batch.items()}

@@ -37,6 +37,8 @@ class BenchConfig:
     """What computes convolutions: XLA (plain), or oneDNN on CPU; auto is oneDNN where it can be used."""
     xla: tuple[str, ...] = ()
     """XLA compiler options for the step, NAME=VALUE each (not in mode pmap)."""
+    donate: bool = True
+    """Let a training step reuse its state's memory, as the pipelines do."""
     device: Literal["auto", "cpu", "gpu", "tpu"] = "auto"
     steps: int = 10
     """Timed steps of a block."""

@@ -96,7 +96,7 @@ def prepare(config: BenchConfig, mesh: Mesh, workload: Workload) -> Prepared:
 
     def build() -> Any:
         counters.append(Counted(workload.step))
-        return compiled_for(config, mesh, rows=workload.rows, donate=workload.carried)(counters[-1])
+        return compiled_for(config, mesh, rows=workload.rows, donate=workload.carried and config.donate)(counters[-1])
 
     say(f"compiling {config.task} of {config.model}, batch {config.batch}")
     state = place(workload.state, replicated(mesh))

@@ -1,0 +1,58 @@
+#!/usr/bin/env bash
+# The speed of compiled steps on one GPU, and PyTorch's beside it: writes results/gpu_speed/.
+# Usage: bash results/gpu_speed.sh [DATA_DIR]   with a prepared cifar10 in DATA_DIR also times the 50-epoch run.
+# SMALL=1 makes every part tiny, to try the script itself on any machine.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+out=results/gpu_speed
+mkdir -p "$out"
+if [ -n "${SMALL:-}" ]; then
+  big=(--model resnet8 --classes 10 --image-size 16) cifar=(--model resnet8 --image-size 16) batches="8 16" wide=16
+  few=(--steps 2 --repeats 2 --warmup 1) cases=(--model none)
+else
+  big=(--model resnet50 --classes 1000 --image-size 224) cifar=(--model resnet18_cifar)
+  batches="128 256 384 512 768 1024" wide=1024 few=(--steps 20 --repeats 5) cases=()
+fi
+say() { printf '\n== %s (%s s)\n' "$1" "$SECONDS"; }
+bench() { python -m train.bench "${few[@]}" --out "$out" "$@" > "$out/last.json" || echo "FAILED: $*" | tee -a "$out/failed.txt"; }
+rate() { python -c 'import json,sys; print(json.loads(open(sys.argv[1]).read().splitlines()[-1])["images_per_second"])' "$out/last.json" 2>/dev/null || echo 0; }
+
+say "ResNet-50, 224 px: which batch?"
+best=0 best_batch=0
+for batch in $batches; do
+  bench "${big[@]}" --batch "$batch" --no-shares
+  now=$(rate)
+  echo "batch $batch: $now images/s"
+  if python -c "exit(not $now > $best)"; then best=$now best_batch=$batch; fi
+done
+echo "$best_batch" > "$out/best_batch.txt"
+
+say "where its time goes, and a profile"
+bench "${big[@]}" --batch "$best_batch" --profile "$out/profile"
+
+say "what each choice is worth: A is the default, B the change"
+bench "${big[@]}" --batch "$best_batch" --versus "--no-donate"
+bench "${big[@]}" --batch "$best_batch" --versus "--dtype float32"
+if [ -z "${SMALL:-}" ]; then
+  for option in xla_gpu_force_conv_nhwc=true xla_gpu_force_conv_nchw=true xla_gpu_enable_triton_gemm=false \
+    xla_gpu_enable_latency_hiding_scheduler=true xla_gpu_autotune_level=5 xla_gpu_graph_level=0; do
+    bench "${big[@]}" --batch "$best_batch" --versus "--xla $option"
+  done
+fi
+
+say "CIFAR: supervised, SimCLR, augmentation, input"
+bench "${cifar[@]}" --batch "$wide"
+bench "${cifar[@]}" --batch "$((wide / 2))" --task contrastive
+bench "${cifar[@]}" --batch "$wide" --task augment
+bench "${cifar[@]}" --batch "$wide" --task input
+
+say "PyTorch on the same card: eager and compiled, channels_last, bf16"
+python -m tests.torch_bench --compiled --blocks 5 "${cases[@]}" --result "$out/torch.json" || echo "FAILED: torch" | tee -a "$out/failed.txt"
+
+if [ $# -gt 0 ]; then
+  say "50 epochs"
+  bash results/gpu.sh "$1"
+fi
+rm -f "$out/last.json"
+say "done"
+[ ! -s "$out/failed.txt" ]
