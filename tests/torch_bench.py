@@ -74,8 +74,8 @@ def serve(name: str, batch: int, side: int, classes: int, *, compiled: bool) -> 
 class Served:
     """The process that `serve` runs in."""
 
-    def __init__(self, arguments: list[str]) -> None:
-        command = [sys.executable, "-m", "tests.torch_bench", "--serve", *arguments]
+    def __init__(self, python: str, arguments: list[str]) -> None:
+        command = [python, "-m", "tests.torch_bench", "--serve", *arguments]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.described = self._answer()
 
@@ -145,9 +145,9 @@ def compare(name: str, case: tuple[int, int, int], arguments: argparse.Namespace
     batch, side, classes = case
     shape = [name, str(batch), str(side), str(classes)]
     flags = ["--keep-memory"] if arguments.keep_memory else []
-    sides: dict[str, Any] = {"torch": Served([*shape, *flags])}
+    sides: dict[str, Any] = {"torch": Served(arguments.torch_python, [*shape, *flags])}
     if arguments.compiled:
-        sides["torch compiled"] = Served([*shape, *flags, "--compiled"])
+        sides["torch compiled"] = Served(arguments.torch_python, [*shape, *flags, "--compiled"])
     about = {who: one.described for who, one in sides.items()}
     sides["ours"], chosen = ours(name, *case, arguments.primitives)
     if arguments.primitives != "plain" and arguments.plain:
@@ -186,6 +186,7 @@ def main() -> None:
     parser.add_argument("--plain", action="store_true", help="also our step without oneDNN")
     parser.add_argument("--compiled", action="store_true", help="also torch.compile")
     parser.add_argument("--keep-memory", action="store_true")
+    parser.add_argument("--torch-python", default=sys.executable, help="a Python that has PyTorch, if this has not")
     parser.add_argument("--blocks", type=int, default=8)
     parser.add_argument("--seconds", type=float, default=2.0, help="of a block")
     parser.add_argument("--serve", nargs=4, help=argparse.SUPPRESS)

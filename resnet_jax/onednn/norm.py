@@ -23,7 +23,7 @@ class BatchNorm(nn.BatchNorm):
     epsilon: float = 1e-5
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, relu: bool = False) -> jax.Array:
+    def __call__(self, x: jax.Array, *, relu: bool = False) -> jax.Array:  # type: ignore[override]
         if self.use_running_average or self.axis_name is not None or self.is_initializing():
             y = super().__call__(x)
             return nn.relu(y) if relu else y
