@@ -64,6 +64,7 @@ class Stem(nn.Module):
     features: int
     conv: ModuleDef
     norm: ModuleDef
+    max_pool: ModuleDef = max_pool
     kernel_size: int = 7
     strides: int = 2
     pool: bool = True
@@ -72,7 +73,7 @@ class Stem(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         x = self.conv(self.features, self.kernel_size, self.strides, name="conv")(x)
         x = norm_relu(self.norm(name="norm"), x)
-        return max_pool(x) if self.pool else x
+        return self.max_pool(x) if self.pool else x
 
 
 class PreActStem(Stem):
@@ -81,7 +82,7 @@ class PreActStem(Stem):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         x = self.conv(self.features, self.kernel_size, self.strides, name="conv")(x)
-        return max_pool(x) if self.pool else x
+        return self.max_pool(x) if self.pool else x
 
 
 class DeepStem(nn.Module):
@@ -90,6 +91,7 @@ class DeepStem(nn.Module):
     features: int
     conv: ModuleDef
     norm: ModuleDef
+    max_pool: ModuleDef = max_pool
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -97,7 +99,7 @@ class DeepStem(nn.Module):
         for i, (features, strides) in enumerate([(half, 2), (half, 1), (self.features, 1)], start=1):
             x = self.conv(features, 3, strides, name=f"conv{i}")(x)
             x = norm_relu(self.norm(name=f"norm{i}"), x)
-        return max_pool(x)
+        return self.max_pool(x)
 
 
 ImageNetStem = Stem

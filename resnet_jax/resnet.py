@@ -29,6 +29,7 @@ from resnet_jax.layers import (
     ZeroPad,
     conv,
     dense_init,
+    max_pool,
     norm_relu,
 )
 
@@ -161,7 +162,7 @@ class ResNet(nn.Module):
       dtype: of convolutions, norms and activations.
       axis_name: the axis that the batch is split over under `pmap` or `shard_map`; None under `jit`.
       sync_bn: statistics over the whole batch, or (False; not under `jit`) over each shard's own part of it.
-      conv, norm: the primitives, for those who bring their own.
+      conv, norm, max_pool: the primitives, for those who bring their own, as `resnet_jax.onednn` does.
     """
 
     stage_sizes: Sequence[int]
@@ -178,6 +179,7 @@ class ResNet(nn.Module):
     sync_bn: bool = True
     conv: ModuleDef = conv
     norm: ModuleDef = BatchNorm
+    max_pool: ModuleDef = max_pool
 
     @nn.compact
     def maps(self, images: jax.Array, *, train: bool = False) -> dict[str, jax.Array]:
@@ -193,7 +195,8 @@ class ResNet(nn.Module):
         norm = partial(self.norm, use_running_average=not train, dtype=self.dtype, axis_name=statistics_axis)
 
         x = images.astype(self.dtype)
-        x = self.stem(self.stem_width or self.width, conv=conv, norm=norm, name="stem")(x)
+        stem = partial(self.stem, conv=conv, norm=norm, max_pool=self.max_pool, name="stem")
+        x = stem(self.stem_width or self.width)(x)
         levels = {"stem": x}
         block_index, last_index = 0, max(sum(self.stage_sizes) - 1, 1)
         for stage, size in enumerate(self.stage_sizes, start=1):

@@ -109,7 +109,8 @@ class TestPrimitives:
 
     def test_onednn_where_it_is(self, monkeypatch):
         monkeypatch.setattr(build.onednn, "load", lambda: None)
-        fields = {"conv": build.onednn.Conv, "norm": build.onednn.BatchNorm}
+        onednn = build.onednn
+        fields = {"conv": onednn.Conv, "norm": onednn.BatchNorm, "max_pool": onednn.max_pool}
         assert build.make_primitives("auto") == build.make_primitives("onednn") == (fields, "")
 
     def test_onednn_where_it_is_not(self, monkeypatch):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from resnet_jax import MODELS, onednn
-from resnet_jax.layers import BatchNorm
+from resnet_jax.layers import BatchNorm, max_pool
 from resnet_jax.onednn import library
 from resnet_jax.parallel import axis_of, compile_step, make_mesh, replicated, shard_batch
 from resnet_jax.tree import leaves
@@ -24,7 +24,7 @@ except onednn.Unavailable as error:
     MISSING = str(error)
 needs_onednn = pytest.mark.skipif(bool(MISSING), reason=MISSING)
 
-FAST = {"conv": onednn.Conv, "norm": onednn.BatchNorm}
+FAST = {"conv": onednn.Conv, "norm": onednn.BatchNorm, "max_pool": onednn.max_pool}
 
 # (batch, height, width, channels, features, kernel, strides, groups)
 SHAPES = [
@@ -212,6 +212,24 @@ def test_batch_norm_has_no_second_derivative():
     first = jax.grad(lambda x: (onednn.batch_norm(x, ones, ones)[0] ** 2).sum())
     with pytest.raises(NotImplementedError, match="no second derivative: build the network with the plain"):
         jax.grad(lambda x: first(x).sum())(x)
+
+
+# ---- max-pool -------------------------------------------------------------------------------------------------------
+
+
+@needs_onednn
+@pytest.mark.parametrize("shape", [(2, 8, 8, 16), (1, 7, 9, 3), (3, 1, 2, 5)], ids=str)
+def test_max_pool(shape):
+    """Outputs and gradients, with the many equal zeros that a ReLU leaves."""
+    x = jax.nn.relu(jax.random.normal(jax.random.key(0), shape))
+    weight = jax.random.normal(jax.random.key(1), max_pool(x).shape)
+    np.testing.assert_array_equal(onednn.max_pool(x), max_pool(x))
+    got, want = (jax.grad(lambda x, pool=pool: (pool(x) * weight).sum())(x) for pool in (onednn.max_pool, max_pool))
+    np.testing.assert_allclose(got, want, atol=1e-6)
+    with pytest.raises(NotImplementedError, match="max-pool has no second derivative"):
+        jax.grad(lambda x: jax.grad(lambda x: (onednn.max_pool(x) ** 2).sum())(x).sum())(x)
+    with pytest.raises(TypeError, match="float32 or bfloat16, got float16"):
+        onednn.max_pool(x.astype(jnp.float16))
 
 
 # ---- networks -------------------------------------------------------------------------------------------------------

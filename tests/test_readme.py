@@ -8,11 +8,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from train.bench import config as bench_config
 from train.command import parse
 from train.config import OptimConfig, TrainConfig
 from train.presets import PRESETS
 from train.run import run
 
+# What a program's presets are called, and what they are.
+KINDS = {
+    "train": (PRESETS, "digits", TrainConfig),
+    "train.bench": (bench_config.PRESETS, "step", bench_config.BenchConfig),
+}
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
@@ -37,15 +43,17 @@ def commands():
     for block in blocks("sh"):
         for line in block.splitlines():
             words = shlex.split(line, comments=True)
-            if words[:3] == ["python", "-m", "train"]:
-                yield words[3:]
+            if words[:2] == ["python", "-m"] and words[2] in KINDS:
+                yield words[2:]
 
 
 @pytest.mark.parametrize("words", list(commands()), ids=" ".join)
 def test_commands_parse(words):
+    program, *words = words
+    presets, default, kind = KINDS[program]
     if "--help" not in words:
-        preset, config = parse("train", PRESETS, words, default="digits")
-        assert isinstance(config, TrainConfig) and (preset in words or preset == "digits")
+        preset, config = parse(program, presets, words, default=default)
+        assert isinstance(config, kind) and (preset in words or preset == default)
 
 
 def test_table_lists_every_preset():

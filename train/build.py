@@ -114,7 +114,7 @@ def make_model(
 
 
 def make_primitives(name: str, mode: Mode = "jit") -> tuple[dict[str, Any], str]:
-    """(fields of a model, remark): what its convolutions and norms are computed by.
+    """(fields of a model, remark): what its convolutions, norms and max-pool are computed by.
 
     `plain` is XLA, which every transformation can take; `onednn` is quicker on x86 CPUs; `auto` is oneDNN where that
     can be used, and the remark says why it cannot, or is empty. Variables are the same for both.
@@ -138,7 +138,8 @@ def make_primitives(name: str, mode: Mode = "jit") -> tuple[dict[str, Any], str]
             reason = str(error)
     if reason and name == "onednn":
         raise UsageError(f"--primitives onednn: {reason}")
-    return ({}, reason) if reason else ({"conv": onednn.Conv, "norm": onednn.BatchNorm}, "")
+    fields = {"conv": onednn.Conv, "norm": onednn.BatchNorm, "max_pool": onednn.max_pool}
+    return ({}, reason) if reason else (fields, "")
 
 
 def compute_dtype(name: str) -> Any:

@@ -9,10 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from resnet_jax.layers import kernel_init
-from resnet_jax.onednn.library import load, target
+from resnet_jax.onednn.library import DTYPES, load, target
 from resnet_jax.parallel import varying_axes
-
-DTYPES = (jnp.float32, jnp.bfloat16)
 
 
 class Conv(nn.Module):

@@ -181,12 +181,66 @@ ffi::Error NormGradient(Buffer x, Buffer scale, Buffer mean, Buffer variance, Bu
   });
 }
 
+// A 3x3 max-pool of stride 2 with padding 1.
+struct Pool {
+  memory::desc images, output;
+  memory::dims strides = {2, 2}, window = {3, 3}, dilation = {0, 0}, before = {1, 1}, after;
+
+  explicit Pool(const memory::desc& images) : images(images) {
+    auto size = images.get_dims();
+    for (int axis : {2, 3}) {
+      auto pooled = (size[axis] + 1) / 2;
+      after.push_back((pooled - 1) * 2 + 3 - size[axis] - 1);
+      size[axis] = pooled;
+    }
+    output = memory::desc(size, images.get_data_type(), Tag::nhwc);
+  }
+
+  dnnl::pooling_forward::primitive_desc Forward() const {
+    return {Engine(), dnnl::prop_kind::forward_training, dnnl::algorithm::pooling_max, images, output,
+            strides,  window, dilation, before, after};
+  }
+};
+
+ffi::Error MaxPool(Buffer x, Result y, Result workspace) {
+  return Guarded([&](dnnl::stream& stream) {
+    Pool pool(Images(x.dimensions(), x.element_type()));
+    auto desc = pool.Forward();
+    dnnl::pooling_forward(desc).execute(stream, {{DNNL_ARG_SRC, At(pool.images, x)},
+                                                 {DNNL_ARG_DST, At(pool.output, *y)},
+                                                 {DNNL_ARG_WORKSPACE, At(desc.workspace_desc(), *workspace)}});
+  });
+}
+
+ffi::Error MaxPoolGradient(Buffer workspace, Buffer g, Result x) {
+  return Guarded([&](dnnl::stream& stream) {
+    Pool pool(Images(x->dimensions(), x->element_type()));
+    auto forward = pool.Forward();
+    dnnl::pooling_backward::primitive_desc desc(Engine(), dnnl::algorithm::pooling_max, pool.images, pool.output,
+                                                pool.strides, pool.window, pool.dilation, pool.before, pool.after,
+                                                forward);
+    dnnl::pooling_backward(desc).execute(stream, {{DNNL_ARG_DIFF_DST, At(pool.output, g)},
+                                                  {DNNL_ARG_DIFF_SRC, At(pool.images, *x)},
+                                                  {DNNL_ARG_WORKSPACE, At(forward.workspace_desc(), workspace)}});
+  });
+}
+
+memory::desc Described(int64_t n, int64_t h, int64_t w, int64_t c, bool half) {
+  return memory::desc({n, c, h, w}, half ? memory::data_type::bf16 : memory::data_type::f32, Tag::nhwc);
+}
+
 }  // namespace
+
+// Bytes of the workspace of a max-pool; -1 if oneDNN has none.
+extern "C" int64_t max_pool_workspace(int64_t n, int64_t h, int64_t w, int64_t c, bool half) try {
+  return Pool(Described(n, h, w, c, half)).Forward().workspace_desc().get_size();
+} catch (const dnnl::error&) {
+  return -1;
+}
 
 // Bytes of the workspace of a normalisation with ReLU, which XLA must know before it runs; -1 if oneDNN has none.
 extern "C" int64_t norm_workspace(int64_t n, int64_t h, int64_t w, int64_t c, bool half) try {
-  memory::desc images({n, c, h, w}, half ? memory::data_type::bf16 : memory::data_type::f32, Tag::nhwc);
-  return Norm(images, 1e-5f, true).Forward().workspace_desc().get_size();
+  return Norm(Described(n, h, w, c, half), 1e-5f, true).Forward().workspace_desc().get_size();
 } catch (const dnnl::error&) {
   return -1;
 }
@@ -208,3 +262,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(norm_gradient, NormGradient,
                                   .Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>()
                                   .Ret<Buffer>().Ret<Buffer>().Ret<Buffer>()
                                   .Attr<float>("epsilon").Attr<bool>("relu"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(max_pool, MaxPool, ffi::Ffi::Bind().Arg<Buffer>().Ret<Buffer>().Ret<Buffer>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(max_pool_gradient, MaxPoolGradient,
+                              ffi::Ffi::Bind().Arg<Buffer>().Arg<Buffer>().Ret<Buffer>());

@@ -13,9 +13,19 @@ from importlib import metadata
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 
+DTYPES = (jnp.float32, jnp.bfloat16)
 SOURCE = Path(__file__).with_name("handlers.cc")
-HANDLERS = ("convolution", "input_gradient", "weight_gradient", "norm", "norm_gradient")
+HANDLERS = (
+    "convolution",
+    "input_gradient",
+    "weight_gradient",
+    "norm",
+    "norm_gradient",
+    "max_pool",
+    "max_pool_gradient",
+)
 
 
 class Unavailable(RuntimeError):
@@ -50,8 +60,8 @@ def load() -> ctypes.CDLL:
         raise Unavailable(f"the compiled handlers.cc cannot be loaded: {error}") from None
     for name in HANDLERS:
         jax.ffi.register_ffi_target(target(name), jax.ffi.pycapsule(getattr(handlers, name)), platform="cpu")
-    handlers.norm_workspace.argtypes = [*[ctypes.c_int64] * 4, ctypes.c_bool]
-    handlers.norm_workspace.restype = ctypes.c_int64
+    for size in (handlers.norm_workspace, handlers.max_pool_workspace):
+        size.argtypes, size.restype = [*[ctypes.c_int64] * 4, ctypes.c_bool], ctypes.c_int64
     return handlers
 
 
@@ -70,7 +80,15 @@ def _find() -> tuple[Path, Path]:
 
 def _compiled(include: Path, library: Path) -> Path:
     headers = jax.ffi.include_dir()
-    said = [SOURCE.read_text(), metadata.version("jaxlib"), headers, str(include), str(library), str(library.stat())]
+    said = [
+        SOURCE.read_text(),
+        metadata.version("jaxlib"),
+        headers,
+        str(include),
+        str(library),
+        library.stat().st_size,
+        library.stat().st_mtime_ns,
+    ]
     name = f"onednn-{hashlib.sha256(repr(said).encode()).hexdigest()[:16]}.so"
     target = cache_folder() / name
     if target.exists():

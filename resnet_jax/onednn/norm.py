@@ -8,8 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from resnet_jax.onednn.convolution import DTYPES
-from resnet_jax.onednn.library import load, target
+from resnet_jax.onednn.library import DTYPES, load, target
 from resnet_jax.parallel import varying_axes
 
 
