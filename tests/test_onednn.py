@@ -1,6 +1,8 @@
 """oneDNN's convolution equals XLA's: outputs, gradients of any order, whole networks, all modes."""
 
+import os
 import subprocess
+import time
 from functools import partial
 
 import jax
@@ -148,6 +150,8 @@ def test_forward_mode_is_refused():
         (lambda x, w: (x.astype(jnp.float16), w.astype(jnp.float16)), TypeError, "float32 or bfloat16, got float16"),
         (lambda x, w: (x, w.astype(jnp.bfloat16)), TypeError, "got float32 images and a bfloat16 kernel"),
         (lambda x, w: (x[..., :4], w), ValueError, "4 channels in 1 groups do not fit"),
+        (lambda x, w: (x[0], w), ValueError, "cannot be convolved"),
+        (lambda x, w: (x[:0], w), ValueError, "cannot be convolved"),
     ],
 )
 def test_operands_that_do_not_fit(change, error, message):
@@ -204,6 +208,16 @@ def test_batch_norm_in_evaluation_and_of_no_float():
     near({"y": module.apply(variables, x, method="with_relu")}, {"y": jax.nn.relu(x) / np.sqrt(1 + 1e-5)})
     with pytest.raises(TypeError, match="float32 or bfloat16, got float16"):
         onednn.batch_norm(x.astype(jnp.float16), jnp.ones(4), jnp.zeros(4))
+    with pytest.raises(ValueError, match=r"scale \(3,\) and bias \(4,\) do not fit images"):
+        onednn.batch_norm(x, jnp.ones(3), jnp.zeros(4))
+
+
+@needs_onednn
+def test_unusual_norms_are_the_plain_ones():
+    x = jax.random.normal(jax.random.key(0), (2, 4, 4, 8))
+    module = onednn.BatchNorm(use_running_average=False, use_scale=False)
+    y, _ = module.apply(module.init(jax.random.key(0), x), x, mutable=["batch_stats"])
+    near({"mean": y.mean((0, 1, 2)), "var": y.var((0, 1, 2))}, {"mean": jnp.zeros(8), "var": jnp.ones(8)}, 1e-3)
 
 
 @needs_onednn
@@ -287,10 +301,10 @@ def test_three_modes(mode, images):
 def fresh(monkeypatch, tmp_path):
     """As in a process that has not loaded oneDNN, with an empty cache."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    onednn.load.cache_clear()
+    library._loaded.cache_clear()
     yield tmp_path
     monkeypatch.undo()
-    onednn.load.cache_clear()
+    library._loaded.cache_clear()
 
 
 def test_without_onednn(fresh, monkeypatch):
@@ -321,7 +335,10 @@ def test_compiler_that_fails(fresh, monkeypatch):
 
 @needs_onednn
 def test_compiled_once(fresh, monkeypatch):
-    made = library._compiled(*library._find())
+    include, there = library._find()
+    made = library._compiled(include, there)
     assert made.parent == fresh / "resnet-jax"
     monkeypatch.setattr(subprocess, "run", lambda *a, **k: pytest.fail("compiled again"))
-    assert library._compiled(*library._find()) == made
+    # That the library has been read since is no change.
+    os.utime(there, ns=(time.time_ns(), there.stat().st_mtime_ns))
+    assert library._compiled(include, there) == made

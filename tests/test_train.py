@@ -222,6 +222,8 @@ BAD_INPUT = {
     "range": (["--ema", "1.5"], "--ema 1.5 is out of range"),
     "devices": (["--batch", "60"], "a batch of 60 is not divisible by 8 devices"),
     "large batch": (["--batch", "8000"], "a batch of 8000 is larger than the 1293 training images"),
+    "crop": (["--augment.resized-crop", "64"], "--augment.resized-crop 64 is larger than the images, 8x8"),
+    "parts": (["--accumulate", "3"], "--accumulate 3 does not divide a device's 8 images of a batch"),
     "folder": (["--data.name", "folder:nowhere"], "no folder nowhere"),
     "weights": (["--init", "nowhere.pth"], "no weights at nowhere.pth"),
     "frozen nothing": (["--freeze"], "name it with --init"),
@@ -253,7 +255,9 @@ def test_unwritable_out(fails, tmp_path, tfds_dir):
 
 
 def test_compiler_option_that_xla_does_not_know(fails, tmp_path, tfds_dir):
+    """Nothing of it is kept: the mended command starts afresh."""
     assert "--xla no_such_option=1: " in fails(2, main, quick(tmp_path, "--xla", "no_such_option=1"))
+    assert not (tmp_path / "config.json").exists()
 
 
 def test_folder_that_is_no_run(fails, tmp_path, tfds_dir):

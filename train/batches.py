@@ -188,7 +188,7 @@ def _decoded(example: Callable[[int], dict[str, Any]], batch: int, count: int = 
         rows = [example(number * size + row) for row in range(size)]
         return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
-    options = grain.ReadOptions(num_threads=16, prefetch_buffer_size=2 * batch // size)
+    options = grain.ReadOptions(num_threads=16, prefetch_buffer_size=max(2 * batch // size, 16))
     parts = grain.MapDataset.range(count // size).map(part).to_iter_dataset(options)
     return parts.batch(batch // size, drop_remainder=True)
 

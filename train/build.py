@@ -100,8 +100,7 @@ def make_model(
     config: TrainConfig, num_classes: int | None, axis_name: str | None = None, primitives: dict[str, Any] | None = None
 ) -> nn.Module:
     """The config's model, for the axis that its steps will be compiled with; see `make_primitives`."""
-    options: dict[str, Any] = primitives or {}
-    options |= {} if config.width is None else {"width": config.width}
+    options: dict[str, Any] = {**(primitives or {}), **({} if config.width is None else {"width": config.width})}
     return MODELS[config.model](
         num_classes=num_classes,
         drop_path=config.drop_path,
@@ -113,7 +112,7 @@ def make_model(
     )
 
 
-def make_primitives(name: str, mode: Mode = "jit") -> tuple[dict[str, Any], str]:
+def make_primitives(name: str, mode: Mode = "jit", dtype: Any = jnp.float32) -> tuple[dict[str, Any], str]:
     """(fields of a model, remark): what its convolutions, norms and max-pool are computed by.
 
     `plain` is XLA, which every transformation can take; `onednn` is quicker on x86 CPUs; `auto` is oneDNN where that
@@ -133,7 +132,7 @@ def make_primitives(name: str, mode: Mode = "jit") -> tuple[dict[str, Any], str]
         reason = f"under jit XLA cannot split oneDNN's work over {jax.device_count()} devices: use mode shard_map"
     else:
         try:
-            onednn.load()
+            onednn.check(dtype)
         except onednn.Unavailable as error:
             reason = str(error)
     if reason and name == "onednn":
@@ -159,25 +158,26 @@ def compiler_options(dtype: Any, *, plain: bool = True) -> dict[str, Any]:
     if jax.default_backend() != "cpu":
         return {}
     if jnp.dtype(dtype) == jnp.bfloat16:
-        return {YNN: ""}
-    return _known_options() if plain else {}
+        return _known({YNN: ""})
+    return _known({"xla_cpu_opt_preset": "CPU_OPT_PRESET_FAST_COMPILE", YNN: YNN_FOR_FLOAT32}) if plain else {}
 
 
 YNN = "xla_cpu_experimental_ynn_fusion_type"
+YNN_FOR_FLOAT32 = "LIBRARY_FUSION_TYPE_REDUCE,LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"
+
+
+def _known(options: dict[str, Any]) -> dict[str, Any]:
+    """The options, if this jaxlib knows them all: it refuses what it does not know."""
+    return dict(options) if _accepted(tuple(options.items())) else {}
 
 
 @cache
-def _known_options() -> dict[str, Any]:
-    """The options for plain float32 convolutions, if this jaxlib knows them: it refuses those that it does not."""
-    options = {
-        "xla_cpu_opt_preset": "CPU_OPT_PRESET_FAST_COMPILE",
-        YNN: "LIBRARY_FUSION_TYPE_REDUCE,LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT",
-    }
+def _accepted(options: tuple[tuple[str, Any], ...]) -> bool:
     try:
-        jax.jit(lambda x: x, compiler_options=options).lower(0.0).compile()
+        jax.jit(lambda x: x, compiler_options=dict(options)).lower(0.0).compile()
     except (jax.errors.JaxRuntimeError, ValueError):
-        return {}
-    return options
+        return False
+    return True
 
 
 def make_tx(config: TrainConfig, steps: int, epoch_steps: float) -> tuple[optax.GradientTransformation, Schedule]:

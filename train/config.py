@@ -170,6 +170,26 @@ def from_dict(kind: type, values: dict[str, Any]) -> Any:
     return kind(**{name: value(name, v) for name, v in values.items() if name in fields})
 
 
+def check_images(config: TrainConfig, count: int, shape: tuple[int, int, int], devices: int) -> None:
+    """Refuse what does not fit `count` training images (H, W, C), or this many devices.
+
+    Raises:
+      UsageError: a batch that is larger, or that devices or parts do not divide; a crop larger than the images.
+    """
+    if config.batch > count:
+        raise UsageError(
+            f"a batch of {config.batch} is larger than the {count} training images: choose a smaller --batch"
+        )
+    if config.batch % devices:
+        said = f"a batch of {config.batch} is not divisible by {devices} devices"
+        raise UsageError(f"{said}: choose a multiple of {devices}")
+    crop, share = config.augment.resized_crop, config.batch // devices
+    if crop and crop > min(shape[:2]):
+        raise UsageError(f"--augment.resized-crop {crop} is larger than the images, {shape[0]}x{shape[1]}")
+    if share % config.accumulate:
+        raise UsageError(f"--accumulate {config.accumulate} does not divide a device's {share} images of a batch")
+
+
 def check(config: TrainConfig) -> None:
     """Refuse in one line what cannot work, before anything is loaded.
 

@@ -8,6 +8,7 @@ once into `Arrays`; large ones stay encoded and are decoded by `train.batches` w
 """
 
 import contextlib
+import math
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -110,7 +111,10 @@ def in_memory(dataset: Dataset, *, skip_broken: bool = False, limit: int = MEMOR
       UsageError: images that cannot be decoded (unless they are skipped), or that differ in size.
     """
     encoded = {s: x for s, x in dataset.splits.items() if isinstance(x, Encoded) and not x.random_crop}
-    if sum(len(source) * _image_bytes(source) for source in encoded.values()) > limit:
+    shapes = {split: _image_shape(source) for split, source in encoded.items()}
+    if sum(len(source) * math.prod(shapes[split]) for split, source in encoded.items()) > limit:
+        if len({shape for shape in shapes.values() if any(shape)}) > 1:
+            raise differ_in_size(f"the splits of {dataset.name}")
         return dataset
     decoded: dict[str, Any] = {split: decode_all(source, skip_broken=skip_broken) for split, source in encoded.items()}
     if len({source.images.shape[1:] for source in decoded.values()}) > 1:
@@ -177,14 +181,14 @@ def split_by_class(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.n
     return kept, held
 
 
-def _image_bytes(source: Encoded) -> int:
-    """Bytes of one decoded image: where no size is set, of the first that can be read."""
+def _image_shape(source: Encoded) -> tuple[int, ...]:
+    """Of a decoded image: where no size is set, of the first that can be read; zeros if none can."""
     if source.size is not None:
-        return source.size**2 * source.channels
+        return (source.size, source.size, source.channels)
     for index in range(len(source)):
         with contextlib.suppress(BrokenImage):
-            return source[index]["image"].nbytes
-    return 0
+            return source[index]["image"].shape
+    return (0, 0, 0)
 
 
 def _complete(splits: dict[str, Any], fraction: float, seed: int) -> dict[str, Any]:

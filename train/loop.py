@@ -159,7 +159,7 @@ class Progress:
 
     @property
     def images_per_second(self) -> float:
-        """Since the first step, without it (it compiles) and without pauses."""
+        """Since the first step, without it (the first may compile) and without pauses."""
         seconds = time.perf_counter() - self.begun - self.paused
         return (self.last - self.first) * self.batch / seconds if self.first is not None else 0.0
 

@@ -1,6 +1,6 @@
 """What a process of a pipeline sets up for itself: where compiled programs are kept, how freed memory is treated.
 
-The mains do it, and `train.run.run` for the cache; importing never does.
+The mains of training and benchmarks do it, and `train.run.run` for the cache; importing never does.
 """
 
 import ctypes
@@ -11,6 +11,7 @@ from importlib import metadata, util
 from pathlib import Path
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 
 from resnet_jax.onednn import cache_folder
 from train.errors import UsageError
@@ -29,20 +30,28 @@ def keep_compiled(folder: str = "auto") -> Path | None:
       UsageError: the folder cannot be made.
     """
     if folder == "none":
-        jax.config.update("jax_compilation_cache_dir", None)
+        _use(None)
         return None
     given = getattr(jax.config, "jax_compilation_cache_dir", None)
     if folder == "auto" and given:
         return Path(given)
-    path = cache_folder() / "compiled" / _processor() if folder == "auto" else Path(folder).expanduser()
     try:
+        path = cache_folder() / "compiled" / _processor() if folder == "auto" else Path(folder).expanduser()
         path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"--cache {folder}: cannot make {path}: {error.strerror}") from None
-    jax.config.update("jax_compilation_cache_dir", str(path))
+    except (OSError, RuntimeError) as error:
+        if folder == "auto":
+            return None  # no home, or one that cannot be written to: then each start compiles
+        raise UsageError(f"--cache {folder}: cannot make it: {getattr(error, 'strerror', error)}") from None
+    _use(str(path))
     # JAX leaves out what compiled in under a second; a start on CPU is made of such programs.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     return path
+
+
+def _use(folder: str | None) -> None:
+    if getattr(jax.config, "jax_compilation_cache_dir", None) != folder:
+        jax.config.update("jax_compilation_cache_dir", folder)
+        compilation_cache.reset_cache()  # JAX looks once a process where its cache is
 
 
 def _processor() -> str:
@@ -66,14 +75,15 @@ def keep_memory() -> bool:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # not in musl
     if mallopt is None:
         return False
-    # One arena: only the main one can grow without limit.
-    settings = {M_MMAP_THRESHOLD: 1 << 30, M_TRIM_THRESHOLD: (1 << 31) - 1, M_ARENA_MAX: 1}
-    return all(mallopt(name, value) for name, value in settings.items())
+    # One arena: only the main one can grow without limit. Before glibc 2.35 no threshold may be above 32 MiB.
+    threshold = mallopt(M_MMAP_THRESHOLD, 1 << 30) or mallopt(M_MMAP_THRESHOLD, 1 << 25)
+    others = [mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1), mallopt(M_ARENA_MAX, 1)]
+    return bool(threshold and all(others))
 
 
 def cpu_only() -> bool:
     """Whether JAX will have no device but the CPU, told without starting it."""
-    platforms = os.environ.get("JAX_PLATFORMS", "")
+    platforms = getattr(jax.config, "jax_platforms", None) or ""
     if platforms:
         return platforms == "cpu"
     return not metadata.entry_points(group="jax_plugins") and util.find_spec("libtpu") is None

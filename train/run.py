@@ -2,6 +2,7 @@
 
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ from resnet_jax.tree import PyTree, count
 from train.batches import batch_like, eval_batches, padded, train_batches
 from train.build import (
     compiler_options,
+    compute_dtype,
     eval_augment,
     make_model,
     make_primitives,
@@ -27,11 +29,11 @@ from train.build import (
     with_statistics,
 )
 from train.checkpoint import Checkpoints
-from train.config import TrainConfig, check
+from train.config import TrainConfig, check, check_images
 from train.errors import RunError, UsageError
 from train.loop import Progress, evaluate, fit
 from train.process import keep_compiled
-from train.runs import environment, finished_result, write_config, write_json
+from train.runs import check_continues, environment, finished_result, write_config, write_json
 from train.state import TrainState, digest
 from train.steps import eval_step, train_step
 from train.weights import load_weights
@@ -47,11 +49,13 @@ def run(config: TrainConfig, preset: str = "custom") -> dict[str, Any]:
     """
     # ---- where ----
     check(config)
-    join_hosts(config.distributed)
     out = Path(config.out or f"runs/{preset}-seed{config.seed}").expanduser()
     if finished := finished_result(out, config):
         print(f"{out} holds this run, finished; its result:", file=sys.stderr)
         return finished
+    if (out / "config.json").exists():
+        check_continues(out, config)
+    join_hosts(config.distributed)
     main_process = jax.process_index() == 0
     keep_compiled(config.cache)
     mesh = make_mesh()
@@ -63,12 +67,13 @@ def run(config: TrainConfig, preset: str = "custom") -> dict[str, Any]:
         # What compiles depends on the images themselves: on their statistics, or on how many can be read.
         dataset = read_data(config, dataset)
     config = with_statistics(config, dataset)
+    check_images(config, len(dataset.train), dataset.image_shape, mesh.size)
     reading = time.perf_counter() - began
 
     # ---- model, optimizer, state ----
     epoch_steps = len(dataset.train) / config.batch
     steps = config.steps or max(int(config.epochs * epoch_steps), 1)
-    primitives, remark = make_primitives(config.primitives, config.mode)
+    primitives, remark = make_primitives(config.primitives, config.mode, compute_dtype(config.dtype))
     model = make_model(config, len(dataset.classes), axis_of(config.mode), primitives)
     tx, schedule = make_tx(config, steps, epoch_steps)
 
@@ -82,7 +87,7 @@ def run(config: TrainConfig, preset: str = "custom") -> dict[str, Any]:
     if remark:
         _say(f"slower than it could be: {remark}")
 
-    # ---- steps, compiled in a thread of their own ----
+    # ---- steps, compiled in threads of their own ----
     needed = {} if config.mode == "pmap" else compiler_options(model.dtype, plain=not primitives)
     compiled_for = partial(compile_step, mesh=mesh, mode=config.mode)
     step = compiled_for(
@@ -98,15 +103,17 @@ def run(config: TrainConfig, preset: str = "custom") -> dict[str, Any]:
     train_like = batch_like(config.batch, dataset.image_shape)
     eval_like = batch_like(padded(config.eval_batch, mesh), dataset.image_shape, valid=True)
     compiler = ThreadPoolExecutor(1)
-    compiling = (
-        compiler.submit(_compiled, step, shapes, train_like, config),
-        compiler.submit(_compiled, judge, shapes.variables, eval_like, config),
-    )
-    compiler.shutdown(wait=False)
-
-    began = time.perf_counter()
-    dataset = read_data(config, dataset)
-    reading += time.perf_counter() - began
+    try:
+        compiling = [
+            _compile_in(compiler, step, shapes, train_like, config),
+            _compile_in(compiler, judge, shapes.variables, eval_like, config),
+        ]
+        began = time.perf_counter()
+        dataset = read_data(config, dataset)
+        reading += time.perf_counter() - began
+        (step, compile_seconds), (judge, _) = (task() for task in compiling)
+    finally:
+        compiler.shutdown(wait=False, cancel_futures=True)
     stream = train_batches(dataset.train, batch=config.batch, seed=config.seed, mesh=mesh, mode=config.mode)
     _say(f"{dataset.name}: {', '.join(f'{len(s):,} {n}' for n, s in dataset.splits.items())} images, "
          f"{len(dataset.classes)} classes, read in {reading:.1f} s")  # fmt: skip
@@ -120,8 +127,6 @@ def run(config: TrainConfig, preset: str = "custom") -> dict[str, Any]:
         state, position = restored
         stream.restore(position)
         _say(f"going on from step {int(state.step)}")
-
-    (step, compile_seconds), (judge, _) = (task.result() for task in compiling)
 
     def measure(variables: Any, split: str) -> dict[str, Any]:
         batches = eval_batches(dataset.splits[split], batch=config.eval_batch, mesh=mesh, mode=config.mode)
@@ -217,18 +222,31 @@ def join_hosts(distributed: str | None) -> None:
         raise RunError(f"cannot join the other hosts (--distributed {distributed}): {error}") from None
 
 
-def _compiled(step: Any, state: Any, batch: Any, config: TrainConfig) -> tuple[Any, float]:
-    """(the step compiled for these shapes, seconds that took). pmap compiles when it is called."""
+def _compile_in(
+    pool: ThreadPoolExecutor, step: Any, state: Any, batch: Any, config: TrainConfig
+) -> Callable[[], tuple[Any, float]]:
+    """Trace the step here and compile it in the pool; call what this returns for (the program, seconds).
+
+    Tracing stays in this thread, whose settings (`jax.default_matmul_precision` and the like) are the caller's. pmap
+    compiles when it is called.
+    """
     if config.mode == "pmap":
-        return step, 0.0
+        return lambda: (step, 0.0)
     began = time.perf_counter()
-    try:
-        compiled = step.lower(state, batch).compile()
-    except jax.errors.JaxRuntimeError as error:
-        if config.xla and "option" in str(error):
-            raise UsageError(f"--xla {' '.join(config.xla)}: {error}") from None
-        raise
-    return compiled, time.perf_counter() - began
+    lowered = step.lower(state, batch)
+    traced = time.perf_counter() - began
+
+    def compiled() -> tuple[Any, float]:
+        began = time.perf_counter()
+        try:
+            program = lowered.compile()
+        except jax.errors.JaxRuntimeError as error:
+            if config.xla and "option" in str(error):
+                raise UsageError(f"--xla {' '.join(config.xla)}: {error}") from None
+            raise
+        return program, traced + time.perf_counter() - began
+
+    return pool.submit(compiled).result
 
 
 def _xla_option(option: str) -> tuple[str, str | bool]:

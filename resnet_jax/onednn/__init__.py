@@ -15,6 +15,7 @@ from resnet_jax.onednn.convolution import Conv as Conv
 from resnet_jax.onednn.convolution import convolution as convolution
 from resnet_jax.onednn.library import Unavailable as Unavailable
 from resnet_jax.onednn.library import cache_folder as cache_folder
+from resnet_jax.onednn.library import check as check
 from resnet_jax.onednn.library import load as load
 from resnet_jax.onednn.norm import BatchNorm as BatchNorm
 from resnet_jax.onednn.norm import batch_norm as batch_norm

@@ -9,8 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from resnet_jax.layers import kernel_init
-from resnet_jax.onednn.library import DTYPES, load, target
-from resnet_jax.parallel import varying_axes
+from resnet_jax.onednn.library import DTYPES, call, load
 
 
 class Conv(nn.Module):
@@ -48,9 +47,11 @@ def convolution(images: jax.Array, kernel: jax.Array, *, strides: int = 1, group
     Raises:
       Unavailable: see `library.load`.
       TypeError: another dtype, or two.
-      ValueError: channels that do not match, or that `groups` does not divide.
+      ValueError: channels that do not match, or that `groups` does not divide; no images.
     """
     load()
+    if images.ndim != 4 or kernel.ndim != 4 or 0 in images.shape:
+        raise ValueError(f"images and kernel of shapes {images.shape} and {kernel.shape} cannot be convolved")
     if images.dtype != kernel.dtype or images.dtype not in DTYPES:
         raise TypeError(f"oneDNN convolves float32 or bfloat16, got {images.dtype} images and a {kernel.dtype} kernel")
     (_, rows, columns, channels), (height, width, inputs, outputs) = images.shape, kernel.shape
@@ -81,11 +82,9 @@ def _weight_gradient(geometry: Geometry, images: jax.Array, gradient: jax.Array)
 
 
 def _call(name: str, geometry: Geometry, a: jax.Array, b: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    call = jax.ffi.ffi_call(target(name), jax.ShapeDtypeStruct(shape, a.dtype), vmap_method="sequential")
-    y = call(a, b, stride=np.int64(geometry.strides), groups=np.int64(geometry.groups))
-    # Under shard_map the result varies over whatever an operand varies over, which the call itself does not say.
-    missing = (varying_axes(a) | varying_axes(b)) - varying_axes(y)
-    return jax.lax.pcast(y, tuple(missing), to="varying") if missing else y
+    numbers = {"stride": np.int64(geometry.strides), "groups": np.int64(geometry.groups)}
+    (y,) = call(name, (jax.ShapeDtypeStruct(shape, a.dtype),), a, b, **numbers)
+    return y
 
 
 # A convolution is linear in each of its operands, so the gradients of the three are again among the three.

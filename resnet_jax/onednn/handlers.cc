@@ -7,6 +7,7 @@
 
 #include <cstdint>
 #include <mutex>
+#include <string>
 #include <unordered_map>
 
 #include "oneapi/dnnl/dnnl.hpp"
@@ -81,7 +82,7 @@ ffi::Error Guarded(Run run) {
     run(stream);
     stream.wait();
     return ffi::Error::Success();
-  } catch (const dnnl::error& error) {
+  } catch (const std::exception& error) {
     return ffi::Error(ffi::ErrorCode::kInternal, std::string("oneDNN: ") + error.what());
   }
 }
@@ -234,14 +235,14 @@ memory::desc Described(int64_t n, int64_t h, int64_t w, int64_t c, bool half) {
 // Bytes of the workspace of a max-pool; -1 if oneDNN has none.
 extern "C" int64_t max_pool_workspace(int64_t n, int64_t h, int64_t w, int64_t c, bool half) try {
   return Pool(Described(n, h, w, c, half)).Forward().workspace_desc().get_size();
-} catch (const dnnl::error&) {
+} catch (const std::exception&) {
   return -1;
 }
 
 // Bytes of the workspace of a normalisation with ReLU, which XLA must know before it runs; -1 if oneDNN has none.
 extern "C" int64_t norm_workspace(int64_t n, int64_t h, int64_t w, int64_t c, bool half) try {
   return Norm(Described(n, h, w, c, half), 1e-5f, true).Forward().workspace_desc().get_size();
-} catch (const dnnl::error&) {
+} catch (const std::exception&) {
   return -1;
 }
 

@@ -8,12 +8,16 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+from collections.abc import Sequence
 from functools import cache
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from resnet_jax.parallel import varying_axes
 
 DTYPES = (jnp.float32, jnp.bfloat16)
 SOURCE = Path(__file__).with_name("handlers.cc")
@@ -32,7 +36,32 @@ class Unavailable(RuntimeError):
     """oneDNN cannot be used here; the message says what is missing."""
 
 
-def target(name: str) -> str:
+def call(name: str, results: Sequence[Any], *operands: jax.Array, **numbers: Any) -> Sequence[jax.Array]:
+    """What the handler makes of the operands, in the shapes of `results`; `numbers` are NumPy scalars."""
+    found = jax.ffi.ffi_call(_target(name), tuple(results), vmap_method="sequential")(*operands, **numbers)
+    # Under shard_map results vary over whatever an operand varies over, which the call itself does not say.
+    axes = frozenset().union(*map(varying_axes, operands))
+
+    def varied(y: jax.Array) -> jax.Array:
+        missing = tuple(axes - varying_axes(y))
+        return jax.lax.pcast(y, missing, to="varying") if missing else y
+
+    return [varied(y) for y in found]
+
+
+def workspace(name: str, x: jax.Array | jax.ShapeDtypeStruct) -> int:
+    """Bytes that oneDNN keeps from the forward pass of `norm` or `max_pool` over images [B, H, W, C].
+
+    Raises:
+      Unavailable: it has none for their dtype on this processor.
+    """
+    size = getattr(load(), f"{name}_workspace")(*x.shape, x.dtype == jnp.bfloat16)
+    if size < 0:
+        raise Unavailable(f"oneDNN cannot compute {x.dtype} on this processor")
+    return size
+
+
+def _target(name: str) -> str:
     """The name that XLA knows a handler by."""
     return f"resnet_jax_onednn_{name}"
 
@@ -42,7 +71,6 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "resnet-jax"
 
 
-@cache
 def load() -> ctypes.CDLL:
     """Compile `handlers.cc` unless that is done, and tell XLA of its handlers; the primitives call it where needed.
 
@@ -51,15 +79,41 @@ def load() -> ctypes.CDLL:
     Raises:
       Unavailable: not Linux, no compiler, no oneDNN, or they do not fit together.
     """
+    found = _loaded()
+    if isinstance(found, Unavailable):
+        raise Unavailable(*found.args)
+    return found
+
+
+def check(dtype: Any) -> None:
+    """Make sure that oneDNN can be used, and for arrays of this dtype.
+
+    Raises:
+      Unavailable: it cannot.
+    """
+    load()
+    workspace("norm", jax.ShapeDtypeStruct((1, 1, 1, 16), dtype))
+
+
+@cache
+def _loaded() -> ctypes.CDLL | Unavailable:
+    """The handlers, or why there are none: that too is found out once."""
+    try:
+        return _load()
+    except Unavailable as error:
+        return error
+
+
+def _load() -> ctypes.CDLL:
     if sys.platform != "linux":
-        raise Unavailable("oneDNN convolutions need Linux")
+        raise Unavailable("oneDNN's primitives need Linux")
     include, library = _find()
     try:
         handlers = ctypes.CDLL(str(_compiled(include, library)))
     except OSError as error:
         raise Unavailable(f"the compiled handlers.cc cannot be loaded: {error}") from None
     for name in HANDLERS:
-        jax.ffi.register_ffi_target(target(name), jax.ffi.pycapsule(getattr(handlers, name)), platform="cpu")
+        jax.ffi.register_ffi_target(_target(name), jax.ffi.pycapsule(getattr(handlers, name)), platform="cpu")
     for size in (handlers.norm_workspace, handlers.max_pool_workspace):
         size.argtypes, size.restype = [*[ctypes.c_int64] * 4, ctypes.c_bool], ctypes.c_int64
     return handlers
@@ -75,40 +129,44 @@ def _find() -> tuple[Path, Path]:
             library = root / folder / "libdnnl.so.3"
             if library.is_file():
                 return include, library
-    raise Unavailable("oneDNN 3 and its headers are not installed: pip install onednn-cpu-gomp onednn-devel-cpu-gomp")
+    how = "pip install onednn-cpu-gomp onednn-devel-cpu-gomp" if os.uname().machine == "x86_64" else "conda has onednn"
+    raise Unavailable(f"oneDNN 3 and its headers are not installed: {how}")
 
 
 def _compiled(include: Path, library: Path) -> Path:
-    headers = jax.ffi.include_dir()
-    said = [
+    there = library.stat()
+    said: list[Any] = [
         SOURCE.read_text(),
         metadata.version("jaxlib"),
-        headers,
+        jax.ffi.include_dir(),
         str(include),
         str(library),
-        library.stat().st_size,
-        library.stat().st_mtime_ns,
     ]
+    said += [there.st_size, there.st_mtime_ns]
     name = f"onednn-{hashlib.sha256(repr(said).encode()).hexdigest()[:16]}.so"
-    target = cache_folder() / name
-    if target.exists():
-        return target
+    try:
+        target = cache_folder() / name
+        if not target.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+                made = Path(scratch) / name
+                _compile(made, include, library)
+                os.replace(made, target)  # in one piece: two processes may both be at it
+    except Unavailable:
+        raise
+    except (OSError, RuntimeError) as error:  # RuntimeError: there is no home
+        raise Unavailable(f"cannot keep the compiled handlers.cc: {error}") from None
+    return target
+
+
+def _compile(made: Path, include: Path, library: Path) -> None:
     compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX", ""), "c++", "g++", "clang++"))), None)
     if compiler is None:
         raise Unavailable("compiling handlers.cc needs a C++ compiler: install g++, or name one in CXX")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-            made = Path(scratch) / name
-            flags = ["-std=c++17", "-O2", "-w", "-shared", "-fPIC", f"-I{include}", f"-I{headers}"]
-            link = [str(library), f"-Wl,-rpath,{library.parent}"]
-            done = subprocess.run(
-                [compiler, *flags, str(SOURCE), *link, "-o", str(made)], capture_output=True, text=True, check=False
-            )
-            if done.returncode:
-                said = (done.stderr.strip().splitlines() or ["no reason given"])[:1]
-                raise Unavailable(f"{compiler} cannot compile {SOURCE}: {said[0]}")
-            os.replace(made, target)  # in one piece: two processes may both be at it
-    except OSError as error:
-        raise Unavailable(f"cannot keep the compiled handlers.cc: {error}") from None
-    return target
+    flags = ["-std=c++17", "-O2", "-w", "-shared", "-fPIC", f"-I{include}", f"-I{jax.ffi.include_dir()}"]
+    link = [str(library), f"-Wl,-rpath,{library.parent}"]
+    command = [compiler, *flags, str(SOURCE), *link, "-o", str(made)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        reason = next((line for line in done.stderr.splitlines() if "error" in line), "it does not say why")
+        raise Unavailable(f"{compiler} cannot compile {SOURCE}: {reason}")

@@ -8,14 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from resnet_jax.onednn.library import DTYPES, load, target
-from resnet_jax.parallel import varying_axes
+from resnet_jax.onednn.library import DTYPES, call, load, workspace
 
 
 class BatchNorm(nn.BatchNorm):
-    """`layers.BatchNorm` by oneDNN in training: the same fields, parameters and statistics.
+    """`layers.BatchNorm` by oneDNN in training: the same parameters and statistics.
 
-    Running statistics, and statistics over several devices (`axis_name`), are the plain module's business.
+    Everything else (running statistics, statistics over several devices, the fields of `flax.linen.BatchNorm` that
+    residual networks leave alone) is the plain module's business.
     """
 
     momentum: float = 0.9
@@ -23,7 +23,8 @@ class BatchNorm(nn.BatchNorm):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, relu: bool = False) -> jax.Array:  # type: ignore[override]
-        if self.use_running_average or self.axis_name is not None or self.is_initializing():
+        ordinary = self.use_scale and self.use_bias and self.axis == -1 and self.param_dtype == jnp.float32
+        if self.use_running_average is not False or self.axis_name or self.is_initializing() or not ordinary:
             y = super().__call__(x)
             return nn.relu(y) if relu else y
         channels = x.shape[-1:]
@@ -53,10 +54,14 @@ def batch_norm(
     Raises:
       Unavailable: see `library.load`.
       TypeError: another dtype.
+      ValueError: shapes that do not fit, or no images.
     """
     if x.dtype not in DTYPES:
         raise TypeError(f"oneDNN normalises float32 or bfloat16, got {x.dtype}")
+    if x.ndim != 4 or 0 in x.shape or not scale.shape == bias.shape == x.shape[-1:]:
+        raise ValueError(f"scale {scale.shape} and bias {bias.shape} do not fit images {x.shape}")
     load()
+    scale, bias = scale.astype(jnp.float32), bias.astype(jnp.float32)
     y, mean, var, _ = _norm((float(epsilon), bool(relu)), x, scale, bias)
     return y, jax.lax.stop_gradient(mean), jax.lax.stop_gradient(var)
 
@@ -65,22 +70,22 @@ def batch_norm(
 def _norm(statics: tuple[float, bool], x: jax.Array, scale: jax.Array, bias: jax.Array) -> Any:
     epsilon, relu = statics
     # What oneDNN keeps for the backward pass, which outputs are positive, has a size of its own choice.
-    kept = load().norm_workspace(*x.shape, x.dtype == jnp.bfloat16) if relu else 1
+    kept = workspace("norm", x) if relu else 1
     channel = jax.ShapeDtypeStruct(scale.shape, jnp.float32)
     results = (jax.ShapeDtypeStruct(x.shape, x.dtype), channel, channel, jax.ShapeDtypeStruct((kept,), jnp.uint8))
-    return _call("norm", results, epsilon, relu, x, scale, bias)
+    return call("norm", results, x, scale, bias, epsilon=np.float32(epsilon), relu=np.bool_(relu))
 
 
 def _forward(statics: tuple[float, bool], x: jax.Array, scale: jax.Array, bias: jax.Array) -> Any:
-    y, mean, var, workspace = _norm(statics, x, scale, bias)
-    return (y, mean, var, workspace), (x, scale, mean, var, workspace)
+    y, mean, var, kept = _norm(statics, x, scale, bias)
+    return (y, mean, var, kept), (x, scale, mean, var, kept)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _gradient(statics: tuple[float, bool], *operands: jax.Array) -> Any:
-    x, scale = operands[:2]
+    (epsilon, relu), (x, scale) = statics, operands[:2]
     results = tuple(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (x, scale, scale))
-    return _call("norm_gradient", results, *statics, *operands)
+    return call("norm_gradient", results, *operands, epsilon=np.float32(epsilon), relu=np.bool_(relu))
 
 
 def _no_second(statics: Any, saved: Any, cotangents: Any) -> Any:
@@ -89,10 +94,3 @@ def _no_second(statics: Any, saved: Any, cotangents: Any) -> Any:
 
 _norm.defvjp(_forward, lambda statics, saved, cotangents: _gradient(statics, *saved, cotangents[0]))
 _gradient.defvjp(lambda statics, *operands: (_gradient(statics, *operands), None), _no_second)
-
-
-def _call(name: str, results: Any, epsilon: float, relu: bool, *operands: jax.Array) -> Any:
-    call = jax.ffi.ffi_call(target(name), results, vmap_method="sequential")
-    found = call(*operands, epsilon=np.float32(epsilon), relu=np.bool_(relu))
-    axes = frozenset().union(*map(varying_axes, operands))
-    return tuple(jax.lax.pcast(y, tuple(axes), to="varying") for y in found) if axes else tuple(found)

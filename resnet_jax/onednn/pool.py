@@ -5,8 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from resnet_jax.onednn.library import DTYPES, load, target
-from resnet_jax.parallel import varying_axes
+from resnet_jax.onednn.library import DTYPES, call, load, workspace
 
 
 def max_pool(x: jax.Array) -> jax.Array:
@@ -17,9 +16,12 @@ def max_pool(x: jax.Array) -> jax.Array:
     Raises:
       Unavailable: see `library.load`.
       TypeError: another dtype.
+      ValueError: no images [B, H, W, C].
     """
     if x.dtype not in DTYPES:
         raise TypeError(f"oneDNN pools float32 or bfloat16, got {x.dtype}")
+    if x.ndim != 4 or 0 in x.shape:
+        raise ValueError(f"images [B, H, W, C] are pooled, not {x.shape}")
     load()
     return _max_pool(x)[0]
 
@@ -28,29 +30,24 @@ def max_pool(x: jax.Array) -> jax.Array:
 def _max_pool(x: jax.Array) -> Any:
     n, h, w, c = x.shape
     # Which of the nine was the largest, in a form and size of oneDNN's own choice.
-    kept = load().max_pool_workspace(n, h, w, c, x.dtype == jnp.bfloat16)
-    results = (
-        jax.ShapeDtypeStruct((n, (h + 1) // 2, (w + 1) // 2, c), x.dtype),
-        jax.ShapeDtypeStruct((kept,), jnp.uint8),
-    )
-    return _varying(jax.ffi.ffi_call(target("max_pool"), results, vmap_method="sequential")(x), x)
+    kept = jax.ShapeDtypeStruct((workspace("max_pool", x),), jnp.uint8)
+    return call("max_pool", (jax.ShapeDtypeStruct((n, (h + 1) // 2, (w + 1) // 2, c), x.dtype), kept), x)
 
 
 def _forward(x: jax.Array) -> Any:
-    y, workspace = _max_pool(x)
+    y, kept = _max_pool(x)
     # Shape and dtype of what is pooled go along as an array of none of it.
-    return (y, workspace), (workspace, jnp.empty((0, *x.shape), x.dtype))
+    return (y, kept), (kept, jnp.empty((0, *x.shape), x.dtype))
 
 
 def _backward(saved: Any, cotangents: Any) -> Any:
-    workspace, like = saved
-    return (_gradient(like, workspace, cotangents[0]),)
+    kept, like = saved
+    return (_gradient(like, kept, cotangents[0]),)
 
 
 @jax.custom_vjp
-def _gradient(like: jax.Array, workspace: jax.Array, g: jax.Array) -> jax.Array:
-    result = jax.ShapeDtypeStruct(like.shape[1:], like.dtype)
-    (x,) = _varying((jax.ffi.ffi_call(target("max_pool_gradient"), result, vmap_method="sequential")(workspace, g),), g)
+def _gradient(like: jax.Array, kept: jax.Array, g: jax.Array) -> jax.Array:
+    (x,) = call("max_pool_gradient", (jax.ShapeDtypeStruct(like.shape[1:], like.dtype),), kept, g)
     return x
 
 
@@ -60,9 +57,3 @@ def _no_second(saved: Any, cotangents: Any) -> Any:
 
 _max_pool.defvjp(_forward, _backward)
 _gradient.defvjp(lambda *operands: (_gradient(*operands), None), _no_second)
-
-
-def _varying(results: Any, x: jax.Array) -> Any:
-    """Results that vary over the axes of `shard_map` that `x` varies over, which the call itself does not say."""
-    axes = tuple(varying_axes(x))
-    return tuple(jax.lax.pcast(y, axes, to="varying") for y in results) if axes else tuple(results)

@@ -15,11 +15,11 @@ from train.process import keep_memory
 
 def main(argv: list[str] | None = None) -> None:
     """Parse, measure, print the result."""
-    kept = keep_memory()
     _, config = parse("python -m train.bench", PRESETS, sys.argv[1:] if argv is None else argv, default="step")
     if config.device == "cpu":
         # The default device decides on data types and compiler options, and can be chosen only before it is used.
         jax.config.update("jax_platforms", "cpu")
+    kept = keep_memory()
     result = bench(config, process={"keeps_memory": kept})
     print(render(result), file=sys.stderr)
     print(json.dumps(result))

@@ -9,15 +9,20 @@ from typing import Any
 from jax.sharding import Mesh
 
 from train.bench.config import BenchConfig, from_stored
+from train.bench.device import ceilings
 from train.bench.prepared import described, prepare, time_steps
 from train.bench.tasks import TASKS
 from train.bench.timing import ratio
+from train.build import compute_dtype
 from train.errors import UsageError
 from train.runs import environment
 
 
 def versus(a: BenchConfig, b: BenchConfig, mesh: Mesh, ceiling: dict[str, Any]) -> dict[str, Any]:
     """The figures of `a`, those of `b` under `versus`, and how they compare."""
+    # A ceiling is one dtype's.
+    same = compute_dtype(a.dtype) == compute_dtype(b.dtype)
+    beside = ceiling if same else ceilings(mesh, compute_dtype(b.dtype), b.peak)
     sides = {name: prepare(config, mesh, TASKS[config.task](config)) for name, config in (("A", a), ("B", b))}
     time_steps(sides, a)
     seconds = {name: one.seconds["each"] for name, one in sides.items()}
@@ -29,7 +34,7 @@ def versus(a: BenchConfig, b: BenchConfig, mesh: Mesh, ceiling: dict[str, Any]) 
         "images_per_second_ratio": rates,
         "confidence": 0.95,
         "verdict": verdict(rates),
-        "result": described(sides["B"], ceiling),
+        "result": described(sides["B"], beside),
     }
     return {**described(sides["A"], ceiling), "versus": compared}
 

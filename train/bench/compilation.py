@@ -3,7 +3,7 @@
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import pairwise
@@ -132,13 +132,13 @@ def cache_events() -> Iterator[Counter[str]]:
 
 
 @contextmanager
-def one_line_faults(what: Callable[[], str]) -> Iterator[None]:
-    """Turn XLA's out-of-memory and unknown options into the user's errors; `what()` says what was being run."""
+def one_line_faults(what: Callable[[], str], xla: Sequence[str] = ()) -> Iterator[None]:
+    """Turn XLA's out-of-memory and unknown `xla` options into the user's errors; `what()` says what was being run."""
     try:
         yield
     except (jax.errors.JaxRuntimeError, MemoryError) as error:
         if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
             raise UsageError(f"out of memory: {what()}; choose a smaller --batch") from None
-        if "option" in str(error).lower():
-            raise UsageError(f"--xla: {str(error).splitlines()[0]}") from None
+        if xla and "option" in str(error).lower():
+            raise UsageError(f"--xla {' '.join(xla)}: {str(error).splitlines()[0]}") from None
         raise

@@ -100,7 +100,7 @@ def prepare(config: BenchConfig, mesh: Mesh, workload: Workload) -> Prepared:
 
     say(f"compiling {config.task} of {config.model}, batch {config.batch}")
     state = place(workload.state, replicated(mesh))
-    with one_line_faults(lambda: f"compiling for --batch {config.batch}"):
+    with one_line_faults(lambda: f"compiling for --batch {config.batch}", config.xla):
         step, compiled, figures = start(build, (state, laid_out_shapes(workload.batch, mesh, config)), config.cache)
     check_fits(config, mesh, compiled)
     forget_peak()

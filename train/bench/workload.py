@@ -58,7 +58,7 @@ class Workload:
 
 def primitives(config: BenchConfig) -> tuple[str, dict[str, Any], str]:
     """(`plain` or `onednn`, the arguments of `MODELS[...]` that make it so, why it is not what `auto` would like)."""
-    fields, remark = build.make_primitives(config.primitives, config.mode)
+    fields, remark = build.make_primitives(config.primitives, config.mode, build.compute_dtype(config.dtype))
     return "onednn" if fields else "plain", fields, remark
 
 
