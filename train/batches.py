@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from resnet_jax.parallel import Mode, batch_sharding, make_mesh, place, replicated, shard_batch
 from train.errors import UsageError
-from train.sources import Arrays, Encoded, Example
+from train.sources import Arrays, Encoded, Example, decode_threads, image_shape
 
 Batch = dict[str, Any]
 
@@ -122,13 +122,13 @@ class StreamedBatches:
         self.batch, self.seed, self.mesh = batch, seed, mesh
         self.mode: Mode = mode
         self.own = batch // jax.process_count()
-        self.source = source
+        self.source, self.threads = source, decode_threads(image_shape(source))
         self._start(0)
 
     def _start(self, position: int) -> None:
         self.position = position
         first = position // self.batch * self.own
-        self.iterator = iter(_decoded(lambda own_position: self._example(first + own_position), self.own))
+        self.iterator = iter(_decoded(lambda row: self._example(first + row), self.own, self.threads))
 
     def _example(self, own_position: int) -> Example:
         """The example at one of this process's positions: a pure function of it, so any thread may ask at any time."""
@@ -173,11 +173,13 @@ def eval_batches(source: Arrays | Encoded, *, batch: int, mesh: Mesh, mode: Mode
             part = {"image": source.images[rows], "label": source.labels[rows].astype(np.int32)}
             yield shard_batch({**part, "valid": positions < len(source)}, mesh, mode=mode)
     else:
-        for part in _decoded(example, own, steps * own):
+        for part in _decoded(example, own, decode_threads(image_shape(source)), steps * own):
             yield shard_batch(_whole(part), mesh, mode=mode)
 
 
-def _decoded(example: Callable[[int], dict[str, Any]], batch: int, count: int = 2**62) -> grain.IterDataset:
+def _decoded(
+    example: Callable[[int], dict[str, Any]], batch: int, threads: int, count: int = 2**62
+) -> grain.IterDataset:
     """Batches of `example(0)`, `example(1)`, ... ahead of need, in threads: arrays [parts, batch / parts, ...].
 
     A thread is handed several examples at a time: one by one, small images cost more to hand over than to decode.
@@ -188,7 +190,7 @@ def _decoded(example: Callable[[int], dict[str, Any]], batch: int, count: int = 
         rows = [example(number * size + row) for row in range(size)]
         return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
-    options = grain.ReadOptions(num_threads=16, prefetch_buffer_size=max(2 * batch // size, 16))
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(2 * batch // size, 16))
     parts = grain.MapDataset.range(count // size).map(part).to_iter_dataset(options)
     return parts.batch(batch // size, drop_remainder=True)
 

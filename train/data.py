@@ -7,7 +7,6 @@ once into `Arrays`; large ones stay encoded and are decoded by `train.batches` w
 `python -m train.data prepare NAME [--dir DIR]` downloads and prepares a stock TFDS set.
 """
 
-import contextlib
 import math
 import os
 import re
@@ -22,7 +21,7 @@ from PIL import Image
 from train import folder
 from train.errors import UsageError, unknown
 from train.prepare import prepare
-from train.sources import Arrays, BrokenImage, Encoded, decode_all, differ_in_size
+from train.sources import Arrays, Encoded, decode_all, differ_in_size, image_shape
 
 MEMORY_LIMIT = 2 << 30  # bytes: sets that decode to no more than this live in memory
 
@@ -111,7 +110,7 @@ def in_memory(dataset: Dataset, *, skip_broken: bool = False, limit: int = MEMOR
       UsageError: images that cannot be decoded (unless they are skipped), or that differ in size.
     """
     encoded = {s: x for s, x in dataset.splits.items() if isinstance(x, Encoded) and not x.random_crop}
-    shapes = {split: _image_shape(source) for split, source in encoded.items()}
+    shapes = {split: image_shape(source) for split, source in encoded.items()}
     if sum(len(source) * math.prod(shapes[split]) for split, source in encoded.items()) > limit:
         if len({shape for shape in shapes.values() if any(shape)}) > 1:
             raise differ_in_size(f"the splits of {dataset.name}")
@@ -179,16 +178,6 @@ def split_by_class(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.n
         parts.append((members[kept], members[held]))
     kept, held = (np.sort(np.concatenate(part)) for part in zip(*parts, strict=True))
     return kept, held
-
-
-def _image_shape(source: Encoded) -> tuple[int, ...]:
-    """Of a decoded image: where no size is set, of the first that can be read; zeros if none can."""
-    if source.size is not None:
-        return (source.size, source.size, source.channels)
-    for index in range(len(source)):
-        with contextlib.suppress(BrokenImage):
-            return source[index]["image"].shape
-    return (0, 0, 0)
 
 
 def _complete(splits: dict[str, Any], fraction: float, seed: int) -> dict[str, Any]:
