@@ -21,6 +21,8 @@ from train.sources import Arrays, Encoded, Example, decode_threads, image_shape
 
 Batch = dict[str, Any]
 
+PART = 16  # examples that a decoding thread is handed at a time
+
 
 class Batches(Protocol):
     """An endless iterator of device batches that can say where it stands and go back there."""
@@ -116,13 +118,14 @@ def _own_part(indices: np.ndarray) -> np.ndarray:
 
 
 class StreamedBatches:
-    """Batches decoded by Grain's threads ahead of the step."""
+    """Batches decoded by Grain's threads ahead of the step: up to `ahead` of them."""
 
     def __init__(self, source: Encoded, *, batch: int, seed: int, mesh: Mesh, mode: Mode) -> None:
         self.batch, self.seed, self.mesh = batch, seed, mesh
         self.mode: Mode = mode
         self.own = batch // jax.process_count()
         self.source, self.threads = source, decode_threads(image_shape(source))
+        self.ahead = max(2, -(-self.threads * math.gcd(self.own, PART) // self.own))
         self._start(0)
 
     def _start(self, position: int) -> None:
@@ -184,13 +187,13 @@ def _decoded(
 
     A thread is handed several examples at a time: one by one, small images cost more to hand over than to decode.
     """
-    size = math.gcd(batch, 16)
+    size = math.gcd(batch, PART)
 
     def part(number: int) -> dict[str, np.ndarray]:
         rows = [example(number * size + row) for row in range(size)]
         return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
-    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(2 * batch // size, 16))
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(2 * batch // size, threads))
     parts = grain.MapDataset.range(count // size).map(part).to_iter_dataset(options)
     return parts.batch(batch // size, drop_remainder=True)
 

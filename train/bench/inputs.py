@@ -21,8 +21,6 @@ from train.bench.timing import Runner, interleaved, summary
 from train.sources import decode_all
 
 IMAGES = 512
-# Untimed batches before each block: those that `StreamedBatches` has decoded ahead while others were timed.
-AHEAD = 3
 
 
 def inputs(config: BenchConfig, mesh: Mesh) -> dict[str, Any]:
@@ -32,7 +30,6 @@ def inputs(config: BenchConfig, mesh: Mesh) -> dict[str, Any]:
     opens, decodes and resizes the same files. `wait_share` is (fed - alone) / fed, at least 0, of steps run one ahead.
     """
     size, batch = config.image_size, config.batch
-    counts: dict[str, Any] = {"steps": config.steps, "repeats": config.repeats, "settle": AHEAD}
     with tempfile.TemporaryDirectory() as scratch:
         files = write_jpegs(Path(scratch), IMAGES, size)
         jpeg_bytes = sum(file.stat().st_size for file in files) / len(files)
@@ -41,6 +38,10 @@ def inputs(config: BenchConfig, mesh: Mesh) -> dict[str, Any]:
             "resident": ResidentBatches(decode_all(source), batch=batch, seed=0, mesh=mesh, mode=config.mode),
             "encoded": StreamedBatches(source, batch=batch, seed=0, mesh=mesh, mode=config.mode),
         }
+        encoded = streams["encoded"]
+        assert isinstance(encoded, StreamedBatches)
+        # Untimed before each block: what was decoded ahead while others were timed.
+        counts: dict[str, Any] = {"steps": config.steps, "repeats": config.repeats, "settle": encoded.ahead + 1}
         alone: dict[str, Runner] = {name: stream.__next__ for name, stream in streams.items()}
         alone["plain_pil"] = plain_loop(files, batch, size).__next__
         say("timing the pipelines alone")
@@ -59,8 +60,6 @@ def inputs(config: BenchConfig, mesh: Mesh) -> dict[str, Any]:
         steps = {"alone": fed(None), **{name: fed(stream) for name, stream in streams.items()}}
         say("timing the training step that they feed")
         with_step = interleaved(steps, **counts, warmup=config.warmup, ahead=True)
-        encoded = streams["encoded"]
-        assert isinstance(encoded, StreamedBatches)
         encoded.iterator.close()  # its threads still read files
 
     # A batch that was decoded ahead costs nothing, the next all the more: blocks, not steps, tell the rate.
