@@ -21,10 +21,11 @@ from train.bench import BenchConfig, bench, compilation, prepared, work
 from train.bench import gate as gate_module
 from train.bench.__main__ import main
 from train.bench.compare import verdict
-from train.bench.config import STEP_TASKS, check, other
+from train.bench.config import PRESETS, STEP_TASKS, check, other
 from train.bench.table import render
 from train.bench.timing import interleaved, ratio, summary
 from train.bench.workload import half_masks
+from train.command import parse
 from train.errors import RunError, UsageError
 
 TINY = {
@@ -430,6 +431,13 @@ def test_versus_measures_both(tmp_path, capsys):
     assert again["result"]["batch"] == 16 and again["stored"]["images_per_second"] == 1.0
     assert again["stored"]["now_over_then"] == again["result"]["images_per_second"]
     assert f"warning: {path} was measured elsewhere: host another (here " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags", ["--no-donate", "--batch 64 --no-donate"])
+def test_versus_takes_flags_for_its_value(flags):
+    _, config = parse("bench", PRESETS, ["--versus", flags, "--batch", "32"], default="step")
+    assert (config.versus, config.batch) == (flags, 32)
+    assert not other(config).donate
 
 
 def test_state_is_donated_unless_told_otherwise():

@@ -37,11 +37,15 @@ def parse(program: str, presets: dict[str, Callable[[], Any]], argv: Sequence[st
         raise UsageError(_plain(said.getvalue())) from None
 
 
+# Fields whose value is flags itself, which would be taken for flags of their own.
+FLAGS_FOR_VALUE = ("--versus",)
+
+
 def _joined(argv: Sequence[str]) -> list[str]:
-    """`--versus "--batch 64"` as `--versus=--batch 64`: a value that is flags itself would be taken for a flag."""
+    """`--versus "--batch 64"` as `--versus=--batch 64`."""
     joined: list[str] = []
     for argument in argv:
-        if joined and argument.startswith("--") and " " in argument.split("=", 1)[0]:
+        if joined and joined[-1] in FLAGS_FOR_VALUE and argument.startswith("--"):
             joined[-1] += f"={argument}"
         else:
             joined.append(argument)
