@@ -632,9 +632,9 @@ def test_configs_from_python_are_checked_as_well(field):
         check(BenchConfig(**{field: "x"}))
 
 
-def test_failing_leaves_jax_as_it_was():
+def test_failing_leaves_jax_as_it_was(tmp_path):
     before = jax.config.jax_compilation_cache_dir
-    with pytest.raises(RunError), compilation.cache_in("/tmp/none"), compilation.cache_events():
+    with pytest.raises(RunError), compilation.cache_in(str(tmp_path)), compilation.cache_events():
         raise RunError("stop")
     assert jax.config.jax_compilation_cache_dir == before
 

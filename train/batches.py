@@ -52,14 +52,22 @@ def train_batches(source: Arrays | Encoded, *, batch: int, seed: int, mesh: Mesh
     Raises:
       UsageError: a batch that the devices do not divide, or one larger than the split.
     """
-    count, devices = len(source), mesh.size
-    if batch < 1 or batch % devices:
-        raise UsageError(f"a batch of {batch} is not divisible by {devices} devices: choose a multiple of {devices}")
-    if batch > count:
-        raise UsageError(f"a batch of {batch} is larger than the {count} training images: choose a smaller --batch")
+    check_batch(batch, mesh.size, len(source))
     if isinstance(source, Arrays):
         return ResidentBatches(source, batch=batch, seed=seed, mesh=mesh, mode=mode)
     return StreamedBatches(source, batch=batch, seed=seed, mesh=mesh, mode=mode)
+
+
+def check_batch(batch: int, devices: int, count: int | None = None) -> None:
+    """Refuse a batch that the devices do not divide, or that is larger than `count` training images.
+
+    Raises:
+      UsageError: that.
+    """
+    if batch < 1 or batch % devices:
+        raise UsageError(f"a batch of {batch} is not divisible by {devices} devices: choose a multiple of {devices}")
+    if count is not None and batch > count:
+        raise UsageError(f"a batch of {batch} is larger than the {count} training images: choose a smaller --batch")
 
 
 def batch_like(

@@ -162,6 +162,13 @@ def compiler_options(dtype: Any, *, plain: bool = True) -> dict[str, Any]:
     return _known({"xla_cpu_opt_preset": "CPU_OPT_PRESET_FAST_COMPILE", YNN: YNN_FOR_FLOAT32}) if plain else {}
 
 
+def xla_options(given: tuple[str, ...]) -> dict[str, str | bool]:
+    """`--xla`'s NAME=VALUE each, as `jax.jit(compiler_options=...)` takes them."""
+    words = {"true": True, "false": False}
+    pairs = (option.split("=", 1) for option in given)
+    return {name: words.get(value.lower(), value) for name, value in pairs}
+
+
 YNN = "xla_cpu_experimental_ynn_fusion_type"
 YNN_FOR_FLOAT32 = "LIBRARY_FUSION_TYPE_REDUCE,LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"
 

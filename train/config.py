@@ -170,19 +170,25 @@ def from_dict(kind: type, values: dict[str, Any]) -> Any:
     return kind(**{name: value(name, v) for name, v in values.items() if name in fields})
 
 
-def check_images(config: TrainConfig, count: int, shape: tuple[int, int, int], devices: int) -> None:
-    """Refuse what does not fit `count` training images (H, W, C), or this many devices.
+def check_xla(options: tuple[str, ...], mode: Mode) -> None:
+    """Refuse compiler options that are not NAME=VALUE, or that the mode does not take.
 
     Raises:
-      UsageError: a batch that is larger, or that devices or parts do not divide; a crop larger than the images.
+      UsageError: that.
     """
-    if config.batch > count:
-        raise UsageError(
-            f"a batch of {config.batch} is larger than the {count} training images: choose a smaller --batch"
-        )
-    if config.batch % devices:
-        said = f"a batch of {config.batch} is not divisible by {devices} devices"
-        raise UsageError(f"{said}: choose a multiple of {devices}")
+    if mode == "pmap" and options:
+        raise UsageError("pmap takes no compiler options: --xla needs --mode jit or shard_map")
+    for option in options:
+        if not all(option.partition("=")):
+            raise UsageError(f"--xla {option!r} is not of the form NAME=VALUE")
+
+
+def check_images(config: TrainConfig, shape: tuple[int, int, int], devices: int) -> None:
+    """Refuse what does not fit the images (H, W, C) of a set, or this many devices.
+
+    Raises:
+      UsageError: a crop larger than the images, parts that do not divide a device's share of the batch.
+    """
     crop, share = config.augment.resized_crop, config.batch // devices
     if crop and crop > min(shape[:2]):
         raise UsageError(f"--augment.resized-crop {crop} is larger than the images, {shape[0]}x{shape[1]}")
@@ -240,11 +246,7 @@ def check(config: TrainConfig) -> None:
         raise UsageError("jit's statistics are those of the whole batch: --no-sync-bn needs --mode shard_map or pmap")
     if config.distributed not in (None, "auto") and not re.fullmatch(r".+:\d+,\d+,\d+", config.distributed):
         raise UsageError(f"--distributed {config.distributed} is neither auto nor COORDINATOR:PORT,COUNT,INDEX")
-    if config.mode == "pmap" and config.xla:
-        raise UsageError("pmap takes no compiler options: --xla needs --mode jit or shard_map")
-    for option in config.xla:
-        if not all(option.partition("=")):
-            raise UsageError(f"--xla {option!r} is not of the form NAME=VALUE")
+    check_xla(config.xla, config.mode)
     if config.freeze and config.init is None:
         raise UsageError("--freeze trains a head on a given backbone: name it with --init")
     if config.select == "best" and config.keep_best == 0:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from resnet_jax.losses import LOSSES
 from resnet_jax.parallel import axis_of, compile_step, make_mesh, place, replicated
 from resnet_jax.tree import PyTree, count
-from train.batches import batch_like, eval_batches, padded, train_batches
+from train.batches import batch_like, check_batch, eval_batches, padded, train_batches
 from train.build import (
     compiler_options,
     compute_dtype,
@@ -27,6 +27,7 @@ from train.build import (
     read_data,
     step_options,
     with_statistics,
+    xla_options,
 )
 from train.checkpoint import Checkpoints
 from train.config import TrainConfig, check, check_images
@@ -67,7 +68,8 @@ def run(config: TrainConfig, preset: str = "custom") -> dict[str, Any]:
         # What compiles depends on the images themselves: on their statistics, or on how many can be read.
         dataset = read_data(config, dataset)
     config = with_statistics(config, dataset)
-    check_images(config, len(dataset.train), dataset.image_shape, mesh.size)
+    check_batch(config.batch, mesh.size, len(dataset.train))
+    check_images(config, dataset.image_shape, mesh.size)
     reading = time.perf_counter() - began
 
     # ---- model, optimizer, state ----
@@ -87,12 +89,12 @@ def run(config: TrainConfig, preset: str = "custom") -> dict[str, Any]:
     if remark:
         _say(f"slower than it could be: {remark}")
 
-    # ---- steps, compiled in threads of their own ----
+    # ---- steps, compiled in a thread of their own ----
     needed = {} if config.mode == "pmap" else compiler_options(model.dtype, plain=not primitives)
     compiled_for = partial(compile_step, mesh=mesh, mode=config.mode)
     step = compiled_for(
         partial(train_step, **step_options(config, model, tx)),
-        compiler_options={**needed, **dict(_xla_option(option) for option in config.xla)} or None,
+        compiler_options={**needed, **xla_options(config.xla)} or None,
     )
     judge = compiled_for(
         partial(eval_step, model=model, preprocess=eval_augment(config.augment), loss=LOSSES[config.loss]),
@@ -247,11 +249,6 @@ def _compile_in(
         return program, traced + time.perf_counter() - began
 
     return pool.submit(compiled).result
-
-
-def _xla_option(option: str) -> tuple[str, str | bool]:
-    name, value = option.split("=", 1)
-    return name, {"true": True, "false": False}.get(value.lower(), value)
 
 
 def _say(line: str) -> None:

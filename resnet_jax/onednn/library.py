@@ -91,7 +91,6 @@ def check(dtype: Any) -> None:
     Raises:
       Unavailable: it cannot.
     """
-    load()
     workspace("norm", jax.ShapeDtypeStruct((1, 1, 1, 16), dtype))
 
 

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from resnet_jax.onednn.library import DTYPES, call, load, workspace
+from resnet_jax.onednn.library import DTYPES, call, workspace
 
 
 def max_pool(x: jax.Array) -> jax.Array:
@@ -22,7 +22,6 @@ def max_pool(x: jax.Array) -> jax.Array:
         raise TypeError(f"oneDNN pools float32 or bfloat16, got {x.dtype}")
     if x.ndim != 4 or 0 in x.shape:
         raise ValueError(f"images [B, H, W, C] are pooled, not {x.shape}")
-    load()
     return _max_pool(x)[0]
 
 

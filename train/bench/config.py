@@ -8,6 +8,7 @@ from typing import Any, Literal
 from resnet_jax.parallel import Mode
 from resnet_jax.resnet import MODELS
 from train.command import parse
+from train.config import check_xla
 from train.errors import UsageError, unknown
 
 STEP_TASKS = ("train", "eval", "predict", "contrastive", "prune")
@@ -113,11 +114,7 @@ def check(config: BenchConfig) -> None:
     for name, fits in ranges.items():
         if not fits:
             raise UsageError(f"--{name.replace('_', '-')} {getattr(config, name)} is out of range")
-    if config.mode == "pmap" and config.xla:
-        raise UsageError("pmap takes no compiler options: --xla needs --mode jit or shard_map")
-    for option in config.xla:
-        if not all(option.partition("=")):
-            raise UsageError(f"--xla {option!r} is not of the form NAME=VALUE")
+    check_xla(config.xla, config.mode)
     actions = [name for name in ("compare", "versus", "gate", "all") if getattr(config, name)]
     if len(actions) > 1:
         raise UsageError(f"--{actions[0]} and --{actions[1]} are two benchmarks: run them one after the other")

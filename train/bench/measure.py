@@ -9,13 +9,14 @@ import numpy as np
 from jax.sharding import Mesh
 
 from resnet_jax.parallel import make_mesh
+from train.batches import check_batch
 from train.bench.augments import augments
 from train.bench.compare import against_stored, read_result, versus
 from train.bench.config import OTHER_TASKS, STEP_TASKS, BenchConfig, check, other
 from train.bench.device import ceilings, devices_of, surroundings
 from train.bench.gate import gate, load_gate
 from train.bench.inputs import inputs
-from train.bench.prepared import Prepared, check_divides, described, prepare, say, shares, time_steps
+from train.bench.prepared import Prepared, described, prepare, say, shares, time_steps
 from train.bench.tasks import TASKS
 from train.bench.timing import interleaved, ratio
 from train.build import compute_dtype
@@ -45,7 +46,7 @@ def bench(config: BenchConfig, *, process: dict[str, Any] | None = None) -> dict
         result = gate(config, plain)
     else:
         for side in (config, second, stored.config if stored else None):
-            check_divides(side or config, mesh)
+            check_batch((side or config).batch, mesh.size)
         # First of all, before anything has warmed the machine.
         say("measuring what the device can do at best")
         ceiling = ceilings(mesh, compute_dtype(config.dtype), config.peak)

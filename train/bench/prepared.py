@@ -129,14 +129,6 @@ def compiled_for(config: BenchConfig, mesh: Mesh, *, rows: bool, donate: bool = 
     return partial(compile_rows, **options) if rows else partial(compile_step, donate=donate, **options)
 
 
-def check_divides(config: BenchConfig, mesh: Mesh) -> None:
-    """Refuse a batch that the devices do not divide."""
-    if config.batch % mesh.size:
-        raise UsageError(
-            f"a batch of {config.batch} is not divisible by {mesh.size} devices: choose a multiple of {mesh.size}"
-        )
-
-
 def check_fits(config: BenchConfig, mesh: Mesh, compiled: Any) -> None:
     """Refuse, before anything is run, a step that needs more memory than there is by the compiler's own plan."""
     device = mesh.devices.flat[0]

@@ -16,6 +16,7 @@ from resnet_jax.parallel import Mode, axis_of
 from resnet_jax.resnet import MODELS
 from resnet_jax.tree import PyTree, is_kernel, map_with_path
 from train import build
+from train.batches import batch_like
 from train.bench.config import BenchConfig
 from train.bench.work import Work, forward
 from train.config import AugmentConfig
@@ -78,11 +79,9 @@ def compiler_options(config: BenchConfig) -> dict[str, Any]:
     """XLA's options: those of the pipelines, and the config's own; pmap takes none."""
     if config.mode == "pmap":
         return {}
-    words = {"true": True, "false": False}
-    given = (option.split("=", 1) for option in config.xla)
     plain = primitives(config)[0] == "plain"
     needed = build.compiler_options(build.compute_dtype(config.dtype), plain=plain)
-    return {**needed, **{name: words.get(value.lower(), value) for name, value in given}}
+    return {**needed, **build.xla_options(config.xla)}
 
 
 def make_batch(specs: dict[str, jax.ShapeDtypeStruct], classes: int) -> dict[str, np.ndarray]:
@@ -129,12 +128,8 @@ def half_masks(params: PyTree) -> PyTree:
 
 def batch_of(config: BenchConfig, *names: str) -> dict[str, jax.ShapeDtypeStruct]:
     """The shapes of a batch's `image`, `label` and `valid`, whichever are named."""
-    side, b = config.image_size, config.batch
-    specs = {
-        "image": jax.ShapeDtypeStruct((b, side, side, 3), jnp.uint8),
-        "label": jax.ShapeDtypeStruct((b,), jnp.int32),
-        "valid": jax.ShapeDtypeStruct((b,), jnp.bool_),
-    }
+    side = config.image_size
+    specs = batch_like(config.batch, (side, side, 3), valid=True)
     return {name: specs[name] for name in names}
 
 
