@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any, Literal, get_args
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -142,3 +143,21 @@ def mean_over(tree: PyTree, axis_name: str | None) -> PyTree:
 def sum_over(tree: PyTree, axis_name: str | None) -> PyTree:
     """The sum over shards; the tree itself under `jit`."""
     return tree if axis_name is None else jax.lax.psum(tree, axis_name)
+
+
+def all_rows(tree: PyTree, axis_name: str | None) -> PyTree:
+    """The whole batch's rows, the same on every device, of arrays [B, ...] that hold each shard's own.
+
+    A sum over shards that hold zeros elsewhere: under `shard_map` what `all_gather` returns counts as each device's
+    own, and could not be part of a state. No gradient should flow through it; see `resnet_jax.contrastive` for that.
+    """
+    if axis_name is None:
+        return tree
+    shards, own = jax.lax.axis_size(axis_name), jax.lax.axis_index(axis_name)
+
+    def rows(x: jax.Array) -> jax.Array:
+        zeros = vary(jnp.zeros((shards, *x.shape), x.dtype), axis_name)
+        every = jax.lax.psum(jax.lax.dynamic_update_index_in_dim(zeros, x, own, 0), axis_name)
+        return every.reshape(-1, *x.shape[1:]).astype(x.dtype)
+
+    return jax.tree.map(rows, tree)

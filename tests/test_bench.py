@@ -4,7 +4,6 @@ import json
 import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import jax
@@ -14,8 +13,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from resnet_jax.losses import nt_xent
-from resnet_jax.parallel import compile_step, make_mesh, mean_over, replicated, shard_batch, vary
 from resnet_jax.resnet import MODELS
 from train.bench import BenchConfig, bench, compilation, prepared, work
 from train.bench import gate as gate_module
@@ -222,57 +219,6 @@ def test_flops_inside_loops_and_branches():
     assert work.count(lambda x: jax.lax.scan(lambda c, _: (c @ x, None), x, None, length=5)[0], x).flops == 5 * once
     assert work.count(lambda x: jax.lax.cond(x[0, 0] > 0, lambda x: x @ x, lambda x: x, x), x).flops == once
     assert work.count(jax.jit(lambda x: jnp.vdot(x, x)), x).flops == 2 * 16
-
-
-# ---- NT-Xent ------------------------------------------------------------------------------------------------------
-
-
-def plain_nt_xent(a, b, temperature):
-    """The paper's formula in float64, a pair at a time."""
-    z = np.concatenate([a, b]).astype(np.float64)
-    z /= np.linalg.norm(z, axis=1, keepdims=True)
-    similarity = np.exp(z @ z.T / temperature)
-    n = len(a)
-    losses = [
-        -np.log(similarity[i, (i + n) % (2 * n)] / (similarity[i].sum() - similarity[i, i])) for i in range(2 * n)
-    ]
-    return (np.array(losses[:n]) + np.array(losses[n:])) / 2
-
-
-@pytest.mark.parametrize("temperature", [0.1, 0.5])
-def test_nt_xent_is_the_papers(temperature):
-    a, b = np.random.default_rng(0).normal(size=(2, 16, 6)).astype(np.float32)
-    got = nt_xent(a, b, temperature=temperature)
-    np.testing.assert_allclose(got, plain_nt_xent(a, b, temperature), rtol=1e-5)
-    low = nt_xent(jnp.asarray(a, jnp.bfloat16), jnp.asarray(b, jnp.bfloat16))
-    assert got.dtype == low.dtype == jnp.float32
-
-
-def test_nt_xent_of_zeros_has_a_gradient():
-    gradient = jax.grad(lambda a: nt_xent(a, jnp.ones((4, 3))).mean())(jnp.zeros((4, 3)))
-    assert jnp.isfinite(gradient).all()
-
-
-@pytest.mark.parametrize("mode", ["pmap", "shard_map"])
-def test_nt_xent_sees_all_shards(mode):
-    """Loss and gradient on eight devices are those of the whole batch."""
-    rng = np.random.default_rng(0)
-    weights, views = rng.normal(size=(5, 4)).astype(np.float32), rng.normal(size=(2, 16, 5)).astype(np.float32)
-    batch = {"a": views[0], "b": views[1]}
-
-    def step(weights, batch, *, axis_name=None):
-        def objective(w):
-            return nt_xent(batch["a"] @ w, batch["b"] @ w, axis_name=axis_name).mean()
-
-        return mean_over(jax.value_and_grad(objective)(vary(weights, axis_name)), axis_name)
-
-    got = {}
-    for each in ("jit", mode):
-        mesh = make_mesh()
-        placed = jax.device_put(weights, replicated(mesh))
-        compiled = compile_step(step, mesh=mesh, mode=each, donate=False)
-        got[each] = jax.device_get(compiled(placed, shard_batch(batch, mesh, mode=each)))
-    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), got[mode], got["jit"])
 
 
 # ---- tasks, end to end --------------------------------------------------------------------------------------------

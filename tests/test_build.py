@@ -133,10 +133,10 @@ class TestPrimitives:
 
 def test_model_fields():
     config = TrainConfig(model="resnet8", width=8, drop_path=0.2, zero_init=True, sync_bn=False)
-    model = build.make_model(config, 7, "data")
+    model = build.make_model(config, 7, "data", drop_path=config.drop_path)
     assert (model.width, model.drop_path, model.zero_init, model.sync_bn) == (8, 0.2, True, False)
     assert (model.num_classes, model.axis_name, model.stage_sizes) == (7, "data", (1, 1, 1))
-    tx, _ = build.make_tx(config, 10, 1.0)
+    tx, _ = build.make_tx(config.optim, 10, 1.0)
     state = build.make_state(config, model, tx, (16, 16, 1))
     assert count(state.params) == 18_975 and state.ema is None
     assert (leaves(state.params)["stage1_block1/norm2/scale"] == 0).all()
@@ -144,7 +144,7 @@ def test_model_fields():
 
 
 def test_seed_decides_the_weights():
-    model, (tx, _) = build.make_model(TrainConfig(width=8), 4), build.make_tx(TrainConfig(), 10, 1.0)
+    model, (tx, _) = build.make_model(TrainConfig(width=8), 4), build.make_tx(OptimConfig(), 10, 1.0)
     kernels = [
         np.asarray(build.make_state(TrainConfig(seed=s), model, tx, (8, 8, 1)).params["head"]["kernel"])
         for s in (0, 0, 1)
@@ -157,13 +157,13 @@ def test_optimizer_fields():
     optim = OptimConfig(
         lr=0.4, schedule="step", milestones=(0.2, 0.6), factor=0.5, warmup_epochs=0.5, clip_norm=0.1, momentum=0.0
     )
-    tx, schedule = build.make_tx(TrainConfig(optim=optim), 104, 8.0)
+    tx, schedule = build.make_tx(optim, 104, 8.0)
     rates = [float(schedule(step)) for step in (0, 3, 4, 23, 24, 63, 64)]
     assert rates == pytest.approx([0.08, 0.32, 0.4, 0.4, 0.2, 0.2, 0.1])
     params = {"a": {"kernel": jnp.ones((2, 2))}}
     updates, _ = tx.update(jax.tree.map(lambda p: 100 * p, params), tx.init(params), params)
     assert float(optax.tree.norm(updates)) == pytest.approx(0.1 * 0.08, rel=1e-4)
-    decayed, _ = build.make_tx(TrainConfig(optim=OptimConfig(name="adamw", lr=0.1, weight_decay=0.5)), 10, 1.0)
+    decayed, _ = build.make_tx(OptimConfig(name="adamw", lr=0.1, weight_decay=0.5), 10, 1.0)
     updates, _ = decayed.update(jax.tree.map(jnp.zeros_like, params), decayed.init(params), params)
     np.testing.assert_allclose(updates["a"]["kernel"], -0.05, rtol=1e-5)
 

@@ -197,7 +197,7 @@ def test_presets_are_complete(name):
     if name == "digits":
         config = dataclasses.replace(config, augment=dataclasses.replace(config.augment, mean=(0.5,), std=(0.5,)))
     model = make_model(config, 10)
-    tx, _ = make_tx(config, 100, 10.0)
+    tx, _ = make_tx(config.optim, 100, 10.0)
     state = jax.eval_shape(lambda: make_state(config, model, tx, (size, size, channels)))
     batch = {
         "image": jax.ShapeDtypeStruct((4, size, size, channels), jnp.uint8),

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 from functools import cache, partial
-from typing import Any
+from typing import Any, TypeVar
 
 import flax.linen as nn
 import jax
@@ -17,34 +17,35 @@ from resnet_jax.losses import LOSSES
 from resnet_jax.mix import mix
 from resnet_jax.parallel import Mode
 from resnet_jax.resnet import MODELS
-from resnet_jax.tree import PyTree, is_head
-from train.config import AugmentConfig, TrainConfig
+from resnet_jax.tree import Predicate, PyTree, is_head
+from train.config import AugmentConfig, ImageConfig, OptimConfig, RunConfig, TrainConfig
 from train.data import Dataset, in_memory, load
 from train.errors import UsageError, unknown
 from train.optim import Schedule, make_optimizer, make_schedule
 from train.sources import Arrays
 from train.state import TrainState, init_state, init_variables
 
+Run = TypeVar("Run", bound=RunConfig)
 PRIMITIVES = ("auto", "plain", "onednn")
 
 
-def open_data(config: TrainConfig) -> Dataset:
+def open_data(config: RunConfig) -> Dataset:
     """The config's `Dataset`, its images encoded as they are stored; `read_data` decodes what fits in memory."""
     fields = dataclasses.asdict(config.data)
     return load(fields.pop("name"), **fields, memory_limit=0)
 
 
-def read_data(config: TrainConfig, dataset: Dataset) -> Dataset:
+def read_data(config: RunConfig, dataset: Dataset) -> Dataset:
     """An opened `Dataset` in memory, if it is small enough."""
     return in_memory(dataset, skip_broken=config.data.broken == "skip")
 
 
-def load_data(config: TrainConfig) -> Dataset:
+def load_data(config: RunConfig) -> Dataset:
     """The config's `Dataset`, in memory if it is small enough."""
     return read_data(config, open_data(config))
 
 
-def with_statistics(config: TrainConfig, dataset: Dataset) -> TrainConfig:
+def with_statistics(config: Run, dataset: Dataset) -> Run:
     """The config with channel means and deviations filled in, measured on the training split where it does not say."""
     channels = dataset.image_shape[-1]
     given = config.augment.mean, config.augment.std
@@ -85,25 +86,33 @@ def train_augment(config: AugmentConfig) -> aug.Augment:
     return aug.compose(*parts)
 
 
-def eval_augment(config: AugmentConfig) -> aug.Augment:
+def eval_augment(config: ImageConfig) -> aug.Augment:
     """What evaluation and prediction do to an image: the centre where training crops, then normalise."""
     crop = [aug.center_crop(config.resized_crop)] if config.resized_crop else []
     return aug.compose(*crop, _normalize(config))
 
 
-def _normalize(config: AugmentConfig) -> aug.Augment:
+def _normalize(config: ImageConfig) -> aug.Augment:
     assert config.mean is not None and config.std is not None, "with_statistics fills them in"
     return aug.normalize(config.mean, config.std)
 
 
 def make_model(
-    config: TrainConfig, num_classes: int | None, axis_name: str | None = None, primitives: dict[str, Any] | None = None
+    config: RunConfig,
+    num_classes: int | None,
+    axis_name: str | None = None,
+    primitives: dict[str, Any] | None = None,
+    *,
+    drop_path: float = 0.0,
 ) -> nn.Module:
-    """The config's model, for the axis that its steps will be compiled with; see `make_primitives`."""
+    """The config's model, for the axis that its steps will be compiled with; see `make_primitives`.
+
+    `drop_path` matters in training alone.
+    """
     options: dict[str, Any] = {**(primitives or {}), **({} if config.width is None else {"width": config.width})}
     return MODELS[config.model](
         num_classes=num_classes,
-        drop_path=config.drop_path,
+        drop_path=drop_path,
         zero_init=config.zero_init,
         dtype=compute_dtype(config.dtype),
         axis_name=axis_name,
@@ -187,22 +196,30 @@ def _accepted(options: tuple[tuple[str, Any], ...]) -> bool:
     return True
 
 
-def make_tx(config: TrainConfig, steps: int, epoch_steps: float) -> tuple[optax.GradientTransformation, Schedule]:
-    """The config's optimizer and its schedule over `steps`."""
-    o = config.optim
-    warmup = min(round(o.warmup_epochs * epoch_steps), steps - 1)
-    options = {"milestones": o.milestones, "factor": o.factor} if o.schedule == "step" else {}
-    schedule = make_schedule(o.schedule, peak=o.lr, steps=steps, warmup=warmup, **options)
+def make_tx(
+    optim: OptimConfig, steps: int, epoch_steps: float, *, trainable: Predicate | None = None
+) -> tuple[optax.GradientTransformation, Schedule]:
+    """The config's optimizer and its schedule over `steps`; `trainable`: see `train.optim.make_optimizer`."""
+    warmup = min(round(optim.warmup_epochs * epoch_steps), steps - 1)
+    options = {"milestones": optim.milestones, "factor": optim.factor} if optim.schedule == "step" else {}
+    schedule = make_schedule(optim.schedule, peak=optim.lr, steps=steps, warmup=warmup, **options)
+    own: dict[str, Any] = {"trust_coefficient": optim.trust_coefficient} if optim.name == "lars" else {}
     tx = make_optimizer(
-        o.name,
+        optim.name,
         schedule,
-        momentum=o.momentum,
-        nesterov=o.nesterov,
-        weight_decay=o.weight_decay,
-        clip_norm=o.clip_norm,
-        trainable=is_head if config.freeze else None,
+        momentum=optim.momentum,
+        nesterov=optim.nesterov,
+        weight_decay=optim.weight_decay,
+        clip_norm=optim.clip_norm,
+        trainable=trainable,
+        **own,
     )
     return tx, schedule
+
+
+def trained_part(config: TrainConfig) -> Predicate | None:
+    """Which parameters a run updates: the head alone where the backbone is frozen, None for all."""
+    return is_head if config.freeze else None
 
 
 def make_state(

@@ -1,4 +1,4 @@
-"""What a supervised run is told: frozen dataclasses, one field a flag (`--optim.lr 0.1`). Known to the mains alone."""
+"""What a run is told: frozen dataclasses, one field a flag (`--optim.lr 0.1`). Known to the mains alone."""
 
 import dataclasses
 import re
@@ -26,6 +26,8 @@ class DataConfig:
     """Fraction of the training split held back where the set has no validation split."""
     split_seed: int = 0
     """Seed of that draw, the same for every run."""
+    fraction: float = 1.0
+    """Share of the training split that is used, drawn evenly from each class by `split_seed`."""
     random_crop: bool = False
     """Cut a random box out of the whole image while decoding, anew in every epoch: for large photographs."""
     broken: Literal["refuse", "skip"] = "refuse"
@@ -33,15 +35,28 @@ class DataConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AugmentConfig:
-    """What happens to training images on the device, in this order; 0 or None leaves a part out."""
+class ImageConfig:
+    """What every image goes through, in training and after it."""
+
+    resized_crop: int | None = None
+    """Random resized crop to this side; evaluation takes the centre of this side."""
+    mean: tuple[float, ...] | None = None
+    """Channel means to subtract, in [0, 1]; None measures them on the training split."""
+    std: tuple[float, ...] | None = None
+    """Channel deviations to divide by; None measures them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentConfig(ImageConfig):
+    """What happens to training images on the device: crops, flips, colours, normalisation, erasing, mixing.
+
+    0 or None leaves a part out.
+    """
 
     crop_padding: int = 0
     """Random crop out of the image padded by so many pixels."""
     crop_mode: Literal["constant", "reflect"] = "constant"
     """What the padding holds."""
-    resized_crop: int | None = None
-    """Random resized crop to this side; evaluation takes the centre of this side."""
     min_scale: float = 0.08
     """Smallest share of the area that a resized crop keeps."""
     flip: bool = False
@@ -52,10 +67,6 @@ class AugmentConfig:
     """TrivialAugmentWide: one random operation of random strength."""
     color_jitter: float = 0.0
     """Strength of brightness, contrast and saturation changes; a quarter of it for hue."""
-    mean: tuple[float, ...] | None = None
-    """Channel means to subtract, in [0, 1]; None measures them on the training split."""
-    std: tuple[float, ...] | None = None
-    """Channel deviations to divide by; None measures them."""
     cutout: int = 0
     """Side of a square set to the mean."""
     erasing: float = 0.0
@@ -86,11 +97,13 @@ class OptimConfig:
     factor: float = 0.1
     clip_norm: float | None = None
     """Largest global norm of the gradient."""
+    trust_coefficient: float = 0.001
+    """Of LARS: the step's length as a share of the weights', before the learning rate."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """A supervised run."""
+class RunConfig:
+    """What every pipeline's run is told."""
 
     out: str | None = None
     """The run's folder; the same one again resumes. Default: runs/PRESET-seedN."""
@@ -98,12 +111,10 @@ class TrainConfig:
     """A name in `resnet_jax.MODELS`."""
     width: int | None = None
     """Channels of the first stage, where it is not to be the model's own."""
-    drop_path: float = 0.0
-    """Stochastic depth of the last block."""
     zero_init: bool = False
     """Start residual branches at zero."""
     data: DataConfig = field(default_factory=DataConfig)
-    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    augment: ImageConfig = field(default_factory=ImageConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     epochs: float = 30
     steps: int | None = None
@@ -111,19 +122,6 @@ class TrainConfig:
     batch: int = 128
     """Global batch size."""
     eval_batch: int = 500
-    accumulate: int = 1
-    """Parts that a device's share of a batch is computed in."""
-    loss: str = "softmax"
-    """`softmax` or `sigmoid` (binary cross entropy)."""
-    label_smoothing: float = 0.0
-    ema: float | None = None
-    """Decay of a moving average of the parameters, which is then what is evaluated and used."""
-    init: str | None = None
-    """Start from a run's folder, or from PyTorch weights (.pth, .safetensors); a head of another size is made anew."""
-    freeze: bool = False
-    """Train the head alone."""
-    select: Literal["last", "best"] = "last"
-    """Which parameters the test split is shown: the last, or the best on validation."""
     seed: int = 0
     mode: Mode = "jit"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -143,9 +141,33 @@ class TrainConfig:
     save_steps: int | None = None
     """Further checkpoints, every so many steps."""
     keep_last: int = 2
-    keep_best: int = 1
+    """How many of the newest checkpoints to keep."""
     log_every: int = 50
     """Steps between rows of metrics.jsonl."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(RunConfig):
+    """A supervised run."""
+
+    drop_path: float = 0.0
+    """Stochastic depth of the last block."""
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    accumulate: int = 1
+    """Parts that a device's share of a batch is computed in."""
+    loss: str = "softmax"
+    """`softmax` or `sigmoid` (binary cross entropy)."""
+    label_smoothing: float = 0.0
+    ema: float | None = None
+    """Decay of a moving average of the parameters, which is then what is evaluated and used."""
+    init: str | None = None
+    """Start from a run's folder, or from PyTorch weights (.pth, .safetensors); a head of another size is made anew."""
+    freeze: bool = False
+    """Train the head alone."""
+    select: Literal["last", "best"] = "last"
+    """Which parameters the test split is shown: the last, or the best on validation."""
+    keep_best: int = 1
+    """How many of the checkpoints best on validation to keep."""
 
 
 def flat(config: Any, prefix: str = "") -> dict[str, Any]:
@@ -160,11 +182,11 @@ def flat(config: Any, prefix: str = "") -> dict[str, Any]:
 def from_dict(kind: type, values: dict[str, Any]) -> Any:
     """The inverse of `dataclasses.asdict` after a trip through JSON."""
     fields = {f.name: f for f in dataclasses.fields(kind)}
-    nested = {"data": DataConfig, "augment": AugmentConfig, "optim": OptimConfig}
 
     def value(name: str, v: Any) -> Any:
         if isinstance(v, dict):
-            return from_dict(nested[name], v)
+            nested: Any = fields[name].default_factory
+            return from_dict(nested, v)
         return tuple(v) if isinstance(v, list) else v
 
     return kind(**{name: value(name, v) for name, v in values.items() if name in fields})
@@ -196,25 +218,20 @@ def check_images(config: TrainConfig, shape: tuple[int, int, int], devices: int)
         raise UsageError(f"--accumulate {config.accumulate} does not divide a device's {share} images of a batch")
 
 
-def check(config: TrainConfig) -> None:
-    """Refuse in one line what cannot work, before anything is loaded.
+def check_run(config: RunConfig, ranges: dict[str, bool]) -> None:
+    """Refuse what no pipeline's run can work with, and whatever of a pipeline's own `ranges` (by flag) is False.
 
     Raises:
       UsageError: a name in no table, or a number out of its range.
     """
     if config.model not in MODELS:
         raise unknown("model", config.model, MODELS)
-    if config.loss not in LOSSES:
-        raise unknown("loss", config.loss, LOSSES)
     if config.optim.name not in OPTIMIZERS and not config.optim.name.startswith("optax."):
         raise unknown("optimizer", config.optim.name, [*OPTIMIZERS, "optax.NAME"])
     if config.optim.schedule not in [*SCHEDULES, "one_cycle"]:
         raise unknown("schedule", config.optim.schedule, [*SCHEDULES, "one_cycle"])
-    ranges = {
-        "drop_path": 0 <= config.drop_path < 1,
-        "label_smoothing": 0 <= config.label_smoothing < 1,
-        "ema": config.ema is None or 0 <= config.ema < 1,
-        "accumulate": config.accumulate >= 1,
+    ranges = ranges | {
+        "data.fraction": 0 < config.data.fraction <= 1,
         "epochs": config.epochs > 0,
         "steps": config.steps is None or config.steps > 0,
         "batch": config.batch >= 1,
@@ -222,7 +239,6 @@ def check(config: TrainConfig) -> None:
         "eval_every": config.eval_every > 0,
         "save_steps": config.save_steps is None or config.save_steps > 0,
         "keep_last": config.keep_last >= 1,
-        "keep_best": config.keep_best >= 0,
         "log_every": config.log_every >= 1,
         "width": config.width is None or config.width >= 1,
         "optim.lr": config.optim.lr >= 0,
@@ -230,13 +246,7 @@ def check(config: TrainConfig) -> None:
         "optim.weight_decay": config.optim.weight_decay >= 0,
         "optim.warmup_epochs": config.optim.warmup_epochs >= 0,
         "optim.clip_norm": config.optim.clip_norm is None or config.optim.clip_norm > 0,
-        "augment.crop_padding": config.augment.crop_padding >= 0,
-        "augment.min_scale": 0 < config.augment.min_scale <= 1,
-        "augment.rand_augment": 0 <= config.augment.rand_augment <= 30,
-        "augment.color_jitter": 0 <= config.augment.color_jitter <= 1,
-        "augment.erasing": 0 <= config.augment.erasing <= 1,
-        "augment.mixup": config.augment.mixup >= 0,
-        "augment.cutmix": config.augment.cutmix >= 0,
+        "optim.trust_coefficient": config.optim.trust_coefficient > 0,
     }
     values = flat(config)
     for name, fits in ranges.items():
@@ -247,6 +257,31 @@ def check(config: TrainConfig) -> None:
     if config.distributed not in (None, "auto") and not re.fullmatch(r".+:\d+,\d+,\d+", config.distributed):
         raise UsageError(f"--distributed {config.distributed} is neither auto nor COORDINATOR:PORT,COUNT,INDEX")
     check_xla(config.xla, config.mode)
+
+
+def check(config: TrainConfig) -> None:
+    """Refuse in one line what cannot work, before anything is loaded.
+
+    Raises:
+      UsageError: a name in no table, or a number out of its range.
+    """
+    if config.loss not in LOSSES:
+        raise unknown("loss", config.loss, LOSSES)
+    ranges = {
+        "drop_path": 0 <= config.drop_path < 1,
+        "label_smoothing": 0 <= config.label_smoothing < 1,
+        "ema": config.ema is None or 0 <= config.ema < 1,
+        "accumulate": config.accumulate >= 1,
+        "keep_best": config.keep_best >= 0,
+        "augment.crop_padding": config.augment.crop_padding >= 0,
+        "augment.min_scale": 0 < config.augment.min_scale <= 1,
+        "augment.rand_augment": 0 <= config.augment.rand_augment <= 30,
+        "augment.color_jitter": 0 <= config.augment.color_jitter <= 1,
+        "augment.erasing": 0 <= config.augment.erasing <= 1,
+        "augment.mixup": config.augment.mixup >= 0,
+        "augment.cutmix": config.augment.cutmix >= 0,
+    }
+    check_run(config, ranges)
     if config.freeze and config.init is None:
         raise UsageError("--freeze trains a head on a given backbone: name it with --init")
     if config.select == "best" and config.keep_best == 0:

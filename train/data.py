@@ -55,6 +55,7 @@ def load(
     image_size: int | None = None,
     validation: float = 0.1,
     split_seed: int = 0,
+    fraction: float = 1.0,
     random_crop: bool = False,
     broken: str = "refuse",
     memory_limit: int = MEMORY_LIMIT,
@@ -69,6 +70,8 @@ def load(
       validation: fraction of the training split held back where the set has no validation split, in (0, 1); also
         the fraction held back for test where there is no test split either.
       split_seed: of that draw; not the run's seed, so that all runs hold back the same examples.
+      fraction: share of the training split that is kept, in (0, 1], drawn evenly from each class by `split_seed`; the
+        images that a fraction holds are part of any larger one.
       random_crop: see `Encoded`; the training split is then decoded anew in every epoch.
       broken: `refuse` or `skip` images that cannot be decoded.
       memory_limit: see `in_memory`; 0 leaves everything encoded.
@@ -78,6 +81,8 @@ def load(
     """
     if not 0 < validation < 1:
         raise UsageError(f"the validation fraction must lie between 0 and 1, got {validation}")
+    if not 0 < fraction <= 1:
+        raise UsageError(f"the fraction of the training split must lie above 0 and be at most 1, got {fraction}")
     if broken not in ("refuse", "skip"):
         raise unknown("way with broken images", broken, ["refuse", "skip"])
     if name == "synthetic":
@@ -88,6 +93,8 @@ def load(
     else:
         classes, splits = _tfds(name, Path(dir).expanduser() if dir else None, image_size)
     splits = _complete(splits, validation, split_seed)
+    if fraction < 1:
+        splits["train"] = splits["train"].subset(share_of(known_labels(splits["train"]), fraction, split_seed))
     if random_crop:
         if image_size is None:
             raise UsageError("--data.random-crop needs --data.image-size, the side that boxes are brought to")
@@ -178,6 +185,28 @@ def split_by_class(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.n
         parts.append((members[kept], members[held]))
     kept, held = (np.sort(np.concatenate(part)) for part in zip(*parts, strict=True))
     return kept, held
+
+
+def share_of(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
+    """Sorted indices of a seeded draw of `fraction` of each class, at least one example of it."""
+    parts = []
+    for label in np.unique(labels):
+        members = np.flatnonzero(labels == label)
+        order = np.random.default_rng([seed, int(label)]).permutation(members)
+        parts.append(order[: max(round(len(members) * fraction), 1)])
+    return np.sort(np.concatenate(parts))
+
+
+def known_labels(source: Arrays | Encoded) -> np.ndarray:
+    """Labels of a split in its order, int [N]; where they stand beside encoded images those are read, not decoded."""
+    if isinstance(source, Arrays):
+        return source.labels
+    if source.labels is not None:
+        return source.labels[source.indices]
+    positions = source.indices.tolist()
+    read_many = source.read_many or (lambda some: list(map(source.read, some)))
+    chunks = (positions[i : i + 1024] for i in range(0, len(positions), 1024))
+    return np.array([label for chunk in chunks for _, label in read_many(chunk)])
 
 
 def _complete(splits: dict[str, Any], fraction: float, seed: int) -> dict[str, Any]:

@@ -85,7 +85,8 @@ class Progress:
     """Progress for people on stderr (step, epoch, loss, accuracy, images/s, time left), for programs in a JSONL file.
 
     A terminal gets one line that changes; a log file a line every few seconds. `every` is the spacing of JSONL rows in
-    steps, whose values are means over those steps, with what `extra` says of the step added; `silent` prints nothing.
+    steps, whose values are means over those steps, with what `extra` says of the step added; `shown` are the metrics
+    that people get to see; `silent` prints nothing.
     """
 
     def __init__(
@@ -98,13 +99,15 @@ class Progress:
         batch: int,
         every: int,
         extra: Callable[[int], dict[str, float]] = lambda step: {},
+        shown: Sequence[str] = ("loss", "accuracy"),
         silent: bool = False,
     ) -> None:
+        self.names = shown
         self.steps, self.epoch_steps, self.batch, self.every = steps, epoch_steps, batch, every
         self.extra, self.silent = extra, silent
         self.file = None
         if path is not None:
-            keep = [row for row in _rows(path) if row["step"] <= start]
+            keep = [row for row in read_rows(path) if row["step"] <= start]
             path.write_text("".join(json.dumps(row) + "\n" for row in keep))
             self.file = path.open("a", buffering=1)
         self.terminal = sys.stderr.isatty()
@@ -134,9 +137,10 @@ class Progress:
         rate = self.images_per_second
         left = (self.steps - step) * self.batch / rate if rate else 0.0
         total = math.ceil(self.steps / self.epoch_steps)
+        values = "  ".join(f"{name.replace('_', ' ')} {means[name]:.4g}" for name in self.names)
         line = (
-            f"step {step}/{self.steps}  epoch {step / self.epoch_steps:.1f}/{total}  loss {means['loss']:.4f}  "
-            f"accuracy {means['accuracy']:.3f}  {rate:,.0f} images/s  {_clock(left)} left"
+            f"step {step}/{self.steps}  epoch {step / self.epoch_steps:.1f}/{total}  {values}  "
+            f"{rate:,.0f} images/s  {_clock(left)} left"
         )
         self.say(line, stays=not self.terminal)
 
@@ -170,7 +174,7 @@ class Progress:
             self.file.close()
 
 
-def _rows(path: Path) -> list[dict[str, Any]]:
+def read_rows(path: Path) -> list[dict[str, Any]]:
     """Rows of a JSONL file; a last line that was cut short is dropped."""
     rows = []
     for line in path.read_text().splitlines() if path.exists() else []:

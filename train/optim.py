@@ -74,10 +74,19 @@ def adamw(schedule: Schedule, *, momentum: float, nesterov: bool, weight_decay: 
     return optax.adamw(schedule, b1=momentum, nesterov=nesterov, weight_decay=weight_decay, mask=mask)
 
 
-def lars(schedule: Schedule, *, momentum: float, nesterov: bool, weight_decay: float, mask: Any) -> Any:
+def lars(
+    schedule: Schedule,
+    *,
+    momentum: float,
+    nesterov: bool,
+    weight_decay: float,
+    mask: Any,
+    trust_coefficient: float = 0.001,
+) -> Any:
     """LARS, https://arxiv.org/abs/1708.03888: the trust ratio applies where weight decay does."""
     return optax.lars(
         schedule,
+        trust_coefficient=trust_coefficient,
         weight_decay=weight_decay,
         weight_decay_mask=mask,
         trust_ratio_mask=mask,
@@ -110,6 +119,7 @@ def make_optimizer(
     decay: Predicate = is_kernel,
     clip_norm: float | None = None,
     trainable: Predicate | None = None,
+    **options: Any,
 ) -> optax.GradientTransformation:
     """An optimizer by name: one of `OPTIMIZERS`, or any of optax's that takes a learning rate, `optax.adan` say.
 
@@ -117,10 +127,13 @@ def make_optimizer(
       weight_decay: applies to the parameters that `decay` selects; not to norms and biases by default.
       clip_norm: largest global norm of the gradient, > 0; None does not clip.
       trainable: selects what is updated; the rest stays as it is. None updates everything.
+      options: of that optimizer alone: `trust_coefficient` of `lars`.
     """
     mask = partial(select, predicate=decay)
     if name in OPTIMIZERS:
-        tx = OPTIMIZERS[name](schedule, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay, mask=mask)
+        tx = OPTIMIZERS[name](
+            schedule, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay, mask=mask, **options
+        )
     else:
         tx = _from_optax(name, schedule, weight_decay, mask)
     if clip_norm is not None:

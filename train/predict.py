@@ -17,6 +17,7 @@ import numpy as np
 from resnet_jax.augment import augment_batch
 from resnet_jax.keys import example_keys
 from train.build import compiler_options, eval_augment, make_model
+from train.config import TrainConfig
 from train.decode import decode_image
 from train.errors import UsageError
 from train.runs import load_variables, read_config
@@ -34,7 +35,7 @@ def load(run: str | Path, *, top: int = 5) -> Callable[[Any], Any]:
       UsageError: no such run, no good checkpoint, an image that cannot be read.
     """
     run = Path(run)
-    config, saved = read_config(run)
+    config, saved = read_config(run, TrainConfig)
     variables, model = load_variables(run), make_model(config, len(saved["classes"]))
     preprocess = eval_augment(config.augment)
 

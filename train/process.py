@@ -1,4 +1,4 @@
-"""What a process of a pipeline sets up for itself: where compiled programs are kept, how freed memory is treated.
+"""What a process of a pipeline sets up for itself: its hosts, where compiled programs are kept, how freed memory is.
 
 The mains of training and benchmarks do it, and `train.run.run` for the cache; importing never does.
 """
@@ -14,7 +14,7 @@ import jax
 from jax.experimental.compilation_cache import compilation_cache
 
 from resnet_jax.onednn import cache_folder
-from train.errors import UsageError
+from train.errors import RunError, UsageError
 
 # glibc's mallopt, malloc.h
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8
@@ -87,3 +87,27 @@ def cpu_only() -> bool:
     if platforms:
         return platforms == "cpu"
     return not metadata.entry_points(group="jax_plugins") and util.find_spec("libtpu") is None
+
+
+def join_hosts(distributed: str | None) -> None:
+    """Make this process one of several: `auto`, or COORDINATOR:PORT,COUNT,INDEX; None stays alone.
+
+    Raises:
+      RunError: the others cannot be reached.
+    """
+    if distributed is None or jax.distributed.is_initialized():
+        return
+    try:
+        if distributed == "auto":
+            jax.distributed.initialize()
+        else:
+            address, hosts, index = distributed.rsplit(",", 2)
+            jax.distributed.initialize(address, int(hosts), int(index))
+    except (RuntimeError, ValueError) as error:
+        raise RunError(f"cannot join the other hosts (--distributed {distributed}): {error}") from None
+
+
+def say(line: str) -> None:
+    """A line on stderr, once for all hosts."""
+    if jax.process_index() == 0:
+        print(line, file=sys.stderr)

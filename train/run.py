@@ -1,8 +1,6 @@
 """A supervised run from a config to a result: read it from top to bottom."""
 
-import sys
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -26,15 +24,17 @@ from train.build import (
     open_data,
     read_data,
     step_options,
+    trained_part,
     with_statistics,
     xla_options,
 )
 from train.checkpoint import Checkpoints
 from train.config import TrainConfig, check, check_images
-from train.errors import RunError, UsageError
+from train.errors import RunError
 from train.loop import Progress, evaluate, fit
-from train.process import keep_compiled
-from train.runs import check_continues, environment, finished_result, write_config, write_json
+from train.process import join_hosts, keep_compiled, say
+from train.programs import compile_in
+from train.runs import environment, settle, write_config, write_json
 from train.state import TrainState, digest
 from train.steps import eval_step, train_step
 from train.weights import load_weights
@@ -50,12 +50,9 @@ def run(config: TrainConfig, preset: str = "custom") -> dict[str, Any]:
     """
     # ---- where ----
     check(config)
-    out = Path(config.out or f"runs/{preset}-seed{config.seed}").expanduser()
-    if finished := finished_result(out, config):
-        print(f"{out} holds this run, finished; its result:", file=sys.stderr)
+    out, finished = settle(config, preset)
+    if finished:
         return finished
-    if (out / "config.json").exists():
-        check_continues(out, config)
     join_hosts(config.distributed)
     main_process = jax.process_index() == 0
     keep_compiled(config.cache)
@@ -76,18 +73,18 @@ def run(config: TrainConfig, preset: str = "custom") -> dict[str, Any]:
     epoch_steps = len(dataset.train) / config.batch
     steps = config.steps or max(int(config.epochs * epoch_steps), 1)
     primitives, remark = make_primitives(config.primitives, config.mode, compute_dtype(config.dtype))
-    model = make_model(config, len(dataset.classes), axis_of(config.mode), primitives)
-    tx, schedule = make_tx(config, steps, epoch_steps)
+    model = make_model(config, len(dataset.classes), axis_of(config.mode), primitives, drop_path=config.drop_path)
+    tx, schedule = make_tx(config.optim, steps, epoch_steps, trainable=trained_part(config))
 
     def start(variables: dict[str, PyTree]) -> dict[str, PyTree]:
         return variables if config.init is None else load_weights(Path(config.init), variables)
 
     state = place(make_state(config, model, tx, dataset.image_shape, start), replicated(mesh))
     library = "oneDNN" if primitives else "XLA"
-    _say(f"{config.model}: {count(state.params):,} parameters on {mesh.size} {jax.devices()[0].device_kind} "
+    say(f"{config.model}: {count(state.params):,} parameters on {mesh.size} {jax.devices()[0].device_kind} "
          f"({config.mode}, {jnp.dtype(model.dtype).name}, convolutions by {library})")  # fmt: skip
     if remark:
-        _say(f"slower than it could be: {remark}")
+        say(f"slower than it could be: {remark}")
 
     # ---- steps, compiled in a thread of their own ----
     needed = {} if config.mode == "pmap" else compiler_options(model.dtype, plain=not primitives)
@@ -107,8 +104,8 @@ def run(config: TrainConfig, preset: str = "custom") -> dict[str, Any]:
     compiler = ThreadPoolExecutor(1)
     try:
         compiling = [
-            _compile_in(compiler, step, shapes, train_like, config),
-            _compile_in(compiler, judge, shapes.variables, eval_like, config),
+            compile_in(compiler, step, shapes, train_like, config),
+            compile_in(compiler, judge, shapes.variables, eval_like, config),
         ]
         began = time.perf_counter()
         dataset = read_data(config, dataset)
@@ -117,7 +114,7 @@ def run(config: TrainConfig, preset: str = "custom") -> dict[str, Any]:
     finally:
         compiler.shutdown(wait=False, cancel_futures=True)
     stream = train_batches(dataset.train, batch=config.batch, seed=config.seed, mesh=mesh, mode=config.mode)
-    _say(f"{dataset.name}: {', '.join(f'{len(s):,} {n}' for n, s in dataset.splits.items())} images, "
+    say(f"{dataset.name}: {', '.join(f'{len(s):,} {n}' for n, s in dataset.splits.items())} images, "
          f"{len(dataset.classes)} classes, read in {reading:.1f} s")  # fmt: skip
 
     # ---- run folder and checkpoints ----
@@ -128,7 +125,7 @@ def run(config: TrainConfig, preset: str = "custom") -> dict[str, Any]:
     if restored is not None:
         state, position = restored
         stream.restore(position)
-        _say(f"going on from step {int(state.step)}")
+        say(f"going on from step {int(state.step)}")
 
     def measure(variables: Any, split: str) -> dict[str, Any]:
         batches = eval_batches(dataset.splits[split], batch=config.eval_batch, mesh=mesh, mode=config.mode)
@@ -204,53 +201,3 @@ def run(config: TrainConfig, preset: str = "custom") -> dict[str, Any]:
         write_json(out / "confusion.json", {"classes": dataset.classes, "confusion": test["confusion"].tolist()})
         write_json(out / "result.json", result)
     return result
-
-
-def join_hosts(distributed: str | None) -> None:
-    """Make this process one of several: `auto`, or COORDINATOR:PORT,COUNT,INDEX; None stays alone.
-
-    Raises:
-      RunError: the others cannot be reached.
-    """
-    if distributed is None or jax.distributed.is_initialized():
-        return
-    try:
-        if distributed == "auto":
-            jax.distributed.initialize()
-        else:
-            address, hosts, index = distributed.rsplit(",", 2)
-            jax.distributed.initialize(address, int(hosts), int(index))
-    except (RuntimeError, ValueError) as error:
-        raise RunError(f"cannot join the other hosts (--distributed {distributed}): {error}") from None
-
-
-def _compile_in(
-    pool: ThreadPoolExecutor, step: Any, state: Any, batch: Any, config: TrainConfig
-) -> Callable[[], tuple[Any, float]]:
-    """Trace the step here and compile it in the pool; call what this returns for (the program, seconds).
-
-    Tracing stays in this thread, whose settings (`jax.default_matmul_precision` and the like) are the caller's. pmap
-    compiles when it is called.
-    """
-    if config.mode == "pmap":
-        return lambda: (step, 0.0)
-    began = time.perf_counter()
-    lowered = step.lower(state, batch)
-    traced = time.perf_counter() - began
-
-    def compiled() -> tuple[Any, float]:
-        began = time.perf_counter()
-        try:
-            program = lowered.compile()
-        except jax.errors.JaxRuntimeError as error:
-            if config.xla and "option" in str(error):
-                raise UsageError(f"--xla {' '.join(config.xla)}: {error}") from None
-            raise
-        return program, traced + time.perf_counter() - began
-
-    return pool.submit(compiled).result
-
-
-def _say(line: str) -> None:
-    if jax.process_index() == 0:
-        print(line, file=sys.stderr)

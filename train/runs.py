@@ -9,34 +9,62 @@ import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 
 from resnet_jax.tree import PyTree
-from train.build import make_model, make_state, make_tx
+from train.build import make_model, make_state, make_tx, trained_part
 from train.checkpoint import Checkpoints
-from train.config import TrainConfig, flat, from_dict
+from train.config import RunConfig, TrainConfig, flat, from_dict
 from train.data import Dataset
 from train.errors import RunError, UsageError
+
+Run = TypeVar("Run", bound=RunConfig)
 
 # Fields that may differ between a run and its continuation: they change where and how fast, never what.
 FREE_FIELDS = {"out", "mode", "data.dir", "distributed", "log_every", "eval_batch"}
 FREE_FIELDS |= {"keep_last", "keep_best", "save_steps", "primitives", "cache"}
 
 
-def read_config(out: Path) -> tuple[TrainConfig, dict[str, Any]]:
-    """(config, the whole of config.json: preset, classes, image_shape, versions) of a run's folder."""
+def settle(config: RunConfig, preset: str) -> tuple[Path, dict[str, Any] | None]:
+    """(the run's folder, the result of a run that it holds and that has ended, else None).
+
+    Raises:
+      UsageError: the folder holds a run with other settings.
+    """
+    out = Path(config.out or f"runs/{preset}-seed{config.seed}").expanduser()
+    finished = finished_result(out, config)
+    if finished:
+        print(f"{out} holds this run, finished; its result:", file=sys.stderr)
+    elif (out / "config.json").exists():
+        check_continues(out, config)
+    return out, finished
+
+
+def read_config(out: Path, kind: type[Run]) -> tuple[Run, dict[str, Any]]:
+    """(config, the whole of config.json: preset, classes, image_shape, versions) of a run's folder.
+
+    Raises:
+      UsageError: no run there, one of another pipeline than `kind`, or a damaged file.
+    """
     try:
         saved = json.loads((out / "config.json").read_text())
-        return from_dict(TrainConfig, saved["config"]), saved
+        if (theirs := saved.get("pipeline", "train")) != pipeline(kind):
+            raise UsageError(f"{out} is a run of {theirs}, not of {pipeline(kind)}")
+        return from_dict(kind, saved["config"]), saved
     except FileNotFoundError:
         raise UsageError(f"{out} is no run's folder: it has no config.json") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"{out / 'config.json'} cannot be read: {error}") from None
 
 
-def write_config(out: Path, preset: str, config: TrainConfig, dataset: Dataset) -> None:
+def pipeline(kind: type[RunConfig]) -> str:
+    """The program that a kind of config belongs to: `train`, `pretrain`."""
+    return kind.__module__.split(".")[0]
+
+
+def write_config(out: Path, preset: str, config: RunConfig, dataset: Dataset) -> None:
     """Note what this run is, or make sure that it is the one that the folder holds."""
     if (out / "config.json").exists():
         check_continues(out, config)
@@ -48,6 +76,7 @@ def write_config(out: Path, preset: str, config: TrainConfig, dataset: Dataset) 
     except OSError as error:
         raise UsageError(f"cannot make the run's folder {out}: {error}") from None
     described = {
+        "pipeline": pipeline(type(config)),
         "preset": preset,
         "config": dataclasses.asdict(config),
         "classes": dataset.classes,
@@ -57,9 +86,9 @@ def write_config(out: Path, preset: str, config: TrainConfig, dataset: Dataset) 
     write_json(out / "config.json", described)
 
 
-def check_continues(out: Path, config: TrainConfig) -> None:
+def check_continues(out: Path, config: RunConfig) -> None:
     """Make sure that a config is the one that a run's folder was made for, but for `FREE_FIELDS`."""
-    saved, wanted = flat(read_config(out)[0]), flat(config)
+    saved, wanted = flat(read_config(out, type(config))[0]), flat(config)
     # Measured statistics are not the user's to repeat.
     measured = {n for n in ("augment.mean", "augment.std") if wanted[n] is None}
     differing = [n for n in wanted if n not in FREE_FIELDS | measured and saved.get(n) != wanted[n]]
@@ -68,7 +97,7 @@ def check_continues(out: Path, config: TrainConfig) -> None:
         raise UsageError(f"{out} holds a run with other settings ({changes}); choose another --out")
 
 
-def finished_result(out: Path, config: TrainConfig) -> dict[str, Any] | None:
+def finished_result(out: Path, config: RunConfig) -> dict[str, Any] | None:
     """The result of a run that this folder holds and that has ended, else None."""
     if not (out / "result.json").exists():
         return None
@@ -88,12 +117,13 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 def load_variables(run: Path) -> dict[str, PyTree]:
     """The variables that a run is used with: of its last checkpoint, or of the best where it says so."""
-    config, saved = read_config(run)
+    config, saved = read_config(run, TrainConfig)
     if not (run / "checkpoints").is_dir():
         raise UsageError(f"{run} has no checkpoints yet")
     model = make_model(config, len(saved["classes"]))
     # The optimizer's state has the same shapes however long the run was.
-    state = make_state(config, model, make_tx(config, 1, 1.0)[0], tuple(saved["image_shape"]))
+    tx, _ = make_tx(config.optim, 1, 1.0, trainable=trained_part(config))
+    state = make_state(config, model, tx, tuple(saved["image_shape"]))
     checkpoints = Checkpoints(run / "checkpoints", writes=False)
     restored = checkpoints.restore(state, step=checkpoints.best if config.select == "best" else None)
     checkpoints.close()

@@ -1,7 +1,6 @@
 """The state of training: arrays only, so that one pytree is compiled, donated, saved and compared."""
 
 import hashlib
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -72,7 +71,11 @@ def init_state(
 
 def digest(state: TrainState) -> str:
     """sha256 over parameters, statistics and masks: equal digests mean bit-equal runs."""
-    tree: dict[str, Any] = {"params": state.params, "batch_stats": state.batch_stats, "masks": state.masks}
+    return digest_of({"params": state.params, "batch_stats": state.batch_stats, "masks": state.masks})
+
+
+def digest_of(tree: PyTree) -> str:
+    """sha256 over the leaves of a tree, in the order of their paths."""
     sha = hashlib.sha256()
     for path, leaf in sorted(leaves(tree).items()):
         array = np.ascontiguousarray(leaf)

@@ -10,18 +10,22 @@ from resnet_jax.tree import PyTree, leaves, map_with_path
 from train.errors import UsageError
 from train.runs import load_variables
 
+ENCODER = "encoder.safetensors"  # of a pretraining run's folder
+
 
 def load_weights(source: Path, variables: dict[str, PyTree]) -> dict[str, PyTree]:
     """`variables` with the weights of `source` in them; a head of another size, or none, stays as it was.
 
     Args:
-      source: a run's folder, a .safetensors file, or a .pth / .pt / .bin file (read with `weights_only=True`) with
-        torchvision's or timm's names.
+      source: a run's folder (of training; or of pretraining, whose encoder it is), a .safetensors file, or a .pth /
+        .pt / .bin file (read with `weights_only=True`) with torchvision's or timm's names.
 
     Raises:
       UsageError: no such file, one that cannot be read, or weights of another model; every tensor is accounted for.
     """
     source = source.expanduser()
+    if (source / ENCODER).is_file():
+        source = source / ENCODER
     if source.is_dir():
         return _same_shapes(load_variables(source), variables, source)
     if not source.is_file():

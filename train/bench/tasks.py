@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import optax
 
 from resnet_jax import augment as aug
+from resnet_jax.contrastive import nt_xent
 from resnet_jax.keys import example_index, example_keys, step_key
-from resnet_jax.losses import nt_xent
 from resnet_jax.masks import apply_masks
 from resnet_jax.parallel import mean_over, vary
 from resnet_jax.tree import PyTree, count, global_norm

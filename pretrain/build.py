@@ -1,0 +1,127 @@
+"""From a config to the pieces of a run of pretraining: for the main, and for scripts that want a preset's pieces."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+from pretrain.config import PretrainConfig, ViewConfig, make_objective
+from pretrain.heads import MLP, Network, Prototypes
+from pretrain.objectives import Objective
+from pretrain.state import PretrainState, init_pretrain_state
+from pretrain.views import view
+from resnet_jax.augment import Augment
+from resnet_jax.tree import PyTree
+from train.build import make_model
+from train.errors import UsageError
+from train.state import init_variables
+
+
+def make_views(config: ViewConfig) -> tuple[Augment, ...]:
+    """The views of the config, large ones first, from images scaled to [0, 1] to normalised ones."""
+    assert config.mean is not None and config.std is not None, "with_statistics fills them in"
+    shared: dict[str, Any] = {
+        "flip": config.flip,
+        "jitter": config.jitter,
+        "grayscale": config.grayscale,
+        "mean": config.mean,
+        "std": config.std,
+    }
+
+    def of_pair(v: int) -> dict[str, Any]:
+        return {"blur": config.blur[v % 2], "solarize": config.solarize[v % 2]}
+
+    scale = (config.min_scale, 1.0)
+    large = [view(config.resized_crop, scale=scale, **of_pair(v), **shared) for v in range(config.views)]
+    small = [
+        view(config.small_crop, scale=config.small_scale, **of_pair(v), **shared) for v in range(config.small_views)
+    ]
+    return (*large, *small)
+
+
+def make_network(
+    config: PretrainConfig,
+    objective: Objective,
+    axis_name: str | None = None,
+    primitives: dict[str, Any] | None = None,
+) -> Network:
+    """The config's encoder with the objective's heads; `axis_name`, `primitives`: see `train.build.make_model`."""
+    encoder = make_model(config, None, axis_name, primitives)
+    heads = {"dtype": encoder.dtype, "axis_name": axis_name if config.sync_bn else None}
+    return Network(
+        encoder=encoder,
+        projector=MLP(
+            objective.projector,
+            norm=objective.norm,
+            last_norm=objective.last_norm,
+            activation=getattr(nn, objective.activation),
+            **heads,
+        ),
+        predictor=MLP(objective.predictor, **heads) if objective.predictor else None,
+        prototypes=Prototypes(objective.prototypes) if objective.prototypes else None,
+    )
+
+
+def make_momentum(objective: Objective, steps: int) -> Callable[[jax.Array], Any] | None:
+    """The target network's momentum by step: constant, or along half a cosine to 1; None without a target network."""
+    if objective.target is None:
+        return None
+    start = objective.target
+    if objective.momentum_schedule == "constant":
+        return lambda step: jnp.asarray(start, jnp.float32)
+    # BYOL, https://arxiv.org/abs/2006.07733
+    return lambda step: 1 - (1 - start) * (jnp.cos(math.pi * step / steps) + 1) / 2
+
+
+def make_probe_tx(config: PretrainConfig) -> optax.GradientTransformation:
+    """The online probe's optimizer: Adam, whose steps do not depend on how large features are."""
+    return optax.adam(config.probe_lr)
+
+
+def init_network(
+    config: PretrainConfig, network: Network, image_shape: tuple[int, int, int]
+) -> tuple[dict[str, PyTree], jax.Array]:
+    """(the network's random variables, the run's key) of the config's seed.
+
+    Raises:
+      UsageError: an encoder that does not end at pooled features.
+    """
+    init_key, run_key = jax.random.split(jax.random.key(config.seed))
+    try:
+        return init_variables(network, init_key, image_shape), run_key
+    except ValueError as error:
+        raise UsageError(f"{config.model} cannot be pretrained: {error}") from None
+
+
+def make_pretrain_state(
+    config: PretrainConfig,
+    network: Network,
+    tx: optax.GradientTransformation,
+    image_shape: tuple[int, int, int],
+    classes: int,
+) -> PretrainState:
+    """The state at step 0, from random variables."""
+    objective = make_objective(config.objective)
+    variables, key = init_network(config, network, image_shape)
+    features = variables["params"]["projector"]["fc1"]["kernel"].shape[0]
+    return init_pretrain_state(variables, objective, tx, make_probe_tx(config), key, features=features, classes=classes)
+
+
+def step_options(
+    config: PretrainConfig, network: Network, tx: optax.GradientTransformation, steps: int, epoch_steps: float
+) -> dict[str, Any]:
+    """The static arguments of `contrastive_step`."""
+    objective = make_objective(config.objective)
+    return {
+        "model": network,
+        "tx": tx,
+        "probe_tx": make_probe_tx(config),
+        "views": make_views(config.augment),
+        "objective": objective,
+        "momentum": make_momentum(objective, steps),
+        "frozen_prototypes": round(config.objective.frozen_prototypes * epoch_steps),
+    }

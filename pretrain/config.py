@@ -1,0 +1,197 @@
+"""What a run of pretraining is told: one field a flag (`--objective.name byol`). Known to the mains alone."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Literal
+
+from pretrain.objectives import OBJECTIVES, Objective
+from train.config import ImageConfig, RunConfig, check_run
+from train.errors import UsageError, unknown
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViewConfig(ImageConfig):
+    """How views are made, on the device; see `pretrain.views.view`. `resized_crop` is the large views' side."""
+
+    views: int = 2
+    """Large views of each image."""
+    min_scale: float = 0.08
+    """Smallest share of the area that a large view keeps."""
+    flip: bool = True
+    """Mirror half of the views."""
+    jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.4, 0.1)
+    """Strengths of brightness, contrast, saturation and hue changes."""
+    grayscale: float = 0.2
+    """Probability of a view without colour."""
+    blur: tuple[float, float] = (0.0, 0.0)
+    """Probability of blur in odd and in even views."""
+    solarize: tuple[float, float] = (0.0, 0.0)
+    """Probability of solarisation in odd and in even views."""
+    small_views: int = 0
+    """Further views of a small part of the image (multi-crop)."""
+    small_crop: int = 96
+    """Their side."""
+    small_scale: tuple[float, float] = (0.05, 0.14)
+    """Share of the area that they keep."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveConfig:
+    """The method; what is None is the method's own, as in its paper for ImageNet (`pretrain.objectives`)."""
+
+    name: str = "simclr"
+    """simclr, supcon, mocov2, mocov3, byol, simsiam, barlow, vicreg, nnclr, swav or dino."""
+    projector: tuple[int, ...] | None = None
+    """Layer sizes."""
+    predictor: tuple[int, ...] | None = None
+    """Layer sizes, of methods that have one."""
+    temperature: float | None = None
+    teacher_temperature: float | None = None
+    """Of DINO's targets."""
+    target_momentum: float | None = None
+    """Of the target network at the start."""
+    momentum_schedule: Literal["constant", "cosine"] | None = None
+    """Whether that stays, or grows to 1."""
+    queue: int | None = None
+    """Embeddings that are kept: a multiple of the batch."""
+    prototypes: int | None = None
+    frozen_prototypes: float = 0.0
+    """Epochs for which prototypes stay as they are."""
+    redundancy: float | None = None
+    """Weight of Barlow Twins' off-diagonal."""
+    scale: float | None = None
+    """Factor of Barlow Twins' loss."""
+    invariance: float | None = None
+    variance: float | None = None
+    covariance: float | None = None
+    """Weights of VICReg's terms."""
+    epsilon: float | None = None
+    """Of SwAV's assignment: smaller is sharper."""
+    sinkhorn_iterations: int | None = None
+    center_momentum: float | None = None
+    """Of DINO's center."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig(RunConfig):
+    """A run of self-supervised pretraining."""
+
+    augment: ViewConfig = field(default_factory=ViewConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    probe_lr: float = 1e-3
+    """Learning rate of the online probe (Adam)."""
+    neighbours: int = 200
+    """k of the nearest-neighbour classifier."""
+    neighbour_temperature: float = 0.1
+    """Of its votes."""
+    neighbour_images: int | None = None
+    """Training images that are searched while training runs; None searches all of them, as the final figure does."""
+
+
+def make_objective(config: ObjectiveConfig) -> Objective:
+    """The config's objective, with its options bound.
+
+    Raises:
+      UsageError: an unknown name, or an option that this method does not take.
+    """
+    if config.name not in OBJECTIVES:
+        raise unknown("objective", config.name, OBJECTIVES)
+    objective = OBJECTIVES[config.name]
+    structure = {
+        "projector": True,
+        "predictor": bool(objective.predictor),
+        "queue": bool(objective.queue),
+        "prototypes": bool(objective.prototypes),
+        "target_momentum": objective.target is not None,
+        "momentum_schedule": objective.target is not None,
+    }
+    given = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+    given = {name: value for name, value in given.items() if name not in ("name", "frozen_prototypes")}
+    for name, value in given.items():
+        if value is not None and not structure.get(name, name in objective.options):
+            takes = [n for n in given if structure.get(n, n in objective.options)]
+            raise UsageError(
+                f"{flag(name)} is not of {config.name}, which takes {', '.join(n.replace('_', '-') for n in takes)}"
+            )
+    if config.frozen_prototypes and not objective.prototypes:
+        raise UsageError(f"{flag('frozen_prototypes')}: {config.name} has no prototypes")
+    fields = {name: value for name, value in given.items() if value is not None and name in structure}
+    if "target_momentum" in fields:
+        fields["target"] = fields.pop("target_momentum")
+    objective = dataclasses.replace(objective, **fields)
+    return objective.bind(**{n: v for n, v in given.items() if v is not None and n in objective.options})
+
+
+def flag(name: str) -> str:
+    """`--objective.target-momentum` for `target_momentum`."""
+    return f"--objective.{name.replace('_', '-')}"
+
+
+def check(config: PretrainConfig) -> None:
+    """Refuse in one line what cannot work, before anything is loaded.
+
+    Raises:
+      UsageError: a name in no table, a number out of its range, more views than the objective takes, a queue that is
+        no multiple of the batch.
+    """
+    o, a = config.objective, config.augment
+    objective = make_objective(o)
+    check_run(
+        config,
+        {
+            "augment.grayscale": 0 <= a.grayscale <= 1,
+            "augment.blur": all(0 <= p <= 1 for p in a.blur),
+            "augment.solarize": all(0 <= p <= 1 for p in a.solarize),
+            "augment.min_scale": 0 < a.min_scale <= 1,
+            "augment.jitter": min(a.jitter) >= 0 and a.jitter[3] <= 0.5,
+            "augment.small_views": a.small_views >= 0,
+            "augment.small_crop": a.small_crop >= 1,
+            "augment.small_scale": 0 < a.small_scale[0] <= a.small_scale[1] <= 1,
+            "probe_lr": config.probe_lr >= 0,
+            "neighbours": config.neighbours >= 1,
+            "neighbour_temperature": config.neighbour_temperature > 0,
+            "neighbour_images": config.neighbour_images is None or config.neighbour_images >= 1,
+            "objective.temperature": o.temperature is None or o.temperature > 0,
+            "objective.teacher_temperature": o.teacher_temperature is None or o.teacher_temperature > 0,
+            "objective.target_momentum": o.target_momentum is None or 0 <= o.target_momentum <= 1,
+            "objective.queue": o.queue is None or o.queue >= 1,
+            "objective.prototypes": o.prototypes is None or o.prototypes >= 2,
+            "objective.frozen_prototypes": o.frozen_prototypes >= 0,
+            "objective.projector": min(objective.projector, default=0) >= 1,
+            "objective.predictor": min(objective.predictor, default=1) >= 1,
+            "objective.epsilon": o.epsilon is None or o.epsilon > 0,
+            "objective.sinkhorn_iterations": o.sinkhorn_iterations is None or o.sinkhorn_iterations >= 1,
+            "objective.center_momentum": o.center_momentum is None or 0 <= o.center_momentum <= 1,
+            "objective.redundancy": o.redundancy is None or o.redundancy >= 0,
+            "objective.scale": o.scale is None or o.scale > 0,
+            "objective.invariance": o.invariance is None or o.invariance >= 0,
+            "objective.variance": o.variance is None or o.variance >= 0,
+            "objective.covariance": o.covariance is None or o.covariance >= 0,
+        },
+    )
+    if config.batch < 2:
+        raise UsageError("a batch of one has nothing to compare its image with: choose --batch 2 or more")
+    if a.views < 2 or (a.views > 2 and not objective.many_views):
+        raise UsageError(f"{o.name} takes {'two or more' if objective.many_views else 'two'} views, not {a.views}")
+    if a.small_views and not objective.small_views:
+        raise UsageError(f"{o.name} takes no small views: leave out --augment.small-views")
+    if objective.predictor and objective.predictor[-1] != objective.projector[-1]:
+        raise UsageError(
+            f"{flag('predictor')} ends in {objective.predictor[-1]}, and what it predicts in {objective.projector[-1]}"
+        )
+    if objective.queue and objective.queue % config.batch:
+        raise UsageError(f"{flag('queue')} {objective.queue} is no multiple of --batch {config.batch}")
+
+
+def check_images(config: PretrainConfig, shape: tuple[int, int, int]) -> None:
+    """Refuse views that do not fit the images (H, W, C) of a set.
+
+    Raises:
+      UsageError: a crop larger than the images.
+    """
+    crops = {"resized-crop": config.augment.resized_crop}
+    if config.augment.small_views:
+        crops["small-crop"] = config.augment.small_crop
+    for name, side in crops.items():
+        if side is not None and side > min(shape[:2]):
+            raise UsageError(f"--augment.{name} {side} is larger than the images, {shape[0]}x{shape[1]}")

@@ -1,0 +1,84 @@
+"""A frozen encoder's features of whole splits, and what they are worth: the evaluations that train no network."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from jax.sharding import Mesh
+
+from pretrain.knn import knn_accuracy
+from pretrain.linear import linear_probe, probe_accuracy
+from resnet_jax.parallel import Mode
+from train.batches import eval_batches
+from train.sources import Arrays, Encoded
+
+
+class Features(NamedTuple):
+    """Pooled features float32 [N, F] of a split's images, without augmentation, and their labels int32 [N]."""
+
+    features: np.ndarray
+    labels: np.ndarray
+
+
+@dataclass(frozen=True)
+class Extractor:
+    """Features of splits: `extractor(variables, source)`.
+
+    Attributes:
+      step: a compiled `pretrain.steps.feature_step`, or one of its kind with more arrays to return.
+      batch, mesh, mode: how it was compiled.
+    """
+
+    step: Callable[[Any, Any], dict[str, Any]]
+    batch: int
+    mesh: Mesh
+    mode: Mode
+
+    def __call__(self, variables: Any, source: Arrays | Encoded) -> Features:
+        found = self.arrays(variables, source)
+        return Features(found["features"], found["label"])
+
+    def arrays(self, variables: Any, source: Arrays | Encoded) -> dict[str, np.ndarray]:
+        """All that the step returns, of every example exactly once and in order."""
+        parts = []
+        for batch in eval_batches(source, batch=self.batch, mesh=self.mesh, mode=self.mode):
+            rows = {name: np.asarray(x) for name, x in self.step(variables, batch).items()}
+            valid = rows.pop("valid")
+            parts.append({name: x[valid] for name, x in rows.items()})
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+class Worth(NamedTuple):
+    """What frozen features are worth on a test split, in [0, 1]; `validation` is what was decided on."""
+
+    knn: float
+    linear: float
+    validation_knn: float
+    validation_linear: float
+    learning_rate: float
+
+
+def worth(
+    train: Features,
+    validation: Features,
+    test: Features,
+    *,
+    classes: int,
+    neighbours: int = 200,
+    temperature: float = 0.1,
+    seed: int = 0,
+) -> Worth:
+    """Weighted nearest neighbours among the training features, and an offline linear probe on them.
+
+    The probe's learning rate is the best one on `validation`; the test features are looked at once, with that.
+    """
+    votes: dict[str, Any] = {"classes": classes, "k": neighbours, "temperature": temperature}
+    probe = linear_probe(train, validation, classes=classes, seed=seed)
+    return Worth(
+        knn=knn_accuracy(test.features, test.labels, train.features, train.labels, **votes),
+        linear=probe_accuracy(probe, test.features, test.labels),
+        validation_knn=knn_accuracy(validation.features, validation.labels, train.features, train.labels, **votes),
+        validation_linear=probe.validation_accuracy,
+        learning_rate=probe.learning_rate,
+    )

@@ -1,0 +1,105 @@
+"""What stands on the encoder while it is pretrained: projector, predictor, prototypes; thrown away afterwards."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from resnet_jax.layers import BatchNorm
+
+Outputs = dict[str, jax.Array]
+
+
+class MLP(nn.Module):
+    """Dense layers of the given sizes, a norm and an activation after each but the last: [B, D] to [B, sizes[-1]].
+
+    Attributes:
+      sizes: of the layers; the last one puts out embeddings, float32.
+      norm: between layers; None leaves it out, as MoCo v2 and DINO do.
+      last_norm: ends in a norm too: `plain` has no scale and no bias, so that its output is standardised.
+      activation: between layers.
+      dtype: of the products; parameters and norms are float32.
+      axis_name: the axis that the batch is split over, for statistics of the whole batch; None under `jit`.
+    """
+
+    sizes: Sequence[int]
+    norm: bool = True
+    last_norm: str | None = None
+    activation: Callable[[jax.Array], jax.Array] = nn.relu
+    dtype: Any = jnp.float32
+    axis_name: str | None = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        if self.last_norm not in (None, "affine", "plain"):
+            raise ValueError(f"last_norm must be None, 'affine' or 'plain', got {self.last_norm!r}")
+
+        def norm(x: jax.Array, name: str, affine: bool = True) -> jax.Array:
+            return BatchNorm(
+                use_running_average=not train, use_scale=affine, use_bias=affine, axis_name=self.axis_name, name=name
+            )(x.astype(jnp.float32))
+
+        last = len(self.sizes)
+        for i, size in enumerate(self.sizes, start=1):
+            normed = self.norm if i < last else self.last_norm is not None
+            # A norm takes the mean away, and a bias with it.
+            x = nn.Dense(size, use_bias=not normed, dtype=self.dtype, name=f"fc{i}")(x)
+            if i < last:
+                x = self.activation(norm(x, f"norm{i}") if self.norm else x)
+            elif normed:
+                x = norm(x, f"norm{i}", affine=self.last_norm == "affine")
+        return x.astype(jnp.float32)
+
+
+class Prototypes(nn.Module):
+    """Cosines [B, count] of embeddings [B, D] and learned directions: SwAV's prototypes, DINO's last layer.
+
+    The directions are the kernel's columns brought to length 1 in each call. SwAV's code (https://arxiv.org/abs/2006.09882)
+    does so to the parameters before each step, DINO's by weight normalisation with the gain fixed at 1.
+    """
+
+    count: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.count), jnp.float32)
+        x = x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-6)
+        kernel = kernel / jnp.maximum(jnp.linalg.norm(kernel, axis=0, keepdims=True), 1e-6)
+        return jnp.matmul(x, kernel, precision="highest")
+
+
+class Network(nn.Module):
+    """An encoder with heads: images [B, H, W, C] to embeddings by name, float32.
+
+    `features` [B, F] are the encoder's, what is used afterwards; `projection` [B, D] is the projector's of them;
+    `prediction` [B, D] and `scores` [B, K] are the predictor's and the prototypes' of that, where there are any.
+
+    Raises:
+      ValueError: the encoder does not end at pooled features [B, F].
+    """
+
+    encoder: nn.Module
+    projector: nn.Module
+    predictor: nn.Module | None = None
+    prototypes: nn.Module | None = None
+
+    def __call__(self, images: jax.Array, *, train: bool, predict: bool = True) -> Outputs:
+        """`predict=False` leaves the predictor out, which target networks do not have."""
+        encoder: Any = self.encoder
+        features = encoder(images, train=train)
+        if features.ndim != 2:
+            raise ValueError(
+                f"the encoder returns {features.shape}, not pooled features [B, F]: build it with num_classes=None"
+            )
+        outputs = {"features": features.astype(jnp.float32)}
+        projector: Any = self.projector
+        outputs["projection"] = projector(outputs["features"], train=train)
+        if self.predictor is not None and predict:
+            predictor: Any = self.predictor
+            outputs["prediction"] = predictor(outputs["projection"], train=train)
+        if self.prototypes is not None:
+            prototypes: Any = self.prototypes
+            outputs["scores"] = prototypes(outputs["projection"])
+        return outputs

@@ -1,0 +1,117 @@
+"""The weighted k-nearest-neighbour classifier: how well features separate classes, with nothing trained."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pretrain.health import unit
+
+
+def knn_scores(
+    queries: jax.Array,
+    bank: jax.Array,
+    labels: jax.Array,
+    *,
+    classes: int,
+    k: int = 200,
+    temperature: float = 0.1,
+    chunk: int = 8192,
+) -> jax.Array:
+    """The votes of each query's k nearest neighbours by cosine similarity: https://arxiv.org/abs/1805.01978.
+
+    A neighbour votes for its class with exp(similarity / `temperature`), here relative to that of the nearest one. Of
+    equally similar neighbours the earlier ones in the bank vote.
+
+    Args:
+      queries: float [Q, D].
+      bank: float [N, D].
+      labels: int [N] in [0, `classes`), of the bank.
+      k: at least 1; more than N is N.
+      temperature: above 0.
+      chunk: rows of the bank that are held against the queries at once.
+
+    Returns:
+      Votes, float32 [Q, `classes`], of which the largest is the predicted class's.
+    """
+    size = len(bank)
+    k, chunk = min(k, size), min(chunk, size)
+    queries, padded = unit(queries), jnp.pad(unit(bank), ((0, -size % chunk), (0, 0)))
+
+    def merge(nearest: tuple[jax.Array, jax.Array], part: tuple[jax.Array, jax.Array]) -> Any:
+        similarity, place = nearest
+        rows, start = part
+        new = jnp.matmul(queries, rows.T, precision="highest")
+        new = jnp.where((start + jnp.arange(chunk) < size)[None], new, -jnp.inf)
+        similarity, found = jax.lax.top_k(jnp.concatenate([similarity, new], axis=1), k)
+        old = jnp.take_along_axis(place, jnp.minimum(found, k - 1), axis=1)
+        return (similarity, jnp.where(found < k, old, start + found - k)), None
+
+    none = jnp.full((len(queries), k), -jnp.inf), jnp.zeros((len(queries), k), jnp.int32)
+    parts = padded.reshape(-1, chunk, padded.shape[1]), jnp.arange(0, len(padded), chunk)
+    (similarity, place), _ = jax.lax.scan(merge, none, parts)
+    # The nearest votes with 1: at low temperatures exp alone would overflow.
+    weights = jnp.exp((similarity - similarity[:, :1]) / temperature)
+    voted = jnp.asarray(labels)[place]
+    # Class by class: a one-hot array [Q, k, classes] would be large, and a scatter adds in any order.
+    return jax.lax.map(lambda c: jnp.where(voted == c, weights, 0.0).sum(1), jnp.arange(classes)).T
+
+
+@partial(jax.jit, static_argnames=("classes", "k"))
+def _predict(
+    queries: jax.Array, bank: jax.Array, labels: jax.Array, temperature: float, *, classes: int, k: int
+) -> jax.Array:
+    return knn_scores(queries, bank, labels, classes=classes, k=k, temperature=temperature).argmax(1)
+
+
+def knn_accuracy(
+    queries: Any,
+    query_labels: Any,
+    bank: Any,
+    bank_labels: Any,
+    *,
+    classes: int,
+    k: int = 200,
+    temperature: float = 0.1,
+    block: int = 1024,
+) -> float:
+    """The part of the queries, in [0, 1], whose class `knn_scores` predicts; `block` queries at a time.
+
+    Raises:
+      ValueError: k < 1, temperature <= 0, nothing to compare, shapes that do not fit, labels that are no classes, or
+        features that are not finite.
+    """
+    if k < 1:
+        raise ValueError(f"k must be at least 1, not {k}")
+    if not temperature > 0:
+        raise ValueError(f"temperature must be above 0, not {temperature}")
+    queries, query_labels = labelled("queries", queries, query_labels, classes)
+    bank, bank_labels = labelled("bank", bank, bank_labels, classes)
+    if queries.shape[1] != bank.shape[1]:
+        raise ValueError(f"queries have {queries.shape[1]} dimensions, the bank {bank.shape[1]}")
+    count, block = len(queries), min(block, len(queries))
+    # Rows of zeros fill up the last block, so that one compilation serves all.
+    queries = np.pad(queries, ((0, -count % block), (0, 0)))
+    on_device = jnp.asarray(bank), jnp.asarray(bank_labels), temperature
+    blocks = [_predict(b, *on_device, classes=classes, k=k) for b in queries.reshape(-1, block, queries.shape[1])]
+    return float(np.mean(np.concatenate(blocks)[:count] == query_labels))
+
+
+def labelled(name: str, features: Any, labels: Any, classes: int) -> tuple[np.ndarray, np.ndarray]:
+    """Features float32 [N, D] and labels int32 [N] of any arrays.
+
+    Raises:
+      ValueError: they are not that; the message begins with `name`.
+    """
+    features, labels = np.asarray(features, np.float32), np.asarray(labels)
+    if features.ndim != 2 or not features.size:
+        raise ValueError(f"{name}: features must be [N, D] and not empty, not {features.shape}")
+    if labels.shape != features.shape[:1] or not np.issubdtype(labels.dtype, np.integer):
+        raise ValueError(f"{name}: {len(features)} features need as many int labels, not {labels.dtype} {labels.shape}")
+    if labels.min() < 0 or labels.max() >= classes:
+        raise ValueError(f"{name}: labels must be in [0, {classes}), not in [{labels.min()}, {labels.max()}]")
+    if not np.isfinite(features).all():
+        raise ValueError(f"{name}: some features are not finite")
+    return features, labels.astype(np.int32)

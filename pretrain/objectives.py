@@ -1,0 +1,274 @@
+"""What an encoder is pretrained for: each objective a pure function of what two networks make of an image's views.
+
+`OBJECTIVES[name]` says which parts a method needs beside its function, and the sizes of its paper for ImageNet. A new
+method is a function here and a line there.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from inspect import signature
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from resnet_jax import contrastive as c
+
+Embeddings = dict[str, jax.Array]
+Memory = dict[str, jax.Array]
+
+
+class Seen(NamedTuple):
+    """What an objective is computed from.
+
+    Attributes:
+      online: the trained network's outputs by name, [V, B, D]: of the large views first, then of the small ones.
+      target: the target network's of the large views, [G, B, D], without a gradient; empty where there is none.
+      memory: what the objective keeps from step to step: `queue` [K, D], or `center` [K].
+      labels: int [B], for objectives that may look at them.
+      step: int32 scalar, steps done before this one.
+    """
+
+    online: Embeddings
+    target: Embeddings
+    memory: Memory
+    labels: jax.Array
+    step: jax.Array
+
+
+Loss = Callable[..., jax.Array]  # (Seen, *, axis_name, options) -> float32 scalar
+Remember = Callable[..., Memory]  # (Seen, *, axis_name, options) -> the next memory
+
+
+# --- losses -----------------------------------------------------------------------------------------------------------
+
+
+def simclr(seen: Seen, *, temperature: float = 0.5, axis_name: str | None = None) -> jax.Array:
+    """NT-Xent of all views, https://arxiv.org/abs/2002.05709."""
+    return c.nt_xent(*seen.online["projection"], temperature=temperature, axis_name=axis_name).mean()
+
+
+def supcon(seen: Seen, *, temperature: float = 0.1, axis_name: str | None = None) -> jax.Array:
+    """Supervised contrast: images of one class are one another's positives, https://arxiv.org/abs/2004.11362."""
+    views = seen.online["projection"]
+    return c.sup_con(views, seen.labels, temperature=temperature, axis_name=axis_name).mean()
+
+
+def mocov2(seen: Seen, *, temperature: float = 0.2, axis_name: str | None = None) -> jax.Array:
+    """InfoNCE against a queue of earlier keys, https://arxiv.org/abs/2003.04297, both ways round.
+
+    The paper asks view 1 for view 2 alone; both ways cost twice as much a step, and peers found it worth it.
+    """
+    del axis_name  # a queue is the same everywhere
+    queries, keys = seen.online["projection"], seen.target["projection"]
+    losses = [c.info_nce(queries[v], keys[1 - v], seen.memory["queue"], temperature=temperature) for v in (0, 1)]
+    return _mean(losses)
+
+
+def mocov3(seen: Seen, *, temperature: float = 1.0, axis_name: str | None = None) -> jax.Array:
+    """InfoNCE of predictions against the batch's keys, times 2 T, https://arxiv.org/abs/2104.02057."""
+    queries, keys = seen.online["prediction"], seen.target["projection"]
+    losses = [c.info_nce(queries[v], keys[1 - v], temperature=temperature, axis_name=axis_name) for v in (0, 1)]
+    return 2 * temperature * 2 * _mean(losses)
+
+
+def byol(seen: Seen, *, axis_name: str | None = None) -> jax.Array:
+    """Predict the target network's projection of the other view, https://arxiv.org/abs/2006.07733."""
+    del axis_name
+    predictions, targets = seen.online["prediction"], seen.target["projection"]
+    return 2 * _mean([c.byol(predictions[v], targets[1 - v]) for v in (0, 1)])
+
+
+def simsiam(seen: Seen, *, axis_name: str | None = None) -> jax.Array:
+    """Predict one's own projection of the other view, which stands still, https://arxiv.org/abs/2011.10566."""
+    del axis_name
+    predictions, targets = seen.online["prediction"], jax.lax.stop_gradient(seen.online["projection"])
+    return _mean([-c.cosine(predictions[v], targets[1 - v]) for v in (0, 1)])
+
+
+def barlow(seen: Seen, *, redundancy: float = 0.0051, scale: float = 1.0, axis_name: str | None = None) -> jax.Array:
+    """Barlow Twins, times `scale`, https://arxiv.org/abs/2103.03230."""
+    a, b = seen.online["projection"]
+    return scale * c.barlow_twins(a, b, redundancy=redundancy, axis_name=axis_name)
+
+
+def vicreg(
+    seen: Seen,
+    *,
+    invariance: float = 25.0,
+    variance: float = 25.0,
+    covariance: float = 1.0,
+    axis_name: str | None = None,
+) -> jax.Array:
+    """VICReg, https://arxiv.org/abs/2105.04906."""
+    a, b = seen.online["projection"]
+    weights = {"invariance": invariance, "variance": variance, "covariance": covariance}
+    return c.vicreg(a, b, **weights, axis_name=axis_name)
+
+
+def nnclr(seen: Seen, *, temperature: float = 0.1, axis_name: str | None = None) -> jax.Array:
+    """InfoNCE from a projection's nearest neighbour in a queue, https://arxiv.org/abs/2104.14548."""
+    projections, predictions = jax.lax.stop_gradient(seen.online["projection"]), seen.online["prediction"]
+
+    def one_way(v: int) -> jax.Array:
+        neighbours = c.nearest(projections[v], seen.memory["queue"])
+        return c.info_nce(neighbours, predictions[1 - v], temperature=temperature, axis_name=axis_name)
+
+    return _mean([one_way(v) for v in (0, 1)])
+
+
+def swav(
+    seen: Seen,
+    *,
+    temperature: float = 0.1,
+    epsilon: float = 0.05,
+    sinkhorn_iterations: int = 3,
+    axis_name: str | None = None,
+) -> jax.Array:
+    """Predict the other views' balanced assignments to prototypes, https://arxiv.org/abs/2006.09882."""
+    return c.swav(
+        seen.online["scores"],
+        temperature=temperature,
+        epsilon=epsilon,
+        iterations=sinkhorn_iterations,
+        axis_name=axis_name,
+    ).mean()
+
+
+def dino(
+    seen: Seen, *, temperature: float = 0.1, teacher_temperature: float = 0.04, axis_name: str | None = None
+) -> jax.Array:
+    """Predict the target network's centred and sharpened scores of other views, https://arxiv.org/abs/2104.14294."""
+    del axis_name
+    temperatures = {"temperature": temperature, "teacher_temperature": teacher_temperature}
+    return c.dino(seen.online["scores"], seen.target["scores"], seen.memory["center"], **temperatures).mean()
+
+
+def _mean(losses: Sequence[jax.Array]) -> jax.Array:
+    return jnp.stack(losses).mean()
+
+
+# --- memories ---------------------------------------------------------------------------------------------------------
+
+
+def queue_of_keys(seen: Seen, *, axis_name: str | None = None) -> Memory:
+    """The queue with the target's projections of the first view in place of its oldest."""
+    return {"queue": c.enqueue(seen.memory["queue"], seen.target["projection"][0], seen.step, axis_name=axis_name)}
+
+
+def queue_of_projections(seen: Seen, *, axis_name: str | None = None) -> Memory:
+    """The queue with the projections of the first view in place of its oldest."""
+    return {"queue": c.enqueue(seen.memory["queue"], seen.online["projection"][0], seen.step, axis_name=axis_name)}
+
+
+def moving_center(seen: Seen, *, center_momentum: float = 0.9, axis_name: str | None = None) -> Memory:
+    """The center moved towards the mean of the target's scores."""
+    center = c.centered(seen.memory["center"], seen.target["scores"], momentum=center_momentum, axis_name=axis_name)
+    return {"center": center}
+
+
+# --- the family -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """A method: its function, and what that needs.
+
+    Attributes:
+      loss: `(Seen, *, axis_name, options) -> scalar`, whose mean over shards is that of the whole batch.
+      projector, predictor: layer sizes; no predictor where that is empty.
+      norm: whether the projector's layers have norms between them; `last_norm`: what it ends in, see `heads.MLP`.
+      activation: of the projector's layers, a name in `flax.linen`.
+      prototypes: how many; 0 is none.
+      target: whether a target network follows the trained one, and by which momentum at the start.
+      momentum_schedule: `constant`, or `cosine` from there to 1.
+      queue: rows of the memory's queue; 0 is none.
+      remember: what becomes of the memory after a step; None if there is none.
+      many_views: takes more than two large views.
+      small_views: takes small views beside them (multi-crop).
+      evaluate_target: the encoder that is used afterwards is the target's.
+    """
+
+    loss: Loss
+    projector: tuple[int, ...]
+    predictor: tuple[int, ...] = ()
+    norm: bool = True
+    last_norm: str | None = None
+    activation: str = "relu"
+    prototypes: int = 0
+    target: float | None = None
+    momentum_schedule: str = "constant"
+    queue: int = 0
+    remember: Remember | None = None
+    many_views: bool = False
+    small_views: bool = False
+    evaluate_target: bool = False
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The numbers that its functions take, with their defaults."""
+        functions = [f for f in (self.loss, self.remember) if f is not None]
+        parameters = {name: p for f in functions for name, p in signature(f).parameters.items()}
+        return {name: p.default for name, p in parameters.items() if name not in ("seen", "axis_name")}
+
+    def bind(self, **options: Any) -> "Objective":
+        """This objective with numbers of its own: a temperature, weights."""
+        bound: dict[str, Any] = {}
+        for field in ("loss", "remember"):
+            function = getattr(self, field)
+            known = () if function is None else signature(function).parameters
+            taken = {name: value for name, value in options.items() if name in known}
+            bound[field] = partial(function, **taken) if taken else function
+        return replace(self, **bound)
+
+    def init_memory(self, key: jax.Array) -> Memory:
+        """What the first step finds: a queue of random directions [queue, D], or a center of zeros [prototypes]."""
+        if self.queue:
+            rows = jax.random.normal(key, (self.queue, self.projector[-1]), jnp.float32)
+            return {"queue": rows / jnp.linalg.norm(rows, axis=1, keepdims=True)}
+        return {"center": jnp.zeros(self.prototypes, jnp.float32)} if self.remember is not None else {}
+
+
+OBJECTIVES: dict[str, Objective] = {
+    "simclr": Objective(loss=simclr, projector=(2048, 2048, 128), last_norm="affine", many_views=True),
+    "supcon": Objective(loss=supcon, projector=(2048, 128), norm=False, many_views=True),
+    "mocov2": Objective(
+        loss=mocov2, projector=(2048, 128), norm=False, target=0.999, queue=65536, remember=queue_of_keys
+    ),
+    "mocov3": Objective(
+        loss=mocov3,
+        projector=(4096, 256),
+        last_norm="plain",
+        predictor=(4096, 256),
+        target=0.99,
+        momentum_schedule="cosine",
+    ),
+    "byol": Objective(
+        loss=byol, projector=(4096, 256), predictor=(4096, 256), target=0.996, momentum_schedule="cosine"
+    ),
+    "simsiam": Objective(loss=simsiam, projector=(2048, 2048, 2048), last_norm="plain", predictor=(512, 2048)),
+    "barlow": Objective(loss=barlow, projector=(8192, 8192, 8192)),
+    "vicreg": Objective(loss=vicreg, projector=(8192, 8192, 8192)),
+    "nnclr": Objective(
+        loss=nnclr,
+        projector=(2048, 2048, 256),
+        last_norm="affine",
+        predictor=(4096, 256),
+        queue=98304,
+        remember=queue_of_projections,
+    ),
+    "swav": Objective(loss=swav, projector=(2048, 128), prototypes=3000, small_views=True),
+    "dino": Objective(
+        loss=dino,
+        projector=(2048, 2048, 256),
+        norm=False,
+        activation="gelu",
+        prototypes=65536,
+        target=0.996,
+        momentum_schedule="cosine",
+        remember=moving_center,
+        small_views=True,
+        evaluate_target=True,
+    ),
+}

@@ -1,0 +1,311 @@
+"""Presets of pretraining: complete recipes by name. A docstring says what it is, how to run it and what to expect.
+
+Figures marked "measured" have their runs in results/; the others are the sources' own, not yet reproduced here.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from pretrain.config import ObjectiveConfig, PretrainConfig, ViewConfig
+from resnet_jax.augment import IMAGENET_MEAN, IMAGENET_STD
+from train.config import DataConfig, OptimConfig
+from train.presets import CIFAR10_MEAN, CIFAR10_STD
+
+# ---- handwritten digits: every method under one budget ---------------------------------------------------------------
+
+# Heads that fit an encoder of 64 features and 1,293 images; queues and prototypes in proportion.
+DIGITS: dict[str, ObjectiveConfig] = {
+    "simclr": ObjectiveConfig(name="simclr", projector=(128, 64)),
+    "supcon": ObjectiveConfig(name="supcon", projector=(128, 64)),
+    "mocov2": ObjectiveConfig(name="mocov2", projector=(128, 64), queue=1024, target_momentum=0.99),
+    "mocov3": ObjectiveConfig(
+        name="mocov3", projector=(128, 64), predictor=(128, 64), temperature=0.2, target_momentum=0.99
+    ),
+    "byol": ObjectiveConfig(name="byol", projector=(128, 64), predictor=(128, 64), target_momentum=0.99),
+    "simsiam": ObjectiveConfig(name="simsiam", projector=(128, 128), predictor=(32, 128)),
+    "barlow": ObjectiveConfig(name="barlow", projector=(256, 256), scale=0.1),
+    "vicreg": ObjectiveConfig(name="vicreg", projector=(256, 256)),
+    "nnclr": ObjectiveConfig(name="nnclr", projector=(128, 64), predictor=(128, 64), queue=1024, temperature=0.2),
+    "swav": ObjectiveConfig(name="swav", projector=(128, 64), prototypes=128, frozen_prototypes=1),
+    "dino": ObjectiveConfig(
+        name="dino", projector=(128, 128, 64), prototypes=256, target_momentum=0.99, frozen_prototypes=1
+    ),
+}
+
+
+def digits(method: str) -> PretrainConfig:
+    """One of the methods on scikit-learn's handwritten digits, on any machine, offline; all under the same budget.
+
+    Command: python -m pretrain digits_METHOD; without a preset, SimCLR.
+    Hardware: 2 CPU cores, a minute or two. What each reaches is in README's table (measured).
+    """
+    return PretrainConfig(
+        model="resnet8",
+        data=DataConfig(name="digits"),
+        augment=ViewConfig(min_scale=0.4, flip=False, jitter=(0.4, 0.4, 0.0, 0.0), grayscale=0.0),
+        objective=DIGITS[method],
+        optim=OptimConfig(lr=0.1, nesterov=True, weight_decay=5e-4, warmup_epochs=5),
+        epochs=150,
+        batch=128,
+        log_every=20,
+        eval_every=10,
+    )
+
+
+def _of_digits(method: str) -> Callable[[], PretrainConfig]:
+    def preset() -> PretrainConfig:
+        return digits(method)
+
+    preset.__doc__ = (digits.__doc__ or "").replace("METHOD", method).replace("One of the methods", method)
+    return preset
+
+
+# ---- CIFAR-10 --------------------------------------------------------------------------------------------------------
+
+
+def cifar10(objective: ObjectiveConfig, optim: OptimConfig, **fields: object) -> PretrainConfig:
+    """ResNet-18 with a 3x3 stem on CIFAR-10: what the recipes below share."""
+    shared: dict[str, object] = {
+        "model": "resnet18_cifar",
+        "data": DataConfig(name="cifar10"),
+        "augment": ViewConfig(resized_crop=32, mean=CIFAR10_MEAN, std=CIFAR10_STD),
+        "epochs": 1000,
+        "batch": 256,
+        "eval_every": 10,
+    }
+    return PretrainConfig(objective=objective, optim=optim, **{**shared, **fields})  # type: ignore[arg-type]
+
+
+SYMMETRIC = ViewConfig(resized_crop=32, mean=CIFAR10_MEAN, std=CIFAR10_STD)
+ASYMMETRIC = replace(SYMMETRIC, jitter=(0.4, 0.4, 0.2, 0.1), solarize=(0.0, 0.2))
+
+
+def solo_learn(lr: float, weight_decay: float) -> OptimConfig:
+    """LARS as solo-learn's CIFAR scripts have it, but for their clipping of the rate."""
+    return OptimConfig(
+        name="lars", lr=lr, weight_decay=weight_decay, trust_coefficient=0.02, schedule="cosine", warmup_epochs=10
+    )
+
+
+def cifar10_simclr_resnet18() -> PretrainConfig:
+    """SimCLR (https://arxiv.org/abs/2002.05709), the recipe of google-research/simclr for CIFAR-10.
+
+    Command: python -m train.data prepare cifar10 && python -m pretrain cifar10_simclr_resnet18
+    Hardware: one GPU. The source reports about 91 % by a linear probe; peers' kNN 87.9 % after 800 epochs.
+    """
+    return cifar10(
+        ObjectiveConfig(name="simclr", projector=(512, 512, 128), temperature=0.5),
+        OptimConfig(name="lars", lr=2.0, weight_decay=1e-4, warmup_epochs=10),
+        batch=512,
+    )
+
+
+def cifar10_simclr_resnet20() -> PretrainConfig:
+    """SimCLR with the smallest ResNet of He et al. for half an hour of CPU: to see that it learns, not to be compared.
+
+    Command: python -m train.data prepare cifar10 && python -m pretrain cifar10_simclr_resnet20
+    Hardware: 2 CPU cores. What it reaches on `cifar10_jpeg` is in results/ (measured).
+    """
+    return cifar10(
+        ObjectiveConfig(name="simclr", projector=(128, 128), temperature=0.2),
+        OptimConfig(lr=0.12, nesterov=True, weight_decay=5e-4, warmup_epochs=1),
+        model="resnet20",
+        epochs=10,
+        eval_every=1,
+        neighbour_images=10_000,
+    )
+
+
+def cifar10_supcon_resnet18() -> PretrainConfig:
+    """SupCon (https://arxiv.org/abs/2004.11362), which uses labels, after HobbitLong/SupContrast.
+
+    Command: python -m train.data prepare cifar10 && python -m pretrain cifar10_supcon_resnet18
+    Hardware: one GPU. solo-learn reports 93.82 % (online linear).
+    """
+    return cifar10(
+        ObjectiveConfig(name="supcon", projector=(512, 128), temperature=0.1),
+        OptimConfig(lr=0.5, weight_decay=1e-4, warmup_epochs=10),
+        augment=replace(SYMMETRIC, min_scale=0.2),
+        batch=1024,
+    )
+
+
+def cifar10_mocov2_resnet18() -> PretrainConfig:
+    """MoCo v2 (https://arxiv.org/abs/2003.04297), the symmetric CIFAR recipe of MoCo's authors and lightly.
+
+    Command: python -m train.data prepare cifar10 && python -m pretrain cifar10_mocov2_resnet18
+    Hardware: one GPU. Peers report kNN 89.7 to 89.9 % after 800 epochs.
+    """
+    return cifar10(
+        ObjectiveConfig(name="mocov2", projector=(512, 512, 128), temperature=0.1, queue=4096, target_momentum=0.99),
+        OptimConfig(lr=0.06, weight_decay=5e-4),
+        epochs=800,
+        batch=512,
+    )
+
+
+def cifar10_mocov3_resnet18() -> PretrainConfig:
+    """MoCo v3 (https://arxiv.org/abs/2104.02057), numbers of solo-learn's CIFAR script.
+
+    Command: python -m train.data prepare cifar10 && python -m pretrain cifar10_mocov3_resnet18
+    Hardware: one GPU. solo-learn reports 93.10 % (online linear).
+    """
+    objective = ObjectiveConfig(name="mocov3", temperature=0.2, target_momentum=0.99)
+    return cifar10(objective, solo_learn(0.3, 1e-6), augment=ASYMMETRIC)
+
+
+def cifar10_byol_resnet18() -> PretrainConfig:
+    """BYOL (https://arxiv.org/abs/2006.07733), numbers of solo-learn's CIFAR script.
+
+    Command: python -m train.data prepare cifar10 && python -m pretrain cifar10_byol_resnet18
+    Hardware: one GPU. solo-learn reports 92.58 % (online linear), lightly kNN 91.0 % (best epoch, on the test split).
+    """
+    return cifar10(ObjectiveConfig(name="byol", target_momentum=0.99), solo_learn(1.0, 1e-5), augment=ASYMMETRIC)
+
+
+def cifar10_simsiam_resnet18() -> PretrainConfig:
+    """SimSiam (https://arxiv.org/abs/2011.10566), its appendix on CIFAR-10: a projector of two layers.
+
+    Command: python -m train.data prepare cifar10 && python -m pretrain cifar10_simsiam_resnet18
+    Hardware: one GPU. The paper reports 91.8 % by a linear probe after 800 epochs.
+    """
+    return cifar10(
+        ObjectiveConfig(name="simsiam", projector=(2048, 2048), predictor=(512, 2048)),
+        OptimConfig(lr=0.06, weight_decay=5e-4),
+        epochs=800,
+        batch=512,
+    )
+
+
+def cifar10_barlow_resnet18() -> PretrainConfig:
+    """Barlow Twins (https://arxiv.org/abs/2103.03230), numbers of solo-learn's CIFAR script.
+
+    Command: python -m train.data prepare cifar10 && python -m pretrain cifar10_barlow_resnet18
+    Hardware: one GPU. solo-learn reports 92.10 % (online linear); a user got 91.56 % offline from that checkpoint.
+    """
+    return cifar10(
+        ObjectiveConfig(name="barlow", projector=(2048, 2048, 2048), scale=0.1),
+        solo_learn(0.3, 1e-4),
+        augment=ASYMMETRIC,
+    )
+
+
+def cifar10_vicreg_resnet18() -> PretrainConfig:
+    """VICReg (https://arxiv.org/abs/2105.04906), with the optimizer and views of Barlow Twins above.
+
+    Command: python -m train.data prepare cifar10 && python -m pretrain cifar10_vicreg_resnet18
+    Hardware: one GPU. solo-learn, whose numbers may differ, reports 92.07 %.
+    """
+    return cifar10(
+        ObjectiveConfig(name="vicreg", projector=(2048, 2048, 2048)), solo_learn(0.3, 1e-4), augment=ASYMMETRIC
+    )
+
+
+def cifar10_nnclr_resnet18() -> PretrainConfig:
+    """NNCLR (https://arxiv.org/abs/2104.14548), with SimCLR's optimizer of solo-learn and a queue of 65,536.
+
+    Command: python -m train.data prepare cifar10 && python -m pretrain cifar10_nnclr_resnet18
+    Hardware: one GPU. solo-learn, whose numbers may differ, reports 91.88 % (online linear).
+    """
+    return cifar10(
+        ObjectiveConfig(name="nnclr", temperature=0.2, queue=65536), solo_learn(0.4, 1e-5), augment=ASYMMETRIC
+    )
+
+
+def cifar10_swav_resnet18() -> PretrainConfig:
+    """SwAV (https://arxiv.org/abs/2006.09882), two views and four small ones of 16 pixels, without its queue.
+
+    Command: python -m train.data prepare cifar10 && python -m pretrain cifar10_swav_resnet18
+    Hardware: one GPU. solo-learn, with a queue and two views, reports 89.17 % (online linear).
+    """
+    return cifar10(
+        ObjectiveConfig(name="swav", prototypes=3000, frozen_prototypes=1),
+        solo_learn(0.6, 1e-6),
+        augment=replace(SYMMETRIC, min_scale=0.25, small_views=4, small_crop=16, small_scale=(0.08, 0.25)),
+    )
+
+
+def cifar10_dino_resnet18() -> PretrainConfig:
+    """DINO (https://arxiv.org/abs/2104.14294) for a convnet, two views and four small ones of 16 pixels.
+
+    Command: python -m train.data prepare cifar10 && python -m pretrain cifar10_dino_resnet18
+    Hardware: one GPU. solo-learn, with two views, reports 89.52 % (online linear).
+    """
+    return cifar10(
+        ObjectiveConfig(name="dino", prototypes=4096, target_momentum=0.996, frozen_prototypes=1),
+        replace(solo_learn(0.3, 1e-6), clip_norm=3.0),
+        augment=replace(ASYMMETRIC, min_scale=0.25, small_views=4, small_crop=16, small_scale=(0.08, 0.25)),
+    )
+
+
+# ---- ImageNet --------------------------------------------------------------------------------------------------------
+
+
+def imagenet_simclr_resnet50() -> PretrainConfig:
+    """SimCLR (https://arxiv.org/abs/2002.05709), 100 epochs at a batch of 4,096.
+
+    Command: python -m train.data prepare imagenet2012 && python -m pretrain imagenet_simclr_resnet50
+    Hardware: 32 TPU v3 cores or 16 GPUs. The source reports about 64.5 % by a linear probe. The held-out split named
+    validation is the test.
+    """
+    return PretrainConfig(
+        model="resnet50",
+        zero_init=True,
+        data=DataConfig(name="imagenet2012", image_size=256, validation=0.01),
+        augment=ViewConfig(
+            resized_crop=224, jitter=(0.8, 0.8, 0.8, 0.2), blur=(0.5, 0.5), mean=IMAGENET_MEAN, std=IMAGENET_STD
+        ),
+        objective=ObjectiveConfig(name="simclr", temperature=0.1),
+        optim=OptimConfig(name="lars", lr=4.8, weight_decay=1e-6, warmup_epochs=10),
+        epochs=100,
+        batch=4096,
+        eval_every=10,
+        neighbour_images=100_000,
+    )
+
+
+def imagenet_mocov3_resnet50() -> PretrainConfig:
+    """MoCo v3 (https://arxiv.org/abs/2104.02057), 100 epochs at a batch of 4,096, views of BYOL.
+
+    Command: python -m train.data prepare imagenet2012 && python -m pretrain imagenet_mocov3_resnet50
+    Hardware: 16 GPUs or as many TPU cores. The source reports 68.9 % by a linear probe.
+    """
+    return PretrainConfig(
+        model="resnet50",
+        zero_init=True,
+        data=DataConfig(name="imagenet2012", image_size=256, validation=0.01),
+        augment=ViewConfig(
+            resized_crop=224,
+            min_scale=0.2,
+            jitter=(0.4, 0.4, 0.2, 0.1),
+            blur=(1.0, 0.1),
+            solarize=(0.0, 0.2),
+            mean=IMAGENET_MEAN,
+            std=IMAGENET_STD,
+        ),
+        objective=ObjectiveConfig(name="mocov3", temperature=1.0, target_momentum=0.99),
+        optim=OptimConfig(name="lars", lr=9.6, weight_decay=1e-6, warmup_epochs=10),
+        epochs=100,
+        batch=4096,
+        eval_every=10,
+        neighbour_images=100_000,
+    )
+
+
+PRESETS: dict[str, Callable[[], PretrainConfig]] = {
+    **{f"digits_{method}": _of_digits(method) for method in DIGITS},
+    "cifar10_simclr_resnet18": cifar10_simclr_resnet18,
+    "cifar10_simclr_resnet20": cifar10_simclr_resnet20,
+    "cifar10_supcon_resnet18": cifar10_supcon_resnet18,
+    "cifar10_mocov2_resnet18": cifar10_mocov2_resnet18,
+    "cifar10_mocov3_resnet18": cifar10_mocov3_resnet18,
+    "cifar10_byol_resnet18": cifar10_byol_resnet18,
+    "cifar10_simsiam_resnet18": cifar10_simsiam_resnet18,
+    "cifar10_barlow_resnet18": cifar10_barlow_resnet18,
+    "cifar10_vicreg_resnet18": cifar10_vicreg_resnet18,
+    "cifar10_nnclr_resnet18": cifar10_nnclr_resnet18,
+    "cifar10_swav_resnet18": cifar10_swav_resnet18,
+    "cifar10_dino_resnet18": cifar10_dino_resnet18,
+    "imagenet_simclr_resnet50": imagenet_simclr_resnet50,
+    "imagenet_mocov3_resnet50": imagenet_mocov3_resnet50,
+}

@@ -1,0 +1,193 @@
+"""The step of pretraining: a pure function of (state, batch), compiled by `resnet_jax.parallel.compile_step`.
+
+A batch is that of supervised training, `image` uint8 [B, H, W, C] and `label` int32 [B]; labels train the online probe,
+which nothing learns from, and the objectives that ask for them (SupCon).
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+from pretrain.heads import Outputs
+from pretrain.objectives import Objective, Seen
+from pretrain.state import PretrainState, probe_logits, target_of
+from pretrain.views import make_views
+from resnet_jax import augment as aug
+from resnet_jax.contrastive import cosine
+from resnet_jax.keys import example_index, example_keys, step_key
+from resnet_jax.losses import softmax_cross_entropy
+from resnet_jax.masks import apply_masks
+from resnet_jax.parallel import all_rows, mean_over, vary
+from resnet_jax.tree import PyTree, ema, global_norm, map_with_path
+from train.steps import Batch, Metrics
+
+
+def contrastive_step(
+    state: PretrainState,
+    batch: Batch,
+    *,
+    model: nn.Module,
+    tx: optax.GradientTransformation,
+    probe_tx: optax.GradientTransformation,
+    views: Sequence[aug.Augment],
+    objective: Objective,
+    momentum: Callable[[jax.Array], Any] | None = None,
+    frozen_prototypes: int = 0,
+    axis_name: str | None = None,
+) -> tuple[PretrainState, Metrics]:
+    """One optimizer update: make the views, compare what the networks make of them, update, let the target follow.
+
+    Views of one size go through the network as one batch, so its norms see them together. Nothing here knows a method:
+    all that differs between methods is in `objective`.
+
+    Args:
+      model: a `heads.Network`.
+      probe_tx: the online probe's optimizer; it trains on the first view's features, without a gradient into them.
+      views: as many as the objective takes, the large ones (at least two, of one size) first; see `views.view`.
+      objective: one of `OBJECTIVES`, its options bound.
+      momentum: of the target network's parameters, in [0, 1], by the number of the step; its statistics are its own.
+      frozen_prototypes: steps for which prototypes stay as they are.
+
+    Returns:
+      The new state, and float32 scalars: `loss`, `probe_loss`, `probe_accuracy` (online, on augmented images),
+      `grad_norm`, and of the first two views' projections over the whole batch `projection_std` (0 when collapsed, 1
+      when isotropic), `projection_similarity` and `projection_negative_similarity` (mean cosines of positives, and
+      of different images).
+    """
+    view_key, network_key = jax.random.split(step_key(state.key, state.step))
+    index = example_index(batch["label"].shape[0], axis_name)
+    images = make_views(views, view_key, index, batch["image"])
+    rngs = {"drop_path": network_key}
+
+    seen_by_target: Outputs = {}
+    target = state.ema
+    if target is not None:
+        # Large views alone, and they come first.
+        seen_by_target, stats = outputs_of(model, target, images[:1], len(index), rngs, predict=False)
+        seen_by_target = jax.lax.stop_gradient(seen_by_target)
+        target = {**target, "batch_stats": mean_over(stats, axis_name)}
+
+    def loss_of(trained: PyTree, stats: PyTree) -> tuple[jax.Array, Any]:
+        variables = {"params": trained["network"], "batch_stats": stats}
+        online, stats = outputs_of(model, variables, images, len(index), rngs)
+        seen = Seen(online, seen_by_target, state.memory, batch["label"], state.step)
+        loss = objective.loss(seen, axis_name=axis_name)
+        logits = probe_logits({"params": trained["probe"]}, jax.lax.stop_gradient(online["features"][0]))
+        targets = jax.nn.one_hot(batch["label"], logits.shape[-1])
+        probe_loss = softmax_cross_entropy(logits, targets).mean()
+        accuracy = (logits.argmax(-1) == batch["label"]).astype(jnp.float32).mean()
+        metrics = {"loss": loss, "probe_loss": probe_loss, "probe_accuracy": accuracy}
+        return loss + probe_loss, (seen, stats, metrics)
+
+    trained, stats = vary(({"network": state.params, "probe": state.probe["params"]}, state.batch_stats), axis_name)
+    grads, (seen, stats, metrics) = jax.grad(loss_of, has_aux=True)(trained, stats)
+    grads, stats, metrics = mean_over((grads, stats, metrics), axis_name)
+    if frozen_prototypes:
+        moves = (state.step >= frozen_prototypes).astype(jnp.float32)
+        grads = map_with_path(lambda path, g: g * moves if "/prototypes/" in path else g, grads)
+
+    updates, opt_state = tx.update(grads["network"], state.opt_state, state.params)
+    params = apply_masks(optax.apply_updates(state.params, updates), state.masks)
+    probe_updates, probe_opt_state = probe_tx.update(grads["probe"], state.probe["opt_state"], state.probe["params"])
+    probe = {"params": optax.apply_updates(state.probe["params"], probe_updates), "opt_state": probe_opt_state}
+    if target is not None:
+        assert momentum is not None, "a target network follows by a momentum"
+        followed = target_of({"params": params})["params"]
+        target = {**target, "params": ema(target["params"], followed, momentum(state.step))}
+        target["params"] = apply_masks(target["params"], target_of({"masks": state.masks})["masks"])
+    memory = state.memory
+    if objective.remember is not None:
+        memory = objective.remember(jax.lax.stop_gradient(seen), axis_name=axis_name)
+
+    state = state.replace(
+        step=state.step + 1,
+        params=params,
+        batch_stats=stats,
+        opt_state=opt_state,
+        ema=target,
+        memory=memory,
+        probe=probe,
+    )
+    spread = similarities(*seen.online["projection"][:2], axis_name=axis_name)
+    return state, metrics | {"grad_norm": global_norm(grads["network"])} | spread
+
+
+def outputs_of(
+    model: nn.Module,
+    variables: PyTree,
+    images: Sequence[jax.Array],
+    count: int,
+    rngs: dict[str, jax.Array],
+    **options: Any,
+) -> tuple[Outputs, PyTree]:
+    """({name: [V, B, D]}, statistics) of views of `count` examples, each array of them in a pass of its own.
+
+    Statistics are carried from one pass to the next.
+    """
+    stats, passes = variables["batch_stats"], []
+    for part in images:
+        outputs, updated = model.apply(
+            {**variables, "batch_stats": stats}, part, train=True, rngs=rngs, mutable=["batch_stats"], **options
+        )
+        stats = updated.get("batch_stats", stats)
+        passes.append(outputs)
+    views = {
+        name: jnp.concatenate([p[name].reshape(-1, count, p[name].shape[-1]) for p in passes]) for name in passes[0]
+    }
+    return views, stats
+
+
+def similarities(a: jax.Array, b: jax.Array, *, axis_name: str | None = None) -> Metrics:
+    """How spread the embeddings [B, D] of two views are over the whole batch; see `contrastive_step`."""
+    views = jnp.stack([a, b])
+    unit = views / jnp.maximum(jnp.linalg.norm(views, axis=-1, keepdims=True), 1e-6)
+    mean, square = mean_over((unit.mean(1), jnp.square(unit).mean(1)), axis_name)
+    total = a.shape[0] * (1 if axis_name is None else jax.lax.axis_size(axis_name))
+    # The sum of all pairs' products is the squared length of the sum.
+    pairs = (total * jnp.sum(jnp.square(mean), -1) - jnp.sum(square, -1)) / (total - 1)
+    deviation = jnp.sqrt(jnp.maximum(square - jnp.square(mean), 0.0))
+    return {
+        "projection_std": deviation.mean() * a.shape[-1] ** 0.5,
+        "projection_similarity": mean_over(cosine(a, b).mean(), axis_name),
+        "projection_negative_similarity": pairs.mean(),
+    }
+
+
+def feature_step(
+    variables: PyTree,
+    batch: Batch,
+    *,
+    encoder: nn.Module,
+    preprocess: aug.Augment = aug.identity,
+    axis_name: str | None = None,
+) -> dict[str, jax.Array]:
+    """The encoder's pooled features of a batch, whole on every device.
+
+    Returns:
+      `features` float32 [B, F], `label` int32 [B], `valid` bool [B], False where a row is padding.
+    """
+    keys = example_keys(jax.random.key(0), example_index(batch["label"].shape[0], axis_name))
+    images = aug.augment_batch(preprocess, keys, batch["image"])
+    features: Any = encoder.apply(variables, images, train=False)
+    rows = {"features": features.astype(jnp.float32), "label": batch["label"], "valid": batch["valid"]}
+    return all_rows(rows, axis_name)
+
+
+def view_step(
+    variables: PyTree,
+    batch: Batch,
+    *,
+    encoder: nn.Module,
+    views: Sequence[aug.Augment],
+    axis_name: str | None = None,
+) -> dict[str, jax.Array]:
+    """As `feature_step`, of two views of each image, drawn alike in every call: `a` and `b` float32 [B, F]."""
+    index = example_index(batch["label"].shape[0], axis_name)
+    images = jnp.concatenate(make_views(views, jax.random.key(0), index, batch["image"]))
+    features: Any = encoder.apply(variables, images, train=False)
+    a, b = jnp.split(features.astype(jnp.float32), 2)
+    return all_rows({"a": a, "b": b, "valid": batch["valid"]}, axis_name)

@@ -1,0 +1,70 @@
+"""The views of an image that are to be recognised as its own: augmentations of the spine, composed as published."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from resnet_jax import augment as aug
+from resnet_jax.keys import example_keys
+
+JITTER_P = 0.8  # how often colours are changed, in every recipe
+
+
+def view(
+    size: int | None = None,
+    *,
+    scale: tuple[float, float] = (0.08, 1.0),
+    flip: bool = True,
+    jitter: Sequence[float] = (0.4, 0.4, 0.4, 0.1),
+    grayscale: float = 0.2,
+    blur: float = 0.0,
+    solarize: float = 0.0,
+    mean: float | Sequence[float] = aug.IMAGENET_MEAN,
+    std: float | Sequence[float] = aug.IMAGENET_STD,
+) -> aug.Augment:
+    """One kind of view: resized crop, flip, colour jitter, grayscale, blur, solarisation, normalisation, in that order.
+
+    The order and the shares are those of SimCLR (https://arxiv.org/abs/2002.05709, appendix A) and BYOL
+    (https://arxiv.org/abs/2006.07733, appendix B). Images are float [H, W, C] in [0, 1]; the view is [size, size, C].
+
+    Args:
+      size: None is the image's own.
+      scale: share of the area that the crop keeps, drawn uniformly.
+      jitter: strengths of brightness, contrast, saturation and hue; applied to 8 of 10 views.
+      grayscale, blur, solarize: probabilities.
+    """
+
+    def crop(key: aug.Key, image: aug.Image) -> aug.Image:
+        return aug.random_resized_crop(size or (image.shape[0], image.shape[1]), scale=scale)(key, image)
+
+    parts: list[aug.Augment] = [crop]
+    if flip:
+        parts.append(aug.random_flip())
+    if any(jitter):
+        parts.append(aug.randomly(aug.color_jitter(*jitter), JITTER_P))
+    if grayscale:
+        parts.append(aug.grayscale(grayscale))
+    if blur:
+        parts.append(aug.randomly(aug.gaussian_blur(), blur))
+    if solarize:
+        parts.append(aug.solarize(p=solarize))
+    return aug.compose(*parts, aug.normalize(mean, std))
+
+
+def make_views(views: Sequence[aug.Augment], key: jax.Array, index: jax.Array, images: jax.Array) -> list[jax.Array]:
+    """Each view of each image, float32 [B, h, w, C] a view, of images uint8 [B, H, W, C].
+
+    View `v` of the example with global index `i` draws from `fold_in(fold_in(key, v), i)`: the same on one device and
+    on eight. Views of one size, which follow one another, come as one array [V B, h, w, C], for one pass of a network.
+    """
+    made = [
+        aug.augment_batch(view, example_keys(jax.random.fold_in(key, v), index), images) for v, view in enumerate(views)
+    ]
+    groups: list[list[jax.Array]] = []
+    for batch in made:
+        if groups and groups[-1][0].shape == batch.shape:
+            groups[-1].append(batch)
+        else:
+            groups.append([batch])
+    return [jnp.concatenate(group) for group in groups]
