@@ -110,7 +110,7 @@ def cifar10_simclr_resnet20() -> PretrainConfig:
         ObjectiveConfig(name="simclr", projector=(128, 128), temperature=0.2),
         OptimConfig(lr=0.12, nesterov=True, weight_decay=5e-4, warmup_epochs=1),
         model="resnet20",
-        epochs=10,
+        epochs=7,
         eval_every=1,
         neighbour_images=10_000,
     )

@@ -91,6 +91,9 @@ def contrastive_step(
         grads = map_with_path(lambda path, g: g * moves if "/prototypes/" in path else g, grads)
 
     updates, opt_state = tx.update(grads["network"], state.opt_state, state.params)
+    if frozen_prototypes:
+        # Weight decay pulls at what has no gradient too.
+        updates = map_with_path(lambda path, u: u * moves if path.startswith("prototypes/") else u, updates)
     params = apply_masks(optax.apply_updates(state.params, updates), state.masks)
     probe_updates, probe_opt_state = probe_tx.update(grads["probe"], state.probe["opt_state"], state.probe["params"])
     probe = {"params": optax.apply_updates(state.probe["params"], probe_updates), "opt_state": probe_opt_state}

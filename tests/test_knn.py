@@ -66,16 +66,33 @@ def test_defaults_are_the_protocols():
     assert knn_accuracy(queries, truth, bank, labels, classes=CLASSES) == pytest.approx(accuracy, abs=1e-9)
 
 
-def test_every_query_counts_once_in_one_compilation():
+@pytest.mark.parametrize(("block", "rows"), [(1, 1), (4, 4), (12, 12), (13, 13), (1024, 13)])
+def test_every_query_counts_once_in_blocks_of_one_shape(monkeypatch, block, rows):
     """13 queries of which the last alone is wrong, in blocks that do and do not divide them."""
     bank, labels = np.eye(CLASSES, dtype=np.float32), np.arange(CLASSES)
     truth = np.arange(13) % CLASSES
     queries = bank[truth]
     truth[-1] = 3
-    for block in (1, 4, 12, 13, 1024):
-        before = knn._predict._cache_size()
-        assert knn_accuracy(queries, truth, bank, labels, classes=CLASSES, k=1, block=block) == pytest.approx(12 / 13)
-        assert knn._predict._cache_size() <= before + 1
+    seen, predict = [], knn._predict
+
+    def watched(block, *rest, **options):
+        seen.append(len(block))
+        return predict(block, *rest, **options)
+
+    monkeypatch.setattr(knn, "_predict", watched)
+    assert knn_accuracy(queries, truth, bank, labels, classes=CLASSES, k=1, block=block) == pytest.approx(12 / 13)
+    assert seen == [rows] * -(-13 // rows)
+
+
+def test_k_and_temperature_decide():
+    """One near neighbour against two that are further away: by number they win, by weight they do not."""
+    angles = np.asarray([0.1, 0.6, 0.6, 1.5])
+    bank, labels = np.stack([np.cos(angles), np.sin(angles)], 1), np.asarray([1, 2, 2, 3])
+    query, truth = np.asarray([[1.0, 0.0]]), np.asarray([1])
+    options = {"classes": CLASSES, "block": 1}
+    assert knn_accuracy(query, truth, bank, labels, **options, k=1, temperature=10.0) == 1
+    assert knn_accuracy(query, truth, bank, labels, **options, k=3, temperature=10.0) == 0
+    assert knn_accuracy(query, truth, bank, labels, **options, k=3) == 1
 
 
 def test_padding_is_never_a_neighbour():

@@ -17,7 +17,7 @@ from resnet_jax.onednn import cache_folder
 from train.errors import RunError, UsageError
 
 # glibc's mallopt, malloc.h
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8
+M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
 
 
 def keep_compiled(folder: str = "auto") -> Path | None:
@@ -75,10 +75,10 @@ def keep_memory() -> bool:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # not in musl
     if mallopt is None:
         return False
-    # One arena: only the main one can grow without limit. Before glibc 2.35 no threshold may be above 32 MiB.
-    threshold = mallopt(M_MMAP_THRESHOLD, 1 << 30) or mallopt(M_MMAP_THRESHOLD, 1 << 25)
-    others = [mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1), mallopt(M_ARENA_MAX, 1)]
-    return bool(threshold and all(others))
+    # Nothing is mapped by itself or given back, however large (thresholds end at 2 GiB, which a step's temporaries
+    # exceed); one arena: only the main one can grow without limit.
+    settings = {M_MMAP_MAX: 0, M_TRIM_THRESHOLD: -1, M_ARENA_MAX: 1}
+    return all([mallopt(name, value) for name, value in settings.items()])
 
 
 def cpu_only() -> bool:

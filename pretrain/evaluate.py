@@ -1,0 +1,198 @@
+"""What a pretrained encoder is worth: `python -m pretrain.evaluate RUN [--protocol NAME ...] [--data SET]`.
+
+Each protocol has its own name in the result, because their figures differ and are not comparable:
+
+- `knn`: weighted nearest neighbours on frozen features (k and T of the run, 200 and 0.1), no training;
+- `linear`: an offline linear probe on frozen features, its learning rate chosen on validation;
+- `finetune_1`, `finetune_10`, `finetune_100`: the whole network trained further on so many percent of the labels by the
+  supervised pipeline; `scratch_1`, `scratch_10`, `scratch_100`: the same from random weights, to compare with.
+
+On another set than the encoder was pretrained on, these are transfer. The test split is looked at once by each.
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from pretrain.config import PretrainConfig
+from pretrain.features import Extractor, worth
+from pretrain.steps import feature_step
+from resnet_jax.parallel import axis_of, compile_step, make_mesh, place, replicated
+from resnet_jax.tree import PyTree
+from train.build import compiler_options, eval_augment, make_model, make_primitives, open_data, read_data
+from train.config import AugmentConfig, DataConfig, OptimConfig, TrainConfig
+from train.data import Dataset
+from train.errors import UsageError, unknown
+from train.process import keep_compiled, keep_memory, say
+from train.run import run as train_run
+from train.runs import environment, read_config, write_json
+from train.state import init_variables
+from train.weights import ENCODER, load_weights
+
+FROZEN = ("knn", "linear")
+TRAINED = tuple(f"{way}_{percent}" for way in ("finetune", "scratch") for percent in (1, 10, 100))
+UPDATES = 300  # at least so many in each fine-tuning: an epoch of 1 % of a small set is a single one
+
+
+def evaluate(
+    run: Path,
+    protocols: Sequence[str] = FROZEN,
+    *,
+    data: DataConfig | None = None,
+    epochs: float = 30,
+    lr: float = 0.05,
+    batch: int = 64,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Test accuracies, in [0, 1], of a finished run's encoder by protocol; also in RUN/evaluation-SET.json.
+
+    Args:
+      data: the set; None is the one that the encoder was pretrained on. Images are normalised as they were there.
+      epochs, lr, batch, seed: of fine-tuning and of training from scratch: Nesterov SGD with a cosine, after a tenth of
+        warm-up, on resized crops of at least a fifth of the area, mirrored if pretraining did so; 300 updates or more.
+
+    Raises:
+      UsageError: an unknown protocol, no finished run, a set that does not fit the encoder.
+    """
+    for protocol in protocols:
+        if protocol not in (*FROZEN, *TRAINED):
+            raise unknown("protocol", protocol, (*FROZEN, *TRAINED))
+    config, saved = read_config(run, PretrainConfig)
+    if not (run / ENCODER).is_file():
+        raise UsageError(f"{run} is not finished: it has no {ENCODER}")
+    keep_compiled(config.cache)
+    config = replace(config, data=data or config.data, mode="jit", sync_bn=True)
+    dataset = read_data(config, open_data(config))
+    if dataset.image_shape[-1] != saved["image_shape"][-1]:
+        raise UsageError(
+            f"{dataset.name} has {dataset.image_shape[-1]} channels, and {run} was pretrained on "
+            f"{saved['image_shape'][-1]}"
+        )
+    crop = config.augment.resized_crop
+    if crop is not None and crop > min(dataset.image_shape[:2]):
+        raise UsageError(
+            f"{dataset.name} has images of {dataset.image_shape[0]}x{dataset.image_shape[1]}, and {run} looks at "
+            f"{crop} pixels: pass --image-size"
+        )
+
+    result: dict[str, Any] = {
+        "pretrained_on": saved["config"]["data"]["name"],
+        "dataset": dataset.name,
+        "run": str(run),
+    }
+    if set(protocols) & set(FROZEN):
+        found = frozen_worth(config, run, dataset)
+        values = {"knn": found.knn, "linear": found.linear}
+        result |= {f"{name}_accuracy": values[name] for name in protocols if name in FROZEN}
+        if "linear" in protocols:
+            result |= {"linear_learning_rate": found.learning_rate}
+    for protocol in (name for name in protocols if name in TRAINED):
+        way, _, percent = protocol.partition("_")
+        fraction = int(percent) / 100
+        say(f"{protocol}: {dataset.name}, {percent} % of the labels")
+        labelled = max(round(len(dataset.train) * fraction), len(dataset.classes))
+        size = min(batch, labelled)
+        steps = max(round(epochs * labelled / size), UPDATES)
+        a = config.augment
+        tuned = train_run(
+            TrainConfig(
+                out=str(run / f"{protocol}-{dataset.name.replace('/', '_')}"),
+                init=str(run / ENCODER) if way == "finetune" else None,
+                model=config.model,
+                width=config.width,
+                zero_init=config.zero_init,
+                data=replace(config.data, fraction=fraction),
+                augment=AugmentConfig(resized_crop=crop, min_scale=0.2, flip=a.flip, mean=a.mean, std=a.std)
+                if crop
+                else AugmentConfig(crop_padding=dataset.image_shape[0] // 8, flip=a.flip, mean=a.mean, std=a.std),
+                optim=OptimConfig(lr=lr, nesterov=True, weight_decay=1e-4, warmup_epochs=steps / 10 * size / labelled),
+                steps=steps,
+                batch=size,
+                eval_every=max(steps * size / labelled / 5, 1e-3),
+                eval_batch=config.eval_batch,
+                seed=seed,
+                dtype=config.dtype,
+                primitives=config.primitives,
+                cache=config.cache,
+            ),
+            protocol,
+        )
+        result[f"{protocol}_accuracy"] = tuned["test_accuracy"]
+    result |= environment()
+    path = run / f"evaluation-{dataset.name.replace('/', '_').replace(':', '_')}.json"
+    before = json.loads(path.read_text()) if path.is_file() else {}
+    write_json(path, {**before, **result})
+    return result
+
+
+def frozen_worth(config: PretrainConfig, run: Path, dataset: Dataset) -> Any:
+    """`features.worth` of the encoder of a run on a set."""
+    mesh = make_mesh()
+    primitives, _ = make_primitives(config.primitives if mesh.size == 1 else "auto", config.mode)
+    encoder = make_model(config, None, axis_of(config.mode), primitives)
+    shapes: dict[str, PyTree] = jax.eval_shape(lambda: init_variables(encoder, jax.random.key(0), dataset.image_shape))
+    variables = place(load_weights(run, shapes), replicated(mesh))
+    step = compile_step(
+        partial(feature_step, encoder=encoder, preprocess=eval_augment(config.augment)),
+        mesh=mesh,
+        donate=False,
+        compiler_options=compiler_options(encoder.dtype, plain=not primitives) or None,
+    )
+    extract = Extractor(step, config.eval_batch, mesh, "jit")
+    train, validation, test = (extract(variables, dataset.splits[name]) for name in ("train", "validation", "test"))
+    return worth(
+        train,
+        validation,
+        test,
+        classes=len(dataset.classes),
+        neighbours=config.neighbours,
+        temperature=config.neighbour_temperature,
+        seed=config.seed,
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Evaluate, print a line a protocol on stderr and the result as JSON on stdout."""
+    import argparse
+
+    parser = argparse.ArgumentParser(
+        prog="python -m pretrain.evaluate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("run", type=Path, help="the folder of a finished run of pretraining")
+    parser.add_argument("--protocol", nargs="+", default=list(FROZEN), metavar="NAME", help="which, by name")
+    parser.add_argument("--data", help="another set than it was pretrained on: transfer")
+    parser.add_argument("--dir", help="the TFDS data_dir of that set")
+    parser.add_argument("--image-size", type=int, help="side that its images are brought to")
+    parser.add_argument("--epochs", type=float, default=30, help="of fine-tuning and from scratch")
+    parser.add_argument("--lr", type=float, default=0.05)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    data = None
+    if args.data:
+        data = DataConfig(name=args.data, dir=args.dir, image_size=args.image_size)
+    elif args.dir or args.image_size:
+        raise UsageError("--dir and --image-size belong to another set: name it with --data")
+    tuning = {"epochs": args.epochs, "lr": args.lr, "batch": args.batch, "seed": args.seed}
+    result = evaluate(args.run, args.protocol, data=data, **tuning)
+    transfer = "" if result["dataset"] == result["pretrained_on"] else f", pretrained on {result['pretrained_on']}"
+    for name, value in result.items():
+        if name.endswith("_accuracy"):
+            print(f"{name.removesuffix('_accuracy')}: {value:.2%} test, {result['dataset']}{transfer}", file=sys.stderr)
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    from train.errors import one_line
+
+    with one_line():
+        keep_memory()
+        main()

@@ -1,0 +1,136 @@
+"""Runs of pretraining side by side: `python -m pretrain.report RUN... [--json FILE] [--picture FILE.png] [--table]`.
+
+RUN is a run's folder, or a JSON file that `--json` wrote.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from train.errors import UsageError
+from train.report import collect
+
+Run = dict[str, Any]
+
+
+def minutes(run: Run, step: int) -> float:
+    """Minutes of training after which a run had done `step` steps, without evaluations."""
+    return step * run["config"]["batch"] / run["images_per_second"] / 60
+
+
+def draw(runs: dict[str, Run], picture: Path, supervised: Run | None = None) -> None:
+    """Validation accuracy by kNN and online linear probe, and the representation's health, over time.
+
+    Beside them, where it is given, the validation accuracy of a supervised run. Needs the extra `plot`.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UsageError("pictures need matplotlib: pip install 'resnet-jax[plot]'") from None
+
+    figure = Figure(figsize=(10, 3.8), layout="constrained")
+    accuracy, spread = figure.subplots(1, 2)
+    for index, (name, run) in enumerate(runs.items()):
+        colour = f"C{index}"
+        looks = [row for row in run["history"] if "validation_knn_accuracy" in row]
+        at = [minutes(run, row["step"]) for row in looks]
+        knn = [100 * row["validation_knn_accuracy"] for row in looks]
+        linear = [100 * row["validation_online_linear_accuracy"] for row in looks]
+        accuracy.plot(at, knn, f"{colour}o-", ms=3, label=f"{name}: kNN")
+        accuracy.plot(at[1:], linear[1:], f"{colour}--", lw=1, label=f"{name}: linear probe, online")
+        accuracy.plot([at[-1]], [100 * run["validation_linear_accuracy"]], f"{colour}*", ms=9)
+        if index == 0:
+            accuracy.axhline(knn[0], color="grey", lw=0.8, ls=":", label="kNN of random weights")
+        spread.plot(at, [row["effective_rank"] for row in looks], f"{colour}o-", ms=3, label=name)
+    if supervised is not None:
+        held = [row for row in supervised["history"] if "validation_accuracy" in row]
+        at = [minutes(supervised, row["step"]) for row in held]
+        accuracy.plot(at, [100 * row["validation_accuracy"] for row in held], "k-", lw=1, label="supervised")
+    accuracy.set(xlabel="minutes of training", ylabel="validation accuracy (%)")
+    accuracy.set_title("stars: linear probe trained offline", fontsize=9)
+    spread.set(xlabel="minutes of training", ylabel="effective rank of the features")
+    for axes in (accuracy, spread):
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=7)
+    figure.savefig(picture, dpi=130)
+
+
+def table(runs: Sequence[Run]) -> str:
+    """A Markdown table, a row a method: test accuracies in percent, mean (standard deviation) over its runs' seeds."""
+    rows = [
+        "| method | kNN | linear, offline | linear, online | training, s | runs |",
+        "|---|---|---|---|---|---|",
+    ]
+
+    def cell(values: Sequence[float], digits: int = 1) -> str:
+        spread = f" ({np.std(values, ddof=1):.{digits}f})" if len(values) > 1 else ""
+        return f"{np.mean(values):.{digits}f}{spread}"
+
+    def row(name: str, group: Sequence[Run], prefix: str = "") -> str:
+        knn, linear = ([100 * run[f"{prefix}{kind}_accuracy"] for run in group] for kind in ("knn", "linear"))
+        online = "" if prefix else cell([100 * run["online_linear_accuracy"] for run in group])
+        seconds = (
+            ""
+            if prefix
+            else cell([run["steps"] * run["config"]["batch"] / run["images_per_second"] for run in group], 0)
+        )
+        return f"| {name} | {cell(knn)} | {cell(linear)} | {online} | {seconds} | {len(group)} |"
+
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(run["objective"], []).append(run)
+    seeds = {run["seed"]: run for run in runs}
+    rows.append(row("random weights", list(seeds.values()), "random_"))
+    rows += [row(name, group) for name, group in groups.items()]
+    return "\n".join(rows)
+
+
+def read(path: Path) -> Run:
+    """A run of pretraining, from its folder or from a file that `--json` wrote.
+
+    Raises:
+      UsageError: no finished run of pretraining there.
+    """
+    try:
+        run = json.loads(path.read_text()) if path.is_file() else collect(path)
+    except ValueError as error:
+        raise UsageError(f"{path} cannot be read: {error}") from None
+    if "objective" not in run:
+        raise UsageError(f"{path} is no run of pretraining")
+    return run
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Read the runs, and write what is asked for."""
+    import argparse
+
+    parser = argparse.ArgumentParser(prog="python -m pretrain.report", description=__doc__)
+    parser.add_argument("runs", nargs="+", type=Path, help="runs' folders, or JSON files that --json wrote")
+    parser.add_argument("--json", type=Path, help="write the run (of one) with its history here")
+    parser.add_argument("--picture", type=Path, help="draw the curves here, as .png, .svg or .pdf")
+    parser.add_argument("--supervised", type=Path, help="a run of training to draw beside them")
+    parser.add_argument("--table", action="store_true", help="print a Markdown table, a row a method")
+    args = parser.parse_args(argv)
+    if not (args.json or args.picture or args.table):
+        raise UsageError("nothing to do: pass --json FILE, --picture FILE or --table")
+    if args.json and len(args.runs) > 1:
+        raise UsageError("--json takes one run")
+    runs = {path.stem: read(path) for path in args.runs}
+    if args.json:
+        args.json.write_text(json.dumps(*runs.values(), indent=1) + "\n")
+    if args.picture:
+        other = args.supervised
+        supervised = None if other is None else json.loads(other.read_text()) if other.is_file() else collect(other)
+        draw(runs, args.picture, supervised)
+    if args.table:
+        print(table(list(runs.values())))
+
+
+if __name__ == "__main__":
+    from train.errors import one_line
+
+    with one_line():
+        main()
