@@ -77,9 +77,9 @@ def make_momentum(objective: Objective, steps: int) -> Callable[[jax.Array], Any
     return lambda step: 1 - (1 - start) * (jnp.cos(math.pi * step / steps) + 1) / 2
 
 
-def make_probe_tx(config: PretrainConfig) -> optax.GradientTransformation:
-    """The online probe's optimizer: Adam, whose steps do not depend on how large features are."""
-    return optax.adam(config.probe_lr)
+def make_probe_tx(config: PretrainConfig, steps: int = 1) -> optax.GradientTransformation:
+    """The online probe's optimizer: Adam, whose steps do not depend on how large features are, along a cosine to 0."""
+    return optax.adam(optax.cosine_decay_schedule(config.probe_lr, steps))
 
 
 def init_network(
@@ -119,7 +119,7 @@ def step_options(
     return {
         "model": network,
         "tx": tx,
-        "probe_tx": make_probe_tx(config),
+        "probe_tx": make_probe_tx(config, steps),
         "views": make_views(config.augment),
         "objective": objective,
         "momentum": make_momentum(objective, steps),

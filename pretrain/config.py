@@ -78,8 +78,8 @@ class PretrainConfig(RunConfig):
 
     augment: ViewConfig = field(default_factory=ViewConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
-    probe_lr: float = 1e-3
-    """Learning rate of the online probe (Adam)."""
+    probe_lr: float = 0.01
+    """Peak learning rate of the online probe (Adam, a cosine to 0)."""
     neighbours: int = 200
     """k of the nearest-neighbour classifier."""
     neighbour_temperature: float = 0.1

@@ -45,7 +45,7 @@ def digits(method: str) -> PretrainConfig:
         augment=ViewConfig(min_scale=0.4, flip=False, jitter=(0.4, 0.4, 0.0, 0.0), grayscale=0.0),
         objective=DIGITS[method],
         optim=OptimConfig(lr=0.1, nesterov=True, weight_decay=5e-4, warmup_epochs=5),
-        epochs=150,
+        epochs=100,
         batch=128,
         log_every=20,
         eval_every=10,

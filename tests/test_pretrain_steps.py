@@ -18,7 +18,7 @@ from pretrain.state import init_pretrain_state, pretrain_digest, target_of
 from pretrain.steps import contrastive_step, feature_step, outputs_of, similarities, view_step
 from pretrain.views import make_views
 from resnet_jax import contrastive as c
-from resnet_jax.augment import augment_batch, normalize, random_crop
+from resnet_jax.augment import augment_batch, identity, normalize, random_crop
 from resnet_jax.layers import BatchNorm, conv
 from resnet_jax.masks import apply_masks, no_masks
 from resnet_jax.parallel import axis_of, compile_step, make_mesh, replicated, shard_batch
@@ -155,14 +155,19 @@ BATCH = draw_batch()
 
 @dataclass(frozen=True)
 class Run:
-    """What three steps left: `states` before the first and after each one, on the host; `step` is compiled."""
+    """What three steps left: `states` before the first and after each one, on the host."""
 
     states: list[Any]
     metrics: list[dict[str, float]]
     traces: int
     donated: bool
-    step: Any
+    compiled: Any
     model: nn.Module
+
+    def step(self, state, batch):
+        """The compiled step again, on one device."""
+        mesh = make_mesh(jax.devices()[:1])
+        return self.compiled(jax.device_put(on_device(state), replicated(mesh)), shard_batch(batch, mesh))
 
 
 @cache
@@ -239,25 +244,25 @@ def test_golden_metrics(name):
 # ---- one step, written out again -------------------------------------------------------------------------------------
 
 
-def views_by_hand(name, state):
-    """The step's views [V, B, h, w, C], one array for each size."""
-    key = jax.random.split(jax.random.fold_in(state.key, int(state.step)))[0]
-    made = [
-        augment_batch(view, jax.vmap(partial(jax.random.fold_in, jax.random.fold_in(key, v)))(np.arange(B)), images)
-        for v, (view, images) in enumerate((view, jnp.asarray(BATCH["image"])) for view in views_of(name))
-    ]
-    large = [x for x in made if x.shape[1] == 8]
-    return [jnp.stack(large), *([jnp.stack(made[len(large) :])] if len(large) < len(made) else [])]
+def views_by_hand(name, key, step):
+    """The step's views [V, B, h, w, C], one array for each size, by the run's key."""
+    key = jax.random.split(jax.random.fold_in(key, step))[0]
+    made = []
+    for v, view in enumerate(views_of(name)):
+        keys = jnp.stack([jax.random.fold_in(jax.random.fold_in(key, v), i) for i in range(B)])
+        made.append(augment_batch(view, keys, jnp.asarray(BATCH["image"])))
+    parts = [[x for x in made if x.shape[1] == size] for size in (8, 4)]
+    return [jnp.stack(part) for part in parts if part]
 
 
 def test_byol_step_is_the_gradient_towards_a_target_that_stands_still():
     """Gradient, decay, momentum, masks; the probe; the target's parameters and statistics. From the second step on."""
     before, after, metrics = run("byol").states[1], run("byol").states[2], run("byol").metrics[1]
-    (images,), model = views_by_hand("byol", before), run("byol").model
-    flat = images.reshape(-1, 8, 8, 3)
+    model = run("byol").model
 
     @quick_jit
     def plain(state):
+        flat = views_by_hand("byol", state.key, state.step)[0].reshape(-1, 8, 8, 3)
         target, target_stats = model.apply(state.ema, flat, train=True, predict=False, mutable=["batch_stats"])
         ours = target["projection"].reshape(2, B, -1)
 
@@ -296,8 +301,12 @@ def test_byol_step_is_the_gradient_towards_a_target_that_stands_still():
 @cache
 def seen_by_hand(name: str, number: int) -> Seen:
     """What the objective sees in step `number` of the run on one device, [V, B, D] by name, from its own passes."""
-    state, model = run(name).states[number], run(name).model
-    images = views_by_hand(name, state)
+    return Seen(*online_and_target(name)(run(name).states[number]))
+
+
+@cache
+def online_and_target(name: str) -> Any:
+    model = run(name).model
 
     def look(variables, images, **options):
         outputs, stats = [], variables["batch_stats"]
@@ -313,13 +322,14 @@ def seen_by_hand(name: str, number: int) -> Seen:
             stats = new["batch_stats"]
         return {key: jnp.concatenate([found[key] for found in outputs]) for key in outputs[0]}
 
-    @quick_jit
-    def both(state, images):
+    def both(state):
+        images = views_by_hand(name, state.key, state.step)
         online = look({"params": state.params, "batch_stats": state.batch_stats}, images)
-        return online, {} if state.ema is None else look(state.ema, images[:1], predict=False)
+        target = {} if state.ema is None else look(state.ema, images[:1], predict=False)
+        return online, target, state.memory, BATCH["label"], state.step
 
-    online, target = jax.device_get(both(state.replace(key=None), images))
-    return Seen(online, target, state.memory, BATCH["label"], state.step)
+    compiled = quick_jit(both)
+    return lambda state: jax.device_get(compiled(on_device(state)))
 
 
 @pytest.mark.parametrize("name", ["mocov2", "nnclr", "dino"])
@@ -391,7 +401,7 @@ def test_assignments_of_swav_stand_still():
     seen, scores = random_seen(), random_seen().online["scores"]
     _, (online, _, _) = gradients("swav")(seen[:3], seen.labels)
     for v in (0, 1):
-        want = (jax.nn.softmax(scores[v] / 0.1) - c.sinkhorn(scores[1 - v])) / 0.1 / B / 2
+        want = (jax.nn.softmax(scores[v] / 0.1) - quick_jit(c.sinkhorn)(scores[1 - v])) / 0.1 / B / 2
         np.testing.assert_allclose(online["scores"][v], want, atol=1e-6)
 
 
@@ -402,7 +412,7 @@ def test_target_is_not_differentiated(name):
     state = init(objective, model, masks=False)
     # From parameters of its own, where the loss is not at its least.
     state = state.replace(ema=jax.tree.map(lambda x: x + 0.1, state.ema))
-    options = {**options_of(name, model), "views": (lambda key, image: image, lambda key, image: image[:4] ** 2)[:1] * 2}
+    options = {**options_of(name, model), "views": (identity, lambda key, image: 1 - image)}
 
     @quick_jit
     @jax.grad
@@ -419,7 +429,7 @@ def test_nothing_learns_from_the_probe():
     """Other labels, another probe: the network goes the same way to the last bit."""
     done = run("simclr")
     labels = (BATCH["label"] + 1) % CLASSES
-    other, metrics = done.step(on_device(done.states[0]), {**BATCH, "label": labels})
+    other, metrics = done.step(done.states[0], {**BATCH, "label": labels})
     assert pretrain_digest(other) != pretrain_digest(done.states[1])
     for field in ("params", "batch_stats", "opt_state"):
         assert not differ(getattr(other, field), getattr(done.states[1], field))
@@ -428,7 +438,7 @@ def test_nothing_learns_from_the_probe():
 
     rng = np.random.default_rng(0)
     probe = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), done.states[0].probe)
-    other, metrics = done.step(on_device(done.states[0].replace(probe=probe)), BATCH)
+    other, metrics = done.step(done.states[0].replace(probe=probe), BATCH)
     assert not differ(other.params, done.states[1].params)
     assert float(metrics["probe_loss"]) != pytest.approx(done.metrics[0]["probe_loss"], rel=1e-2)
 
@@ -624,8 +634,8 @@ def test_metrics_of_a_step_are_of_the_first_two_views(name):
 def test_collapse_shows():
     """A projector that puts out its bias, whatever the image."""
     done = run("supcon")
-    state = on_device(done.states[0])
-    layer = {"kernel": jnp.zeros((12, 12)), "bias": jnp.arange(12.0)}
+    state = done.states[0]
+    layer = {"kernel": np.zeros((12, 12), np.float32), "bias": np.arange(12, dtype=np.float32)}
     params = {**state.params, "projector": {**state.params["projector"], "fc2": layer}}
     _, metrics = done.step(state.replace(params=params), BATCH)
     assert float(metrics["projection_std"]) < 1e-3 < 0.1 < done.metrics[0]["projection_std"]
@@ -667,7 +677,8 @@ def test_features_of_the_whole_batch_in_order(mode):
     encoder = Encoder()
     variables = variables_of(encoder)
     got = extracted(partial(feature_step, encoder=encoder, preprocess=normalize(0.5, 0.25)), mode, variables)
-    want = encoder.apply(variables, (BATCH["image"].astype(np.float32) / 255 - 0.5) / 0.25, train=False)
+    images = (BATCH["image"].astype(np.float32) / 255 - 0.5) / 0.25
+    want = quick_jit(partial(encoder.apply, train=False))(variables, images)
     assert got["features"].dtype == np.float32
     np.testing.assert_allclose(got["features"], want, atol=1e-5)
     np.testing.assert_array_equal(got["label"], BATCH["label"])
@@ -681,8 +692,13 @@ def test_features_of_two_views_drawn_alike_in_every_call(mode):
     encoder, views = Encoder(), (random_crop(1), random_crop(2))
     variables = variables_of(encoder)
     got = extracted(partial(view_step, encoder=encoder, views=views), mode, variables)
-    (images,) = make_views(views, jax.random.key(0), jnp.arange(B), jnp.asarray(BATCH["image"]))
-    want = np.asarray(encoder.apply(variables, images, train=False))
+
+    @quick_jit
+    def plain(images):
+        (both,) = make_views(views, jax.random.key(0), jnp.arange(B), images)
+        return encoder.apply(variables, both, train=False)
+
+    want = np.asarray(plain(BATCH["image"]))
     np.testing.assert_allclose(got["a"], want[:B], atol=1e-5)
     np.testing.assert_allclose(got["b"], want[B:], atol=1e-5)
     np.testing.assert_array_equal(got["valid"], ROWS["valid"])
