@@ -7,18 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from resnet_jax.contrastive import unit
+
 # A mean cosine c between different images makes `feature_std` about sqrt(1 - c): this is a cosine of 0.9975.
 COLLAPSED_STD = 0.05
 # A dimension is dead whose standard deviation is a smaller part than this of the features' root mean square.
 DEAD_STD = 1e-3
 # Rows of the matrix of distances that are held at once.
 ROWS = 256
-
-
-def unit(x: jax.Array) -> jax.Array:
-    """The rows of [..., D] at length 1, float32; rows of length 0 stay 0."""
-    x = jnp.asarray(x, jnp.float32)
-    return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(jnp.square(x), axis=-1, keepdims=True), 1e-24))
 
 
 # --- two views --------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pretrain.health import unit
+from resnet_jax.contrastive import unit
 
 
 def knn_scores(

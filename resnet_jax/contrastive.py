@@ -49,11 +49,11 @@ def sup_con(
     All views of all examples with the same label, int [B], are positives of one another.
     """
     count, size = views.shape[:2]
-    every, every_label = _gather(_unit(views), axis_name, axis=1), _gather(labels, axis_name)
+    every, every_label = _gather(unit(views), axis_name, axis=1), _gather(labels, axis_name)
     total = every.shape[1]
     rows = jnp.arange(count)[:, None] * total + example_index(size, axis_name)[None]
     losses = contrast(
-        _unit(views).reshape(count * size, -1),
+        unit(views).reshape(count * size, -1),
         every.reshape(count * total, -1),
         groups=(jnp.tile(labels, count), jnp.tile(every_label, count)),
         places=(rows.reshape(-1), jnp.arange(count * total)),
@@ -77,13 +77,13 @@ def info_nce(
     Among the other keys of the whole batch, as in MoCo v3 (https://arxiv.org/abs/2104.02057), or, where they are given,
     among `negatives` [K, D] alone, as in MoCo (https://arxiv.org/abs/1911.05722).
     """
-    queries, keys = _unit(queries), _unit(keys)
+    queries, keys = unit(queries), unit(keys)
     own = example_index(len(queries), axis_name)
     if negatives is None:
         every = _gather(keys, axis_name)
         groups = own, jnp.arange(len(every))
         return contrast(queries, every, groups=groups, temperature=temperature, block=block)
-    negatives = _unit(negatives)
+    negatives = unit(negatives)
 
     def losses(own: tuple[jax.Array, ...]) -> jax.Array:
         queries, keys = own
@@ -130,7 +130,7 @@ def contrast(
 
 def nearest(queries: jax.Array, bank: jax.Array) -> jax.Array:
     """The row of `bank` [K, D] that is most similar to each query [B, D] by cosine, [B, D]."""
-    return bank[jnp.argmax(_products(_unit(queries), _unit(bank)), axis=1)]
+    return bank[jnp.argmax(_products(unit(queries), unit(bank)), axis=1)]
 
 
 def enqueue(queue: jax.Array, embeddings: jax.Array, step: jax.Array, *, axis_name: str | None = None) -> jax.Array:
@@ -141,7 +141,7 @@ def enqueue(queue: jax.Array, embeddings: jax.Array, step: jax.Array, *, axis_na
     Raises:
       ValueError: it is not.
     """
-    every = all_rows(_unit(embeddings), axis_name)
+    every = all_rows(unit(embeddings), axis_name)
     if len(queue) % len(every):
         raise ValueError(f"a queue of {len(queue)} is no multiple of a batch of {len(every)}")
     start = step % (len(queue) // len(every)) * len(every)
@@ -153,7 +153,7 @@ def enqueue(queue: jax.Array, embeddings: jax.Array, step: jax.Array, *, axis_na
 
 def cosine(a: jax.Array, b: jax.Array) -> jax.Array:
     """Cosine similarity of the rows of [..., D], float32 [...]; rows of length 0 are similar to nothing."""
-    return jnp.sum(_unit(a) * _unit(b), axis=-1)
+    return jnp.sum(unit(a) * unit(b), axis=-1)
 
 
 def byol(predictions: jax.Array, targets: jax.Array) -> jax.Array:
@@ -202,7 +202,7 @@ def vicreg(
     def spread(x: jax.Array) -> tuple[jax.Array, jax.Array]:
         total = len(x) * (1 if axis_name is None else jax.lax.axis_size(axis_name))
         x = x - _batch_mean(x, axis_name)
-        moments = _moments(x, x, axis_name) * (total / (total - 1))
+        moments = _moments(x, x, axis_name) * (total / max(total - 1, 1))
         diagonal = jnp.diagonal(moments)
         short = jax.nn.relu(1 - jnp.sqrt(diagonal + 1e-4)).mean()
         return short, _off_diagonal(moments) / x.shape[1]
@@ -284,8 +284,8 @@ def _crossed(targets: jax.Array, log_p: jax.Array) -> jax.Array:
 # --- pieces -----------------------------------------------------------------------------------------------------------
 
 
-def _unit(x: jax.Array) -> jax.Array:
-    """Rows of length 1, float32; those of length 0 stay, with a finite gradient."""
+def unit(x: jax.Array) -> jax.Array:
+    """Rows of [..., D] at length 1, float32; those of length 0 stay, with a finite gradient."""
     x = x.astype(jnp.float32)
     return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(jnp.square(x), axis=-1, keepdims=True), 1e-12))
 

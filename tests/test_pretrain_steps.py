@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from itertools import pairwise
 from typing import Any
 
 import flax.linen as nn
@@ -232,13 +233,32 @@ def test_eight_devices_equal_one(name, mode):
         assert mine == pytest.approx(one, rel=1e-4, abs=1e-5)
 
 
-GOLDEN = {"simclr": {}, "byol": {}}
+GOLDEN = {
+    "simclr": {
+        "loss": 2.928371,
+        "probe_loss": 1.306000,
+        "probe_accuracy": 0.375,
+        "grad_norm": 5.429238,
+        "projection_std": 0.967718,
+        "projection_similarity": 0.406612,
+        "projection_negative_similarity": -0.018226,
+    },
+    "byol": {
+        "loss": 3.309165,
+        "probe_loss": 1.306335,
+        "probe_accuracy": 0.375,
+        "grad_norm": 5.172054,
+        "projection_std": 0.760288,
+        "projection_similarity": 0.480867,
+        "projection_negative_similarity": 0.333289,
+    },
+}
 
 
 @pytest.mark.parametrize("name", GOLDEN)
 def test_golden_metrics(name):
     """The metrics of the second step, pinned: any change of the mathematics shows here."""
-    assert run(name).metrics[1] == pytest.approx(GOLDEN[name], rel=1e-3)
+    assert run(name).metrics[1] == pytest.approx(GOLDEN[name], rel=1e-3, abs=1e-4)
 
 
 # ---- one step, written out again -------------------------------------------------------------------------------------
@@ -249,7 +269,7 @@ def views_by_hand(name, key, step):
     key = jax.random.split(jax.random.fold_in(key, step))[0]
     made = []
     for v, view in enumerate(views_of(name)):
-        keys = jnp.stack([jax.random.fold_in(jax.random.fold_in(key, v), i) for i in range(B)])
+        keys = jax.vmap(partial(jax.random.fold_in, jax.random.fold_in(key, v)))(jnp.arange(B))
         made.append(augment_batch(view, keys, jnp.asarray(BATCH["image"])))
     parts = [[x for x in made if x.shape[1] == size] for size in (8, 4)]
     return [jnp.stack(part) for part in parts if part]
@@ -455,7 +475,7 @@ def test_probe_learns():
 
 @pytest.mark.parametrize("name", WITH_TARGET)
 def test_target_follows(name):
-    for old, new in zip(run(name).states[:-1], run(name).states[1:], strict=True):
+    for old, new in pairwise(run(name).states):
         assert new.ema["params"].keys() == {"encoder", "projector"} | ({"prototypes"} if name == "dino" else set())
         trained = {part: new.params[part] for part in new.ema["params"]}
         assert_close(new.ema["params"], ema(old.ema["params"], trained, MOMENTUM), atol=1e-6, rtol=1e-5)
@@ -505,7 +525,7 @@ def test_prototypes_are_frozen_for_so_many_steps(name):
         np.testing.assert_array_equal(kernel, kernels[0])
     assert differ(kernels[FROZEN + 1], kernels[0])
     others = [{k: v for k, v in s.params.items() if k != "prototypes"} for s in run(name).states]
-    assert all(differ(a, b) for a, b in zip(others[:-1], others[1:], strict=True))
+    assert all(differ(a, b) for a, b in pairwise(others))
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)

@@ -8,6 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pretrain import presets as pretrain_presets
+from pretrain.config import PretrainConfig
+from pretrain.objectives import OBJECTIVES
 from train.bench import config as bench_config
 from train.command import parse
 from train.config import OptimConfig, TrainConfig
@@ -17,14 +20,16 @@ from train.run import run
 # What a program's presets are called, and what they are.
 KINDS = {
     "train": (PRESETS, "digits", TrainConfig),
+    "pretrain": (pretrain_presets.PRESETS, "digits_simclr", PretrainConfig),
     "train.bench": (bench_config.PRESETS, "step", bench_config.BenchConfig),
 }
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+PRETRAINING = (ROOT / "docs" / "pretraining.md").read_text()
 
 
-def blocks(language):
-    return re.findall(rf"```{language}\n(.*?)```", README, re.S)
+def blocks(language, page=README):
+    return re.findall(rf"```{language}\n(.*?)```", page, re.S)
 
 
 def test_python_runs(tmp_path, tfds_dir, monkeypatch):
@@ -39,8 +44,20 @@ def test_python_runs(tmp_path, tfds_dir, monkeypatch):
     assert namespace["gradients"]["head"]["bias"].shape == (16, 10)
 
 
+def test_python_of_pretraining_runs():
+    namespace = {}
+    for block in blocks("python", PRETRAINING):
+        exec(block, namespace)
+    assert {"loss", "projection_std"} <= set(namespace["metrics"])
+
+
+def test_pretraining_lists_every_method():
+    methods = re.findall(r"^\| `(\w+)` \|", PRETRAINING, re.M)
+    assert methods == list(pretrain_presets.DIGITS) == list(OBJECTIVES)
+
+
 def commands():
-    for block in blocks("sh"):
+    for block in [*blocks("sh"), *blocks("sh", PRETRAINING)]:
         for line in block.splitlines():
             words = shlex.split(line, comments=True)
             if words[:2] == ["python", "-m"] and words[2] in KINDS:
@@ -60,7 +77,7 @@ def test_table_lists_every_preset():
     assert re.findall(r"^\| `(\w+)` \|", README, re.M) == list(PRESETS)
 
 
-@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "results/README.md"])
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "results/README.md", "docs/pretraining.md"])
 def test_links_exist(name):
     page = ROOT / name
     prose = re.sub(r"```.*?```", "", page.read_text(), flags=re.S)
@@ -70,4 +87,4 @@ def test_links_exist(name):
         re.findall(r"^\| `((?:\w+\.py`?,? ?`?)+)` \|", page.read_text(), re.M) if name == "CONTRIBUTING.md" else []
     ):
         for part in re.findall(r"\w+\.py", file):
-            assert (ROOT / "resnet_jax" / part).exists() or (ROOT / "train" / part).exists(), part
+            assert any((ROOT / package / part).exists() for package in ("resnet_jax", "train", "pretrain")), part

@@ -78,7 +78,8 @@ def keep_memory() -> bool:
     # Nothing is mapped by itself or given back, however large (thresholds end at 2 GiB, which a step's temporaries
     # exceed); one arena: only the main one can grow without limit.
     settings = {M_MMAP_MAX: 0, M_TRIM_THRESHOLD: -1, M_ARENA_MAX: 1}
-    return all([mallopt(name, value) for name, value in settings.items()])
+    done = [mallopt(name, value) for name, value in settings.items()]
+    return all(done)
 
 
 def cpu_only() -> bool:
