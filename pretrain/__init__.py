@@ -1,1 +1,1 @@
-"""Contrastive self-supervised pretraining: the place is kept, nothing is built yet."""
+"""Self-supervised pretraining: objectives, one contrastive step, and what its encoders are worth; on top of `train`."""

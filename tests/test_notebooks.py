@@ -5,6 +5,21 @@ from pathlib import Path
 
 import pytest
 
+PICTURES = {"quickstart": ["notebook/curve.png"], "pretraining": ["pretraining/curve.png", "pretraining/views.png"]}
+
+
+def quickstart(namespace):
+    assert namespace["result"]["test_accuracy"] > 0.95
+    assert namespace["metrics"]["accuracy"] > 0.8
+
+
+def pretraining(namespace):
+    result = namespace["result"]
+    assert result["knn_accuracy"] > result["random_knn_accuracy"] + 0.1
+    assert namespace["worth"]["finetune_10_accuracy"] > 0.8
+
+
+CHECKS = {"quickstart": quickstart, "pretraining": pretraining}
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "colab").glob("*.ipynb"))
 
 
@@ -17,9 +32,9 @@ def test_runs(path, tmp_path, tfds_dir, monkeypatch):
     for cell in json.loads(path.read_text())["cells"]:
         if cell["cell_type"] == "code":
             exec(compile("".join(cell["source"]), f"{path.name} {cell['id']}", "exec"), namespace)
-    assert namespace["result"]["test_accuracy"] > 0.95
-    assert namespace["metrics"]["accuracy"] > 0.8
-    assert (tmp_path / "runs" / "notebook" / "curve.png").stat().st_size > 10_000
+    CHECKS[path.stem](namespace)
+    for picture in PICTURES[path.stem]:
+        assert (tmp_path / "runs" / picture).stat().st_size > 10_000
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
