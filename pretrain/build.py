@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from pretrain.config import PretrainConfig, ViewConfig, make_objective
+from pretrain.config import PretrainConfig, ViewConfig
 from pretrain.heads import MLP, Network, Prototypes
 from pretrain.objectives import Objective
 from pretrain.state import PretrainState, init_pretrain_state
@@ -77,7 +77,7 @@ def make_momentum(objective: Objective, steps: int) -> Callable[[jax.Array], Any
     return lambda step: 1 - (1 - start) * (jnp.cos(math.pi * step / steps) + 1) / 2
 
 
-def make_probe_tx(config: PretrainConfig, steps: int = 1) -> optax.GradientTransformation:
+def make_probe_tx(config: PretrainConfig, steps: int) -> optax.GradientTransformation:
     """The online probe's optimizer: Adam, whose steps do not depend on how large features are, along a cosine to 0."""
     return optax.adam(optax.cosine_decay_schedule(config.probe_lr, steps))
 
@@ -99,23 +99,29 @@ def init_network(
 
 def make_pretrain_state(
     config: PretrainConfig,
+    objective: Objective,
     network: Network,
     tx: optax.GradientTransformation,
     image_shape: tuple[int, int, int],
     classes: int,
 ) -> PretrainState:
     """The state at step 0, from random variables."""
-    objective = make_objective(config.objective)
     variables, key = init_network(config, network, image_shape)
     features = variables["params"]["projector"]["fc1"]["kernel"].shape[0]
-    return init_pretrain_state(variables, objective, tx, make_probe_tx(config), key, features=features, classes=classes)
+    return init_pretrain_state(
+        variables, objective, tx, make_probe_tx(config, 1), key, features=features, classes=classes
+    )
 
 
 def step_options(
-    config: PretrainConfig, network: Network, tx: optax.GradientTransformation, steps: int, epoch_steps: float
+    config: PretrainConfig,
+    objective: Objective,
+    network: Network,
+    tx: optax.GradientTransformation,
+    steps: int,
+    epoch_steps: float,
 ) -> dict[str, Any]:
     """The static arguments of `contrastive_step`."""
-    objective = make_objective(config.objective)
     return {
         "model": network,
         "tx": tx,

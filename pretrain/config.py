@@ -169,6 +169,8 @@ def check(config: PretrainConfig) -> None:
             "objective.covariance": o.covariance is None or o.covariance >= 0,
         },
     )
+    if config.data.random_crop:
+        raise UsageError("--data.random-crop cuts one box for all views of an image: leave it out")
     if config.batch < 2:
         raise UsageError("a batch of one has nothing to compare its image with: choose --batch 2 or more")
     if a.views < 2 or (a.views > 2 and not objective.many_views):
@@ -195,3 +197,8 @@ def check_images(config: PretrainConfig, shape: tuple[int, int, int]) -> None:
     for name, side in crops.items():
         if side is not None and side > min(shape[:2]):
             raise UsageError(f"--augment.{name} {side} is larger than the images, {shape[0]}x{shape[1]}")
+    large = config.augment.resized_crop or min(shape[:2])
+    if config.augment.small_views and config.augment.small_crop >= large:
+        raise UsageError(
+            f"--augment.small-crop {config.augment.small_crop} is no smaller than the large views, {large}"
+        )

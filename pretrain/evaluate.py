@@ -11,6 +11,7 @@ On another set than the encoder was pretrained on, these are transfer. The test 
 """
 
 import json
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -21,13 +22,13 @@ from typing import Any
 import jax
 
 from pretrain.config import PretrainConfig
-from pretrain.features import Extractor, worth
+from pretrain.features import Extractor, Worth, worth
 from pretrain.steps import feature_step
 from resnet_jax.parallel import axis_of, compile_step, make_mesh, place, replicated
 from resnet_jax.tree import PyTree
-from train.build import compiler_options, eval_augment, make_model, make_primitives, open_data, read_data
+from train.build import compiler_options, compute_dtype, eval_augment, make_model, make_primitives, open_data, read_data
 from train.config import AugmentConfig, DataConfig, OptimConfig, TrainConfig
-from train.data import Dataset
+from train.data import Dataset, known_labels, share_of
 from train.errors import UsageError, unknown
 from train.process import keep_compiled, keep_memory, say
 from train.run import run as train_run
@@ -37,6 +38,7 @@ from train.weights import ENCODER, load_weights
 
 FROZEN = ("knn", "linear")
 TRAINED = tuple(f"{way}_{percent}" for way in ("finetune", "scratch") for percent in (1, 10, 100))
+MIN_SCALE = 0.2  # smallest share of the area that fine-tuning's crops keep
 UPDATES = 300  # at least so many in each fine-tuning: an epoch of 1 % of a small set is a single one
 
 
@@ -50,12 +52,16 @@ def evaluate(
     batch: int = 64,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Test accuracies, in [0, 1], of a finished run's encoder by protocol; also in RUN/evaluation-SET.json.
+    """Test accuracies, in [0, 1], of a finished run's encoder by protocol.
+
+    Each is kept in RUN/evaluation-SET.json as soon as it is there, with its settings.
 
     Args:
-      data: the set; None is the one that the encoder was pretrained on. Images are normalised as they were there.
+      data: the set; None is the one that the encoder was pretrained on, split as it was there. Images are normalised as
+        they were in pretraining.
       epochs, lr, batch, seed: of fine-tuning and of training from scratch: Nesterov SGD with a cosine, after a tenth of
         warm-up, on resized crops of at least a fifth of the area, mirrored if pretraining did so; 300 updates or more.
+        The batch is at most what there is of labelled images.
 
     Raises:
       UsageError: an unknown protocol, no finished run, a set that does not fit the encoder.
@@ -67,50 +73,58 @@ def evaluate(
     if not (run / ENCODER).is_file():
         raise UsageError(f"{run} is not finished: it has no {ENCODER}")
     keep_compiled(config.cache)
+    if data is not None and data.name == config.data.name:
+        # The same set must be split in the same way, or images of its test split were pretrained on.
+        same = config.data
+        data = replace(same, dir=data.dir or same.dir, image_size=data.image_size or same.image_size)
     config = replace(config, data=data or config.data, mode="jit", sync_bn=True)
     dataset = read_data(config, open_data(config))
-    if dataset.image_shape[-1] != saved["image_shape"][-1]:
-        raise UsageError(
-            f"{dataset.name} has {dataset.image_shape[-1]} channels, and {run} was pretrained on "
-            f"{saved['image_shape'][-1]}"
-        )
-    crop = config.augment.resized_crop
-    if crop is not None and crop > min(dataset.image_shape[:2]):
-        raise UsageError(
-            f"{dataset.name} has images of {dataset.image_shape[0]}x{dataset.image_shape[1]}, and {run} looks at "
-            f"{crop} pixels: pass --image-size"
-        )
+    _check_fits(dataset, config, run, saved["image_shape"][-1])
 
-    result: dict[str, Any] = {
-        "pretrained_on": saved["config"]["data"]["name"],
-        "dataset": dataset.name,
-        "run": str(run),
-    }
+    set_name = re.sub(r"[/:]+", "_", dataset.name)
+    path = run / f"evaluation-{set_name}.json"
+    source = saved["config"]["data"]["name"]
+    kept: dict[str, Any] = {"pretrained_on": source, "dataset": dataset.name, "run": str(run), "figures": {}}
+    if path.is_file():
+        kept["figures"] = json.loads(path.read_text())["figures"]
+    accuracies = {}
+
+    def keep(protocol: str, accuracy: float, **how: Any) -> None:
+        accuracies[f"{protocol}_accuracy"] = accuracy
+        kept["figures"][protocol] = {"accuracy": accuracy, **how, **environment()}
+        write_json(path, kept)
+
     if set(protocols) & set(FROZEN):
         found = frozen_worth(config, run, dataset)
-        values = {"knn": found.knn, "linear": found.linear}
-        result |= {f"{name}_accuracy": values[name] for name in protocols if name in FROZEN}
+        if "knn" in protocols:
+            keep("knn", found.knn, neighbours=config.neighbours, temperature=config.neighbour_temperature)
         if "linear" in protocols:
-            result |= {"linear_learning_rate": found.learning_rate}
+            keep("linear", found.linear, learning_rate=found.learning_rate, seed=config.seed)
     for protocol in (name for name in protocols if name in TRAINED):
         way, _, percent = protocol.partition("_")
         fraction = int(percent) / 100
-        say(f"{protocol}: {dataset.name}, {percent} % of the labels")
-        labelled = max(round(len(dataset.train) * fraction), len(dataset.classes))
-        size = min(batch, labelled)
+        labelled = len(share_of(known_labels(dataset.train), fraction, config.data.split_seed))
+        devices = jax.device_count()
+        size = max(min(batch, labelled) // devices, 1) * devices
         steps = max(round(epochs * labelled / size), UPDATES)
-        a = config.augment
+        tuning = {"epochs": epochs, "lr": lr, "batch": size, "seed": seed}
+        say(f"{protocol}: {dataset.name}, {labelled:,} labelled images, {steps} updates")
+        a, settings = config.augment, "-".join(f"{name}{value:g}" for name, value in tuning.items())
         tuned = train_run(
             TrainConfig(
-                out=str(run / f"{protocol}-{dataset.name.replace('/', '_')}"),
+                out=str(run / f"{protocol}-{set_name}-{settings}"),
                 init=str(run / ENCODER) if way == "finetune" else None,
                 model=config.model,
                 width=config.width,
                 zero_init=config.zero_init,
-                data=replace(config.data, fraction=fraction),
-                augment=AugmentConfig(resized_crop=crop, min_scale=0.2, flip=a.flip, mean=a.mean, std=a.std)
-                if crop
-                else AugmentConfig(crop_padding=dataset.image_shape[0] // 8, flip=a.flip, mean=a.mean, std=a.std),
+                data=replace(config.data, fraction=fraction * config.data.fraction),
+                augment=AugmentConfig(
+                    resized_crop=a.resized_crop or min(dataset.image_shape[:2]),
+                    min_scale=MIN_SCALE,
+                    flip=a.flip,
+                    mean=a.mean,
+                    std=a.std,
+                ),
                 optim=OptimConfig(lr=lr, nesterov=True, weight_decay=1e-4, warmup_epochs=steps / 10 * size / labelled),
                 steps=steps,
                 batch=size,
@@ -118,23 +132,35 @@ def evaluate(
                 eval_batch=config.eval_batch,
                 seed=seed,
                 dtype=config.dtype,
-                primitives=config.primitives,
+                primitives=_here(config.primitives),
                 cache=config.cache,
             ),
             protocol,
         )
-        result[f"{protocol}_accuracy"] = tuned["test_accuracy"]
-    result |= environment()
-    path = run / f"evaluation-{dataset.name.replace('/', '_').replace(':', '_')}.json"
-    before = json.loads(path.read_text()) if path.is_file() else {}
-    write_json(path, {**before, **result})
-    return result
+        keep(protocol, tuned["test_accuracy"], labelled=labelled, **tuning)
+    return {"pretrained_on": source, "dataset": dataset.name, "run": str(run), **accuracies, **environment()}
 
 
-def frozen_worth(config: PretrainConfig, run: Path, dataset: Dataset) -> Any:
+def _check_fits(dataset: Dataset, config: PretrainConfig, run: Path, channels: int) -> None:
+    height, width, theirs = dataset.image_shape
+    if theirs != channels:
+        raise UsageError(f"{dataset.name} has {theirs} channels, and {run} was pretrained on {channels}")
+    crop = config.augment.resized_crop
+    if crop is not None and crop > min(height, width):
+        raise UsageError(
+            f"{dataset.name} has images of {height}x{width}, and {run} looks at {crop} pixels: pass --image-size"
+        )
+
+
+def _here(primitives: Any) -> Any:
+    """What the run computed with, where that can be had on these devices too."""
+    return "auto" if primitives == "onednn" else primitives
+
+
+def frozen_worth(config: PretrainConfig, run: Path, dataset: Dataset) -> Worth:
     """`features.worth` of the encoder of a run on a set."""
     mesh = make_mesh()
-    primitives, _ = make_primitives(config.primitives if mesh.size == 1 else "auto", config.mode)
+    primitives, _ = make_primitives(_here(config.primitives), config.mode, compute_dtype(config.dtype))
     encoder = make_model(config, None, axis_of(config.mode), primitives)
     shapes: dict[str, PyTree] = jax.eval_shape(lambda: init_variables(encoder, jax.random.key(0), dataset.image_shape))
     variables = place(load_weights(run, shapes), replicated(mesh))

@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from resnet_jax.contrastive import unit
 from resnet_jax.layers import BatchNorm
 
 Outputs = dict[str, jax.Array]
@@ -17,7 +18,7 @@ class MLP(nn.Module):
 
     Attributes:
       sizes: of the layers; the last one puts out embeddings, float32.
-      norm: between layers; None leaves it out, as MoCo v2 and DINO do.
+      norm: whether there is one between layers; MoCo v2 and DINO leave it out.
       last_norm: ends in a norm too: `plain` has no scale and no bias, so that its output is standardised.
       activation: between layers.
       dtype: of the products; parameters and norms are float32.
@@ -65,9 +66,7 @@ class Prototypes(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.count), jnp.float32)
-        x = x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-6)
-        kernel = kernel / jnp.maximum(jnp.linalg.norm(kernel, axis=0, keepdims=True), 1e-6)
-        return jnp.matmul(x, kernel, precision="highest")
+        return jnp.matmul(unit(x), unit(kernel.T).T, precision="highest")
 
 
 class Network(nn.Module):

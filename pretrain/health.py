@@ -161,7 +161,7 @@ def verdict(rows: Sequence[Mapping[str, Any]], final: Mapping[str, float]) -> st
     step = collapse_step(rows)
     if step is not None:
         last = next(row for row in reversed(rows) if "projection_std" in row)
-        similarity = last.get("negative_similarity", final["negative_similarity"])
+        similarity = last.get("projection_negative_similarity", final["negative_similarity"])
         return (
             f"representations have collapsed: since step {step} every image is projected to nearly the same point "
             f"(spread {last['projection_std']:.2g}, mean similarity of different images {similarity:.4f})"

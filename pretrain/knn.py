@@ -9,6 +9,8 @@ import numpy as np
 
 from resnet_jax.contrastive import unit
 
+CHUNK = 8192  # rows of a bank that are held against queries at once
+
 
 def knn_scores(
     queries: jax.Array,
@@ -18,7 +20,7 @@ def knn_scores(
     classes: int,
     k: int = 200,
     temperature: float = 0.1,
-    chunk: int = 8192,
+    chunk: int = CHUNK,
 ) -> jax.Array:
     """The votes of each query's k nearest neighbours by cosine similarity: https://arxiv.org/abs/1805.01978.
 
@@ -36,9 +38,27 @@ def knn_scores(
     Returns:
       Votes, float32 [Q, `classes`], of which the largest is the predicted class's.
     """
-    size = len(bank)
-    k, chunk = min(k, size), min(chunk, size)
-    queries, padded = unit(queries), jnp.pad(unit(bank), ((0, -size % chunk), (0, 0)))
+    return _votes(unit(queries), *_chunks(bank, chunk), labels, classes=classes, k=k, temperature=temperature)
+
+
+def _chunks(bank: jax.Array, chunk: int) -> tuple[jax.Array, int]:
+    """(normalised rows [parts, chunk, D], filled up with zeros; how many there are)."""
+    size, chunk = len(bank), min(chunk, len(bank))
+    return jnp.pad(unit(bank), ((0, -size % chunk), (0, 0))).reshape(-1, chunk, bank.shape[1]), size
+
+
+def _votes(
+    queries: jax.Array,
+    chunks: jax.Array,
+    size: int,
+    labels: jax.Array,
+    *,
+    classes: int,
+    k: int,
+    temperature: jax.Array | float,
+) -> jax.Array:
+    """`knn_scores` of normalised queries among the chunks of a bank of `size` rows."""
+    k, chunk = min(k, size), chunks.shape[1]
 
     def merge(nearest: tuple[jax.Array, jax.Array], part: tuple[jax.Array, jax.Array]) -> Any:
         similarity, place = nearest
@@ -50,8 +70,8 @@ def knn_scores(
         return (similarity, jnp.where(found < k, old, start + found - k)), None
 
     none = jnp.full((len(queries), k), -jnp.inf), jnp.zeros((len(queries), k), jnp.int32)
-    parts = padded.reshape(-1, chunk, padded.shape[1]), jnp.arange(0, len(padded), chunk)
-    (similarity, place), _ = jax.lax.scan(merge, none, parts)
+    starts = jnp.arange(len(chunks)) * chunk
+    (similarity, place), _ = jax.lax.scan(merge, none, (chunks, starts))
     # The nearest votes with 1: at low temperatures exp alone would overflow.
     weights = jnp.exp((similarity - similarity[:, :1]) / temperature)
     voted = jnp.asarray(labels)[place]
@@ -59,11 +79,11 @@ def knn_scores(
     return jax.lax.map(lambda c: jnp.where(voted == c, weights, 0.0).sum(1), jnp.arange(classes)).T
 
 
-@partial(jax.jit, static_argnames=("classes", "k"))
+@partial(jax.jit, static_argnames=("size", "classes", "k"))
 def _predict(
-    queries: jax.Array, bank: jax.Array, labels: jax.Array, temperature: float, *, classes: int, k: int
+    queries: jax.Array, chunks: jax.Array, labels: jax.Array, temperature: float, *, size: int, classes: int, k: int
 ) -> jax.Array:
-    return knn_scores(queries, bank, labels, classes=classes, k=k, temperature=temperature).argmax(1)
+    return _votes(unit(queries), chunks, size, labels, classes=classes, k=k, temperature=temperature).argmax(1)
 
 
 def knn_accuracy(
@@ -94,8 +114,10 @@ def knn_accuracy(
     count, block = len(queries), min(block, len(queries))
     # Rows of zeros fill up the last block, so that one compilation serves all.
     queries = np.pad(queries, ((0, -count % block), (0, 0)))
-    on_device = jnp.asarray(bank), jnp.asarray(bank_labels), temperature
-    blocks = [_predict(b, *on_device, classes=classes, k=k) for b in queries.reshape(-1, block, queries.shape[1])]
+    chunks, size = jax.jit(_chunks, static_argnums=1)(bank, CHUNK)
+    on_device = chunks, jnp.asarray(bank_labels), temperature
+    statics = {"size": int(size), "classes": classes, "k": k}
+    blocks = [_predict(b, *on_device, **statics) for b in queries.reshape(-1, block, queries.shape[1])]
     return float(np.mean(np.concatenate(blocks)[:count] == query_labels))
 
 

@@ -1,7 +1,7 @@
 """What an encoder is pretrained for: each objective a pure function of what two networks make of an image's views.
 
-`OBJECTIVES[name]` says which parts a method needs beside its function, and the sizes of its paper for ImageNet. A new
-method is a function here and a line there.
+`OBJECTIVES[name]` says which parts a method needs beside its function, with the sizes of its authors' code for
+ImageNet. A new method is a function here and a line there.
 """
 
 from collections.abc import Callable, Sequence
@@ -225,8 +225,7 @@ class Objective:
     def init_memory(self, key: jax.Array) -> Memory:
         """What the first step finds: a queue of random directions [queue, D], or a center of zeros [prototypes]."""
         if self.queue:
-            rows = jax.random.normal(key, (self.queue, self.projector[-1]), jnp.float32)
-            return {"queue": rows / jnp.linalg.norm(rows, axis=1, keepdims=True)}
+            return {"queue": c.unit(jax.random.normal(key, (self.queue, self.projector[-1]), jnp.float32))}
         return {"center": jnp.zeros(self.prototypes, jnp.float32)} if self.remember is not None else {}
 
 

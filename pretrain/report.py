@@ -4,6 +4,7 @@ RUN is a run's folder, or a JSON file that `--json` wrote.
 """
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,9 @@ Run = dict[str, Any]
 
 
 def minutes(run: Run, step: int) -> float:
-    """Minutes of training after which a run had done `step` steps, without evaluations."""
-    return step * run["config"]["batch"] / run["images_per_second"] / 60
+    """Minutes of training after which a run had done `step` steps, without evaluations; nan where it is not known."""
+    speed = run["images_per_second"]
+    return step * run["config"]["batch"] / speed / 60 if speed else math.nan
 
 
 def draw(runs: dict[str, Run], picture: Path, supervised: Run | None = None) -> None:
@@ -59,7 +61,14 @@ def draw(runs: dict[str, Run], picture: Path, supervised: Run | None = None) -> 
 
 
 def table(runs: Sequence[Run]) -> str:
-    """A Markdown table, a row a method: test accuracies in percent, mean (standard deviation) over its runs' seeds."""
+    """A Markdown table, a row a method: test accuracies in percent, mean (standard deviation) over its runs' seeds.
+
+    Raises:
+      UsageError: runs on different sets or of different networks, which do not belong into one table.
+    """
+    kinds = {(run["dataset"], run["model"], run["config"]["width"]) for run in runs}
+    if len(kinds) > 1:
+        raise UsageError(f"one table takes runs of one network on one set, not {sorted(map(str, kinds))}")
     rows = [
         "| method | kNN | linear, offline | linear, online | training, s | runs |",
         "|---|---|---|---|---|---|",
@@ -103,6 +112,12 @@ def read(path: Path) -> Run:
     return run
 
 
+def _name(path: Path, among: Sequence[Path]) -> str:
+    """What a run is called in a picture: its folder or file, with the folder above where others are called so too."""
+    name = path.stem if path.suffix == ".json" else path.name
+    return name if [other.name for other in among].count(path.name) < 2 else f"{path.parent.name}/{name}"
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Read the runs, and write what is asked for."""
     import argparse
@@ -118,7 +133,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UsageError("nothing to do: pass --json FILE, --picture FILE or --table")
     if args.json and len(args.runs) > 1:
         raise UsageError("--json takes one run")
-    runs = {path.stem: read(path) for path in args.runs}
+    runs = {_name(path, args.runs): read(path) for path in args.runs}
     if args.json:
         args.json.write_text(json.dumps(*runs.values(), indent=1) + "\n")
     if args.picture:

@@ -82,7 +82,7 @@ def run(config: PretrainConfig, preset: str = "custom") -> dict[str, Any]:
     network = make_network(config, objective, axis_of(config.mode), primitives)
     encoder: Any = network.encoder
     tx, schedule = make_tx(config.optim, steps, epoch_steps)
-    state = place(make_pretrain_state(config, network, tx, dataset.image_shape, classes), replicated(mesh))
+    state = place(make_pretrain_state(config, objective, network, tx, dataset.image_shape, classes), replicated(mesh))
     library = "oneDNN" if primitives else "XLA"
     parameters, heads = count(state.params["encoder"]), count(state.params) - count(state.params["encoder"])
     device = f"{mesh.size} {jax.devices()[0].device_kind}"
@@ -94,7 +94,7 @@ def run(config: PretrainConfig, preset: str = "custom") -> dict[str, Any]:
     # ---- steps, compiled in a thread of their own ----
     needed = {} if config.mode == "pmap" else compiler_options(encoder.dtype, plain=not primitives)
     compiled_for = partial(compile_step, mesh=mesh, mode=config.mode)
-    options = step_options(config, network, tx, steps, epoch_steps)
+    options = step_options(config, objective, network, tx, steps, epoch_steps)
     step = compiled_for(
         partial(contrastive_step, **options), compiler_options={**needed, **xla_options(config.xla)} or None
     )
@@ -137,7 +137,9 @@ def run(config: PretrainConfig, preset: str = "custom") -> dict[str, Any]:
     if config.neighbour_images is not None and config.neighbour_images < len(searched):
         order = np.random.default_rng(0).permutation(len(searched))
         searched = searched.subset(np.sort(order[: config.neighbour_images]))
-    looked_at = dataset.validation.subset(np.arange(min(HEALTH_IMAGES, len(dataset.validation))))
+    # Sets may be ordered by class.
+    order = np.random.default_rng(0).permutation(len(dataset.validation))
+    looked_at = dataset.validation.subset(np.sort(order[:HEALTH_IMAGES]))
 
     def look(state: PretrainState) -> dict[str, float]:
         """How good and how healthy the encoder is, on validation images."""
@@ -169,10 +171,16 @@ def run(config: PretrainConfig, preset: str = "custom") -> dict[str, Any]:
         silent=not main_process,
     )
 
+    looks: list[dict[str, float]] = []
+
     def watch(state: Any) -> None:
         began = time.perf_counter()
         number = int(state.step)
-        found = look(state)
+        try:
+            found = look(state)
+        except ValueError as error:
+            raise RunError(f"at step {number}: {error}") from None
+        looks[:] = [found]
         progress.row({"step": number, "epoch": round(number / epoch_steps, 4), **found})
         progress.say(
             f"step {number}: validation kNN {found['validation_knn_accuracy']:.4f}, online linear "
@@ -198,6 +206,9 @@ def run(config: PretrainConfig, preset: str = "custom") -> dict[str, Any]:
         progress.close()
     seconds = time.perf_counter() - began
     checkpoints.close()
+    variables = final.encoder(target=objective.evaluate_target)
+    if main_process:
+        save_file({name: np.asarray(x) for name, x in to_torch(variables).items()}, out / ENCODER)
 
     # ---- the end: one look at the test split, by the trained encoder and by the same with random weights ----
     def seen_by(variables: dict[str, PyTree]) -> tuple[Features, Features, Features]:
@@ -211,12 +222,14 @@ def run(config: PretrainConfig, preset: str = "custom") -> dict[str, Any]:
         temperature=config.neighbour_temperature,
         seed=config.seed,
     )
-    variables = final.encoder(target=objective.evaluate_target)
-    untrained = encoder_of(init_network(config, network, dataset.image_shape)[0])
     splits = seen_by(variables)
-    trained, random = judge(*splits), judge(*seen_by(place(untrained, replicated(mesh))))
-    rows = read_rows(history)
-    last = {name: value for name, value in rows[-1].items() if name not in ("step", "epoch")}
+    trained, online = judge(*splits), online_accuracy(final, splits[2])
+    test_images = len(splits[2].labels)
+    del splits
+    untrained = encoder_of(init_network(config, network, dataset.image_shape)[0])
+    random = judge(*seen_by(place(untrained, replicated(mesh))))
+    last = looks[0] if looks else look(final)
+    rows = read_rows(history) if main_process else []
     sentence = verdict(rows, last)
     result = {
         "preset": preset,
@@ -230,11 +243,11 @@ def run(config: PretrainConfig, preset: str = "custom") -> dict[str, Any]:
         "linear_accuracy": trained.linear,
         "random_knn_accuracy": random.knn,
         "random_linear_accuracy": random.linear,
-        "online_linear_accuracy": online_accuracy(final, splits[2]),
+        "online_linear_accuracy": online,
         "validation_knn_accuracy": trained.validation_knn,
         "validation_linear_accuracy": trained.validation_linear,
         "linear_learning_rate": trained.learning_rate,
-        "test_images": len(splits[2].labels),
+        "test_images": test_images,
         "health": {name: value for name, value in last.items() if not name.startswith("validation_")},
         "verdict": sentence,
         "collapsed_at": collapse_step(rows),
@@ -253,7 +266,6 @@ def run(config: PretrainConfig, preset: str = "custom") -> dict[str, Any]:
     )
     say(sentence)
     if main_process:
-        save_file({name: np.asarray(x) for name, x in to_torch(variables).items()}, out / ENCODER)
         write_json(out / "result.json", result)
     return result
 

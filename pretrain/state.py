@@ -25,9 +25,14 @@ class PretrainState(TrainState):
     memory: PyTree
     probe: PyTree
 
+    @property
+    def variables(self) -> dict[str, PyTree]:
+        """The trained network's: its target follows, and is no average of what is used."""
+        return {"params": self.params, "batch_stats": self.batch_stats}
+
     def encoder(self, *, target: bool = False) -> dict[str, PyTree]:
         """The encoder's own variables {"params", "batch_stats"}: the trained network's, or the target's."""
-        network = self.ema if target else {"params": self.params, "batch_stats": self.batch_stats}
+        network = self.ema if target else self.variables
         assert network is not None, "this objective has no target network"
         return encoder_of(network)
 

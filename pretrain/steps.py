@@ -17,7 +17,7 @@ from pretrain.objectives import Objective, Seen
 from pretrain.state import PretrainState, probe_logits, target_of
 from pretrain.views import make_views
 from resnet_jax import augment as aug
-from resnet_jax.contrastive import cosine
+from resnet_jax.contrastive import cosine, unit
 from resnet_jax.keys import example_index, example_keys, step_key
 from resnet_jax.losses import softmax_cross_entropy
 from resnet_jax.masks import apply_masks
@@ -46,8 +46,10 @@ def contrastive_step(
 
     Args:
       model: a `heads.Network`.
-      probe_tx: the online probe's optimizer; it trains on the first view's features, without a gradient into them.
-      views: as many as the objective takes, the large ones (at least two, of one size) first; see `views.view`.
+      probe_tx: the online probe's optimizer; it trains on the first view's features, of the network that is used
+        afterwards, without a gradient into them.
+      views: as many as the objective takes, the large ones (at least two, of one size) first, the small ones of another
+        size; see `views.view`.
       objective: one of `OBJECTIVES`, its options bound.
       momentum: of the target network's parameters, in [0, 1], by the number of the step; its statistics are its own.
       frozen_prototypes: steps for which prototypes stay as they are.
@@ -58,25 +60,24 @@ def contrastive_step(
       when isotropic), `projection_similarity` and `projection_negative_similarity` (mean cosines of positives, and
       of different images).
     """
-    view_key, network_key = jax.random.split(step_key(state.key, state.step))
     index = example_index(batch["label"].shape[0], axis_name)
-    images = make_views(views, view_key, index, batch["image"])
-    rngs = {"drop_path": network_key}
+    images = make_views(views, step_key(state.key, state.step), index, batch["image"])
 
     seen_by_target: Outputs = {}
     target = state.ema
     if target is not None:
         # Large views alone, and they come first.
-        seen_by_target, stats = outputs_of(model, target, images[:1], len(index), rngs, predict=False)
+        seen_by_target, stats = outputs_of(model, target, images[:1], predict=False)
         seen_by_target = jax.lax.stop_gradient(seen_by_target)
         target = {**target, "batch_stats": mean_over(stats, axis_name)}
 
     def loss_of(trained: PyTree, stats: PyTree) -> tuple[jax.Array, Any]:
         variables = {"params": trained["network"], "batch_stats": stats}
-        online, stats = outputs_of(model, variables, images, len(index), rngs)
+        online, stats = outputs_of(model, variables, images)
         seen = Seen(online, seen_by_target, state.memory, batch["label"], state.step)
         loss = objective.loss(seen, axis_name=axis_name)
-        logits = probe_logits({"params": trained["probe"]}, jax.lax.stop_gradient(online["features"][0]))
+        used = seen_by_target if objective.evaluate_target else online
+        logits = probe_logits({"params": trained["probe"]}, jax.lax.stop_gradient(used["features"][0]))
         targets = jax.nn.one_hot(batch["label"], logits.shape[-1])
         probe_loss = softmax_cross_entropy(logits, targets).mean()
         accuracy = (logits.argmax(-1) == batch["label"]).astype(jnp.float32).mean()
@@ -98,7 +99,8 @@ def contrastive_step(
     probe_updates, probe_opt_state = probe_tx.update(grads["probe"], state.probe["opt_state"], state.probe["params"])
     probe = {"params": optax.apply_updates(state.probe["params"], probe_updates), "opt_state": probe_opt_state}
     if target is not None:
-        assert momentum is not None, "a target network follows by a momentum"
+        if momentum is None:
+            raise ValueError("this objective's target network follows by a momentum: pass one")
         followed = target_of({"params": params})["params"]
         target = {**target, "params": ema(target["params"], followed, momentum(state.step))}
         target["params"] = apply_masks(target["params"], target_of({"masks": state.masks})["masks"])
@@ -120,35 +122,36 @@ def contrastive_step(
 
 
 def outputs_of(
-    model: nn.Module,
-    variables: PyTree,
-    images: Sequence[jax.Array],
-    count: int,
-    rngs: dict[str, jax.Array],
-    **options: Any,
+    model: nn.Module, variables: PyTree, images: Sequence[jax.Array], **options: Any
 ) -> tuple[Outputs, PyTree]:
-    """({name: [V, B, D]}, statistics) of views of `count` examples, each array of them in a pass of its own.
+    """({name: [V, B, D]}, statistics) of the views of `views.make_views`, each size of them in a pass of its own.
 
     Statistics are carried from one pass to the next.
     """
     stats, passes = variables["batch_stats"], []
     for part in images:
         outputs, updated = model.apply(
-            {**variables, "batch_stats": stats}, part, train=True, rngs=rngs, mutable=["batch_stats"], **options
+            {**variables, "batch_stats": stats}, _rows(part), train=True, mutable=["batch_stats"], **options
         )
         stats = updated.get("batch_stats", stats)
-        passes.append(outputs)
-    views = {
-        name: jnp.concatenate([p[name].reshape(-1, count, p[name].shape[-1]) for p in passes]) for name in passes[0]
-    }
-    return views, stats
+        passes.append({name: _views(x, part.shape[1]) for name, x in outputs.items()})
+    return {name: jnp.concatenate([p[name] for p in passes]) for name in passes[0]}, stats
+
+
+def _rows(views: jax.Array) -> jax.Array:
+    """[B, V, ...] to [B V, ...]."""
+    return views.reshape(-1, *views.shape[2:])
+
+
+def _views(rows: jax.Array, count: int) -> jax.Array:
+    """[B V, D] to [V, B, D]."""
+    return rows.reshape(-1, count, rows.shape[-1]).swapaxes(0, 1)
 
 
 def similarities(a: jax.Array, b: jax.Array, *, axis_name: str | None = None) -> Metrics:
     """How spread the embeddings [B, D] of two views are over the whole batch; see `contrastive_step`."""
-    views = jnp.stack([a, b])
-    unit = views / jnp.maximum(jnp.linalg.norm(views, axis=-1, keepdims=True), 1e-6)
-    mean, square = mean_over((unit.mean(1), jnp.square(unit).mean(1)), axis_name)
+    rows = unit(jnp.stack([a, b]))
+    mean, square = mean_over((rows.mean(1), jnp.square(rows).mean(1)), axis_name)
     total = a.shape[0] * (1 if axis_name is None else jax.lax.axis_size(axis_name))
     # The sum of all pairs' products is the squared length of the sum.
     pairs = (total * jnp.sum(jnp.square(mean), -1) - jnp.sum(square, -1)) / (total - 1)
@@ -190,7 +193,7 @@ def view_step(
 ) -> dict[str, jax.Array]:
     """As `feature_step`, of two views of each image, drawn alike in every call: `a` and `b` float32 [B, F]."""
     index = example_index(batch["label"].shape[0], axis_name)
-    images = jnp.concatenate(make_views(views, jax.random.key(0), index, batch["image"]))
-    features: Any = encoder.apply(variables, images, train=False)
-    a, b = jnp.split(features.astype(jnp.float32), 2)
+    (images,) = make_views(views, jax.random.key(0), index, batch["image"])
+    features: Any = encoder.apply(variables, _rows(images), train=False)
+    a, b = _views(features.astype(jnp.float32), 2)
     return all_rows({"a": a, "b": b, "valid": batch["valid"]}, axis_name)

@@ -53,10 +53,10 @@ def view(
 
 
 def make_views(views: Sequence[aug.Augment], key: jax.Array, index: jax.Array, images: jax.Array) -> list[jax.Array]:
-    """Each view of each image, float32 [B, h, w, C] a view, of images uint8 [B, H, W, C].
+    """Each view of each image of images uint8 [B, H, W, C]: an array float32 [B, V, h, w, C] for each size, in order.
 
     View `v` of the example with global index `i` draws from `fold_in(fold_in(key, v), i)`: the same on one device and
-    on eight. Views of one size, which follow one another, come as one array [V B, h, w, C], for one pass of a network.
+    on eight. Views of one size that follow one another are together, for one pass of a network.
     """
     made = [
         aug.augment_batch(view, example_keys(jax.random.fold_in(key, v), index), images) for v, view in enumerate(views)
@@ -67,4 +67,5 @@ def make_views(views: Sequence[aug.Augment], key: jax.Array, index: jax.Array, i
             groups[-1].append(batch)
         else:
             groups.append([batch])
-    return [jnp.concatenate(group) for group in groups]
+    # An example's views side by side: one after the other they would have to change devices.
+    return [jnp.stack(group, axis=1) for group in groups]

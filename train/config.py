@@ -252,6 +252,8 @@ def check_run(config: RunConfig, ranges: dict[str, bool]) -> None:
     for name, fits in ranges.items():
         if not fits:
             raise UsageError(f"--{name.replace('_', '-')} {values[name]} is out of range")
+    if config.optim.name != "lars" and config.optim.trust_coefficient != OptimConfig().trust_coefficient:
+        raise UsageError(f"--optim.trust-coefficient is of lars, not of {config.optim.name}")
     if not config.sync_bn and config.mode == "jit":
         raise UsageError("jit's statistics are those of the whole batch: --no-sync-bn needs --mode shard_map or pmap")
     if config.distributed not in (None, "auto") and not re.fullmatch(r".+:\d+,\d+,\d+", config.distributed):

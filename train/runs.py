@@ -50,7 +50,7 @@ def read_config(out: Path, kind: type[Run]) -> tuple[Run, dict[str, Any]]:
     """
     try:
         saved = json.loads((out / "config.json").read_text())
-        if (theirs := saved.get("pipeline", "train")) != pipeline(kind):
+        if (theirs := pipeline_of(out)) != pipeline(kind):
             raise UsageError(f"{out} is a run of {theirs}, not of {pipeline(kind)}")
         return from_dict(kind, saved["config"]), saved
     except FileNotFoundError:
@@ -62,6 +62,14 @@ def read_config(out: Path, kind: type[Run]) -> tuple[Run, dict[str, Any]]:
 def pipeline(kind: type[RunConfig]) -> str:
     """The program that a kind of config belongs to: `train`, `pretrain`."""
     return kind.__module__.split(".")[0]
+
+
+def pipeline_of(out: Path) -> str:
+    """The program whose run a folder holds; `train` where nothing says so."""
+    try:
+        return json.loads((out / "config.json").read_text()).get("pipeline", "train")
+    except (OSError, ValueError, AttributeError):
+        return "train"
 
 
 def write_config(out: Path, preset: str, config: RunConfig, dataset: Dataset) -> None:

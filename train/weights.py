@@ -8,7 +8,7 @@ import numpy as np
 from resnet_jax.torch_weights import canonical, from_torch
 from resnet_jax.tree import PyTree, leaves, map_with_path
 from train.errors import UsageError
-from train.runs import load_variables
+from train.runs import load_variables, pipeline_of
 
 ENCODER = "encoder.safetensors"  # of a pretraining run's folder
 
@@ -26,6 +26,8 @@ def load_weights(source: Path, variables: dict[str, PyTree]) -> dict[str, PyTree
     source = source.expanduser()
     if (source / ENCODER).is_file():
         source = source / ENCODER
+    if source.is_dir() and pipeline_of(source) == "pretrain":
+        raise UsageError(f"{source} is a run of pretraining that is not finished: it has no {ENCODER}")
     if source.is_dir():
         return _same_shapes(load_variables(source), variables, source)
     if not source.is_file():
