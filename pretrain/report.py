@@ -33,7 +33,7 @@ def draw(runs: dict[str, Run], picture: Path, supervised: Run | None = None) -> 
     except ImportError:
         raise UsageError("pictures need matplotlib: pip install 'resnet-jax[plot]'") from None
 
-    figure = Figure(figsize=(10, 3.8), layout="constrained")
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
     accuracy, spread = figure.subplots(1, 2)
     for index, (name, run) in enumerate(runs.items()):
         colour = f"C{index}"
@@ -56,7 +56,7 @@ def draw(runs: dict[str, Run], picture: Path, supervised: Run | None = None) -> 
     spread.set(xlabel="minutes of training", ylabel="effective rank of the features")
     for axes in (accuracy, spread):
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=7)
+        axes.legend(fontsize=7, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.16), frameon=False)
     figure.savefig(picture, dpi=130)
 
 
