@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
@@ -58,7 +57,7 @@ def make_network(
             objective.projector,
             norm=objective.norm,
             last_norm=objective.last_norm,
-            activation=getattr(nn, objective.activation),
+            activation=objective.activation,
             **heads,
         ),
         predictor=MLP(objective.predictor, **heads) if objective.predictor else None,

@@ -143,6 +143,8 @@ def evaluate(
 
 def _check_fits(dataset: Dataset, config: PretrainConfig, run: Path, channels: int) -> None:
     height, width, theirs = dataset.image_shape
+    if len(dataset.classes) < 2:
+        raise UsageError(f"{dataset.name} has no labels to evaluate with: name a labelled set with --data")
     if theirs != channels:
         raise UsageError(f"{dataset.name} has {theirs} channels, and {run} was pretrained on {channels}")
     crop = config.augment.resized_crop

@@ -179,7 +179,7 @@ class Objective:
       loss: `(Seen, *, axis_name, options) -> scalar`, whose mean over shards is that of the whole batch.
       projector, predictor: layer sizes; no predictor where that is empty.
       norm: whether the projector's layers have norms between them; `last_norm`: what it ends in, see `heads.MLP`.
-      activation: of the projector's layers, a name in `flax.linen`.
+      activation: of the projector's layers.
       prototypes: how many; 0 is none.
       target: whether a target network follows the trained one, and by which momentum at the start.
       momentum_schedule: `constant`, or `cosine` from there to 1.
@@ -195,7 +195,7 @@ class Objective:
     predictor: tuple[int, ...] = ()
     norm: bool = True
     last_norm: str | None = None
-    activation: str = "relu"
+    activation: Callable[[jax.Array], jax.Array] = jax.nn.relu
     prototypes: int = 0
     target: float | None = None
     momentum_schedule: str = "constant"
@@ -262,7 +262,7 @@ OBJECTIVES: dict[str, Objective] = {
         loss=dino,
         projector=(2048, 2048, 256),
         norm=False,
-        activation="gelu",
+        activation=partial(jax.nn.gelu, approximate=False),
         prototypes=65536,
         target=0.996,
         momentum_schedule="cosine",

@@ -37,8 +37,11 @@ def draw(runs: dict[str, Run], picture: Path, supervised: Run | None = None) -> 
     accuracy, spread = figure.subplots(1, 2)
     for index, (name, run) in enumerate(runs.items()):
         colour = f"C{index}"
-        looks = [row for row in run["history"] if "validation_knn_accuracy" in row]
+        looks = [row for row in run["history"] if "effective_rank" in row]
         at = [minutes(run, row["step"]) for row in looks]
+        spread.plot(at, [row["effective_rank"] for row in looks], f"{colour}o-", ms=3, label=name)
+        if "knn_accuracy" not in run:  # pretrained without labels
+            continue
         knn = [100 * row["validation_knn_accuracy"] for row in looks]
         linear = [100 * row["validation_online_linear_accuracy"] for row in looks]
         accuracy.plot(at, knn, f"{colour}o-", ms=3, label=f"{name}: kNN")
@@ -46,7 +49,6 @@ def draw(runs: dict[str, Run], picture: Path, supervised: Run | None = None) -> 
         accuracy.plot([at[-1]], [100 * run["validation_linear_accuracy"]], f"{colour}*", ms=9)
         if index == 0:
             accuracy.axhline(knn[0], color="grey", lw=0.8, ls=":", label="kNN of random weights")
-        spread.plot(at, [row["effective_rank"] for row in looks], f"{colour}o-", ms=3, label=name)
     if supervised is not None:
         held = [row for row in supervised["history"] if "validation_accuracy" in row]
         at = [minutes(supervised, row["step"]) for row in held]
@@ -97,11 +99,11 @@ def table(runs: Sequence[Run]) -> str:
     return "\n".join(rows)
 
 
-def read(path: Path) -> Run:
+def read(path: Path, *, labelled: bool = False) -> Run:
     """A run of pretraining, from its folder or from a file that `--json` wrote.
 
     Raises:
-      UsageError: no finished run of pretraining there.
+      UsageError: no finished run of pretraining there, or with `labelled` one without accuracies.
     """
     try:
         run = json.loads(path.read_text()) if path.is_file() else collect(path)
@@ -109,6 +111,8 @@ def read(path: Path) -> Run:
         raise UsageError(f"{path} cannot be read: {error}") from None
     if "objective" not in run:
         raise UsageError(f"{path} is no run of pretraining")
+    if labelled and "knn_accuracy" not in run:
+        raise UsageError(f"{path} was pretrained without labels: it has no accuracies for a table")
     return run
 
 
@@ -133,7 +137,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UsageError("nothing to do: pass --json FILE, --picture FILE or --table")
     if args.json and len(args.runs) > 1:
         raise UsageError("--json takes one run")
-    runs = {_name(path, args.runs): read(path) for path in args.runs}
+    runs = {_name(path, args.runs): read(path, labelled=args.table) for path in args.runs}
     if args.json:
         args.json.write_text(json.dumps(*runs.values(), indent=1) + "\n")
     if args.picture:

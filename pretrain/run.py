@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 
 from pretrain.build import init_network, make_network, make_pretrain_state, make_views, step_options
 from pretrain.config import PretrainConfig, check, check_images, make_objective
-from pretrain.features import Extractor, Features, worth
+from pretrain.features import Extractor, Features, Worth, worth
 from pretrain.health import collapse_step, health, verdict
 from pretrain.knn import knn_accuracy
 from pretrain.state import PretrainState, encoder_of, pretrain_digest, probe_logits
@@ -133,6 +133,8 @@ def run(config: PretrainConfig, preset: str = "custom") -> dict[str, Any]:
         say(f"going on from step {int(state.step)}")
 
     # ---- what is watched ----
+    labelled = classes > 1
+    neighbours = partial(knn_accuracy, classes=classes, k=config.neighbours, temperature=config.neighbour_temperature)
     searched = dataset.train
     if config.neighbour_images is not None and config.neighbour_images < len(searched):
         order = np.random.default_rng(0).permutation(len(searched))
@@ -142,20 +144,15 @@ def run(config: PretrainConfig, preset: str = "custom") -> dict[str, Any]:
     looked_at = dataset.validation.subset(np.sort(order[:HEALTH_IMAGES]))
 
     def look(state: PretrainState) -> dict[str, float]:
-        """How good and how healthy the encoder is, on validation images."""
+        """How good and how healthy the encoder is, on validation images; without labels, how healthy."""
         variables = state.encoder(target=objective.evaluate_target)
-        bank, held = features(variables, searched), features(variables, dataset.validation)
-        votes: dict[str, Any] = {
-            "classes": classes,
-            "k": config.neighbours,
-            "temperature": config.neighbour_temperature,
-        }
         pair = views.arrays(variables, looked_at)
-        return {
-            "validation_knn_accuracy": knn_accuracy(held.features, held.labels, bank.features, bank.labels, **votes),
-            "validation_online_linear_accuracy": online_accuracy(state, held),
-            **health(pair["a"], pair["b"]),
-        }
+        found = health(pair["a"], pair["b"])
+        if labelled:
+            bank, held = features(variables, searched), features(variables, dataset.validation)
+            found["validation_knn_accuracy"] = neighbours(held.features, held.labels, bank.features, bank.labels)
+            found["validation_online_linear_accuracy"] = online_accuracy(state, held)
+        return found
 
     # ---- loop ----
     history = out / "metrics.jsonl"
@@ -167,7 +164,7 @@ def run(config: PretrainConfig, preset: str = "custom") -> dict[str, Any]:
         batch=config.batch,
         every=config.log_every,
         extra=lambda number: {"learning_rate": float(schedule(number - 1))},
-        shown=SHOWN,
+        shown=SHOWN if labelled else ("loss", "projection_std"),
         silent=not main_process,
     )
 
@@ -182,10 +179,13 @@ def run(config: PretrainConfig, preset: str = "custom") -> dict[str, Any]:
             raise RunError(f"at step {number}: {error}") from None
         looks[:] = [found]
         progress.row({"step": number, "epoch": round(number / epoch_steps, 4), **found})
-        progress.say(
-            f"step {number}: validation kNN {found['validation_knn_accuracy']:.4f}, online linear "
-            f"{found['validation_online_linear_accuracy']:.4f}, effective rank {found['effective_rank']:.1f}"
+        worth_line = (
+            f"validation kNN {found['validation_knn_accuracy']:.4f}, online linear "
+            f"{found['validation_online_linear_accuracy']:.4f}, "
+            if labelled
+            else ""
         )
+        progress.say(f"step {number}: {worth_line}effective rank {found['effective_rank']:.1f}")
         checkpoints.save(state, stream.state())
         progress.pause(time.perf_counter() - began)
 
@@ -211,23 +211,36 @@ def run(config: PretrainConfig, preset: str = "custom") -> dict[str, Any]:
         save_file({name: np.asarray(x) for name, x in to_torch(variables).items()}, out / ENCODER)
 
     # ---- the end: one look at the test split, by the trained encoder and by the same with random weights ----
-    def seen_by(variables: dict[str, PyTree]) -> tuple[Features, Features, Features]:
-        train, validation, test = (features(variables, dataset.splits[name]) for name in dataset.splits)
-        return train, validation, test
+    accuracies: dict[str, Any] = {}
+    if labelled:
 
-    judge = partial(
-        worth,
-        classes=classes,
-        neighbours=config.neighbours,
-        temperature=config.neighbour_temperature,
-        seed=config.seed,
-    )
-    splits = seen_by(variables)
-    trained, online = judge(*splits), online_accuracy(final, splits[2])
-    test_images = len(splits[2].labels)
-    del splits
-    untrained = encoder_of(init_network(config, network, dataset.image_shape)[0])
-    random = judge(*seen_by(place(untrained, replicated(mesh))))
+        def judged(variables: dict[str, PyTree]) -> tuple[Worth, float]:
+            train, held, test = (features(variables, dataset.splits[n]) for n in ("train", "validation", "test"))
+            found = worth(
+                train,
+                held,
+                test,
+                classes=classes,
+                neighbours=config.neighbours,
+                temperature=config.neighbour_temperature,
+                seed=config.seed,
+            )
+            return found, online_accuracy(final, test)
+
+        trained, online = judged(variables)
+        untrained = encoder_of(init_network(config, network, dataset.image_shape)[0])
+        random, _ = judged(place(untrained, replicated(mesh)))
+        accuracies = {
+            "knn_accuracy": trained.knn,
+            "linear_accuracy": trained.linear,
+            "random_knn_accuracy": random.knn,
+            "random_linear_accuracy": random.linear,
+            "online_linear_accuracy": online,
+            "validation_knn_accuracy": trained.validation_knn,
+            "validation_linear_accuracy": trained.validation_linear,
+            "linear_learning_rate": trained.learning_rate,
+            "test_images": len(dataset.test),
+        }
     last = looks[0] if looks else look(final)
     rows = read_rows(history) if main_process else []
     sentence = verdict(rows, last)
@@ -239,15 +252,7 @@ def run(config: PretrainConfig, preset: str = "custom") -> dict[str, Any]:
         "seed": config.seed,
         "steps": steps,
         "epochs": round(steps / epoch_steps, 3),
-        "knn_accuracy": trained.knn,
-        "linear_accuracy": trained.linear,
-        "random_knn_accuracy": random.knn,
-        "random_linear_accuracy": random.linear,
-        "online_linear_accuracy": online,
-        "validation_knn_accuracy": trained.validation_knn,
-        "validation_linear_accuracy": trained.validation_linear,
-        "linear_learning_rate": trained.learning_rate,
-        "test_images": test_images,
+        **accuracies,
         "health": {name: value for name, value in last.items() if not name.startswith("validation_")},
         "verdict": sentence,
         "collapsed_at": collapse_step(rows),
@@ -259,11 +264,11 @@ def run(config: PretrainConfig, preset: str = "custom") -> dict[str, Any]:
         "out": str(out),
         **environment(),
     }
-    say(
-        f"test accuracy of the frozen encoder: kNN {result['knn_accuracy']:.2%} (random weights "
-        f"{result['random_knn_accuracy']:.2%}), offline linear probe {result['linear_accuracy']:.2%} (random weights "
-        f"{result['random_linear_accuracy']:.2%})"
-    )
+    if labelled:
+        say(f"test accuracy of the frozen encoder: kNN {trained.knn:.2%} (random weights {random.knn:.2%}), "
+            f"offline linear probe {trained.linear:.2%} (random weights {random.linear:.2%})")  # fmt: skip
+    else:
+        say("no labels, so nothing to say of the encoder but its health: pretrain.evaluate takes a labelled set")
     say(sentence)
     if main_process:
         write_json(out / "result.json", result)

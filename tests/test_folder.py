@@ -167,8 +167,18 @@ def test_missing_folder(tmp_path):
         load_folder(tmp_path / "nowhere")
 
 
+def test_images_without_classes_are_one(tmp_path):
+    """Enough for pretraining; in subfolders that are no classes, such as train and test, too."""
+    for split, count in {"train": 8, "test": 2}.items():
+        for i in range(count):
+            write(tmp_path / split / f"{i}.jpg")
+    dataset = load_folder(tmp_path)
+    assert dataset.classes == ("unlabelled",)
+    assert [len(source) for source in dataset.splits.values()] == [7, 1, 2]
+    assert dataset.train[0]["label"] == 0
+
+
 def test_no_classes(tmp_path):
-    write(tmp_path / "0.jpg")
     with pytest.raises(UsageError, match=rf"{tmp_path} holds no class folders \(one subfolder of images for each"):
         load_folder(tmp_path)
 

@@ -265,13 +265,13 @@ FINAL = {
     ("rows", "final", "sentence"),
     [
         (
-            history(0.9, 0.0031, 0.003, negative_similarity=0.9999),
+            history(0.9, 0.0031, 0.003, projection_negative_similarity=0.9999),
             {},
             "representations have collapsed: since step 20 every image is projected to nearly the same point "
             "(spread 0.003, mean similarity of different images 0.9999)",
         ),
         (
-            [*history(0.0001), {"step": 11, "negative_similarity": 0.5}],
+            [*history(0.0001), {"step": 11, "projection_negative_similarity": 0.5}],
             {"negative_similarity": 0.75},
             "representations have collapsed: since step 10 every image is projected to nearly the same point "
             "(spread 0.0001, mean similarity of different images 0.7500)",

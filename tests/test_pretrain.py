@@ -19,6 +19,7 @@ from pretrain.run import run
 from resnet_jax.parallel import make_mesh
 from resnet_jax.tree import leaves
 from tests.test_train import Interrupted
+from train.__main__ import main as train_main
 from train.config import AugmentConfig, DataConfig, OptimConfig, TrainConfig, from_dict
 from train.errors import UsageError
 from train.predict import main as predict_main
@@ -221,6 +222,27 @@ def test_report_draws(finished, tmp_path):
     report_main([str(finished[1]), "--picture", str(tmp_path / "curve.png")])
     with Image.open(tmp_path / "curve.png") as image:
         assert (31, 119, 180) in {tuple(p[:3]) for _, p in image.convert("RGB").getcolors(1 << 20)}
+
+
+def test_images_without_labels(tmp_path, tfds_dir, fails, capsys):
+    """A flat folder can be pretrained on: health is all that is said, and training refuses it."""
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    (tmp_path / "photos").mkdir()
+    for i in range(40):
+        Image.fromarray(rng.integers(0, 256, (12, 12, 3), dtype=np.uint8)).save(tmp_path / "photos" / f"{i}.png")
+    data = ["--data.name", f"folder:{tmp_path / 'photos'}", "--data.image-size", "8"]
+    small = ["--width", "8", "--batch", "16", "--steps", "3", "--augment.jitter", "0", "0", "0", "0"]
+    main(["digits_simclr", *data, *small, "--out", str(tmp_path / "run")])
+    result, said = json.loads((tmp_path / "run" / "result.json").read_text()), capsys.readouterr().err
+    assert "knn_accuracy" not in result and result["health"]["images"] == 4
+    assert "no labels, so nothing to say of the encoder but its health" in said and result["verdict"] in said
+    assert (tmp_path / "run" / "encoder.safetensors").is_file()
+    assert "has no labels to evaluate with: name a labelled set" in fails(2, evaluate_main, [str(tmp_path / "run")])
+    assert "was pretrained without labels" in fails(2, report_main, [str(tmp_path / "run"), "--table"])
+    line = fails(2, train_main, [*data, "--batch", "16", "--out", str(tmp_path / "supervised")])
+    assert "has one class alone: training needs two or more" in line
 
 
 # ---- health ---------------------------------------------------------------------------------------------------------

@@ -24,8 +24,7 @@ from resnet_jax.layers import BatchNorm, conv
 from resnet_jax.masks import apply_masks, no_masks
 from resnet_jax.parallel import axis_of, compile_step, make_mesh, replicated, shard_batch
 from resnet_jax.tree import ema, is_kernel, leaves, map_with_path
-from tests.nets import CLASSES, tiny_tx
-from train import build
+from tests.nets import CLASSES, QUICK, quick_jit, tiny_tx
 
 B, STEPS, FEATURES = 16, 3, 8
 MODES = ("jit", "pmap", "shard_map")
@@ -35,12 +34,6 @@ FROZEN = 2  # of the three steps
 TX, PROBE_TX = tiny_tx(), optax.sgd(0.5)
 FIELDS = ("params", "batch_stats", "ema", "memory", "probe", "opt_state")
 WITH_TARGET = tuple(name for name, o in OBJECTIVES.items() if o.target is not None)
-
-
-# Compiling is nearly all that these tests do. What LLVM does not optimise is as right, and so is what XLA's older
-# emitters write, in half the time again, where this jaxlib still has them.
-QUICK = build._known({"xla_cpu_use_fusion_emitters": False})
-quick_jit = partial(jax.jit, compiler_options=QUICK)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -83,7 +76,7 @@ def small(name: str) -> Objective:
 def network_of(o: Objective, encoder: nn.Module, **heads: Any) -> Network:
     return Network(
         encoder=encoder,
-        projector=MLP(o.projector, norm=o.norm, last_norm=o.last_norm, activation=getattr(nn, o.activation), **heads),
+        projector=MLP(o.projector, norm=o.norm, last_norm=o.last_norm, activation=o.activation, **heads),
         predictor=MLP(o.predictor, **heads) if o.predictor else None,
         prototypes=Prototypes(o.prototypes) if o.prototypes else None,
     )

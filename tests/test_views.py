@@ -15,12 +15,8 @@ from pretrain.state import init_pretrain_state
 from pretrain.steps import contrastive_step
 from pretrain.views import make_views, view
 from resnet_jax import augment as aug
-from train.build import _known, make_tx
-
-# Compiling is most of what these tests do: without LLVM's optimisation, and with XLA's older emitters where this jaxlib
-# has them, it takes a quarter of the time.
-QUICK = {**_known({"xla_backend_optimization_level": 0}), **_known({"xla_cpu_use_fusion_emitters": False})}
-quick_jit = partial(jax.jit, compiler_options=QUICK)
+from tests.nets import quick_jit
+from train.build import make_tx
 
 RNG = np.random.default_rng(0)
 IMAGE = RNG.random((10, 10, 3), np.float32)

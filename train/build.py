@@ -167,8 +167,8 @@ def compiler_options(dtype: Any, *, plain: bool = True) -> dict[str, Any]:
     if jax.default_backend() != "cpu":
         return {}
     if jnp.dtype(dtype) == jnp.bfloat16:
-        return _known({YNN: ""})
-    return _known({"xla_cpu_opt_preset": "CPU_OPT_PRESET_FAST_COMPILE", YNN: YNN_FOR_FLOAT32}) if plain else {}
+        return known_options({YNN: ""})
+    return known_options({"xla_cpu_opt_preset": "CPU_OPT_PRESET_FAST_COMPILE", YNN: YNN_FOR_FLOAT32}) if plain else {}
 
 
 def xla_options(given: tuple[str, ...]) -> dict[str, str | bool]:
@@ -182,7 +182,7 @@ YNN = "xla_cpu_experimental_ynn_fusion_type"
 YNN_FOR_FLOAT32 = "LIBRARY_FUSION_TYPE_REDUCE,LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"
 
 
-def _known(options: dict[str, Any]) -> dict[str, Any]:
+def known_options(options: dict[str, Any]) -> dict[str, Any]:
     """The options, if this jaxlib knows them all: it refuses what it does not know."""
     return dict(options) if _accepted(tuple(options.items())) else {}
 

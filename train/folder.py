@@ -1,4 +1,4 @@
-"""The user's own images: one folder a class, of JPEG, PNG, WebP ... files of any size and mode."""
+"""The user's own images: one folder a class, or a flat folder without classes, of JPEG, PNG, WebP ... files."""
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +12,7 @@ from train.errors import UsageError
 from train.sources import Encoded, differ_in_size, report_broken
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+UNLABELLED = "unlabelled"
 SPLITS = {
     "train": ("train", "training"),
     "validation": ("val", "valid", "validation"),
@@ -22,8 +23,10 @@ SPLITS = {
 def read(root: Path, *, size: int | None, skip_broken: bool) -> tuple[tuple[str, ...], dict[str, Encoded]]:
     """Classes and splits of `root`, which holds class folders, or split folders that hold them.
 
+    A folder that holds images and no folders is one class, `UNLABELLED`: enough for pretraining.
+
     Raises:
-      UsageError: no such folder, no classes, an empty class, a class that training does not have, broken files.
+      UsageError: no such folder, no images, an empty class, a class that training does not have, broken files.
     """
     if not root.is_dir():
         raise UsageError(f"no folder {root}")
@@ -34,9 +37,18 @@ def read(root: Path, *, size: int | None, skip_broken: bool) -> tuple[tuple[str,
             raise UsageError(f"{root} holds {' and '.join(p.name for p in inside)}, but no folder train")
         folders = {"train": root}
     classes = tuple(p.name for p in _subfolders(folders["train"]))
+    if not classes and _images(folders["train"]):
+        return (UNLABELLED,), {split: _encoded(_images(f), None, f, size, skip_broken) for split, f in folders.items()}
     if not classes:
         raise UsageError(f"{folders['train']} holds no class folders (one subfolder of images for each class)")
     return classes, {split: _split(folder, classes, size, skip_broken) for split, folder in folders.items()}
+
+
+def _images(folder: Path) -> list[Path]:
+    """Image files below a folder."""
+    images = sorted(f for f in folder.rglob("*") if f.suffix.lower() in SUFFIXES and f.is_file())
+    # Hidden ones are copies and notes that desktops and notebooks leave (._a.jpg, .ipynb_checkpoints/a.jpg).
+    return [f for f in images if not any(part.startswith(".") for part in f.relative_to(folder).parts)]
 
 
 def _subfolders(folder: Path) -> list[Path]:
@@ -49,16 +61,23 @@ def _split(folder: Path, classes: Sequence[str], size: int | None, skip_broken: 
     for path in _subfolders(folder):
         if path.name not in classes:
             raise UsageError(f"{path} is a class that the training split does not have")
-        images = sorted(f for f in path.rglob("*") if f.suffix.lower() in SUFFIXES and f.is_file())
-        # Hidden ones are copies and notes that desktops and notebooks leave (._a.jpg, .ipynb_checkpoints/a.jpg).
-        images = [f for f in images if not any(part.startswith(".") for part in f.relative_to(path).parts)]
+        images = _images(path)
         if not images:
             raise UsageError(f"{path} holds no images ({', '.join(sorted(SUFFIXES))})")
         files += images
         labels += [classes.index(path.name)] * len(images)
     if not files:
         raise UsageError(f"{folder} holds no class folders with images")
+    return _encoded(files, labels, folder, size, skip_broken)
 
+
+def _encoded(
+    files: Sequence[Path], of_class: Sequence[int] | None, folder: Path, size: int | None, skip_broken: bool
+) -> Encoded:
+    """A split of these files, of one class where there are no labels."""
+    if not files:
+        raise UsageError(f"{folder} holds no images ({', '.join(sorted(SUFFIXES))})")
+    labels = [0] * len(files) if of_class is None else of_class
     with ThreadPoolExecutor() as pool:
         seen = list(pool.map(_look, files))
     broken = [f"{file}: {wrong}" for file, wrong in zip(files, seen, strict=True) if isinstance(wrong, str)]

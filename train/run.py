@@ -30,7 +30,7 @@ from train.build import (
 )
 from train.checkpoint import Checkpoints
 from train.config import TrainConfig, check, check_images
-from train.errors import RunError
+from train.errors import RunError, UsageError
 from train.loop import Progress, evaluate, fit
 from train.process import join_hosts, keep_compiled, say
 from train.programs import compile_in
@@ -67,6 +67,10 @@ def run(config: TrainConfig, preset: str = "custom") -> dict[str, Any]:
     config = with_statistics(config, dataset)
     check_batch(config.batch, mesh.size, len(dataset.train))
     check_images(config, dataset.image_shape, mesh.size)
+    if len(dataset.classes) < 2:
+        raise UsageError(
+            f"{dataset.name} has one class alone: training needs two or more, a folder one subfolder of images for each"
+        )
     reading = time.perf_counter() - began
 
     # ---- model, optimizer, state ----
