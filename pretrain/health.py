@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from resnet_jax.contrastive import unit
+from resnet_jax.contrastive import cosine, unit
 
 # A mean cosine c between different images makes `feature_std` about sqrt(1 - c): this is a cosine of 0.9975.
 COLLAPSED_STD = 0.05
@@ -27,7 +27,7 @@ def alignment(a: jax.Array, b: jax.Array) -> jax.Array:
 
 def mean_similarity(a: jax.Array, b: jax.Array) -> jax.Array:
     """Mean cosine of the rows of [B, D] with those of the same place in [B, D]."""
-    return jnp.sum(unit(a) * unit(b), axis=-1).mean()
+    return cosine(a, b).mean()
 
 
 # --- spread -----------------------------------------------------------------------------------------------------------

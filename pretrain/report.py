@@ -83,11 +83,7 @@ def table(runs: Sequence[Run]) -> str:
     def row(name: str, group: Sequence[Run], prefix: str = "") -> str:
         knn, linear = ([100 * run[f"{prefix}{kind}_accuracy"] for run in group] for kind in ("knn", "linear"))
         online = "" if prefix else cell([100 * run["online_linear_accuracy"] for run in group])
-        seconds = (
-            ""
-            if prefix
-            else cell([run["steps"] * run["config"]["batch"] / run["images_per_second"] for run in group], 0)
-        )
+        seconds = "" if prefix else cell([60 * minutes(run, run["steps"]) for run in group], 0)
         return f"| {name} | {cell(knn)} | {cell(linear)} | {online} | {seconds} | {len(group)} |"
 
     groups: dict[str, list[Run]] = {}
@@ -105,10 +101,7 @@ def read(path: Path, *, labelled: bool = False) -> Run:
     Raises:
       UsageError: no finished run of pretraining there, or with `labelled` one without accuracies.
     """
-    try:
-        run = json.loads(path.read_text()) if path.is_file() else collect(path)
-    except ValueError as error:
-        raise UsageError(f"{path} cannot be read: {error}") from None
+    run = collect(path)
     if "objective" not in run:
         raise UsageError(f"{path} is no run of pretraining")
     if labelled and "knn_accuracy" not in run:
@@ -141,9 +134,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.json:
         args.json.write_text(json.dumps(*runs.values(), indent=1) + "\n")
     if args.picture:
-        other = args.supervised
-        supervised = None if other is None else json.loads(other.read_text()) if other.is_file() else collect(other)
-        draw(runs, args.picture, supervised)
+        draw(runs, args.picture, None if args.supervised is None else collect(args.supervised))
     if args.table:
         print(table(list(runs.values())))
 

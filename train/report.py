@@ -11,10 +11,14 @@ from train.errors import UsageError
 def collect(run: Path) -> dict[str, Any]:
     """A run's result, config and history (`metrics.jsonl`) together: what is kept of a published run.
 
+    `run` is its folder, or the JSON file that they were kept in.
+
     Raises:
       UsageError: no run there, or one that is not finished.
     """
     try:
+        if run.is_file():
+            return json.loads(run.read_text())
         result = json.loads((run / "result.json").read_text())
         config = json.loads((run / "config.json").read_text())["config"]
         history = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -65,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UsageError("nothing to do: pass --json FILE or --picture FILE")
     if args.json and len(args.runs) > 1:
         raise UsageError("--json takes one run")
-    runs = {run.stem: json.loads(run.read_text()) if run.is_file() else collect(run) for run in args.runs}
+    runs = {run.stem: collect(run) for run in args.runs}
     if args.json:
         args.json.write_text(json.dumps(*runs.values(), indent=1) + "\n")
     if args.picture:
