@@ -27,9 +27,8 @@ from train.build import (
     eval_augment,
     make_primitives,
     make_tx,
-    open_data,
+    open_measured,
     read_data,
-    with_statistics,
     xla_options,
 )
 from train.checkpoint import Checkpoints
@@ -65,10 +64,7 @@ def run(config: PretrainConfig, preset: str = "custom") -> dict[str, Any]:
 
     # ---- data ----
     began = time.perf_counter()
-    dataset = open_data(config)
-    if None in (config.augment.mean, config.augment.std) or config.data.broken == "skip":
-        dataset = read_data(config, dataset)
-    config = with_statistics(config, dataset)
+    config, dataset = open_measured(config)
     check_batch(config.batch, mesh.size, len(dataset.train))
     check_images(config, dataset.image_shape)
     reading = time.perf_counter() - began

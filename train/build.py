@@ -62,6 +62,17 @@ def with_statistics(config: Run, dataset: Dataset) -> Run:
     return dataclasses.replace(config, augment=dataclasses.replace(config.augment, mean=given[0], std=given[1]))
 
 
+def open_measured(config: Run) -> tuple[Run, Dataset]:
+    """(the config with channel statistics filled in, its `Dataset`), read already only where what compiles needs it.
+
+    What compiles depends on the images themselves: on their statistics, or on how many can be read.
+    """
+    dataset = open_data(config)
+    if None in (config.augment.mean, config.augment.std) or config.data.broken == "skip":
+        dataset = read_data(config, dataset)
+    return with_statistics(config, dataset), dataset
+
+
 def train_augment(config: AugmentConfig) -> aug.Augment:
     """The training augmentation, from uint8 scaled to [0, 1] to normalised images."""
     parts: list[aug.Augment] = []

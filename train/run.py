@@ -21,11 +21,10 @@ from train.build import (
     make_primitives,
     make_state,
     make_tx,
-    open_data,
+    open_measured,
     read_data,
     step_options,
     trained_part,
-    with_statistics,
     xla_options,
 )
 from train.checkpoint import Checkpoints
@@ -60,11 +59,7 @@ def run(config: TrainConfig, preset: str = "custom") -> dict[str, Any]:
 
     # ---- data: opened here, read further down, while the steps compile ----
     began = time.perf_counter()
-    dataset = open_data(config)
-    if None in (config.augment.mean, config.augment.std) or config.data.broken == "skip":
-        # What compiles depends on the images themselves: on their statistics, or on how many can be read.
-        dataset = read_data(config, dataset)
-    config = with_statistics(config, dataset)
+    config, dataset = open_measured(config)
     check_batch(config.batch, mesh.size, len(dataset.train))
     check_images(config, dataset.image_shape, mesh.size)
     if len(dataset.classes) < 2:
