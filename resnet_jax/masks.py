@@ -1,9 +1,22 @@
-"""Masks over parameters: boolean trees shaped like them, with a 0-d True where a leaf is never pruned."""
+"""Masks over parameters: boolean trees shaped like them, with a 0-d True where a leaf is never pruned.
+
+Scores in (`resnet_jax.scores`), masks out: `make_masks` works on any tree of parameters, keeps exact numbers (of equal
+scores the earlier), and takes a traced sparsity, so that a schedule (`resnet_jax.sparsity`) compiles once.
+"""
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from resnet_jax.tree import PyTree
+from resnet_jax.tree import Predicate, PyTree, is_kernel, leaves, map_with_path
+
+Scope = Literal["global", "uniform", "erk", "lamp"]
+Share = float | jax.Array
 
 
 def no_masks(params: PyTree) -> PyTree:
@@ -11,6 +24,271 @@ def no_masks(params: PyTree) -> PyTree:
     return jax.tree.map(lambda _: jnp.ones((), bool), params)
 
 
+def full_masks(params: PyTree, prunable: Predicate = is_kernel) -> PyTree:
+    """Masks that keep everything and can prune what is `prunable`: True in its shape, 0-d True elsewhere."""
+    return map_with_path(lambda path, x: jnp.ones(x.shape if prunable(path, x) else (), bool), params)
+
+
 def apply_masks(params: PyTree, masks: PyTree) -> PyTree:
     """Zero where a mask is False; shapes and dtypes stay."""
     return jax.tree.map(lambda p, m: jnp.where(m, p, jnp.zeros((), p.dtype)), params, masks)
+
+
+def kernels_except(patterns: Sequence[str]) -> Predicate:
+    """A predicate: kernels (`is_kernel`) whose path matches none of these regular expressions (`re.search`)."""
+    return lambda path, leaf: is_kernel(path, leaf) and not any(re.search(pattern, path) for pattern in patterns)
+
+
+def make_masks(
+    scores: PyTree,
+    sparsity: Share | Mapping[str, Share],
+    *,
+    prunable: Predicate = is_kernel,
+    scope: Scope = "global",
+    structure: str = "unstructured",
+    masks: PyTree | None = None,
+) -> PyTree:
+    """Masks that keep the highest scores.
+
+    Args:
+      scores: a tree like the parameters', real values, higher is more important.
+      sparsity: the share of what is prunable to remove, in [0, 1), may be traced; or a share for each prunable path,
+        which then hold instead of a scope.
+      prunable: which leaves.
+      scope: `global`, one ranking over all leaves; `uniform`, the same share of every leaf; `erk`, shares by the
+        Erdos-Renyi-kernel rule (https://arxiv.org/abs/1911.11134); `lamp`, one ranking of scores made comparable
+        between leaves (https://arxiv.org/abs/2010.07611).
+      structure: `unstructured`; `N:M`, at least N of each M inputs kept, in groups along the last axis but one; or
+        `RxC`, blocks of R inputs by C outputs (the last two axes), scored by their sums. N:M knows no scope: it keeps
+        max(N, round(M * (1 - sparsity))) in every group.
+      masks: earlier masks, whose pruned weights stay pruned and count as pruned.
+
+    Raises:
+      ValueError: a sparsity outside of [0, 1), nothing that is prunable, a structure that does not divide a leaf.
+    """
+    chosen = {path: x for path, x in leaves(scores).items() if prunable(path, x)}
+    if not chosen:
+        raise ValueError("nothing to prune: no leaf is prunable")
+    if scope not in get_args(Scope):
+        raise ValueError(f"unknown scope {scope!r}; choose one of {', '.join(get_args(Scope))}")
+    shares = dict(sparsity) if isinstance(sparsity, Mapping) else dict.fromkeys(chosen, sparsity)
+    for path in chosen:
+        if path not in shares:
+            raise ValueError(f"no sparsity is given for {path}")
+        if not isinstance(shares[path], jax.core.Tracer) and not 0 <= float(shares[path]) < 1:
+            raise ValueError(f"sparsity must be in [0, 1), got {shares[path]}")
+    check_structure(chosen, structure)
+    kind, *size = structure_of(structure)
+    block = size if kind == "block" else (1, 1)
+
+    earlier = {path: m for path, m in leaves(masks).items() if path in chosen and m.ndim} if masks is not None else {}
+    keys = {}
+    for path, x in chosen.items():
+        x = _pooled(jnp.where(earlier.get(path, True), x, 0).astype(jnp.float32), block)
+        alive = _pooled(earlier[path], block) > 0 if path in earlier else True
+        keys[path] = sortable(_lamp(x) if scope == "lamp" else x, alive)
+
+    if kind == "n:m":
+        kept = {path: _n_of_m(key, shares[path], *size) for path, key in keys.items()}
+    else:
+        kept = _kept(keys, {path: chosen[path].shape for path in keys}, sparsity, shares, scope)
+    made = {path: _spread(x, block) & earlier.get(path, True) for path, x in kept.items()}
+    return map_with_path(lambda path, _: made.get(path, jnp.ones((), bool)), scores)
+
+
+def structure_of(name: str) -> tuple[str, int, int]:
+    """(`n:m`, N, M) or (`block`, rows, columns) for the name of a structure; `unstructured` are blocks of one.
+
+    Raises:
+      ValueError: no such structure.
+    """
+    if name == "unstructured":
+        return "block", 1, 1
+    if (found := re.fullmatch(r"(\d+):(\d+)", name)) and 0 < int(found[1]) < int(found[2]):
+        return "n:m", int(found[1]), int(found[2])
+    if (found := re.fullmatch(r"(\d+)x(\d+)", name)) and int(found[1]) and int(found[2]):
+        return "block", int(found[1]), int(found[2])
+    raise ValueError(f"unknown structure {name!r}: choose unstructured, N:M such as 2:4, or ROWSxCOLUMNS such as 4x1")
+
+
+def check_structure(chosen: Mapping[str, jax.Array], structure: str) -> None:
+    """Refuse a structure that does not divide one of these leaves.
+
+    Raises:
+      ValueError: that, naming the leaf.
+    """
+    kind, first, second = structure_of(structure)
+    rows, columns = (second, 1) if kind == "n:m" else (first, second)
+    for path, x in chosen.items():
+        if rows * columns > 1 and (x.ndim < 2 or x.shape[-2] % rows or x.shape[-1] % columns):
+            shape = "x".join(map(str, x.shape))
+            raise ValueError(f"{structure} does not divide {path} of shape {shape}, whose inputs and outputs come last")
+
+
+def erk_shares(shapes: Sequence[Sequence[int]], sparsity: Share) -> jax.Array:
+    """The share to remove of each leaf, float32 [L]: Erdos-Renyi-kernel, https://arxiv.org/abs/1911.11134.
+
+    A leaf's density is proportional to (sum of its dimensions) / (their product), at most 1, so that all leaves
+    together keep the share `1 - sparsity`.
+    """
+    sizes = jnp.array([math.prod(shape) for shape in shapes], jnp.float32)
+    raw = jnp.array([sum(shape) / math.prod(shape) for shape in shapes], jnp.float32)
+    target = (1 - sparsity) * sizes.sum()
+
+    def density(dense: jax.Array) -> jax.Array:
+        rest = jnp.where(dense, 0, raw * sizes).sum()
+        return jnp.where(dense, 1.0, raw * (target - jnp.where(dense, sizes, 0).sum()) / jnp.maximum(rest, 1e-9))
+
+    # Whoever would be more than dense is dense, which leaves more to the others: at most L rounds of it.
+    start = jnp.zeros(len(shapes), bool)
+    dense = jax.lax.fori_loop(0, len(shapes), lambda _, dense: dense | (density(dense) > 1), start)
+    return 1 - density(dense)
+
+
+def largest(keys: Sequence[jax.Array], counts: jax.Array, group: Sequence[int]) -> list[jax.Array]:
+    """Boolean arrays that are True at the `counts[g]` largest keys of each group of arrays; the earlier of equal ones.
+
+    By bisection over the bits of keys, then of positions: passes that count, no sort, and counts may be traced.
+
+    Args:
+      keys: uint32 arrays of any shape.
+      counts: int32 [G].
+      group: which group, in [0, G), each array belongs to.
+    """
+    sums = np.zeros((len(counts), len(keys)), np.int32)
+    sums[list(group), np.arange(len(keys))] = 1
+    starts = np.zeros(len(keys), np.uint32)
+    for g in range(len(counts)):
+        of = [i for i, own in enumerate(group) if own == g]
+        starts[of] = np.cumsum([0, *(keys[i].size for i in of)])[:-1]
+    positions = [
+        jnp.arange(key.size, dtype=jnp.uint32).reshape(key.shape) + start
+        for key, start in zip(keys, starts, strict=True)
+    ]
+
+    def counted(tests: list[jax.Array]) -> jax.Array:
+        return (jnp.asarray(sums) * jnp.stack([test.sum(dtype=jnp.int32) for test in tests])[None]).sum(1)
+
+    def largest_with(enough: Callable[[jax.Array], jax.Array]) -> jax.Array:
+        """The largest uint32 [G] for which `enough` still holds; it must hold up to some value."""
+
+        def bit(i: jax.Array, value: jax.Array) -> jax.Array:
+            higher = value | (jnp.uint32(1) << (jnp.uint32(31) - i.astype(jnp.uint32)))
+            return jnp.where(enough(higher), higher, value)
+
+        return jax.lax.fori_loop(0, 32, bit, jnp.zeros(len(counts), jnp.uint32))
+
+    threshold = largest_with(lambda t: counted([k >= t[g] for k, g in zip(keys, group, strict=True)]) >= counts)
+    above = [key > threshold[g] for key, g in zip(keys, group, strict=True)]
+    equal = [key == threshold[g] for key, g in zip(keys, group, strict=True)]
+    missing = counts - counted(above)
+    # The last position that may not be taken yet with so many of the equal ones before it.
+    end = largest_with(
+        lambda c: counted([e & (p < c[g]) for e, p, g in zip(equal, positions, group, strict=True)]) <= missing
+    )
+    return [a | (e & (p < end[g])) for a, e, p, g in zip(above, equal, positions, group, strict=True)]
+
+
+def sortable(x: jax.Array, alive: jax.Array | bool = True) -> jax.Array:
+    """uint32 in the order of float32 values, for `largest`; 0, below all of them, where `alive` is False."""
+    bits = jax.lax.bitcast_convert_type(jnp.where(x == 0, 0.0, x.astype(jnp.float32)), jnp.uint32)  # -0 is 0
+    return jnp.where(alive, jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31)), jnp.uint32(0))
+
+
+def _kept(
+    keys: dict[str, jax.Array],
+    shapes: dict[str, Sequence[int]],
+    sparsity: Share | Mapping[str, Share],
+    shares: dict[str, Share],
+    scope: Scope,
+) -> dict[str, jax.Array]:
+    sizes = np.array([key.size for key in keys.values()])
+    group = list(range(len(keys)))
+    if isinstance(sparsity, Mapping) or scope == "uniform":
+        share = jnp.stack([jnp.asarray(shares[path]) for path in keys])
+    elif scope == "erk":
+        share = erk_shares([shapes[path] for path in keys], sparsity)
+    else:
+        share, group, sizes = jnp.asarray(sparsity)[None], [0] * len(keys), sizes.sum(keepdims=True)
+    counts = jnp.asarray(sizes, jnp.int32) - jnp.round(share * sizes.astype(np.float32)).astype(jnp.int32)
+    return dict(zip(keys, largest(list(keys.values()), counts, group), strict=True))
+
+
+def _lamp(x: jax.Array) -> jax.Array:
+    """Squares over the sum of all squares that are not smaller, https://arxiv.org/abs/2010.07611."""
+    # Ascending; of equal ones the later first, so that the earlier is kept.
+    order = x.size - 1 - jnp.argsort(x.ravel()[::-1], stable=True)
+    squares = jnp.square(x.ravel()[order])
+    rest = jnp.cumsum(squares[::-1])[::-1]
+    return jnp.zeros(x.size).at[order].set(squares / jnp.maximum(rest, jnp.finfo(jnp.float32).tiny)).reshape(x.shape)
+
+
+def _n_of_m(key: jax.Array, sparsity: Share, n: int, m: int) -> jax.Array:
+    """True at the largest keys of each m along the last axis but one."""
+    groups = jnp.moveaxis(key, -2, -1).reshape(*key.shape[:-2], key.shape[-1], -1, m)
+    ours, others = groups[..., :, None], groups[..., None, :]
+    before = jnp.tril(jnp.ones((m, m), bool), -1).reshape((1,) * (groups.ndim - 1) + (m, m))
+    rank = ((others > ours) | ((others == ours) & before)).sum(-1)
+    keep = rank < jnp.maximum(n, jnp.round(m * (1 - jnp.asarray(sparsity))))
+    return jnp.moveaxis(keep.reshape(*key.shape[:-2], key.shape[-1], -1), -1, -2)
+
+
+def _pooled(x: jax.Array, block: Sequence[int]) -> jax.Array:
+    """Sums over blocks of the last two axes."""
+    rows, columns = block
+    if rows * columns == 1:
+        return x
+    parts = x.reshape(*x.shape[:-2], x.shape[-2] // rows, rows, x.shape[-1] // columns, columns)
+    return parts.sum((-3, -1))
+
+
+def _spread(x: jax.Array, block: Sequence[int]) -> jax.Array:
+    rows, columns = block
+    return x if rows * columns == 1 else jnp.repeat(jnp.repeat(x, rows, -2), columns, -1)
+
+
+def sparsity_of(masks: PyTree) -> jax.Array:
+    """The share of prunable weights that masks prune, float32 scalar in [0, 1]; 0 where nothing is prunable."""
+    prunable = [m for m in jax.tree.leaves(masks) if m.ndim]
+    size = sum(m.size for m in prunable)
+    return jnp.asarray(1 - sum(m.sum(dtype=jnp.float32) for m in prunable) / size if size else 0.0, jnp.float32)
+
+
+def check_masks(masks: PyTree, params: PyTree) -> None:
+    """Refuse masks that are not these parameters', or that leave nothing of a leaf.
+
+    Raises:
+      ValueError: that, naming the first such leaf.
+    """
+    ours, theirs = leaves(params), leaves(masks)
+    for path in sorted(ours.keys() ^ theirs.keys()):
+        raise ValueError(f"masks of another model: {path} is only in the {'model' if path in ours else 'masks'}")
+    for path, mask in theirs.items():
+        if mask.ndim and mask.shape != ours[path].shape:
+            raise ValueError(f"masks of another model: {path} is {mask.shape} there, {ours[path].shape} in the model")
+        if not np.asarray(mask).any():
+            raise ValueError(f"nothing would be left of {path}: lower the sparsity, or exclude it")
+
+
+def pack(masks: PyTree) -> PyTree:
+    """Eight masks' values a byte, NumPy uint8 [ceil(size / 8)] leaves; a 0-d leaf stays as it is. On the host."""
+    return jax.tree.map(lambda m: np.packbits(np.asarray(m)) if m.ndim else np.asarray(m), masks)
+
+
+def unpack(packed: PyTree, params: PyTree) -> PyTree:
+    """The inverse of `pack`, given arrays (or their shapes) that the masks belong to.
+
+    Raises:
+      ValueError: a leaf of another size.
+    """
+
+    def one(path: str, x: np.ndarray, bits: np.ndarray) -> np.ndarray:
+        if not bits.ndim:
+            return bits
+        if bits.size != -(-math.prod(x.shape) // 8):
+            raise ValueError(
+                f"masks of another model: {path} has {bits.size * 8} bits for {math.prod(x.shape)} weights"
+            )
+        return np.unpackbits(bits, count=math.prod(x.shape)).astype(bool).reshape(x.shape)
+
+    return map_with_path(one, params, packed)

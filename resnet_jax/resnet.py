@@ -37,28 +37,53 @@ from resnet_jax.layers import (
 class Block(nn.Module):
     """What residual blocks have in common: their fields, and the way past them.
 
-    `filters` is the stage's nominal width; a block puts out `filters * expansion` channels. The shortcut is a module
-    only where the shape changes. `attention()` ends the residual branch; `zero_init` starts it at zero
+    `filters` is the stage's nominal width; a block puts out `filters * expansion` channels. `widths` are the output
+    channels of its convolutions in turn, the last one's those of the block, where they are not `own_widths` because
+    the network has been pruned. The shortcut is a module only where the nominal shape changes: from `in_channels`,
+    those of the whole network. `attention()` ends the residual branch; `zero_init` starts it at zero
     (https://arxiv.org/abs/1706.02677).
     """
 
     filters: int
     strides: int
+    in_channels: int
     conv: ModuleDef
     norm: ModuleDef
     drop_path: ModuleDef
     shortcut: ModuleDef = Projection
     attention: ModuleDef | None = None
     zero_init: bool = False
+    widths: Sequence[int] | None = None
 
     expansion = 1
 
+    @property
+    def own_widths(self) -> tuple[int, ...]:
+        """Output channels of each convolution before any pruning."""
+        raise NotImplementedError
+
+    @property
+    def features(self) -> tuple[int, ...]:
+        """Output channels of each convolution.
+
+        Raises:
+          ValueError: `widths` are not one for each convolution.
+        """
+        own = self.own_widths
+        if self.widths is not None and len(self.widths) != len(own):
+            raise ValueError(f"{self.name} has {len(own)} convolutions, got {len(self.widths)} widths for them")
+        return own if self.widths is None else tuple(self.widths)
+
+    @property
+    def reshapes(self) -> bool:
+        """Whether the shape changes; a pruned network, where counts may coincide, keeps its shortcuts' kind."""
+        return self.strides > 1 or self.in_channels != self.filters * self.expansion
+
     def past(self, x: jax.Array) -> jax.Array:
-        """The shortcut: [B, H, W, C] to [B, H / strides, W / strides, filters * expansion]."""
-        features = self.filters * self.expansion
-        if self.strides == 1 and x.shape[-1] == features:
+        """The shortcut: [B, H, W, C] to [B, H / strides, W / strides, features[-1]]."""
+        if not self.reshapes:
             return x
-        return self.shortcut(features, self.strides, conv=self.conv, norm=self.norm, name="shortcut")(x)
+        return self.shortcut(self.features[-1], self.strides, conv=self.conv, norm=self.norm, name="shortcut")(x)
 
     def attend(self, x: jax.Array) -> jax.Array:
         return x if self.attention is None else self.attention(dtype=x.dtype, name="attention")(x)
@@ -71,11 +96,16 @@ class Block(nn.Module):
 class BasicBlock(Block):
     """Two 3x3 convolutions, https://arxiv.org/abs/1512.03385."""
 
+    @property
+    def own_widths(self) -> tuple[int, ...]:
+        return self.filters, self.filters
+
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        y = self.conv(self.filters, 3, self.strides, name="conv1")(x)
+        first, last = self.features
+        y = self.conv(first, 3, self.strides, name="conv1")(x)
         y = norm_relu(self.norm(name="norm1"), y)
-        y = self.conv(self.filters, 3, name="conv2")(y)
+        y = self.conv(last, 3, name="conv2")(y)
         y = self.attend(self.norm(name="norm2", scale_init=self.last_scale)(y))
         return nn.relu(self.past(x) + self.drop_path(name="drop_path")(y, train=train))
 
@@ -92,14 +122,19 @@ class Bottleneck(Block):
 
     expansion = 4
 
+    @property
+    def own_widths(self) -> tuple[int, ...]:
+        width = self.filters * self.group_width // 64 * self.groups
+        return width, width, self.filters * self.expansion
+
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        width = self.filters * self.group_width // 64 * self.groups
-        y = self.conv(width, 1, name="conv1")(x)
+        first, middle, last = self.features
+        y = self.conv(first, 1, name="conv1")(x)
         y = norm_relu(self.norm(name="norm1"), y)
-        y = self.conv(width, 3, self.strides, groups=self.groups, name="conv2")(y)
+        y = self.conv(middle, 3, self.strides, groups=self.groups, name="conv2")(y)
         y = norm_relu(self.norm(name="norm2"), y)
-        y = self.conv(self.filters * self.expansion, 1, name="conv3")(y)
+        y = self.conv(last, 1, name="conv3")(y)
         y = self.attend(self.norm(name="norm3", scale_init=self.last_scale)(y))
         return nn.relu(self.past(x) + self.drop_path(name="drop_path")(y, train=train))
 
@@ -113,15 +148,17 @@ class PreActBlock(Block):
     shortcut: ModuleDef = PlainProjection
     kernel_sizes: Sequence[int] = (3, 3)
 
+    @property
+    def own_widths(self) -> tuple[int, ...]:
+        return (self.filters,) * (len(self.kernel_sizes) - 1) + (self.filters * self.expansion,)
+
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         y = norm_relu(self.norm(name="norm1"), x)
         # A projection starts from the activated input; an identity is taken from before it.
-        changes = self.strides > 1 or x.shape[-1] != self.filters * self.expansion
-        skip = self.past(y) if changes else x
+        skip = self.past(y) if self.reshapes else x
         last = len(self.kernel_sizes)
-        for i, size in enumerate(self.kernel_sizes, start=1):
-            features = self.filters * self.expansion if i == last else self.filters
+        for i, (features, size) in enumerate(zip(self.features, self.kernel_sizes, strict=True), start=1):
             strides = self.strides if i == self.strided else 1
             zero = {"kernel_init": nn.initializers.zeros} if self.zero_init and i == last else {}
             y = self.conv(features, size, strides, name=f"conv{i}", **zero)(y)
@@ -141,6 +178,20 @@ class PreActBottleneck(PreActBlock):
     kernel_sizes: Sequence[int] = (1, 3, 1)
 
     expansion = 4
+
+
+def split_widths(widths: Sequence[int] | None, blocks: int) -> tuple[int | None, list[Sequence[int] | None]]:
+    """The stem's part of `ResNet.widths` and each block's; None where they are the model's own.
+
+    Raises:
+      ValueError: they cannot be one of the stem and as many of each block.
+    """
+    if widths is None:
+        return None, [None] * blocks
+    each, rest = divmod(len(widths) - 1, blocks)
+    if each < 1 or rest:
+        raise ValueError(f"widths are one of the stem and as many of each of {blocks} blocks, got {len(widths)}")
+    return widths[0], [widths[i : i + each] for i in range(1, len(widths), each)]
 
 
 class ResNet(nn.Module):
@@ -163,6 +214,8 @@ class ResNet(nn.Module):
       axis_name: the axis that the batch is split over under `pmap` or `shard_map`; None under `jit`.
       sync_bn: statistics over the whole batch, or (False; not under `jit`) over each shard's own part of it.
       conv, norm, max_pool: the primitives, for those who bring their own, as `resnet_jax.onednn` does.
+      widths: output channels of each convolution in turn (the stem, then each block's), where a pruned network's are
+        not the model's own. A shortcut's follow the block's last; `resnet_jax.channels.compact` sets them.
     """
 
     stage_sizes: Sequence[int]
@@ -180,6 +233,7 @@ class ResNet(nn.Module):
     conv: ModuleDef = conv
     norm: ModuleDef = BatchNorm
     max_pool: ModuleDef = max_pool
+    widths: Sequence[int] | None = None
 
     @nn.compact
     def maps(self, images: jax.Array, *, train: bool = False) -> dict[str, jax.Array]:
@@ -196,21 +250,27 @@ class ResNet(nn.Module):
 
         x = images.astype(self.dtype)
         stem = partial(self.stem, conv=conv, norm=norm, max_pool=self.max_pool, name="stem")
-        x = stem(self.stem_width or self.width)(x)
+        in_channels = self.stem_width or self.width
+        stem_width, block_widths = split_widths(self.widths, sum(self.stage_sizes))
+        x = stem(stem_width or in_channels)(x)
         levels = {"stem": x}
         block_index, last_index = 0, max(sum(self.stage_sizes) - 1, 1)
         for stage, size in enumerate(self.stage_sizes, start=1):
             for block in range(1, size + 1):
                 rate = self.drop_path * block_index / last_index
-                x = self.block(
+                layer = self.block(
                     self.width * 2 ** (stage - 1),
                     strides=2 if stage > 1 and block == 1 else 1,
+                    in_channels=in_channels,
                     conv=conv,
                     norm=norm,
                     drop_path=partial(DropPath, rate=rate, axis_name=self.axis_name),
                     zero_init=self.zero_init,
+                    widths=block_widths[block_index],
                     name=f"stage{stage}_block{block}",
-                )(x, train=train)
+                )
+                x = layer(x, train=train)
+                in_channels = layer.filters * layer.expansion
                 block_index += 1
             levels[f"stage{stage}"] = x
         if self.final is not None:

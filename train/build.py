@@ -120,7 +120,9 @@ def make_model(
 
     `drop_path` matters in training alone.
     """
-    options: dict[str, Any] = {**(primitives or {}), **({} if config.width is None else {"width": config.width})}
+    options: dict[str, Any] = dict(primitives or {})
+    options |= {} if config.width is None else {"width": config.width}
+    options |= {"widths": config.widths} if config.widths else {}
     return MODELS[config.model](
         num_classes=num_classes,
         drop_path=drop_path,
@@ -239,11 +241,12 @@ def make_state(
     tx: optax.GradientTransformation,
     image_shape: tuple[int, int, int],
     start: Callable[[dict[str, PyTree]], dict[str, PyTree]] = lambda variables: variables,
+    masks: Callable[[PyTree], PyTree | None] = lambda params: None,
 ) -> TrainState:
-    """The state at step 0, from random variables; `start` may put others in their place."""
+    """The state at step 0, from random variables; `start` may put others in their place, `masks` masks beside them."""
     init_key, run_key = jax.random.split(jax.random.key(config.seed))
     variables = start(init_variables(model.clone(axis_name=None), init_key, image_shape))
-    return init_state(variables, tx, run_key, ema=config.ema is not None)
+    return init_state(variables, tx, run_key, masks=masks(variables["params"]), ema=config.ema is not None)
 
 
 def step_options(config: TrainConfig, model: nn.Module, tx: optax.GradientTransformation) -> dict[str, Any]:

@@ -13,8 +13,9 @@ from typing import Any
 import jax
 import numpy as np
 
+from resnet_jax.masks import pack, unpack
 from resnet_jax.parallel import place
-from resnet_jax.tree import PyTree, leaves
+from resnet_jax.tree import PyTree, leaves, map_with_path
 from train.errors import RunError, UsageError
 from train.state import TrainState
 
@@ -121,7 +122,6 @@ class Checkpoints:
         self._orbax.close()
 
     def _load(self, step: int, like: TrainState) -> tuple[PyTree, dict[str, Any]]:
-        wanted = _to_host(like)
         files = [self.root / str(step) / "state" / name for name in ("manifest.ocdbt", "_METADATA")]
         missing = [file.name for file in files if not file.is_file()]
         if missing:  # Orbax would log at length
@@ -129,10 +129,14 @@ class Checkpoints:
         metadata = self._orbax.metadata(step)
         if metadata.metadata is None:
             raise ValueError("its index cannot be read")
-        _check_same(leaves(metadata.metadata), leaves(wanted), self.root / str(step))
+        saved, wanted = leaves(metadata.metadata), _to_host(like)
+        # Masks are the checkpoint's own: a dense state that restores a sparse one becomes sparse.
+        wanted["masks"] = map_with_path(lambda path, m: _like(saved.get(f"masks/{path}"), m), wanted["masks"])
+        _check_same(saved, leaves(wanted), self.root / str(step))
         arrays = self._orbax.load(step, wanted)
         if _checksum(arrays) != metadata.custom_metadata["checksum"]:
             raise ValueError("its checksum differs")
+        arrays["masks"] = unpack(arrays["masks"], arrays["params"])
         return arrays, metadata.custom_metadata["iterator"]
 
     def _failed(self, error: Exception | str) -> RunError:
@@ -141,10 +145,16 @@ class Checkpoints:
 
 
 def _to_host(state: TrainState) -> PyTree:
-    """NumPy copies of a state's arrays, keys as their bits: donated buffers change while files are still written."""
+    """NumPy copies of a state's arrays, for donated buffers change while files are written; keys and masks as bits."""
     fields = {name: getattr(state, name) for name in state.__dataclass_fields__}
     fields["key"] = jax.random.key_data(state.key)
+    fields["masks"] = pack(state.masks)
     return jax.tree.map(np.array, fields)
+
+
+def _like(saved: Any, wanted: np.ndarray) -> np.ndarray:
+    """An array of a saved one's shape and dtype; `wanted` itself if there is none."""
+    return wanted if saved is None else np.zeros(saved.shape, saved.dtype)
 
 
 def _to_devices(arrays: PyTree, like: TrainState) -> TrainState:

@@ -111,6 +111,8 @@ class RunConfig:
     """A name in `resnet_jax.MODELS`."""
     width: int | None = None
     """Channels of the first stage, where it is not to be the model's own."""
+    widths: tuple[int, ...] = ()
+    """Output channels of each convolution in turn (stem, then block by block), where channels were pruned."""
     zero_init: bool = False
     """Start residual branches at zero."""
     data: DataConfig = field(default_factory=DataConfig)
@@ -164,6 +166,8 @@ class TrainConfig(RunConfig):
     """Start from a run's folder, or from PyTorch weights (.pth, .safetensors); a head of another size is made anew."""
     freeze: bool = False
     """Train the head alone."""
+    dense: bool = False
+    """Let the pruned weights of a sparse `--init` grow back; they stay pruned otherwise."""
     select: Literal["last", "best"] = "last"
     """Which parameters the test split is shown: the last, or the best on validation."""
     keep_best: int = 1
@@ -241,6 +245,7 @@ def check_run(config: RunConfig, ranges: dict[str, bool]) -> None:
         "keep_last": config.keep_last >= 1,
         "log_every": config.log_every >= 1,
         "width": config.width is None or config.width >= 1,
+        "widths": all(width >= 1 for width in config.widths),
         "optim.lr": config.optim.lr >= 0,
         "optim.momentum": 0 <= config.optim.momentum < 1,
         "optim.weight_decay": config.optim.weight_decay >= 0,
@@ -286,5 +291,7 @@ def check(config: TrainConfig) -> None:
     check_run(config, ranges)
     if config.freeze and config.init is None:
         raise UsageError("--freeze trains a head on a given backbone: name it with --init")
+    if config.dense and config.init is None:
+        raise UsageError("--dense frees the pruned weights of a sparse run: name it with --init")
     if config.select == "best" and config.keep_best == 0:
         raise UsageError("--select best needs --keep-best 1 or more")

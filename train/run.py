@@ -1,18 +1,24 @@
 """A supervised run from a config to a result: read it from top to bottom."""
 
+import dataclasses
 import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from resnet_jax.losses import LOSSES
 from resnet_jax.parallel import axis_of, compile_step, make_mesh, place, replicated
+from resnet_jax.sparsity import Remask
 from resnet_jax.tree import PyTree, count
-from train.batches import batch_like, check_batch, eval_batches, padded, train_batches
+from train.batches import Batches, batch_like, check_batch, eval_batches, padded, train_batches
 from train.build import (
     compiler_options,
     compute_dtype,
@@ -29,17 +35,60 @@ from train.build import (
 )
 from train.checkpoint import Checkpoints
 from train.config import TrainConfig, check, check_images
+from train.data import Dataset
 from train.errors import RunError, UsageError
-from train.loop import Progress, evaluate, fit
+from train.loop import Hook, Progress, evaluate, fit
 from train.process import join_hosts, keep_compiled, say
 from train.programs import compile_in
 from train.runs import environment, settle, write_config, write_json
 from train.state import TrainState, digest
 from train.steps import eval_step, train_step
-from train.weights import load_weights
+from train.weights import load_masks, load_weights, widths_of
+
+Config = TypeVar("Config", bound=TrainConfig)
 
 
-def run(config: TrainConfig, preset: str = "custom") -> dict[str, Any]:
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """What a run has made ready, for the hooks of a `Plan`."""
+
+    config: TrainConfig
+    out: Path
+    dataset: Dataset
+    mesh: Mesh
+    model: nn.Module
+    stream: Batches
+    measure: Callable[[Any, str], dict[str, Any]]  # (variables, split) -> figures; the test split is for `finish`
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What pruning (`train.prune`) adds to a supervised run.
+
+    Attributes:
+      source: weights to start from, in place of the config's `init`; None is a random start.
+      masks: (params, masks of the source or None, model) -> masks at the start, as arrays where they will change.
+      remask: (steps of the run, model) -> the schedule in the step.
+      begin: (state, setup) -> the state to train, unless a checkpoint is there to go on from.
+      during: setup -> hooks for `train.loop.fit`.
+      finish: (state, setup, figures of the test split) -> what the result has in addition.
+    """
+
+    source: Path | None
+    masks: Callable[[PyTree, PyTree | None, nn.Module], PyTree | None]
+    remask: Callable[[int, nn.Module], Remask | None] = lambda steps, model: None
+    begin: Callable[[TrainState, Setup], TrainState] = lambda state, setup: state
+    during: Callable[[Setup], Sequence[Hook]] = lambda setup: ()
+    finish: Callable[[TrainState, Setup, dict[str, Any]], dict[str, Any]] = lambda state, setup, test: {}
+
+
+def fine_tuning(config: TrainConfig) -> Plan:
+    """Start from `--init`, if there is one; what is pruned there stays so, but for `--dense`."""
+    source = None if config.init is None else Path(config.init)
+    return Plan(source=source, masks=lambda params, masks, model: masks)
+
+
+def run(config: TrainConfig, preset: str = "custom", plan: Plan | None = None) -> dict[str, Any]:
     """Train, select on validation, look at the test split once; the result is also in `out`/result.json.
 
     Run again with the same `out`, it goes on from the newest good checkpoint; a finished run only returns its result.
@@ -49,6 +98,8 @@ def run(config: TrainConfig, preset: str = "custom") -> dict[str, Any]:
     """
     # ---- where ----
     check(config)
+    config = with_widths(config)
+    plan = plan or fine_tuning(config)
     out, finished = settle(config, preset)
     if finished:
         return finished
@@ -76,9 +127,13 @@ def run(config: TrainConfig, preset: str = "custom") -> dict[str, Any]:
     tx, schedule = make_tx(config.optim, steps, epoch_steps, trainable=trained_part(config))
 
     def start(variables: dict[str, PyTree]) -> dict[str, PyTree]:
-        return variables if config.init is None else load_weights(Path(config.init), variables)
+        return variables if plan.source is None else load_weights(plan.source, variables)
 
-    state = place(make_state(config, model, tx, dataset.image_shape, start), replicated(mesh))
+    def masks(params: PyTree) -> PyTree | None:
+        given = None if plan.source is None or config.dense else load_masks(plan.source, params)
+        return plan.masks(params, given, model)
+
+    state = place(make_state(config, model, tx, dataset.image_shape, start, masks), replicated(mesh))
     library = "oneDNN" if primitives else "XLA"
     say(f"{config.model}: {count(state.params):,} parameters on {mesh.size} {jax.devices()[0].device_kind} "
          f"({config.mode}, {jnp.dtype(model.dtype).name}, convolutions by {library})")  # fmt: skip
@@ -89,7 +144,7 @@ def run(config: TrainConfig, preset: str = "custom") -> dict[str, Any]:
     needed = {} if config.mode == "pmap" else compiler_options(model.dtype, plain=not primitives)
     compiled_for = partial(compile_step, mesh=mesh, mode=config.mode)
     step = compiled_for(
-        partial(train_step, **step_options(config, model, tx)),
+        partial(train_step, **step_options(config, model, tx), remask=plan.remask(steps, model)),
         compiler_options={**needed, **xla_options(config.xla)} or None,
     )
     judge = compiled_for(
@@ -120,15 +175,27 @@ def run(config: TrainConfig, preset: str = "custom") -> dict[str, Any]:
     if main_process:
         write_config(out, preset, config, dataset)
     checkpoints = Checkpoints(out / "checkpoints", keep_last=config.keep_last, keep_best=config.keep_best)
-    restored = checkpoints.resume(state)
-    if restored is not None:
-        state, position = restored
-        stream.restore(position)
-        say(f"going on from step {int(state.step)}")
 
     def measure(variables: Any, split: str) -> dict[str, Any]:
         batches = eval_batches(dataset.splits[split], batch=config.eval_batch, mesh=mesh, mode=config.mode)
         return evaluate(judge, variables, batches)
+
+    setup = Setup(
+        config=config,
+        out=out,
+        dataset=dataset,
+        mesh=mesh,
+        model=model,
+        stream=stream,
+        measure=measure,
+    )
+    restored = checkpoints.resume(state)
+    if restored is None:
+        state = plan.begin(state, setup)
+    else:
+        state, position = restored
+        stream.restore(position)
+        say(f"going on from step {int(state.step)}")
 
     # ---- loop ----
     progress = Progress(
@@ -152,7 +219,7 @@ def run(config: TrainConfig, preset: str = "custom") -> dict[str, Any]:
         checkpoints.save(state, stream.state(), {"validation_accuracy": found["accuracy"]})
         progress.pause(time.perf_counter() - began)
 
-    hooks = [(max(round(config.eval_every * epoch_steps), 1), validate)]
+    hooks = [*plan.during(setup), (max(round(config.eval_every * epoch_steps), 1), validate)]
     if config.save_steps:
         hooks.append((config.save_steps, lambda state: checkpoints.save(state, stream.state())))
     began = time.perf_counter()
@@ -193,6 +260,7 @@ def run(config: TrainConfig, preset: str = "custom") -> dict[str, Any]:
         "images_per_second": round(progress.images_per_second, 1),
         "parameters": count(state.params),
         "params_digest": digest(chosen),
+        **plan.finish(chosen, setup, test),
         "out": str(out),
         **environment(),
     }
@@ -200,3 +268,11 @@ def run(config: TrainConfig, preset: str = "custom") -> dict[str, Any]:
         write_json(out / "confusion.json", {"classes": dataset.classes, "confusion": test["confusion"].tolist()})
         write_json(out / "result.json", result)
     return result
+
+
+def with_widths(config: Config) -> Config:
+    """The config with the widths of the run that it starts from, a pruned network's, where it names none itself."""
+    if config.init is None or config.widths:
+        return config
+    model, widths = widths_of(Path(config.init))
+    return dataclasses.replace(config, widths=widths) if model == config.model else config

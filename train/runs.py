@@ -19,6 +19,7 @@ from train.checkpoint import Checkpoints
 from train.config import RunConfig, TrainConfig, flat, from_dict
 from train.data import Dataset
 from train.errors import RunError, UsageError
+from train.state import TrainState
 
 Run = TypeVar("Run", bound=RunConfig)
 
@@ -124,7 +125,16 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def load_variables(run: Path) -> dict[str, PyTree]:
-    """The variables that a run is used with: of its last checkpoint, or of the best where it says so."""
+    """The variables that a run is used with; see `load_state`."""
+    return load_state(run).variables
+
+
+def load_state(run: Path) -> TrainState:
+    """The state that a run ended in, its masks too: of its last checkpoint, or of the best where it says so.
+
+    Raises:
+      UsageError: no run of training there, or none with a good checkpoint.
+    """
     config, saved = read_config(run, TrainConfig)
     if not (run / "checkpoints").is_dir():
         raise UsageError(f"{run} has no checkpoints yet")
@@ -137,7 +147,7 @@ def load_variables(run: Path) -> dict[str, PyTree]:
     checkpoints.close()
     if restored is None:
         raise UsageError(f"{run} has no checkpoints yet")
-    return restored[0].variables
+    return restored[0]
 
 
 def environment() -> dict[str, Any]:

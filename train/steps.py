@@ -15,8 +15,9 @@ import optax
 from resnet_jax.augment import Augment, augment_batch, identity
 from resnet_jax.keys import example_index, example_keys, step_key
 from resnet_jax.losses import smooth_labels, softmax_cross_entropy
-from resnet_jax.masks import apply_masks
+from resnet_jax.masks import apply_masks, sparsity_of
 from resnet_jax.parallel import mean_over, sum_over, vary
+from resnet_jax.sparsity import Remask
 from resnet_jax.tree import PyTree, ema, global_norm
 from train.state import TrainState
 
@@ -43,9 +44,12 @@ def train_step(
     ema_decay: float | None = None,
     accumulate: int = 1,
     frozen_stats: bool = False,
+    remask: Remask | None = None,
     axis_name: str | None = None,
 ) -> tuple[TrainState, Metrics]:
     """One optimizer update: augment, differentiate, average over shards, update, mask.
+
+    Pruned weights are zero before and after it: their gradients reach neither the optimizer nor the clipping norm.
 
     Args:
       augment: applied to each example under its own key.
@@ -54,11 +58,14 @@ def train_step(
       ema_decay: of the moving average in `state.ema`, in [0, 1); it starts lower and grows with the steps.
       accumulate: number of parts whose gradients are averaged before the update; must divide the shard's batch.
       frozen_stats: use the running statistics and leave them (a frozen backbone).
+      remask: a schedule of `resnet_jax.sparsity` that changes the masks after the update.
 
     Returns:
-      The new state, and float32 scalars `loss`, `accuracy` (on the augmented batch) and `grad_norm`.
+      The new state, and float32 scalars `loss`, `accuracy` (on the augmented batch), `grad_norm` and, with a `remask`,
+      `sparsity`.
     """
-    augment_key, mix_key, drop_key = jax.random.split(step_key(state.key, state.step), 3)
+    key = step_key(state.key, state.step)
+    augment_key, mix_key, drop_key = jax.random.split(key, 3)
     count = batch["label"].shape[0]
     if count % accumulate:
         raise ValueError(f"a shard's batch of {count} is not divisible into {accumulate} parts")
@@ -88,16 +95,25 @@ def train_step(
         grads, (stats, metrics) = _accumulated(gradient, params, stats, rows, accumulate)
     grads, stats, metrics = mean_over((grads, stats, metrics), axis_name)
 
-    updates, opt_state = tx.update(grads, state.opt_state, state.params)
-    params = apply_masks(optax.apply_updates(state.params, updates), state.masks)
+    masked = apply_masks(grads, state.masks)
+    updates, opt_state = tx.update(masked, state.opt_state, state.params)
+    params, masks = apply_masks(optax.apply_updates(state.params, updates), state.masks), state.masks
+    metrics |= {"grad_norm": global_norm(masked)}
+    if remask is not None:
+        # Momentum may move what was pruned until now, so the masks of before come first.
+        masks = remask(state.step + 1, params, grads, masks, jax.random.fold_in(key, 3))
+        params = apply_masks(params, masks)
+        metrics |= {"sparsity": sparsity_of(masks)}
     average = state.ema
     if ema_decay is not None:
         # Young averages forget faster, or they would remember the initial weights for 1 / (1 - decay) steps.
         decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))
         average = ema(average, {"params": params, "batch_stats": stats}, decay)
-        average["params"] = apply_masks(average["params"], state.masks)
-    state = state.replace(step=state.step + 1, params=params, batch_stats=stats, opt_state=opt_state, ema=average)
-    return state, metrics | {"grad_norm": global_norm(grads)}
+        average["params"] = apply_masks(average["params"], masks)
+    state = state.replace(
+        step=state.step + 1, params=params, batch_stats=stats, opt_state=opt_state, masks=masks, ema=average
+    )
+    return state, metrics
 
 
 def _accumulated(gradient: Callable[..., Any], params: PyTree, stats: PyTree, rows: Batch, parts: int) -> Any:

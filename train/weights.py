@@ -6,9 +6,11 @@ from typing import Any
 import numpy as np
 
 from resnet_jax.torch_weights import canonical, from_torch
-from resnet_jax.tree import PyTree, leaves, map_with_path
+from resnet_jax.tree import PyTree, is_head, leaves, map_with_path
+from train.config import TrainConfig
 from train.errors import UsageError
-from train.runs import load_variables, pipeline_of
+from train.runs import load_state, load_variables, pipeline_of, read_config
+from train.sparse_file import is_sparse_file, load_sparse
 
 ENCODER = "encoder.safetensors"  # of a pretraining run's folder
 
@@ -32,6 +34,8 @@ def load_weights(source: Path, variables: dict[str, PyTree]) -> dict[str, PyTree
         return _same_shapes(load_variables(source), variables, source)
     if not source.is_file():
         raise UsageError(f"no weights at {source}")
+    if is_sparse_file(source):
+        return _same_shapes(load_sparse(source)[0], variables, source)
     state_dict = read_state_dict(source)
     theirs, ours = canonical(state_dict).get("fc.weight"), variables["params"].get("head")
     fits = theirs is not None and ours is not None and theirs.shape == ours["kernel"].shape[::-1]
@@ -39,6 +43,45 @@ def load_weights(source: Path, variables: dict[str, PyTree]) -> dict[str, PyTree
         return from_torch(state_dict, variables, new_head=not fits)
     except ValueError as error:
         raise UsageError(f"{source}: {error}") from None
+
+
+def load_masks(source: Path, params: PyTree) -> PyTree | None:
+    """The masks of a sparse run or a sparse file, for these parameters; None where `source` prunes nothing.
+
+    A head of another size is not pruned.
+
+    Raises:
+      UsageError: as `load_weights`; masks of another model.
+    """
+    source = source.expanduser()
+    if source.is_dir() and not (source / ENCODER).is_file():
+        masks = load_state(source).masks
+    elif source.is_file() and is_sparse_file(source):
+        masks = load_sparse(source)[1]
+    else:
+        return None
+    found = leaves(masks)
+    if not any(m.ndim for m in found.values()):
+        return None
+
+    def fitting(path: str, x: Any) -> Any:
+        mask = found.get(path)
+        if is_head(path, x) and (mask is None or mask.shape != x.shape):
+            return np.ones((), bool)
+        if mask is None or mask.shape not in ((), x.shape):
+            raise UsageError(f"{source} has masks of another model: {path} is another there")
+        return mask
+
+    return map_with_path(fitting, params)
+
+
+def widths_of(source: Path) -> tuple[str, tuple[int, ...]]:
+    """(model, its `widths`) of a run's folder; no widths where it is a network's own, or `source` is no such run."""
+    source = source.expanduser()
+    if not source.is_dir() or pipeline_of(source) != "train":
+        return "", ()
+    config, _ = read_config(source, TrainConfig)
+    return config.model, config.widths
 
 
 def read_state_dict(path: Path) -> dict[str, np.ndarray]:
@@ -76,13 +119,13 @@ def read_state_dict(path: Path) -> dict[str, np.ndarray]:
 def _same_shapes(given: PyTree, wanted: PyTree, source: Path) -> PyTree:
     have, want = leaves(given), leaves(wanted)
 
-    def is_head(path: str) -> bool:
+    def of_head(path: str) -> bool:
         return path.startswith("params/head/")
 
-    odd = sorted(p for p in have.keys() ^ want.keys() if not is_head(p))
-    odd += [p for p in want if p in have and have[p].shape != want[p].shape and not is_head(p)]
+    odd = sorted(p for p in have.keys() ^ want.keys() if not of_head(p))
+    odd += [p for p in want if p in have and have[p].shape != want[p].shape and not of_head(p)]
     if odd:
         raise UsageError(f"{source} is of another model: {odd[0]} and {len(odd) - 1} more differ")
-    heads = [p for p in want if is_head(p)]
+    heads = [p for p in want if of_head(p)]
     fits = all(p in have and have[p].shape == want[p].shape for p in heads)
-    return map_with_path(lambda path, leaf: leaf if is_head(path) and not fits else have[path], wanted)
+    return map_with_path(lambda path, leaf: leaf if of_head(path) and not fits else have[path], wanted)

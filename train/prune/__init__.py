@@ -1,0 +1,1 @@
+"""Pruning: `python -m train.prune PRESET`."""

@@ -1,0 +1,226 @@
+"""What pruning is told: a supervised run's config, and what is pruned, when, and how the rest is trained again."""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from resnet_jax.masks import Scope, structure_of
+from resnet_jax.scores import SCORES
+from train.config import TrainConfig, check_run, flat
+from train.errors import UsageError, unknown
+from train.runs import read_config
+
+Schedule = Literal["one_shot", "gradual", "iterative", "rigl", "set", "acdc"]
+
+# Scores that need no data but what a step has at hand, for schedules that prune inside it.
+IN_STEP = ("magnitude", "random", "taylor", "norm_scale")
+AT_ONCE = ("one_shot", "iterative", "rigl", "set")  # schedules that score before training, from data if need be
+CHANNELS = "channels"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruningConfig:
+    """What is pruned, when, and how the rest is trained again."""
+
+    sparsity: float | None = None
+    """Share of the prunable weights, or channels, to remove, in [0, 1). Default: 0.9, or what N:M says."""
+    score: str = "magnitude"
+    """What decides: `magnitude`, `random`, `snip`, `taylor`, `fisher`, `synflow`; `norm_scale` for channels."""
+    scope: Scope = "global"
+    """One ranking over all layers (`global`, `lamp`), or a share for each layer (`uniform`, `erk`)."""
+    layers: tuple[str, ...] = ()
+    """Shares of single layers, PATTERN=SPARSITY each, in place of a scope; the others have `sparsity`."""
+    structure: str = "unstructured"
+    """`unstructured`, N:M such as 2:4, blocks such as 4x1 (inputs x outputs), or `channels`."""
+    exclude: tuple[str, ...] = ("stem", "head")
+    """Patterns of the kernels, or with `channels` of the channel groups, that are never pruned."""
+    round_to: int = 8
+    """Widths are rounded to multiples of it when channels are pruned."""
+    schedule: Schedule = "gradual"
+    """`one_shot`, `gradual` (cubic), `iterative`, `rigl`, `set` or `acdc`."""
+    start: Literal["trained", "random"] = "trained"
+    """Prune the trained network, or prune and train from random weights by the dense run's recipe."""
+    masks: str | None = None
+    """Take the masks of this sparse run or file, instead of scoring (with `one_shot`)."""
+    epochs: float = 10
+    """Of the training after, or while, pruning."""
+    lr: float = 0.02
+    """Peak learning rate of that training; it falls by a cosine."""
+    begin: float = 0.0
+    """When masks change first, as a fraction of the training (`gradual`, `acdc`)."""
+    end: float = 0.7
+    """When masks change last, as a fraction of the training (`gradual`, `acdc`, `rigl`, `set`)."""
+    every: int = 50
+    """Steps between changes of the masks; with `acdc` of each phase."""
+    fraction: float = 0.3
+    """Share of each layer's weights that `rigl` and `set` replace at first."""
+    levels: int = 5
+    """Rounds of pruning and training with `iterative`."""
+    restart: Literal["rewind", "reinit", "finetune"] = "rewind"
+    """Where each level of `iterative` starts: the dense run's early weights, fresh ones, or the last level's."""
+    rewind_epochs: float = 1.0
+    """How early these early weights are."""
+    rounds: int | None = None
+    """Scorings of a one-shot pruning, each pruning the same share of what is left. Default: 1, `synflow` 100."""
+    batches: int = 8
+    """Training batches that scores, and statistics, are measured on."""
+    recalibrate: bool = False
+    """Measure the batch statistics anew after pruning at once, before training."""
+    values: Literal["float32", "int8"] = "float32"
+    """Of the kept weights in the sparse file."""
+
+    @property
+    def final(self) -> float:
+        """The sparsity to reach."""
+        kind, n, m = ("", 0, 1) if self.structure == CHANNELS else structure_of(self.structure)
+        own = 1 - n / m if kind == "n:m" else 0.9
+        return own if self.sparsity is None else self.sparsity
+
+    @property
+    def by_layer(self) -> dict[str, float]:
+        """`layers` as pattern -> sparsity."""
+        return {pattern: float(share) for pattern, _, share in (one.rpartition("=") for one in self.layers)}
+
+    @property
+    def from_scratch(self) -> bool:
+        """Whether the network is trained by the dense run's recipe, not by `epochs` and `lr`."""
+        return self.start == "random" or (self.schedule == "iterative" and self.restart != "finetune")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneConfig(TrainConfig):
+    """A run of pruning. `init` is the trained run; without it one is trained first, by the fields of `train`."""
+
+    prune: PruningConfig = field(default_factory=PruningConfig)
+
+
+def of_run(run: Path) -> PruneConfig:
+    """The default pruning of a trained run: its own settings, a third of its epochs, a fifth of its learning rate.
+
+    Raises:
+      UsageError: no run of training there.
+    """
+    config, _ = read_config(run, TrainConfig)
+    given = {f.name: getattr(config, f.name) for f in dataclasses.fields(TrainConfig)}
+    given |= {"out": f"{str(run).rstrip('/')}-pruned", "init": str(run), "select": "last", "dense": False}
+    pruning = PruningConfig(epochs=max(round(config.epochs / 3), 1), lr=config.optim.lr / 5)
+    return PruneConfig(**given, prune=pruning)
+
+
+def dense_config(config: PruneConfig, out: Path) -> TrainConfig:
+    """The supervised run that is trained first where none is given, in a folder of its own."""
+    fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(TrainConfig)}
+    return TrainConfig(**{**fields, "out": str(out)})
+
+
+def retraining(config: PruneConfig) -> PruneConfig:
+    """The config with the recipe of the training after pruning in place of the dense run's."""
+    p = config.prune
+    if p.from_scratch:
+        return config
+    optim = dataclasses.replace(config.optim, lr=p.lr, schedule="cosine", warmup_epochs=0.0)
+    return dataclasses.replace(config, epochs=p.epochs, steps=None, optim=optim)
+
+
+def network_shape(config: TrainConfig, image_shape: Sequence[int]) -> tuple[int, ...]:
+    """What the network sees of images (H, W, C): the crop, where there is one."""
+    crop = config.augment.resized_crop
+    return (crop, crop, image_shape[-1]) if crop else tuple(image_shape)
+
+
+def check(config: PruneConfig) -> None:
+    """Refuse in one line what cannot work, before anything is loaded.
+
+    Raises:
+      UsageError: a name in no table, a number out of its range, options that exclude each other.
+    """
+    p = config.prune
+    if p.score not in SCORES:
+        raise unknown("score", p.score, SCORES)
+    kind = CHANNELS
+    if p.structure != CHANNELS:
+        try:
+            kind, *_ = structure_of(p.structure)
+        except ValueError as error:
+            raise UsageError(f"--prune.structure: {error}, or {CHANNELS}") from None
+    shares = []
+    for one in p.layers:
+        pattern, _, share = one.rpartition("=")
+        try:
+            shares.append(float(share))
+        except ValueError:
+            pattern = ""
+        if not pattern:
+            raise UsageError(f"--prune.layers {one} is not of the form PATTERN=SPARSITY")
+    check_run(
+        config,
+        {
+            "prune.sparsity": p.sparsity is None or 0 <= p.sparsity < 1,
+            "prune.layers": all(0 <= share < 1 for share in shares),
+            "prune.round_to": p.round_to >= 1,
+            "prune.epochs": p.epochs > 0,
+            "prune.lr": p.lr >= 0,
+            "prune.begin": 0 <= p.begin < 1,
+            "prune.end": p.begin < p.end <= 1,
+            "prune.every": p.every >= 1,
+            "prune.fraction": 0 < p.fraction < 1,
+            "prune.levels": p.levels >= 1,
+            "prune.rewind_epochs": p.rewind_epochs >= 0,
+            "prune.rounds": p.rounds is None or p.rounds >= 1,
+            "prune.batches": p.batches >= 1,
+        },
+    )
+    _check_together(config, kind)
+
+
+def _check_together(config: PruneConfig, kind: str) -> None:
+    p = config.prune
+    at_once = p.schedule in AT_ONCE
+    rewinds = p.schedule == "iterative" and p.restart == "rewind"
+    refused: dict[str, Any] = {
+        f"--prune.sparsity {p.sparsity} is not what {p.structure} prunes, {p.final if kind == 'n:m' else ''}": (
+            kind == "n:m" and p.sparsity is not None and abs(p.sparsity - _of_nm(p.structure)) > 1e-6
+        ),
+        "--prune.scope lamp and erk are of weights: channels take global or uniform": (
+            kind == CHANNELS and p.scope not in ("global", "uniform")
+        ),
+        "--prune.scope is not of N:M, which prunes each layer alike": kind == "n:m" and p.scope != "global",
+        "--prune.layers is not of channels": kind == CHANNELS and bool(p.layers),
+        "--prune.score norm_scale scores channels: add --prune.structure channels": (
+            p.score == "norm_scale" and kind != CHANNELS
+        ),
+        f"--prune.schedule {p.schedule} scores inside the step: choose --prune.score {', '.join(IN_STEP)}": (
+            not at_once and p.score not in IN_STEP
+        ),
+        f"--prune.schedule {p.schedule} moves single weights: it needs --prune.structure unstructured": (
+            p.schedule in ("rigl", "set") and p.structure != "unstructured"
+        ),
+        "--prune.masks needs --prune.schedule one_shot": p.masks is not None and p.schedule != "one_shot",
+        "--prune.rounds is of pruning at once": p.rounds is not None and not at_once,
+        "--prune.recalibrate is of pruning at once": p.recalibrate and not at_once,
+        "rewinding needs the early weights of a run that it trains itself: leave the run out, or choose "
+        "--prune.restart finetune": rewinds and config.init is not None,
+        "--prune.start random is not of iterative: choose --prune.restart reinit": (
+            p.start == "random" and p.schedule == "iterative"
+        ),
+        "--select best would take the least pruned network: pruning selects the last": config.select == "best",
+        "--prune.values int8 rounds single weights: with channels the compact network is the delivery": (
+            kind == CHANNELS and p.values == "int8"
+        ),
+    }
+    for message, wrong in refused.items():
+        if wrong:
+            raise UsageError(message)
+    if config.init is not None and not p.from_scratch and Path(config.init, "config.json").exists():
+        theirs, ours = flat(read_config(Path(config.init), TrainConfig)[0]), flat(config)
+        for name in ("epochs", "steps", "optim.lr", "optim.schedule", "optim.warmup_epochs"):
+            if theirs.get(name) != ours[name]:
+                raise UsageError(f"--{name.replace('_', '-')} is of the dense run, which is given: "
+                                 "the training after pruning has --prune.epochs and --prune.lr")  # fmt: skip
+
+
+def _of_nm(structure: str) -> float:
+    _, n, m = structure_of(structure)
+    return 1 - n / m

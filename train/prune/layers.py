@@ -1,0 +1,111 @@
+"""A network layer by layer: weights and multiply-adds, and how many of either pruning kept."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from resnet_jax.tree import PyTree, count, leaves
+
+Row = dict[str, Any]
+
+
+def layer_table(model: nn.Module, variables: PyTree, masks: PyTree, image_shape: Sequence[int]) -> list[Row]:
+    """A row for each convolution and dense layer, in the order of the forward pass; nothing is computed.
+
+    Multiply-adds are those of one image (H, W, C) by convention: with the taps that fall on padding, without biases.
+
+    Returns:
+      Rows of `path` (of the kernel, as `resnet_jax.tree.leaves` has it), `shape`, `parameters` (the kernel's), `kept`
+      (of them by the mask), `sparsity` in [0, 1], `prunable` (it has a mask of its own, not a 0-d True), `macs`, and
+      `nonzero_macs`, those with kept weights.
+
+    Raises:
+      ValueError: masks of other shapes than the kernels'.
+      KeyError: masks of another network.
+    """
+    kernels, masked = leaves(variables["params"]), leaves(masks)
+    rows = []
+    for path, positions in _output_positions(model, variables, image_shape).items():
+        shape, mask = kernels[path].shape, np.asarray(masked[path])
+        kept, parameters = int(np.count_nonzero(np.broadcast_to(mask, shape))), math.prod(shape)
+        rows.append(
+            {
+                "path": path,
+                "shape": list(shape),
+                "parameters": parameters,
+                "kept": kept,
+                "sparsity": 1 - kept / parameters,
+                "prunable": mask.ndim > 0,
+                # Every weight, grouped or not, is used once at each position of its output.
+                "macs": parameters * positions,
+                "nonzero_macs": kept * positions,
+            }
+        )
+    return rows
+
+
+def _output_positions(model: nn.Module, variables: PyTree, image_shape: Sequence[int]) -> dict[str, int]:
+    """How often one image's forward pass uses each kernel: the height times width of its layer's output, by path."""
+    positions: dict[str, int] = {}
+
+    def record(call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+        result = call(*args, **kwargs)
+        # A layer is what has a kernel of its own, whatever computes it.
+        if context.method_name == "__call__" and context.module.has_variable("params", "kernel"):
+            path = "/".join((*context.module.path, "kernel"))
+            positions[path] = positions.get(path, 0) + math.prod(result.shape[1:-1])
+        return result
+
+    images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    with nn.intercept_methods(record):
+        jax.eval_shape(lambda v, x: model.apply(v, x, train=False), variables, images)
+    return positions
+
+
+def totals(rows: Sequence[Row], variables: PyTree) -> dict[str, Any]:
+    """The whole network's `parameters`, `kept_parameters`, `macs` and `nonzero_macs`, and its `sparsity`.
+
+    Parameters are all there are, biases and norms too, which count as kept whatever their masks; `sparsity` is that
+    of the prunable kernels together, 0 where there are none.
+    """
+    parameters = count(variables["params"])
+    size, kept = (sum(row[name] for row in rows if row["prunable"]) for name in ("parameters", "kept"))
+    return {
+        "parameters": parameters,
+        "kept_parameters": parameters - sum(row["parameters"] - row["kept"] for row in rows),
+        "sparsity": 1 - kept / size if size else 0.0,
+        "macs": sum(row["macs"] for row in rows),
+        "nonzero_macs": sum(row["nonzero_macs"] for row in rows),
+    }
+
+
+def text(rows: Sequence[Row]) -> str:
+    """The rows as a table for a terminal 100 wide, and a last line with their sums; MACs in millions."""
+    names = ("parameters", "kept", "macs", "nonzero_macs")
+    sums = {name: sum(row[name] for row in rows) for name in names}
+    last = {"path": "all of these", "shape": [], "sparsity": 1 - sums["kept"] / sums["parameters"], **sums}
+    lines: list[Sequence[str]] = [("layer", "shape", "weights", "kept", "sparsity", "MMACs", "kept")]
+    for row in [*rows, last]:
+        weights, macs = [f"{row[name]:,}" for name in names[:2]], [f"{row[name] / 1e6:,.3f}" for name in names[2:]]
+        shape = "x".join(map(str, row["shape"]))
+        lines.append((short(row["path"]), shape, *weights, f"{row['sparsity']:.1%}", *macs))
+    return aligned(lines, "<<")
+
+
+def short(path: str) -> str:
+    """A layer's name: the path of its kernel without `/kernel`."""
+    return path.removesuffix("/kernel")
+
+
+def aligned(lines: Sequence[Sequence[str]], edges: str) -> str:
+    """Lines of as many cells each in columns, two spaces apart: a column is at its left edge where `edges` has <."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    forms = [f"{{:{edge}{width}}}" for edge, width in zip(edges.ljust(len(widths), ">"), widths, strict=True)]
+    return "\n".join(
+        "  ".join(form.format(cell) for form, cell in zip(forms, line, strict=True)).rstrip() for line in lines
+    )
