@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from train.errors import UsageError
-from train.report import collect
+from train.report import collect, new_figure
 
 Run = dict[str, Any]
 
@@ -28,12 +28,7 @@ def draw(runs: dict[str, Run], picture: Path, supervised: Run | None = None) -> 
 
     Beside them, where it is given, the validation accuracy of a supervised run. Needs the extra `plot`.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UsageError("pictures need matplotlib: pip install 'resnet-jax[plot]'") from None
-
-    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    figure = new_figure(10, 4.2)
     accuracy, spread = figure.subplots(1, 2)
     for index, (name, run) in enumerate(runs.items()):
         colour = f"C{index}"

@@ -216,6 +216,7 @@ def _kept(
 
 def _lamp(x: jax.Array) -> jax.Array:
     """Squares over the sum of all squares that are not smaller, https://arxiv.org/abs/2010.07611."""
+    x = jnp.ldexp(x, -jnp.frexp(jnp.abs(x).max())[1])  # a power of two, so that squares neither vanish nor overflow
     # Ascending; of equal ones the later first, so that the earlier is kept.
     order = x.size - 1 - jnp.argsort(x.ravel()[::-1], stable=True)
     squares = jnp.square(x.ravel()[order])

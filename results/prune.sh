@@ -10,8 +10,9 @@ out=$3
 dense=${4:-$out/dense}
 [ -n "${4:-}" ] || python -m train cifar10_resnet20 "${data[@]}" --epochs "${DENSE_EPOCHS:-14}" --out "$dense"
 
-# The same training after, or while, pruning for each: budget, learning rate, batches.
-budget=(--prune.epochs "${EPOCHS:-2}" --prune.lr 0.02 --prune.every 25)
+# The same training after, or while, pruning for each: budget, learning rate, batches. Gradual pruning of a training this
+# short ends early, while the learning rate is high enough to repair what it did.
+budget=(--prune.epochs "${EPOCHS:-2}" --prune.lr 0.02 --prune.every 25 --prune.end "${END:-0.4}")
 python -m train.prune "$dense" "${budget[@]}" --prune.sparsity 0 --prune.schedule one_shot --out "$out/dense_trained_on"
 for sparsity in 0.9 0.95 0.8 0.5; do
   for how in "gradual magnitude" "one_shot magnitude" "one_shot random"; do

@@ -326,6 +326,7 @@ def test_prune():
     over = result["masking_overhead"]
     assert 0 < over["low"] <= over["value"] <= over["high"]
     assert over["value"] == pytest.approx(result["step_ms"] / result["dense_step_ms"])
+    assert result["new_masks_ms"] >= 0
     masks = half_masks({"conv": {"kernel": np.arange(12.0).reshape(3, 4)}, "norm": {"scale": np.ones(4)}})
     assert masks["conv"]["kernel"].sum() == 6 and not masks["conv"]["kernel"][0].any()
     assert masks["norm"]["scale"].shape == ()

@@ -168,7 +168,7 @@ def report(variables, masks):
     before = Network(**network, masks=no_masks(variables["params"]), accuracy=0.9, stored_bytes=20_000)
     after = Network(**network, masks=masks, accuracy=0.8825, stored_bytes=5_000)
     # Not in the order of the forward pass, as a tree's leaves are not.
-    found = {"sparsities": [0.5, 0.975], "accuracy": {HEAD: [0.8, 0.3], FIRST: [0.85, 0.6]}}
+    found = {"baseline": 0.9, "sparsities": [0.5, 0.975], "accuracy": {HEAD: [0.8, 0.3], FIRST: [0.85, 0.6]}}
     times = {"1": timed(1.0, 1.0, 1.0), "64": timed(20.0, 10.0, 2.0)}
     return describe(before, after, IMAGE, latency=times, sensitivity=found)
 
@@ -255,7 +255,7 @@ def test_legend_of_many_layers_names_the_most_sensitive(tmp_path, monkeypatch):
     network = Network(model=model, variables=shapes, masks=no_masks(shapes["params"]), accuracy=0.9, stored_bytes=1)
     kernels = [path for path in leaves(shapes["params"]) if path.endswith("kernel")]
     assert len(kernels) == 32
-    found = {"sparsities": [0.5], "accuracy": {path: [0.9] for path in kernels}}
+    found = {"baseline": 0.95, "sparsities": [0.5], "accuracy": {path: [0.9] for path in kernels}}
     found["accuracy"]["stage3_block5/conv2/kernel"] = [0.1]
     report = describe(network, network, (32, 32, 3), sensitivity=found)
     figure = drawn(report, tmp_path / "pruned.png", monkeypatch)

@@ -3,6 +3,7 @@
 import re
 import shlex
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -11,21 +12,26 @@ from PIL import Image
 from pretrain import presets as pretrain_presets
 from pretrain.config import PretrainConfig
 from pretrain.objectives import OBJECTIVES
+from resnet_jax.scores import SCORES
 from train.bench import config as bench_config
 from train.command import parse
 from train.config import OptimConfig, TrainConfig
 from train.presets import PRESETS
+from train.prune import presets as prune_presets
+from train.prune.config import PruneConfig, Schedule
 from train.run import run
 
 # What a program's presets are called, and what they are.
 KINDS = {
     "train": (PRESETS, "digits", TrainConfig),
     "pretrain": (pretrain_presets.PRESETS, "digits_simclr", PretrainConfig),
+    "train.prune": (prune_presets.PRESETS, "digits_prune", PruneConfig),
     "train.bench": (bench_config.PRESETS, "step", bench_config.BenchConfig),
 }
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 PRETRAINING = (ROOT / "docs" / "pretraining.md").read_text()
+PRUNING = (ROOT / "docs" / "pruning.md").read_text()
 
 
 def blocks(language, page=README):
@@ -51,16 +57,31 @@ def test_python_of_pretraining_runs():
     assert {"loss", "projection_std"} <= set(namespace["metrics"])
 
 
+def test_python_of_pruning_runs(capsys):
+    namespace = {}
+    for block in blocks("python", PRUNING):
+        exec(block, namespace)
+    assert capsys.readouterr().out == "0.90\n"
+    assert namespace["loss"](namespace["params"], namespace["x"], namespace["y"]) < 0.7
+
+
+def test_pruning_lists_every_score_and_schedule():
+    for name in [*SCORES, *get_args(Schedule)]:
+        assert f"`{name}`" in PRUNING, name
+
+
 def test_pretraining_lists_every_method():
     methods = re.findall(r"^\| `(\w+)` \|", PRETRAINING, re.M)
     assert methods == list(pretrain_presets.DIGITS) == list(OBJECTIVES)
 
 
 def commands():
-    for block in [*blocks("sh"), *blocks("sh", PRETRAINING)]:
+    for block in [*blocks("sh"), *blocks("sh", PRETRAINING), *blocks("sh", PRUNING)]:
         for line in block.splitlines():
             words = shlex.split(line, comments=True)
-            if words[:2] == ["python", "-m"] and words[2] in KINDS:
+            # RUN stands for a folder; report and curve have a parser, and tests, of their own.
+            words = [word for i, word in enumerate(words) if (i, word) != (3, "RUN")]
+            if words[:2] == ["python", "-m"] and words[2] in KINDS and words[3:4] not in (["report"], ["curve"]):
                 yield words[2:]
 
 
@@ -77,7 +98,9 @@ def test_table_lists_every_preset():
     assert re.findall(r"^\| `(\w+)` \|", README, re.M) == list(PRESETS)
 
 
-@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "results/README.md", "docs/pretraining.md"])
+@pytest.mark.parametrize(
+    "name", ["README.md", "CONTRIBUTING.md", "results/README.md", "docs/pretraining.md", "docs/pruning.md"]
+)
 def test_links_exist(name):
     page = ROOT / name
     prose = re.sub(r"```.*?```", "", page.read_text(), flags=re.S)

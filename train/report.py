@@ -29,14 +29,22 @@ def collect(run: Path) -> dict[str, Any]:
     return {**result, "config": config, "history": history}
 
 
-def draw(runs: dict[str, dict[str, Any]], picture: Path) -> None:
-    """Training loss, and accuracy in training and validation, by epoch; one colour a run. Needs the extra `plot`."""
+def new_figure(width: float, height: float) -> Any:
+    """An empty matplotlib figure of so many inches.
+
+    Raises:
+      UsageError: matplotlib is not installed.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise UsageError("pictures need matplotlib: pip install 'resnet-jax[plot]'") from None
+    return Figure(figsize=(width, height), layout="constrained")
 
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
+
+def draw(runs: dict[str, dict[str, Any]], picture: Path) -> None:
+    """Training loss, and accuracy in training and validation, by epoch; one colour a run. Needs the extra `plot`."""
+    figure = new_figure(9, 3.6)
     loss, accuracy = figure.subplots(1, 2)
     for index, (name, run) in enumerate(runs.items()):
         colour = f"C{index}"

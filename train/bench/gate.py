@@ -18,7 +18,7 @@ from resnet_jax.parallel import make_mesh
 from train.bench.config import BenchConfig
 from train.bench.device import devices_of
 from train.bench.prepared import prepare
-from train.bench.tasks import TASKS, train
+from train.bench.tasks import TASKS, UPDATE_EVERY, train
 from train.bench.timing import Runner, interleaved, ratio
 from train.bench.workload import Workload, primitives
 from train.errors import RunError, UsageError, unknown
@@ -35,7 +35,7 @@ def _crop_and_flip() -> aug.Augment:
 OURS: dict[str, Callable[[BenchConfig], Workload]] = {
     "train": lambda config: train(config, augment=aug.normalize()),
     "augmented": lambda config: train(config, augment=_crop_and_flip()),
-    "masked": lambda config: train(config, augment=aug.normalize(), masked=True),
+    "masked": lambda config: train(config, augment=aug.normalize(), prune_every=UPDATE_EVERY),
     "eval": TASKS["eval"],
 }
 

@@ -74,8 +74,8 @@ def measured(config: BenchConfig, mesh: Mesh, ceiling: dict[str, Any]) -> dict[s
     workload = TASKS[config.task](config)
     one = prepare(config, mesh, workload)
     group = {"step": one}
-    if workload.dense is not None:
-        group["dense"] = prepare(config, mesh, workload.dense)
+    beside = {"dense": workload.dense, "busy": workload.busy}
+    group |= {name: prepare(config, mesh, other) for name, other in beside.items() if other is not None}
     time_steps(group, config)
     if config.profile is not None:
         profile(one, config.profile)
@@ -86,6 +86,8 @@ def measured(config: BenchConfig, mesh: Mesh, ceiling: dict[str, Any]) -> dict[s
         dense = group["dense"].seconds["each"]
         result["dense_step_ms"] = float(np.median(dense) * 1e3)
         result["masking_overhead"] = ratio(one.seconds["each"], dense)
+        busy, step = (np.median(group[name].seconds["each"]) for name in ("busy", "step"))
+        result["new_masks_ms"] = float(max(busy - step, 0) * 1e3)
     if config.task == "predict":
         result["latency_ms"] = latency(config, mesh)
     return result

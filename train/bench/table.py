@@ -102,7 +102,8 @@ def _step(r: dict[str, Any]) -> list[str]:
         lines.append(_row("latency", f"{_ms(r['latency_ms']['p50'])}, p95 {_ms(r['latency_ms']['p95'])} (batch 1)"))
     if "masking_overhead" in r:
         over = r["masking_overhead"]
-        lines.append(_row("masking", f"{over['value']:.3f}x the dense step ({over['low']:.3f}-{over['high']:.3f})"))
+        span = f"{over['value']:.3f}x the dense step ({over['low']:.3f}-{over['high']:.3f})"
+        lines.append(_row("masking", span, f"new masks {_ms(r['new_masks_ms'])}"))
     if "versus" in r:
         lines += _versus(r["versus"])
     return lines

@@ -22,6 +22,7 @@ from train.bench.workload import (
     Workload,
     batch_of,
     forward_work,
+    gradual_pruning,
     init_model,
     make_model,
     sgd,
@@ -33,14 +34,19 @@ from train.state import TrainState
 from train.steps import eval_step, train_step
 
 EMBEDDING = 128  # of SimCLR's projection
+UPDATE_EVERY = 100  # steps, of gradual pruning
 
 
-def train(config: BenchConfig, *, augment: aug.Augment | None = None, masked: bool = False) -> Workload:
-    """`train_step` with SGD and the recipe's augmentation, or `augment`; `masked`: half of each kernel pruned."""
+def train(config: BenchConfig, *, augment: aug.Augment | None = None, prune_every: int | None = None) -> Workload:
+    """`train_step` with SGD and the recipe's augmentation, or `augment`.
+
+    `prune_every`: half of each kernel is pruned, and gradual magnitude pruning makes new masks every so many steps.
+    """
     model, tx = make_model(config, config.classes, config.mode), sgd()
     augment = augment or train_augment(config.image_size)
-    step = partial(train_step, model=model, tx=tx, augment=augment)
-    state = train_state(config, model, tx, masked)
+    remask = None if prune_every is None else gradual_pruning(prune_every)
+    step = partial(train_step, model=model, tx=tx, augment=augment, remask=remask)
+    state = train_state(config, model, tx, masked=prune_every is not None)
 
     def augmented(state: TrainState, batch: Any, *, axis_name: str | None = None) -> jax.Array:
         key = jax.random.split(step_key(state.key, state.step), 3)[0]
@@ -74,9 +80,9 @@ def _training_parts(step: Step) -> dict[str, Step | None]:
 
 
 def prune(config: BenchConfig) -> Workload:
-    """The training step with half of each kernel masked, beside the dense one."""
-    masked, dense = train(config, masked=True), train(config)
-    return Workload(**{**vars(masked), "dense": dense})
+    """The training step with gradual magnitude pruning, beside the dense one and one with new masks in every step."""
+    pruned, dense, busy = train(config, prune_every=UPDATE_EVERY), train(config), train(config, prune_every=1)
+    return Workload(**{**vars(pruned), "dense": dense, "busy": busy})
 
 
 def evaluate(config: BenchConfig) -> Workload:
@@ -124,7 +130,7 @@ def contrastive(config: BenchConfig) -> Workload:
     model, tx = make_model(config, EMBEDDING, config.mode), sgd()
     view = simclr_view(config.image_size)
     step = partial(contrastive_step, model=model, tx=tx, view=view)
-    state = train_state(config, model, tx, False)
+    state = train_state(config, model, tx, masked=False)
 
     def augmented(state: TrainState, batch: Any, *, axis_name: str | None = None) -> jax.Array:
         return jnp.concatenate(two_views(view, state, batch["image"], axis_name))

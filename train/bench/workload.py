@@ -11,9 +11,11 @@ import numpy as np
 import optax
 
 from resnet_jax import augment as aug
-from resnet_jax.masks import apply_masks
+from resnet_jax.masks import apply_masks, make_masks
 from resnet_jax.parallel import Mode, axis_of
 from resnet_jax.resnet import MODELS
+from resnet_jax.scores import magnitude
+from resnet_jax.sparsity import Remask, gradual
 from resnet_jax.tree import PyTree, is_kernel, map_with_path
 from train import build
 from train.batches import batch_like
@@ -43,6 +45,7 @@ class Workload:
       parts: growing parts of the step by the name of what each adds, not carried; None is the whole step.
       part_rows: which of them return rows.
       dense: for a pruned step the same one without masks.
+      busy: for a pruned step the same one with new masks in every step.
     """
 
     step: Step
@@ -55,6 +58,7 @@ class Workload:
     parts: dict[str, Step | None] = field(default_factory=dict)
     part_rows: frozenset[str] = frozenset()
     dense: "Workload | None" = None
+    busy: "Workload | None" = None
 
 
 def primitives(config: BenchConfig) -> tuple[str, dict[str, Any], str]:
@@ -133,7 +137,16 @@ def batch_of(config: BenchConfig, *names: str) -> dict[str, jax.ShapeDtypeStruct
     return {name: specs[name] for name in names}
 
 
-def train_state(config: BenchConfig, model: nn.Module, tx: optax.GradientTransformation, masked: bool) -> TrainState:
+def gradual_pruning(every: int) -> Remask:
+    """Magnitude pruning from 50 to 90 % over 100,000 steps, with new masks every so many."""
+
+    def make(params: PyTree, grads: PyTree, masks: PyTree, key: jax.Array, sparsity: jax.Array) -> PyTree:
+        return make_masks(magnitude(params), sparsity, masks=masks)
+
+    return gradual(make, initial=0.5, final=0.9, begin=0, end=100_000, every=every)
+
+
+def train_state(config: BenchConfig, model: nn.Module, tx: optax.GradientTransformation, *, masked: bool) -> TrainState:
     """The state of training at step 0; `masked`: half of each kernel pruned."""
     variables = init_model(config, model)
     masks = half_masks(variables["params"]) if masked else None

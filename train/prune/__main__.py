@@ -1,6 +1,7 @@
 """`python -m train.prune [RUN | PRESET] [--FIELD VALUE ...]`: train (or take a run), prune, train on, deliver.
 
-`python -m train.prune report RUN` says what it did. The last line on stdout is the result as JSON.
+The last line on stdout is the result as JSON. `python -m train.prune report RUN` says what it did, `curve RUN...` sets
+several side by side.
 """
 
 import json
@@ -21,10 +22,13 @@ def main(argv: list[str] | None = None) -> None:
     """Parse, run, print the result."""
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["report"]:
-        from train.prune.report import main as report
+        from train.prune import measure
 
-        report(argv[1:])
-        return
+        return measure.main(argv[1:])
+    if argv[:1] == ["curve"]:
+        from train.prune import curve
+
+        return curve.main(argv[1:])
     named = argv[0] if argv and not argv[0].startswith("-") and argv[0] not in PRESETS else ""
     if named and ("/" in named or Path(named).exists()) and not (Path(named) / "config.json").exists():
         raise UsageError(f"{named} is neither a preset ({', '.join(PRESETS)}) nor a run's folder")

@@ -8,9 +8,9 @@ from typing import Any
 import flax.linen as nn
 
 from resnet_jax.tree import PyTree
-from train.errors import UsageError
 from train.prune.layers import Row, aligned, layer_table, short, totals
 from train.prune.layers import text as layers_text
+from train.report import new_figure
 
 Report = dict[str, Any]
 
@@ -41,7 +41,8 @@ def describe(
 
     Args:
       latency: of models named `before` and `after`, from `train.prune.latency.latency`.
-      sensitivity: `sparsities`, and `accuracy`: what `train.prune.sensitivity.sensitivity` found for them.
+      sensitivity: `sparsities`; `accuracy`, what `train.prune.sensitivity.sensitivity` found for them; `baseline`, that
+        of the network before on the same images.
 
     Returns:
       `before` and `after`: `accuracy`, `bytes`, `train.prune.layers.totals`, and by batch the median `latency_ms`.
@@ -134,12 +135,7 @@ def draw(report: Report, picture: Path) -> None:
     Raises:
       UsageError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UsageError("pictures need matplotlib: pip install 'resnet-jax[plot]'") from None
-
-    figure: Any = Figure(figsize=(14, min(max(7.5, 1 + 0.18 * len(report["layers"])), 18)), layout="constrained")
+    figure = new_figure(14, min(max(7.5, 1 + 0.18 * len(report["layers"])), 18))
     left, right = figure.subfigures(1, 2)
     _draw_layers(left.subplots(), report["layers"])
     if report["sensitivity"]:
@@ -198,7 +194,7 @@ def _draw_sensitivity(axes: Any, report: Report) -> None:
         # Neighbours have much the same colour, so markers tell them apart.
         look = {"marker": "os^D"[number % 4], "label": short(path)} if path in named else {"alpha": 0.3}
         axes.plot(shares, [100 * accuracy for accuracy in accuracies], color=colours[path], ms=3.5, lw=1.2, **look)
-    axes.axhline(100 * report["before"]["accuracy"], color="grey", lw=0.8, ls=":")
+    axes.axhline(100 * report["sensitivity"]["baseline"], color="grey", lw=0.8, ls=":")
     axes.set(xlabel="sparsity (%)", ylabel="accuracy (%)", title="accuracy with one layer alone pruned")
 
 
