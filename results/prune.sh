@@ -10,15 +10,16 @@ out=$3
 dense=${4:-$out/dense}
 [ -n "${4:-}" ] || python -m train cifar10_resnet20 "${data[@]}" --epochs "${DENSE_EPOCHS:-14}" --out "$dense"
 
-# The same training after, or while, pruning for each: budget, learning rate, batches. Gradual pruning of a training this
-# short ends early, while the learning rate is high enough to repair what it did.
-budget=(--prune.epochs "${EPOCHS:-2}" --prune.lr 0.02 --prune.every 25 --prune.end "${END:-0.4}")
+# The same training after, or while, pruning for each: budget, learning rate, batches.
+budget=(--prune.epochs "${EPOCHS:-2}" --prune.lr 0.02 --prune.every 25)
 python -m train.prune "$dense" "${budget[@]}" --prune.sparsity 0 --prune.schedule one_shot --out "$out/dense_trained_on"
 for sparsity in 0.9 0.95 0.8 0.5; do
-  for how in "gradual magnitude" "one_shot magnitude" "one_shot random"; do
-    read -r schedule score <<< "$how"
-    python -m train.prune "$dense" "${budget[@]}" --prune.sparsity $sparsity --prune.schedule "$schedule" \
-      --prune.score "$score" --out "$out/${schedule}_${score}_$sparsity"
+  # In a training this short gradual pruning ends early, while the learning rate can still repair what it did.
+  python -m train.prune "$dense" "${budget[@]}" --prune.sparsity $sparsity --prune.end "${END:-0.4}" \
+    --out "$out/gradual_magnitude_$sparsity"
+  for score in magnitude random; do
+    python -m train.prune "$dense" "${budget[@]}" --prune.sparsity $sparsity --prune.schedule one_shot \
+      --prune.score $score --out "$out/one_shot_${score}_$sparsity"
   done
 done
 
