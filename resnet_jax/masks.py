@@ -252,7 +252,7 @@ def sparsity_of(masks: PyTree) -> jax.Array:
     """The share of prunable weights that masks prune, float32 scalar in [0, 1]; 0 where nothing is prunable."""
     prunable = [m for m in jax.tree.leaves(masks) if m.ndim]
     size = sum(m.size for m in prunable)
-    return jnp.asarray(1 - sum(m.sum(dtype=jnp.float32) for m in prunable) / size if size else 0.0, jnp.float32)
+    return jnp.asarray(sum((~m).sum(dtype=jnp.float32) for m in prunable) / size if size else 0.0, jnp.float32)
 
 
 def check_masks(masks: PyTree, params: PyTree) -> None:

@@ -543,7 +543,13 @@ def test_unpack_refuses_another_size():
 
 def test_sparsity_of():
     masks = {"a": jnp.asarray([[True, False], [False, False]]), "b": jnp.ones((1, 4), bool), "bias": jnp.ones((), bool)}
-    for got, want in ((sparsity_of(masks), 3 / 8), (sparsity_of(no_masks(masks)), 0), (sparsity_of({}), 0)):
+    nothing = jax.jit(sparsity_of)({"a": jnp.ones((37, 41), bool)})  # not a little less than nothing, compiled
+    for got, want in (
+        (sparsity_of(masks), 3 / 8),
+        (sparsity_of(no_masks(masks)), 0),
+        (sparsity_of({}), 0),
+        (nothing, 0),
+    ):
         assert (float(got), got.dtype, got.shape) == (want, jnp.float32, ())
 
 

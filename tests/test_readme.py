@@ -79,8 +79,9 @@ def commands():
     for block in [*blocks("sh"), *blocks("sh", PRETRAINING), *blocks("sh", PRUNING)]:
         for line in block.splitlines():
             words = shlex.split(line, comments=True)
-            # RUN stands for a folder; report and curve have a parser, and tests, of their own.
-            words = [word for i, word in enumerate(words) if (i, word) != (3, "RUN")]
+            # A run to prune comes first, where none is trained; report and curve have parsers, and tests, of their own.
+            if words[2:3] == ["train.prune"] and len(words) > 3 and (words[3] == "RUN" or "/" in words[3]):
+                del words[3]
             if words[:2] == ["python", "-m"] and words[2] in KINDS and words[3:4] not in (["report"], ["curve"]):
                 yield words[2:]
 

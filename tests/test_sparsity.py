@@ -137,6 +137,12 @@ def test_alternating_phases():
     assert history[6]["bias"].shape == () and history[6]["bias"]
 
 
+def test_alternating_prunes_all_weights_alike():
+    """Half is pruned from the start, and a quarter is to be: what is pruned is no more than that."""
+    history, _ = followed(alternating(by_magnitude, final=0.25, begin=2, end=9, every=3), 12, half())
+    assert [pruned(masks) for masks in history] == [100] * 2 + [50] * 3 + [0] * 3 + [50] * 4
+
+
 @pytest.mark.parametrize("end", [8, 9, 11, 12, 14])
 def test_alternating_ends_pruned(end):
     """Wherever in a phase its end lies."""
@@ -247,17 +253,16 @@ TOKENS, LENGTH, WORDS, WIDTH = 8, 8, 4, 32
 
 
 class Transformer(nn.Module):
-    """Two blocks of self-attention and an MLP over embedded tokens [B, T], the mean over T classified."""
+    """Self-attention and an MLP over embedded tokens [B, T], the mean over T classified."""
 
     @nn.compact
     def __call__(self, tokens):
         places = self.param("places", nn.initializers.normal(0.5), (LENGTH, WIDTH))
         x = nn.Embed(TOKENS, WIDTH, name="embed")(tokens) + places[None]
-        for i in (1, 2):
-            y = nn.LayerNorm(name=f"norm{i}_attention")(x)
-            x = x + nn.MultiHeadDotProductAttention(num_heads=4, name=f"attention{i}")(y)
-            y = nn.LayerNorm(name=f"norm{i}_mlp")(x)
-            x = x + nn.Dense(WIDTH, name=f"down{i}")(nn.gelu(nn.Dense(2 * WIDTH, name=f"up{i}")(y)))
+        y = nn.LayerNorm(name="norm1")(x)
+        x = x + nn.MultiHeadDotProductAttention(num_heads=4, name="attention")(y)
+        y = nn.LayerNorm(name="norm2")(x)
+        x = x + nn.Dense(WIDTH, name="down")(nn.gelu(nn.Dense(2 * WIDTH, name="up")(y)))
         return nn.Dense(WORDS, name="head")(x.mean(1))
 
 
@@ -273,19 +278,19 @@ def sentences(seed, size):
 
 def test_a_transformer_is_pruned_by_the_same_functions():
     """80 % of all kernels but the head's, gradually, in a step that knows nothing of ResNets."""
-    model, tx, prunable = Transformer(), optax.adam(3e-3), kernels_except(["^head/"])
+    model, tx, prunable = Transformer(), optax.adam(5e-3), kernels_except(["^head/"])
 
     def make(params, grads, masks, key, sparsity):
         return make_masks(magnitude(params), sparsity, prunable=prunable, masks=masks)
 
-    remask = gradual(make, final=0.8, begin=100, end=300, every=20)
+    remask = gradual(make, final=0.8, begin=60, end=180, every=20)
     traces = []
 
     def loss(params, tokens, labels):
         logits = model.apply({"params": params}, tokens)
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
-    @quick_jit
+    @jax.jit
     def step(number, params, opt_state, masks, tokens, labels):
         traces.append(1)
         grads = jax.grad(loss)(params, tokens, labels)
@@ -296,15 +301,14 @@ def test_a_transformer_is_pruned_by_the_same_functions():
 
     params = quick_jit(model.init)(KEY, np.zeros((1, LENGTH), int))["params"]
     masks, opt_state = full_masks(params, prunable), tx.init(params)
-    for number in range(400):
+    for number in range(240):
         params, opt_state, masks = step(number, params, opt_state, masks, *sentences(number, 64))
     assert len(traces) == 1
 
     chosen = {path: np.asarray(m) for path, m in leaves(masks).items() if m.ndim}
-    layers = [f"{name}{i}" for i in (1, 2) for name in ("down", "up")]
-    parts = [f"attention{i}/{name}" for i in (1, 2) for name in ("key", "out", "query", "value")]
-    assert chosen.keys() == {f"{name}/kernel" for name in layers + parts}
-    assert chosen["attention1/query/kernel"].shape == (WIDTH, 4, WIDTH // 4)
+    parts = ["down", "up", *(f"attention/{name}" for name in ("key", "out", "query", "value"))]
+    assert chosen.keys() == {f"{name}/kernel" for name in parts}
+    assert chosen["attention/query/kernel"].shape == (WIDTH, 4, WIDTH // 4)
     size = sum(m.size for m in chosen.values())
     assert sum((~m).sum() for m in chosen.values()) == round(0.8 * size)
     for path, mask in chosen.items():
