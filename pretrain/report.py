@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from train.errors import UsageError
-from train.report import collect, new_figure
+from train.report import collect, new_figure, save_figure
 
 Run = dict[str, Any]
 
@@ -54,7 +54,7 @@ def draw(runs: dict[str, Run], picture: Path, supervised: Run | None = None) -> 
     for axes in (accuracy, spread):
         axes.grid(alpha=0.3)
         axes.legend(fontsize=7, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.16), frameon=False)
-    figure.savefig(picture, dpi=130)
+    save_figure(figure, picture)
 
 
 def table(runs: Sequence[Run]) -> str:

@@ -7,9 +7,11 @@ is False wherever a channel is carried, norms' biases included, leaves that chan
 streams whose width something else depends on: squeeze-excite's, and a `DeepStem`'s.
 """
 
+import operator
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 from itertools import pairwise
 from math import gcd
 from typing import Any, Literal, get_args
@@ -240,10 +242,9 @@ def kept_channels(masks: PyTree, groups: Sequence[ChannelGroup]) -> dict[str, An
     flat = leaves(masks)
     kept: dict[str, Any] = {}
     for group in groups:
-        kept[group.name] = np.zeros(group.size, bool)
-        for m in group.members:
-            mask = flat[m.path]
-            kept[group.name] = kept[group.name] | (_along(mask, m, group.size, "any") if mask.ndim else mask)
+        # A 0-d True, of a head that was made anew for one, says nothing: what is pruned before it reaches it as 0.
+        told = [_along(flat[m.path], m, group.size, "any") for m in group.members if flat[m.path].ndim]
+        kept[group.name] = reduce(operator.or_, told) if told else np.ones(group.size, bool)
     return kept
 
 

@@ -93,7 +93,8 @@ def make_masks(
     else:
         kept = _kept(keys, {path: chosen[path].shape for path in keys}, sparsity, shares, scope)
     made = {path: _spread(x, block) & earlier.get(path, True) for path, x in kept.items()}
-    return map_with_path(lambda path, _: made.get(path, jnp.ones((), bool)), scores)
+    others = jax.tree.map(lambda _: jnp.ones((), bool), scores) if masks is None else masks
+    return map_with_path(lambda path, _, other: made.get(path, other), scores, others)
 
 
 def structure_of(name: str) -> tuple[str, int, int]:

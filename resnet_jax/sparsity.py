@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from resnet_jax.masks import largest, sortable
 from resnet_jax.scores import random
-from resnet_jax.tree import PyTree, leaves, map_with_path
+from resnet_jax.tree import Predicate, PyTree, is_kernel, leaves, map_with_path
 
 
 class Remask(Protocol):
@@ -43,9 +43,9 @@ def gradual(make: Make, *, final: float, begin: int, end: int, every: int, initi
 
 
 def alternating(make: Make, *, final: float, begin: int, end: int, every: int) -> Remask:
-    """AC/DC: pruned and dense for `every` steps each, from `begin`; pruned for good at `end`. Arrays of masks only.
+    """AC/DC: pruned and dense for `every` steps each, from `begin` (1 or later); pruned for good at `end`.
 
-    https://arxiv.org/abs/2106.12379. Dense phases free every weight, also those that a start had pruned.
+    https://arxiv.org/abs/2106.12379. Dense phases free every weight that has a mask, whatever pruned it.
     """
 
     def remask(step: jax.Array, params: PyTree, grads: PyTree, masks: PyTree, key: jax.Array) -> PyTree:
@@ -59,13 +59,19 @@ def alternating(make: Make, *, final: float, begin: int, end: int, every: int) -
     return remask
 
 
-def rigl(*, end: int, every: int, fraction: float = 0.3, grow: str = "gradient") -> Remask:
+def rigl(
+    *, end: int, every: int, fraction: float = 0.3, grow: str = "gradient", prunable: Predicate = is_kernel
+) -> Remask:
     """Drop the smallest weights of each leaf and grow as many others, every `every` steps until `end`.
 
     Args:
       fraction: share of a leaf's weights replaced at first, in (0, 1); it falls to 0 at `end` by a cosine.
       grow: `gradient`, where the gradient is largest: RigL, https://arxiv.org/abs/1911.11134; or `random`: SET,
         https://arxiv.org/abs/1707.04780. What grows starts at zero; what is dropped does not return in the same update.
+      prunable: the leaves in which weights move; other masks stay.
+
+    Raises (when called):
+      ValueError: no such leaf has a mask.
     """
     if grow not in ("gradient", "random"):
         raise ValueError(f"unknown growth {grow!r}; choose gradient or random")
@@ -73,7 +79,10 @@ def rigl(*, end: int, every: int, fraction: float = 0.3, grow: str = "gradient")
     def remask(step: jax.Array, params: PyTree, grads: PyTree, masks: PyTree, key: jax.Array) -> PyTree:
         due = _every(step, every, end, every)
         share = fraction / 2 * (1 + jnp.cos(jnp.pi * step / end))
-        return jax.lax.cond(due, lambda: _replaced(params, grads, masks, key, share, grow), lambda: masks)
+        held = {path: m for path, m in leaves(masks).items() if m.ndim and prunable(path, m)}
+        if not held:
+            raise ValueError("nothing to prune: no prunable leaf has a mask")
+        return jax.lax.cond(due, lambda: _replaced(held, params, grads, masks, key, share, grow), lambda: masks)
 
     return remask
 
@@ -82,8 +91,15 @@ def _every(step: jax.Array, begin: int, end: int, every: int) -> jax.Array:
     return (step >= begin) & (step < end) & ((step - begin) % every == 0)
 
 
-def _replaced(params: PyTree, grads: PyTree, masks: PyTree, key: jax.Array, share: jax.Array, grow: str) -> PyTree:
-    held = {path: m for path, m in leaves(masks).items() if m.ndim}
+def _replaced(
+    held: dict[str, jax.Array],
+    params: PyTree,
+    grads: PyTree,
+    masks: PyTree,
+    key: jax.Array,
+    share: jax.Array,
+    grow: str,
+) -> PyTree:
     weights = leaves(params)
     wanted = leaves(grads if grow == "gradient" else random(params, key=key))
     paths, each = list(held), list(range(len(held)))

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Pruning on a GPU: ResNet-20 to 50-95 % by all ways of results/prune.sh with three seeds, ResNet-56 without 30 % of its
+# Pruning on a GPU: ResNet-20 to 50-95 % by all ways of results/prune.sh, ResNet-56 without 30 % of its
 # channels, and the latency of a ResNet-18 with half of its channels.
 # Usage: bash results/gpu_prune.sh DATA_DIR [SET]; SET is cifar10 (prepared) unless given. EPOCHS=20 and DENSE_EPOCHS=182
 # are whole recipes; the defaults of results/prune.sh are minutes.

@@ -1,4 +1,4 @@
-"""Pruning as users see it: `python -m train.prune`, what it leaves, what goes on from it, and what it refuses."""
+"""`python -m train.prune` from end to end: schedules, scores, structures, what it delivers, resuming, every refusal."""
 
 import dataclasses
 import json
@@ -46,7 +46,7 @@ NETWORK = ["--model", "two_blocks", "--width", "16"]
 ALIKE = ["--batch", "64", "--eval-every", "100", "--log-every", "1"]
 ALIKE += [part for name, value in FAST.items() for part in ("--xla", f"{name}={str(value).lower()}")]
 # 8 steps, in the recipe of either run.
-AFTER = ["--prune.epochs", "0.4", "--prune.every", "2", "--prune.end", "0.9", "--prune.sparsity", "0.8"]
+WHEN = ["--prune.every", "2", "--prune.end", "0.9"]
 ANEW = ["--steps", "8"]
 FINE = ["--steps", "6", "--optim.warmup-epochs", "0", "--optim.lr", "0.02"]
 LAYERS = [
@@ -56,6 +56,18 @@ LAYERS = [
     "stage2_block1/conv2/kernel",
     "stage2_block1/shortcut/conv/kernel",
 ]
+
+
+def after(*more):
+    """`more`, and 8 steps of training after pruning to 80 %, as far as this kind of pruning looks at that."""
+    at_once = not {"gradual", "acdc", "rigl", "set"} & {*more} and "--prune.schedule" in more
+    anew = {"rewind", "reinit", "random"} & {*more} or ("iterative" in more and "--prune.restart" not in more)
+    if "--prune.score" in more and more[more.index("--prune.score") + 1] == "random":
+        anew = set()
+    share = (
+        [] if "--prune.masks" in more or "--prune.sparsity" in more or "2:4" in more else ["--prune.sparsity", "0.8"]
+    )
+    return [*([] if anew else ["--prune.epochs", "0.4"]), *([] if at_once else WHEN), *share, *more]
 
 
 class Start(NamedTuple):
@@ -123,7 +135,7 @@ def pruned(dense, tmp_path_factory) -> Callable[..., Pruned]:
 
     def prune_dense(*more):
         if more not in made:
-            made[more] = prune(dense, *AFTER, *more, "--out", tmp_path_factory.mktemp("pruned") / "run")
+            made[more] = prune(dense, *after(*more), "--out", tmp_path_factory.mktemp("pruned") / "run")
         return made[more]
 
     return prune_dense
@@ -167,7 +179,8 @@ def assert_pruned(out, result, share, *, slack=0):
     assert_same(flat(state.params), flat(apply_masks(state.params, state.masks)))
     variables, saved, about = load_sparse(Path(result["pruned_file"]))
     assert_same(flat(saved), flat(state.masks))
-    assert about == {"model": "two_blocks", "classes": json.dumps([str(d) for d in range(10)])}
+    widths = json.dumps(read_config(out, TrainConfig)[0].widths)
+    assert about == {"model": "two_blocks", "widths": widths, "classes": json.dumps([str(d) for d in range(10)])}
     if read_config(out, PruneConfig)[0].prune.values == "float32":
         assert_same(flat(variables), flat(state.variables))
     return masks
@@ -283,7 +296,7 @@ def test_gradually(pruned):
 def test_alternating(pruned):
     out, result, _ = pruned("--prune.schedule", "acdc")
     assert_pruned(out, result, 0.8)
-    np.testing.assert_allclose(rows_of(out, "sparsity"), np.float32([0, 0, 0, 0.8, 0.8, 0, 0.8, 0.8]), atol=1e-4)
+    np.testing.assert_allclose(rows_of(out, "sparsity"), np.float32([0.8, 0.8, 0, 0, 0.8, 0.8, 0.8, 0.8]), atol=1e-4)
 
 
 @pytest.mark.parametrize("schedule", ["rigl", "set"])
@@ -485,15 +498,15 @@ def test_pruned_further(pruned, tmp_path):
     """More is pruned, and nothing returns."""
     given, _, _ = pruned(*GRADUAL)
     before = masks_of(given)
-    further = prune(given, *AFTER, *ONE_SHOT, "--prune.sparsity", "0.9", "--out", tmp_path / "run")
-    after = assert_pruned(further.out, further.result, 0.9)
-    assert all(not (after[path] & ~before[path]).any() for path in before)
+    further = prune(given, *after(*ONE_SHOT), "--prune.sparsity", "0.9", "--out", tmp_path / "run")
+    more = assert_pruned(further.out, further.result, 0.9)
+    assert all(not (more[path] & ~before[path]).any() for path in before)
 
 
 def test_pruned_less(pruned, tmp_path, fails):
     """Only with --dense, and in the same folder: what is refused leaves it free for the mended command."""
     given, _, _ = pruned(*GRADUAL)
-    arguments = [given, *AFTER, *ONE_SHOT, "--prune.sparsity", "0.5"]
+    arguments = [given, *after(*ONE_SHOT), "--prune.sparsity", "0.5"]
     line = fails(2, main, [*map(str, arguments), "--out", str(tmp_path / "run")])
     assert "--prune.sparsity 0.5 is less than the 0.8 that is pruned already" in line and "--dense" in line
     less = prune(*arguments, "--dense", "--out", tmp_path / "run")
@@ -544,12 +557,12 @@ def test_compact_network_goes_on(pruned, tmp_path):
     """It is fine-tuned with its widths, and its weights pruned."""
     compact = pruned(*CHANNELS).out / "compact"
     widths = read_config(compact, TrainConfig)[0].widths
-    after = fine_tune(compact, tmp_path / "fine")
+    tuned = fine_tune(compact, tmp_path / "fine")
     assert read_config(tmp_path / "fine", TrainConfig)[0].widths == widths
-    assert {p: w.shape for p, w in flat(after.params).items()} == {
+    assert {p: w.shape for p, w in flat(tuned.params).items()} == {
         p: w.shape for p, w in flat(load_state(compact).params).items()
     }
-    further = prune(compact, *AFTER, *ONE_SHOT, "--out", tmp_path / "further")
+    further = prune(compact, *after(*ONE_SHOT), "--out", tmp_path / "further")
     assert_pruned(further.out, further.result, 0.8)
     assert read_config(further.out, PruneConfig)[0].widths == widths
     assert further.result["dense_accuracy"] == pytest.approx(pruned(*CHANNELS).result["pruned_accuracy"])
@@ -613,7 +626,7 @@ def interrupted(monkeypatch, *arguments):
 
 
 def test_resumed_in_the_middle_it_ends_bit_equal(pruned, dense, tmp_path, monkeypatch):
-    arguments = [dense, *AFTER, *GRADUAL, "--save-steps", "3", "--out", tmp_path / "run"]
+    arguments = [dense, *after(*GRADUAL), "--save-steps", "3", "--out", tmp_path / "run"]
     interrupted(monkeypatch, *arguments)
     _, resumed, [start] = prune(*arguments)
     assert start.step == 3 and 0 < 1 - np.mean(start.masks[LAYERS[0]]) < 0.8
@@ -625,7 +638,7 @@ def test_resumed_in_the_middle_it_ends_bit_equal(pruned, dense, tmp_path, monkey
 @pytest.mark.slow
 def test_eight_devices_then_one(pruned, dense, tmp_path, monkeypatch):
     """A pruning that stops on 8 devices goes on, on one, to the result of one."""
-    arguments = [dense, *AFTER, *GRADUAL, "--save-steps", "3", "--out", tmp_path / "run"]
+    arguments = [dense, *after(*GRADUAL), "--save-steps", "3", "--out", tmp_path / "run"]
     with monkeypatch.context() as patch:
         patch.setattr(run_module, "make_mesh", make_mesh)
         interrupted(monkeypatch, *arguments)
@@ -661,7 +674,10 @@ BAD_SETTINGS = {
     "schedule": (["--prune.schedule", "slow"], "invalid choice 'slow' for argument '--prune.schedule'"),
     "layers": (["--prune.layers", "stage1"], "--prune.layers stage1 is not of the form PATTERN=SPARSITY"),
     "share": (["--prune.layers", "stage1=1"], "--prune.layers ('stage1=1',) is out of range"),
-    "sparsity of N:M": (["--prune.structure", "2:4", "--prune.sparsity", "0.9"], "is not what 2:4 prunes, 0.5"),
+    "sparsity of N:M": (
+        ["--prune.structure", "2:4", "--prune.sparsity", "0.9"],
+        "is not what 2:4 prunes: leave it out",
+    ),
     "scope of N:M": (
         ["--prune.structure", "2:4", "--prune.sparsity", "0.5", "--prune.scope", "erk"],
         "--prune.scope is not of N:M, which prunes each layer alike",
@@ -682,7 +698,7 @@ BAD_SETTINGS = {
     "masks": (["--prune.masks", "runs/other"], "--prune.masks needs --prune.schedule one_shot"),
     "rounds": (["--prune.rounds", "3"], "--prune.rounds is of pruning at once"),
     "end before begin": (["--prune.begin", "0.5", "--prune.end", "0.4"], "--prune.end 0.4 is out of range"),
-    "levels": (["--prune.levels", "0"], "--prune.levels 0 is out of range"),
+    "levels": (["--prune.schedule", "iterative", "--prune.levels", "0"], "--prune.levels 0 is out of range"),
     "random levels": (
         ["--prune.schedule", "iterative", "--prune.start", "random"],
         "--prune.start random is not of iterative: choose --prune.restart reinit",
@@ -716,9 +732,18 @@ BAD_FOR_THE_RUN = {
         ["--prune.schedule", "iterative"],
         "rewinding needs the early weights of a run that it trains itself: leave the run out",
     ),
-    "epochs": (["--epochs", "3"], "--epochs is of the dense run, which is given"),
-    "steps": (["--steps", "30"], "--steps is of the dense run, which is given"),
-    "rate": (["--optim.lr", "0.3"], "--optim.lr is of the dense run, which is given"),
+    "epochs": (
+        ["--epochs", "3"],
+        "--epochs has no effect on this pruning: the training after pruning has --prune.epochs",
+    ),
+    "steps": (
+        ["--steps", "30"],
+        "--steps has no effect on this pruning: the training after pruning has --prune.epochs",
+    ),
+    "rate": (
+        ["--optim.lr", "0.3"],
+        "--optim.lr has no effect on this pruning: the training after pruning has --prune.epochs",
+    ),
     "other width": (["--width", "8"], "is of another model"),
 }
 
@@ -732,7 +757,7 @@ def test_what_does_not_fit_the_run_is_refused_in_one_line(case, dense, fails, tm
 
 @pytest.mark.parametrize("schedule", [ONE_SHOT, GRADUAL], ids=["one_shot", "gradual"])
 def test_pruning_a_layer_to_nothing(dense, fails, tmp_path, schedule):
-    more = [*AFTER, *schedule, "--prune.sparsity", "0.9999", "--out", str(tmp_path / "run")]
+    more = [*after(*schedule), "--prune.sparsity", "0.9999", "--out", str(tmp_path / "run")]
     line = fails(2, main, [str(dense), *more])
     assert "nothing would be left of stage" in line and "lower the sparsity, or exclude it" in line
 
@@ -747,7 +772,6 @@ def wider(small, tmp_path_factory):
 
 
 def test_masks_that_cannot_be_taken(dense, pruned, wider, fails, tmp_path):
-    arguments = [str(dense), *AFTER, *ONE_SHOT]
     good = Path(pruned(*GRADUAL).result["pruned_file"]).read_bytes()
     tampered, truncated = tmp_path / "tampered.safetensors", tmp_path / "truncated.safetensors"
     flipped = bytearray(good)
@@ -762,7 +786,8 @@ def test_masks_that_cannot_be_taken(dense, pruned, wider, fails, tmp_path):
         Path("runs/nowhere"): "runs/nowhere",
     }
     for source, message in refused.items():
-        line = fails(2, main, [*arguments, "--prune.masks", str(source), "--out", str(tmp_path / "run")])
+        how = after(*ONE_SHOT, "--prune.masks", str(source))
+        line = fails(2, main, [str(dense), *how, "--out", str(tmp_path / "run")])
         assert message in line
         assert source == dense or "prunes nothing" not in line
     assert not (tmp_path / "run" / "config.json").exists()

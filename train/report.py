@@ -42,6 +42,18 @@ def new_figure(width: float, height: float) -> Any:
     return Figure(figsize=(width, height), layout="constrained")
 
 
+def save_figure(figure: Any, picture: Path) -> None:
+    """Write a figure, of the kind that the name ends in.
+
+    Raises:
+      UsageError: no such folder, or no such kind.
+    """
+    try:
+        figure.savefig(picture, dpi=130)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"cannot draw {picture}: {error}") from None
+
+
 def draw(runs: dict[str, dict[str, Any]], picture: Path) -> None:
     """Training loss, and accuracy in training and validation, by epoch; one colour a run. Needs the extra `plot`."""
     figure = new_figure(9, 3.6)
@@ -61,7 +73,7 @@ def draw(runs: dict[str, dict[str, Any]], picture: Path) -> None:
     for axes in (loss, accuracy):
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
-    figure.savefig(picture, dpi=130)
+    save_figure(figure, picture)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

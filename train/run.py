@@ -40,7 +40,7 @@ from train.errors import RunError, UsageError
 from train.loop import Hook, Progress, evaluate, fit
 from train.process import join_hosts, keep_compiled, say
 from train.programs import compile_in
-from train.runs import environment, settle, write_config, write_json
+from train.runs import discard_start, environment, settle, write_config, write_json
 from train.state import TrainState, digest
 from train.steps import eval_step, train_step
 from train.weights import load_masks, load_weights, widths_of
@@ -57,6 +57,7 @@ class Setup:
     dataset: Dataset
     mesh: Mesh
     model: nn.Module
+    steps: int
     stream: Batches
     measure: Callable[[Any, str], dict[str, Any]]  # (variables, split) -> figures; the test split is for `finish`
 
@@ -186,12 +187,19 @@ def run(config: TrainConfig, preset: str = "custom", plan: Plan | None = None) -
         dataset=dataset,
         mesh=mesh,
         model=model,
+        steps=steps,
         stream=stream,
         measure=measure,
     )
     restored = checkpoints.resume(state)
     if restored is None:
-        state = plan.begin(state, setup)
+        try:
+            state = plan.begin(state, setup)
+        except UsageError:
+            checkpoints.close()
+            if main_process:  # the mended command finds the folder free
+                discard_start(out)
+            raise
     else:
         state, position = restored
         stream.restore(position)

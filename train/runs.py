@@ -1,5 +1,6 @@
 """A run's folder: `config.json`, `metrics.jsonl`, `checkpoints/`, `confusion.json`, `result.json`."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -93,6 +94,13 @@ def write_config(out: Path, preset: str, config: RunConfig, dataset: Dataset) ->
         **environment(),
     }
     write_json(out / "config.json", described)
+
+
+def discard_start(out: Path) -> None:
+    """Take back `write_config`, for a run that was refused before its first checkpoint."""
+    (out / "config.json").unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # it is not there, or holds something after all
+        (out / "checkpoints").rmdir()
 
 
 def check_continues(out: Path, config: RunConfig) -> None:

@@ -1,8 +1,10 @@
 """Weights to start from: another run of this project, or a PyTorch state dict."""
 
+import json
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from resnet_jax.torch_weights import canonical, from_torch
@@ -63,6 +65,9 @@ def load_masks(source: Path, params: PyTree) -> PyTree | None:
     found = leaves(masks)
     if not any(m.ndim for m in found.values()):
         return None
+    for path in sorted(found.keys() ^ leaves(params).keys()):
+        if not path.startswith("head/"):
+            raise UsageError(f"{source} has masks of another model: {path} is only in one of the two")
 
     def fitting(path: str, x: Any) -> Any:
         mask = found.get(path)
@@ -75,10 +80,26 @@ def load_masks(source: Path, params: PyTree) -> PyTree | None:
     return map_with_path(fitting, params)
 
 
+def dense_variables(source: Path, like: dict[str, PyTree]) -> dict[str, PyTree]:
+    """The weights of `source` whole, head included, in the place of `like`.
+
+    Raises:
+      UsageError: as `load_weights`, or a head of other classes.
+    """
+    unknown = map_with_path(lambda path, x: np.full(x.shape, np.nan, np.float32), like)
+    found = load_weights(source, unknown)
+    if any(np.isnan(np.asarray(x)).any() for x in jax.tree.leaves(found["params"].get("head", {}))):
+        raise UsageError(f"{source} has a head of other classes, or none: fine-tune it first, python -m train --init")
+    return found
+
+
 def widths_of(source: Path) -> tuple[str, tuple[int, ...]]:
-    """(model, its `widths`) of a run's folder; no widths where it is a network's own, or `source` is no such run."""
+    """(model, its `widths`) of a run's folder or a sparse file; no widths where they are the model's own."""
     source = source.expanduser()
-    if not source.is_dir() or pipeline_of(source) != "train":
+    if source.is_file() and is_sparse_file(source):
+        about = load_sparse(source)[2]
+        return about.get("model", ""), tuple(json.loads(about.get("widths", "[]")))
+    if not (source / "config.json").is_file() or pipeline_of(source) != "train":
         return "", ()
     config, _ = read_config(source, TrainConfig)
     return config.model, config.widths

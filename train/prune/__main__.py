@@ -6,7 +6,6 @@ several side by side.
 
 import json
 import sys
-from functools import partial
 from pathlib import Path
 
 import jax
@@ -14,7 +13,7 @@ import jax
 from train.command import parse
 from train.errors import UsageError, one_line
 from train.process import keep_memory
-from train.prune.config import of_run
+from train.prune.config import PruneConfig, check_changes, of_run
 from train.prune.presets import PRESETS
 
 
@@ -32,11 +31,19 @@ def main(argv: list[str] | None = None) -> None:
     named = argv[0] if argv and not argv[0].startswith("-") and argv[0] not in PRESETS else ""
     if named and ("/" in named or Path(named).exists()) and not (Path(named) / "config.json").exists():
         raise UsageError(f"{named} is neither a preset ({', '.join(PRESETS)}) nor a run's folder")
-    runs = {named: partial(of_run, Path(named))} if (Path(named) / "config.json").exists() and named else {}
-    preset, config = parse("python -m train.prune", {**PRESETS, **runs}, argv, default="digits_prune")
+    presets = dict(PRESETS)
+    if named and (Path(named) / "config.json").exists():
+
+        def given() -> PruneConfig:
+            """A run that is there: its own settings."""
+            return of_run(Path(named))
+
+        presets[named] = given
+    preset, config = parse("python -m train.prune", presets, argv, default="digits_prune")
+    check_changes(config, presets[preset]())
     from train.prune.run import run  # after parsing: --help and typing errors need not wait for it
 
-    result = run(config, "custom" if runs else preset)
+    result = run(config, preset if preset in PRESETS else "custom")
     if jax.process_index() == 0:
         print(json.dumps(result))
 

@@ -1,6 +1,8 @@
 """What pruning is told: a supervised run's config, and what is pruned, when, and how the rest is trained again."""
 
 import dataclasses
+import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -75,13 +77,17 @@ class PruningConfig:
     def final(self) -> float:
         """The sparsity to reach."""
         kind, n, m = ("", 0, 1) if self.structure == CHANNELS else structure_of(self.structure)
-        own = 1 - n / m if kind == "n:m" else 0.9
-        return own if self.sparsity is None else self.sparsity
+        return self.sparsity if self.sparsity is not None else 1 - n / m if kind == "n:m" else 0.9
 
     @property
     def by_layer(self) -> dict[str, float]:
         """`layers` as pattern -> sparsity."""
         return {pattern: float(share) for pattern, _, share in (one.rpartition("=") for one in self.layers)}
+
+    @property
+    def needs_images(self) -> bool:
+        """Whether pruning looks at training images before the training."""
+        return self.recalibrate or (self.schedule in AT_ONCE and self.score in ("snip", "taylor", "fisher"))
 
     @property
     def from_scratch(self) -> bool:
@@ -91,7 +97,7 @@ class PruningConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PruneConfig(TrainConfig):
-    """A run of pruning. `init` is the trained run; without it one is trained first, by the fields of `train`."""
+    """A run of pruning. `init` is the trained run; without it one is trained first, by the other fields."""
 
     prune: PruningConfig = field(default_factory=PruningConfig)
 
@@ -99,14 +105,64 @@ class PruneConfig(TrainConfig):
 def of_run(run: Path) -> PruneConfig:
     """The default pruning of a trained run: its own settings, a third of its epochs, a fifth of its learning rate.
 
+    Of a run that was pruned it is what that run was told, on from there.
+
     Raises:
       UsageError: no run of training there.
     """
-    config, _ = read_config(run, TrainConfig)
+    config, saved = read_config(run, PruneConfig)
     given = {f.name: getattr(config, f.name) for f in dataclasses.fields(TrainConfig)}
     given |= {"out": f"{str(run).rstrip('/')}-pruned", "init": str(run), "select": "last", "dense": False}
-    pruning = PruningConfig(epochs=max(round(config.epochs / 3), 1), lr=config.optim.lr / 5)
-    return PruneConfig(**given, prune=pruning)
+    if "prune" in saved["config"]:
+        epochs, lr = config.prune.epochs, config.prune.lr
+    else:
+        epochs, lr = max(round(_epochs(run, config) / 3), 1), config.optim.lr / 5
+    return PruneConfig(**given, prune=PruningConfig(epochs=epochs, lr=lr))
+
+
+def _epochs(run: Path, config: TrainConfig) -> float:
+    """How long a run trained; what it was told where it is not finished."""
+    try:
+        return json.loads((run / "result.json").read_text())["epochs"]
+    except (OSError, ValueError, KeyError):
+        return config.epochs
+
+
+def check_changes(config: PruneConfig, default: PruneConfig) -> None:
+    """Refuse fields that were changed from `default` and that this kind of pruning does not look at.
+
+    Raises:
+      UsageError: that, naming the field.
+    """
+    p = config.prune
+    applies = {
+        "prune.epochs": not p.from_scratch,
+        "prune.lr": not p.from_scratch,
+        "prune.begin": p.schedule in ("gradual", "acdc"),
+        "prune.end": p.schedule in ("gradual", "acdc", "rigl", "set"),
+        "prune.every": p.schedule in ("gradual", "acdc", "rigl", "set"),
+        "prune.fraction": p.schedule in ("rigl", "set"),
+        "prune.levels": p.schedule == "iterative",
+        "prune.restart": p.schedule == "iterative",
+        "prune.rewind_epochs": p.schedule == "iterative" and p.restart == "rewind",
+        "prune.round_to": p.structure == CHANNELS,
+        "prune.scope": not p.layers and p.masks is None,
+        "prune.score": p.masks is None,
+        "prune.sparsity": p.masks is None,
+        "prune.rounds": p.masks is None,
+        "prune.batches": p.needs_images,
+        "dense": p.start == "trained",
+        # What the dense run was told, where it is there already and not told again.
+        **dict.fromkeys(
+            ("epochs", "steps", "optim.lr", "optim.schedule", "optim.warmup_epochs"),
+            config.init is None or p.from_scratch,
+        ),
+    }
+    changed, usual = flat(config), flat(default)
+    for name, matters in applies.items():
+        if not matters and changed[name] != usual[name]:
+            hint = "" if name.startswith("prune.") else ": the training after pruning has --prune.epochs and --prune.lr"
+            raise UsageError(f"--{name.replace('_', '-')} has no effect on this pruning{hint}")
 
 
 def dense_config(config: PruneConfig, out: Path) -> TrainConfig:
@@ -145,6 +201,11 @@ def check(config: PruneConfig) -> None:
             kind, *_ = structure_of(p.structure)
         except ValueError as error:
             raise UsageError(f"--prune.structure: {error}, or {CHANNELS}") from None
+    for pattern in (*p.exclude, *(one.rpartition("=")[0] for one in p.layers)):
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise UsageError(f"{pattern!r} is no regular expression: {error}") from None
     shares = []
     for one in p.layers:
         pattern, _, share = one.rpartition("=")
@@ -180,14 +241,16 @@ def _check_together(config: PruneConfig, kind: str) -> None:
     at_once = p.schedule in AT_ONCE
     rewinds = p.schedule == "iterative" and p.restart == "rewind"
     refused: dict[str, Any] = {
-        f"--prune.sparsity {p.sparsity} is not what {p.structure} prunes, {p.final if kind == 'n:m' else ''}": (
-            kind == "n:m" and p.sparsity is not None and abs(p.sparsity - _of_nm(p.structure)) > 1e-6
+        f"--prune.sparsity {p.sparsity} is not what {p.structure} prunes: leave it out": (
+            kind == "n:m" and abs(p.final - dataclasses.replace(p, sparsity=None).final) > 1e-6
         ),
         "--prune.scope lamp and erk are of weights: channels take global or uniform": (
             kind == CHANNELS and p.scope not in ("global", "uniform")
         ),
         "--prune.scope is not of N:M, which prunes each layer alike": kind == "n:m" and p.scope != "global",
-        "--prune.layers is not of channels": kind == CHANNELS and bool(p.layers),
+        "--prune.layers is of weights pruned by rank, not of channels, N:M or levels": (
+            bool(p.layers) and (kind != "block" or p.schedule == "iterative")
+        ),
         "--prune.score norm_scale scores channels: add --prune.structure channels": (
             p.score == "norm_scale" and kind != CHANNELS
         ),
@@ -213,14 +276,3 @@ def _check_together(config: PruneConfig, kind: str) -> None:
     for message, wrong in refused.items():
         if wrong:
             raise UsageError(message)
-    if config.init is not None and not p.from_scratch and Path(config.init, "config.json").exists():
-        theirs, ours = flat(read_config(Path(config.init), TrainConfig)[0]), flat(config)
-        for name in ("epochs", "steps", "optim.lr", "optim.schedule", "optim.warmup_epochs"):
-            if theirs.get(name) != ours[name]:
-                raise UsageError(f"--{name.replace('_', '-')} is of the dense run, which is given: "
-                                 "the training after pruning has --prune.epochs and --prune.lr")  # fmt: skip
-
-
-def _of_nm(structure: str) -> float:
-    _, n, m = structure_of(structure)
-    return 1 - n / m

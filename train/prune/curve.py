@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from train.errors import UsageError
-from train.report import collect, new_figure
+from train.report import collect, new_figure, save_figure
 
 Run = dict[str, Any]
 Curves = dict[str, dict[float, list[float]]]  # name -> sparsity -> pruned accuracies
@@ -67,7 +67,7 @@ def draw(curves: Curves, dense: float, picture: Path) -> None:
     axes.set(xlabel="sparsity (%)", ylabel="test accuracy (%)")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
-    figure.savefig(picture, dpi=130)
+    save_figure(figure, picture)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

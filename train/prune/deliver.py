@@ -28,16 +28,28 @@ SPARSE, COMPACT = "sparse.safetensors", "compact"
 
 
 def deliver(state: TrainState, setup: Setup, config: PruneConfig) -> dict[str, Any]:
-    """Write the files; returns their sizes, and how far a compact network's outputs are from the masked one's."""
+    """Write the files; returns their sizes, and how far a compact network's outputs are from the masked one's.
+
+    `config` is the run's own, with channel statistics. Every host takes part, the first writes.
+
+    Raises:
+      RunError: the compact network is another than the masked one; the disk is full.
+    """
     variables, masks = jax.device_get((state.variables, state.masks))
+    main, widths = jax.process_index() == 0, config.widths
     folder, found, dense = setup.out, {}, variables
     if config.prune.structure == CHANNELS:
         folder = setup.out / COMPACT
-        model = make_model(config, setup.model.num_classes)
+        # In float32, whatever the run computes in: it is the networks that are compared, not the rounding.
+        model = make_model(config, setup.model.num_classes).clone(dtype=jnp.float32)
         small, variables, masks, error = compacted(model, variables, masks, setup)
-        save_run(folder, small.widths, variables, masks, setup, config)
+        widths = tuple(small.widths)
+        save_run(folder, widths, variables, masks, setup, config)
         found = {"compact": str(folder), "compact_parameters": count(variables["params"]), "compact_error": error}
-    about = {"model": config.model, "classes": json.dumps(setup.dataset.classes)}
+    if not main:
+        return found
+    classes = json.dumps(setup.dataset.classes)
+    about = {"model": config.model, "widths": json.dumps(widths), "classes": classes}
     save_sparse(folder / SPARSE, variables, masks, values=config.prune.values, metadata=about)
     measured = sizes(folder / SPARSE, dense)
     return {
@@ -67,12 +79,13 @@ def compacted(
     pixels = stacked(setup.dataset.validation, range(min(64, len(setup.dataset.validation))))["image"]
     keys = example_keys(jax.random.key(0), jnp.arange(len(pixels)))
     images = augment_batch(eval_augment(setup.config.augment), keys, jnp.asarray(pixels))
-    before, after = (
-        np.asarray(jax.jit(partial(net.apply, train=False))(v, images), np.float32)
-        for net, v in ((model, variables), (small, found))
-    )
+    with jax.default_matmul_precision("highest"):
+        before, after = (
+            np.asarray(jax.jit(partial(net.apply, train=False))(v, images), np.float32)
+            for net, v in ((model, variables), (small, found))
+        )
     error = float(np.abs(before - after).max())
-    if error > 1e-3 * max(float(np.abs(before).max()), 1.0):
+    if not error <= 1e-5 * max(float(np.abs(before).max()), 1.0):
         raise RunError(f"the compact network's outputs differ from the masked one's by {error:.2g}")
     return small, jax.device_get(found), rest, error
 
@@ -81,8 +94,11 @@ def save_run(
     folder: Path, widths: Sequence[int], variables: dict[str, PyTree], masks: PyTree, setup: Setup, config: PruneConfig
 ) -> None:
     """A run of training that holds this network: to predict with, to start from, to prune on."""
-    small = dataclasses.replace(dense_config(config, folder), widths=tuple(widths), init=None, ema=None)
-    write_config(folder, "custom", small, setup.dataset)
+    small = dataclasses.replace(
+        dense_config(config, folder), widths=tuple(widths), init=None, ema=None, dense=False, freeze=False
+    )
+    if jax.process_index() == 0:
+        write_config(folder, "custom", small, setup.dataset)
     tx, _ = make_tx(small.optim, 1, 1.0, trainable=trained_part(small))
     state = init_state(variables, tx, jax.random.key(config.seed), masks=masks)
     checkpoints = Checkpoints(folder / "checkpoints", keep_last=1)

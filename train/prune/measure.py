@@ -22,7 +22,7 @@ from train.prune.sensitivity import sensitivity
 from train.report import collect
 from train.runs import environment, load_state, read_config, write_json
 from train.steps import eval_step
-from train.weights import load_masks, load_weights
+from train.weights import dense_variables, load_masks
 
 EVAL_BATCH = 500
 
@@ -49,7 +49,7 @@ def measure(
     model = make_model(config, classes, None, primitives)
     state = load_state(run)
     source = run / "dense" if config.init is None else Path(config.init).expanduser()
-    dense = load_weights(source, {"params": state.params, "batch_stats": state.batch_stats})
+    dense = dense_variables(source, {"params": state.params, "batch_stats": state.batch_stats})
     masks = load_masks(source, dense["params"])
 
     small, after = model, state
@@ -60,7 +60,7 @@ def measure(
     curves = None
     if shares:
         kernels = [path for path, x in leaves(dense["params"]).items() if is_kernel(path, x)]
-        accuracy = _validation(config, model, dense, images)
+        accuracy = _validation(config, model, dense, images, not primitives)
         curves = {
             "split": "validation",
             "images": images,
@@ -91,7 +91,7 @@ def measure(
 
 
 def _validation(
-    config: PruneConfig, model: Any, variables: dict[str, PyTree], images: int
+    config: PruneConfig, model: Any, variables: dict[str, PyTree], images: int, plain: bool
 ) -> Callable[[PyTree], float]:
     """params -> accuracy on the first images of the validation split, compiled once."""
     split = load_data(config).validation
@@ -101,7 +101,7 @@ def _validation(
         for i in range(0, len(wanted), EVAL_BATCH)
     ]
     step = partial(eval_step, model=model, preprocess=eval_augment(config.augment), loss=LOSSES[config.loss])
-    judge = jax.jit(step, compiler_options=compiler_options(model.dtype, plain=False) or None)
+    judge = jax.jit(step, compiler_options=compiler_options(model.dtype, plain=plain) or None)
     whole = [{**batch, "valid": jnp.ones(len(batch["label"]), bool)} for batch in batches]
     return lambda params: evaluate(judge, {**variables, "params": params}, whole)["accuracy"]
 

@@ -10,7 +10,7 @@ import flax.linen as nn
 from resnet_jax.tree import PyTree
 from train.prune.layers import Row, aligned, layer_table, short, totals
 from train.prune.layers import text as layers_text
-from train.report import new_figure
+from train.report import new_figure, save_figure
 
 Report = dict[str, Any]
 
@@ -151,7 +151,7 @@ def draw(report: Report, picture: Path) -> None:
     for axes in figure.axes:
         axes.grid(alpha=0.3, axis="both" if axes.lines else "x")
         axes.set_axisbelow(True)
-    figure.savefig(picture, dpi=130)
+    save_figure(figure, picture)
 
 
 def _draw_layers(axes: Any, rows: Sequence[Row]) -> None:

@@ -4,12 +4,14 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from train.process import say
+from train.build import make_model
+from train.process import join_hosts, say
 from train.prune.config import PruneConfig, check, dense_config, retraining
 from train.prune.plan import dense_plan, plan_of
+from train.prune.scoring import pruned_share
 from train.run import run as train_run
 from train.run import with_widths
-from train.runs import settle
+from train.runs import load_state, settle
 
 DENSE = "dense"
 
@@ -28,6 +30,7 @@ def run(config: PruneConfig, preset: str = "custom") -> dict[str, Any]:
     out, finished = settle(retraining(config), preset)
     if finished:
         return finished
+    join_hosts(config.distributed)
     if config.init is None:
         dense = out / DENSE
         say(f"training the dense network in {dense}")
@@ -51,15 +54,25 @@ def _once(config: PruneConfig, preset: str, dense: Path) -> dict[str, Any]:
 def _levels(config: PruneConfig, preset: str, dense: Path) -> dict[str, Any]:
     """Each level prunes the same share of what is left, the last one in the run's own folder."""
     p, previous, result = config.prune, dense, {}
+    already = already_pruned(config, dense)
     for number in range(1, p.levels + 1):
-        level = config
+        level = dataclasses.replace(config, dense=config.dense and number == 1)
         if number < p.levels:
-            share = 1 - (1 - p.final) ** (number / p.levels)
+            share = 1 - (1 - already) * ((1 - p.final) / (1 - already)) ** (number / p.levels)
             pruning = dataclasses.replace(p, sparsity=share)
-            level = dataclasses.replace(config, out=f"{config.out}/level{number}", prune=pruning)
+            level = dataclasses.replace(level, out=f"{config.out}/level{number}", prune=pruning)
         say(f"level {number} of {p.levels}: pruning to {level.prune.final:.1%}, {p.restart}, in {level.out}")
         goes_on = p.restart == "finetune"
         plan = plan_of(level, dense, source=previous if goes_on else None, before=None if goes_on else previous)
         result = train_run(retraining(level), preset, plan)
         previous = Path(str(level.out))
     return result
+
+
+def already_pruned(config: PruneConfig, dense: Path) -> float:
+    """The share that is pruned where the first level starts."""
+    if config.dense or not (dense / "checkpoints").is_dir():
+        return 0.0
+    state = load_state(dense)
+    model = make_model(config, state.params["head"]["kernel"].shape[-1])
+    return pruned_share(state.masks, state.params, config=config.prune, model=model)

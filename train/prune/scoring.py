@@ -18,7 +18,7 @@ from resnet_jax.layers import BatchNorm
 from resnet_jax.losses import LOSSES
 from resnet_jax.masks import kernels_except, make_masks, sparsity_of
 from resnet_jax.sparsity import Make
-from resnet_jax.tree import PyTree, leaves, map_with_path
+from resnet_jax.tree import PyTree, is_kernel, leaves, map_with_path
 from train.build import compiler_options, eval_augment
 from train.prune.config import CHANNELS, PruneConfig, PruningConfig
 
@@ -103,7 +103,7 @@ def prune_at_once(
     *,
     config: PruneConfig,
     model: nn.Module,
-    batches: Sequence[Any],
+    batches: Iterable[Any],
     image_shape: Sequence[int],
     key: jax.Array,
 ) -> PyTree:
@@ -117,7 +117,7 @@ def prune_at_once(
     """
     p = config.prune
     rounds = p.rounds or (ROUNDS_OF_SYNFLOW if p.score == "synflow" else 1)
-    already = pruned_share(masks, config=p, model=model)
+    already = pruned_share(masks, params, config=p, model=model)
     chosen = jax.jit(partial(select, config=p, model=model))
     function: Any = scores.SCORES[p.score]
     offered: dict[str, Any] = {
@@ -135,12 +135,27 @@ def prune_at_once(
     return masks
 
 
-def pruned_share(masks: PyTree, *, config: PruningConfig, model: nn.Module) -> float:
-    """The share that is pruned already of what `config.sparsity` counts: weights, or channels."""
+def pruned_share(masks: PyTree, params: PyTree, *, config: PruningConfig, model: nn.Module) -> float:
+    """The share that is pruned already of what `config.sparsity` counts: prunable weights, or channels."""
     if config.structure != CHANNELS:
-        return float(sparsity_of(masks))
-    kept = kept_channels(masks, prunable_groups(model, masks, config))
+        prunable, held = kernels_except(config.exclude), leaves(masks)
+        return float(sparsity_of([held[path] for path, x in leaves(params).items() if prunable(path, x)]))
+    kept = kept_channels(masks, prunable_groups(model, params, config))
     return float(1 - sum(k.sum() for k in kept.values()) / sum(k.size for k in kept.values()))
+
+
+def check_patterns(params: PyTree, *, config: PruningConfig, model: nn.Module) -> None:
+    """Refuse a pattern that the user gave and that matches nothing.
+
+    Raises:
+      ValueError: that, with some of the names there are.
+    """
+    channels = config.structure == CHANNELS
+    groups: list[ChannelGroup] = list(channel_groups(model, params)) if channels else []  # type: ignore[arg-type]
+    names = [g.name for g in groups] or [path for path, x in leaves(params).items() if is_kernel(path, x)]
+    for pattern in config.exclude:
+        if pattern not in PruningConfig().exclude and not any(re.search(pattern, name) for name in names):
+            raise ValueError(f"--prune.exclude {pattern} matches nothing: there are {', '.join(names[:3])}, ...")
 
 
 def per_example_loss(config: PruneConfig, model: nn.Module, stats: PyTree) -> scores.Loss:
@@ -162,7 +177,11 @@ def neutral_forward(model: nn.Module, stats: PyTree, image_shape: Sequence[int])
     images = jnp.ones((1, *image_shape))
 
     def forward(params: PyTree) -> Any:
-        params = map_with_path(lambda path, x: jnp.zeros_like(x) if path.endswith("/bias") else x, params)
+        still = {"bias": 0.0, "scale": 1.0}
+        last = lambda path: path.rsplit("/", 1)[-1]  # noqa: E731
+        params = map_with_path(
+            lambda path, x: jnp.full_like(x, still[last(path)]) if last(path) in still else x, params
+        )
         return model.apply({"params": params, "batch_stats": neutral}, images, train=False)
 
     return forward
@@ -179,7 +198,7 @@ def recalibrate(
     preprocess = eval_augment(config.augment)
 
     @partial(jax.jit, compiler_options=compiler_options(model.dtype) or None)
-    def updated(stats: PyTree, batch: Any) -> PyTree:
+    def updated(params: PyTree, stats: PyTree, batch: Any) -> PyTree:
         keys = example_keys(jax.random.key(0), jnp.arange(len(batch["label"])))
         images = augment_batch(preprocess, keys, batch["image"])
         _, new = model.apply({"params": params, "batch_stats": stats}, images, train=True, mutable=["batch_stats"])
@@ -187,6 +206,6 @@ def recalibrate(
 
     start, count = jax.tree.map(jnp.zeros_like, stats), 0
     for batch in batches:
-        start, count = updated(start, batch), count + 1
+        start, count = updated(params, start, batch), count + 1
     share = 1 - BatchNorm.keywords["momentum"] ** count
     return jax.tree.map(lambda x: x / share, start)
