@@ -202,36 +202,37 @@ def test_scores_of_the_step_trace(variables, score):
     masks = select(scores.magnitude(params), 0.0, None, config=p, model=tiny())
     for share in (0.25, 0.5):
         masks = made(params, params, masks, jax.random.key(0), jnp.float32(share))
-        assert share_of(masks, p) == pytest.approx(share, abs=0.13)
+        assert share_of(masks, params, p) == pytest.approx(share, abs=0.13)
     assert len(traces) == 1
 
 
-def share_of(masks, p):
-    return pruned_share(masks, config=p, model=tiny())
+def share_of(masks, params, p):
+    return pruned_share(masks, params, config=p, model=tiny())
 
 
 # ---- shares ----------------------------------------------------------------------------------------------------------
 
 
 def test_share_of_weights(variables):
-    p = config().prune
-    assert share_of(no_masks(variables["params"]), p) == 0
-    masks = select(scores.magnitude(variables["params"]), 0.75, None, config=p, model=tiny())
-    assert share_of(masks, p) == pytest.approx(float(sparsity_of(masks))) == pytest.approx(0.75)
+    p, params = config().prune, variables["params"]
+    assert share_of(no_masks(params), params, p) == 0
+    masks = select(scores.magnitude(params), 0.75, None, config=p, model=tiny())
+    assert share_of(masks, params, p) == pytest.approx(float(sparsity_of(masks))) == pytest.approx(0.75)
 
 
 def test_share_of_channels(variables):
     """Of those that can be pruned, whatever they are wide: the share of weights is another."""
     p = config(structure="channels", round_to=4, sparsity=0.5, scope="uniform").prune
-    groups = prunable_groups(tiny(), variables["params"], p)
-    found = scores.magnitude(variables["params"])
-    assert share_of(select(found, 0.0, None, config=p, model=tiny()), p) == 0
+    params = variables["params"]
+    groups = prunable_groups(tiny(), params, p)
+    found = scores.magnitude(params)
+    assert share_of(select(found, 0.0, None, config=p, model=tiny()), params, p) == 0
     masks = select(found, 0.5, None, config=p, model=tiny())
-    assert share_of(masks, p) == pytest.approx(0.5)
+    assert share_of(masks, params, p) == pytest.approx(0.5)
     assert float(sparsity_of(masks)) > 0.5
 
     fewer = dataclasses.replace(p, exclude=("stream", "stem"))
-    names = [group.name for group in prunable_groups(tiny(), variables["params"], fewer)]
+    names = [group.name for group in prunable_groups(tiny(), params, fewer)]
     assert (
         names
         == [group.name for group in groups if "conv1" in group.name]

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from resnet_jax.tree import PyTree
 from train.build import make_model, make_state, make_tx, trained_part
@@ -149,7 +151,10 @@ def load_state(run: Path) -> TrainState:
     model = make_model(config, len(saved["classes"]))
     # The optimizer's state has the same shapes however long the run was.
     tx, _ = make_tx(config.optim, 1, 1.0, trainable=trained_part(config))
-    state = make_state(config, model, tx, tuple(saved["image_shape"]))
+    # Shapes are enough to restore into: nothing is initialised.
+    shapes = jax.eval_shape(lambda: make_state(config, model, tx, tuple(saved["image_shape"])))
+    key, shapes = jax.random.key(config.seed), shapes.replace(key=None)
+    state = jax.tree.map(lambda x: jnp.asarray(np.zeros(x.shape, x.dtype)), shapes).replace(key=key)
     checkpoints = Checkpoints(run / "checkpoints", writes=False)
     restored = checkpoints.restore(state, step=checkpoints.best if config.select == "best" else None)
     checkpoints.close()

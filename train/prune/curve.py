@@ -36,11 +36,10 @@ def curves_of(runs: Sequence[Run]) -> Curves:
 def table(curves: Curves, dense: float) -> str:
     """Markdown: a row a way of pruning, a column a sparsity, test accuracy in percent (mean and deviation of seeds)."""
     sparsities = sorted({s for points in curves.values() for s in points})
-    lines = ["| pruned | " + " | ".join(f"{100 * s:g} %" for s in sparsities) + " |"]
-    lines += ["|---" * (1 + len(sparsities)) + "|", f"| not at all | {100 * dense:.1f}" + " | " * len(sparsities) + "|"]
-    for name, points in curves.items():
-        lines.append(f"| {name} | " + " | ".join(_cell(points.get(s, [])) for s in sparsities) + " |")
-    return "\n".join(lines)
+    rows = [["pruned", *(f"{100 * s:g} %" for s in sparsities)], ["---"] * (1 + len(sparsities))]
+    rows.append(["not at all", *[_cell([dense])] * len(sparsities)])
+    rows += [[name, *(_cell(points.get(s, [])) for s in sparsities)] for name, points in curves.items()]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def _cell(accuracies: Sequence[float]) -> str:
