@@ -9,7 +9,9 @@ import jax
 import numpy as np
 import pytest
 
-CACHE = Path(__file__).parent.parent / ".pytest_cache" / "jax"
+ROOT = Path(__file__).parent.parent
+# A cache for each process of pytest-xdist: JAX does not write its files in one piece.
+CACHE = ROOT / ".pytest_cache" / "jax" / os.environ.get("PYTEST_XDIST_WORKER", "main")
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -43,7 +45,7 @@ def command(tfds_dir):
 
     def run(*arguments, start=False, before=(), env=(), **options):
         line = [*before, sys.executable, "-W", "error", "-m", *map(str, arguments)]
-        options = {"cwd": CACHE.parent.parent, "text": True, "env": environment(**dict(env)), **options}
+        options = {"cwd": ROOT, "text": True, "env": environment(**dict(env)), **options}
         if start:
             return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
         return subprocess.run(line, capture_output=True, check=False, **options)

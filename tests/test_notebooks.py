@@ -5,7 +5,11 @@ from pathlib import Path
 
 import pytest
 
-PICTURES = {"quickstart": ["notebook/curve.png"], "pretraining": ["pretraining/curve.png", "pretraining/views.png"]}
+PICTURES = {
+    "quickstart": ["notebook/curve.png"],
+    "pretraining": ["pretraining/curve.png", "pretraining/views.png"],
+    "pruning": ["pruning/report.png"],
+}
 
 
 def quickstart(namespace):
@@ -19,7 +23,14 @@ def pretraining(namespace):
     assert namespace["worth"]["finetune_10_accuracy"] > 0.8
 
 
-CHECKS = {"quickstart": quickstart, "pretraining": pretraining}
+def pruning(namespace):
+    result, smaller = namespace["result"], namespace["smaller"]
+    assert abs(result["sparsity"] - 0.9) < 1e-4
+    assert result["pruned_accuracy"] > result["dense_accuracy"] - 0.05
+    assert smaller["compact_parameters"] < 0.3 * smaller["parameters"] and smaller["pruned_accuracy"] > 0.9
+
+
+CHECKS = {"quickstart": quickstart, "pretraining": pretraining, "pruning": pruning}
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "colab").glob("*.ipynb"))
 
 
