@@ -20,6 +20,14 @@ jax.config.update("jax_compilation_cache_dir", str(CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 
+@pytest.fixture(scope="module")
+def unoptimised():
+    """For files whose tests compile more than they compute: XLA leaves most of its optimisations out."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(scope="session")
 def tfds_dir(tmp_path_factory):
     """A TFDS data_dir of the tests' own, also for the command lines they start."""

@@ -24,6 +24,8 @@ from resnet_jax.scores import magnitude, norm_scale
 from resnet_jax.tree import PyTree, count, leaves, map_with_path
 from tests.nets import quick_jit
 
+pytestmark = pytest.mark.usefixtures("unoptimised")
+
 
 def net(block: Any, stages: tuple[int, ...] = (1, 1), **options: Any) -> ResNet:
     return ResNet(stages, block, **({"num_classes": 4, "width": 16, "stem": CifarStem} | options))

@@ -16,6 +16,8 @@ from tests.nets import batch_of, tiny, tiny_state, tiny_tx
 from train.loop import evaluate
 from train.steps import eval_step, train_step
 
+pytestmark = pytest.mark.usefixtures("unoptimised")
+
 MODES = ("jit", "pmap", "shard_map")
 STEPS = 5
 TX = tiny_tx()

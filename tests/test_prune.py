@@ -848,13 +848,22 @@ def test_network_of_other_classes(small, fails, tmp_path):
     assert not any(p.is_file() for p in (tmp_path / "run").rglob("*"))
 
 
-def test_masks_that_cannot_be_taken(dense, pruned, wider, fails, tmp_path):
-    good = Path(pruned(*GRADUAL).result["pruned_file"]).read_bytes()
-    tampered, truncated = tmp_path / "tampered.safetensors", tmp_path / "truncated.safetensors"
+def damaged(file, folder):
+    """Copies of a file: with a flipped bit, and without its end."""
+    good, tampered, truncated = (
+        Path(file).read_bytes(),
+        folder / "tampered.safetensors",
+        folder / "truncated.safetensors",
+    )
     flipped = bytearray(good)
     flipped[-100] ^= 1
     tampered.write_bytes(flipped)
     truncated.write_bytes(good[:-100])
+    return tampered, truncated
+
+
+def test_masks_that_cannot_be_taken(dense, pruned, wider, fails, tmp_path):
+    tampered, truncated = damaged(pruned(*GRADUAL).result["pruned_file"], tmp_path)
     refused = {
         wider: f"{wider} has masks of another model: ",
         dense: f"--prune.masks {dense} prunes nothing",
@@ -872,12 +881,7 @@ def test_masks_that_cannot_be_taken(dense, pruned, wider, fails, tmp_path):
 
 def test_weights_that_cannot_be_taken(pruned, wider, fails, tmp_path):
     """Refused as `--init` of training and of pruning alike."""
-    good = Path(pruned(*GRADUAL).result["pruned_file"]).read_bytes()
-    tampered, truncated = tmp_path / "tampered.safetensors", tmp_path / "truncated.safetensors"
-    flipped = bytearray(good)
-    flipped[-100] ^= 1
-    tampered.write_bytes(flipped)
-    truncated.write_bytes(good[:-100])
+    tampered, truncated = damaged(pruned(*GRADUAL).result["pruned_file"], tmp_path)
     assert is_sparse_file(tampered) and not is_sparse_file(truncated)
     refused = {
         wider: f"{wider} is of another model: ",

@@ -27,6 +27,8 @@ from train.prune.scoring import (
 )
 from train.state import init_variables
 
+pytestmark = pytest.mark.usefixtures("unoptimised")
+
 IMAGE = (8, 8, 3)
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 LAYERS = [

@@ -21,6 +21,8 @@ from train.prune import presets as prune_presets
 from train.prune.config import PruneConfig, Schedule
 from train.run import run
 
+pytestmark = pytest.mark.usefixtures("unoptimised")
+
 # What a program's presets are called, and what they are.
 KINDS = {
     "train": (PRESETS, "digits", TrainConfig),

@@ -13,6 +13,8 @@ from resnet_jax.tree import leaves, map_with_path
 from tests.nets import CLASSES, batch_of, quick_jit, tiny
 from train.state import init_variables
 
+pytestmark = pytest.mark.usefixtures("unoptimised")
+
 BY_GRADIENTS = {"snip": snip, "taylor": taylor, "fisher": fisher}
 RNG = np.random.default_rng(0)
 

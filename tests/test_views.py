@@ -18,6 +18,8 @@ from resnet_jax import augment as aug
 from tests.nets import quick_jit
 from train.build import make_tx
 
+pytestmark = pytest.mark.usefixtures("unoptimised")
+
 RNG = np.random.default_rng(0)
 IMAGE = RNG.random((10, 10, 3), np.float32)
 PLAIN = {"flip": False, "jitter": (0, 0, 0, 0), "grayscale": 0, "mean": 0.0, "std": 1.0}  # the crop alone
