@@ -6,7 +6,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 data=$1 set=${2:-cifar10}
-kept=results/${set}_prune
+kept=results/${set}_prune_gpu
 mkdir -p "$kept"
 bash results/prune.sh "$data" "$set" runs/prune
 for run in runs/prune/*/; do
