@@ -59,10 +59,10 @@ kept = keep_memory() if sys.argv[1] == "kept" else False
 import jax, jax.numpy as jnp
 f = jax.jit(lambda x: jnp.sort(x * 2) + jnp.sort(x + 1))  # temporaries as large as its input, 32 MB
 x = jnp.ones(1 << 23)
-for _ in range(3): f(x).block_until_ready()
+for _ in range(2): f(x).block_until_ready()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(5): f(x).block_until_ready()
-print(kept, (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) // 5)
+for _ in range(2): f(x).block_until_ready()
+print(kept, (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) // 2)
 """
 
 
