@@ -387,7 +387,8 @@ def test_pruned_before_training(dense, tmp_path):
 RANKED = {
     "random, uniform": ("--prune.score", "random", "--prune.scope", "uniform"),
     "snip, erk": ("--prune.score", "snip", "--prune.scope", "erk"),
-    "fisher, lamp": ("--prune.score", "fisher", "--prune.scope", "lamp", "--prune.batches", "1"),
+    "taylor, lamp": ("--prune.score", "taylor", "--prune.scope", "lamp"),
+    "fisher": ("--prune.score", "fisher", "--prune.batches", "1"),
     "synflow in rounds": ("--prune.score", "synflow", "--prune.rounds", "3", "--prune.recalibrate"),
 }
 
@@ -625,10 +626,11 @@ def test_channels_go_while_training(small, tmp_path):
     assert len(load_predict(out / "compact")(digits_of(out, 2))) == 2
 
 
+@pytest.mark.parametrize("score", ["snip", "magnitude"])
 @pytest.mark.slow
-def test_one_command_trains_and_prunes_at_once(small, tmp_path):
+def test_one_command_trains_and_prunes_at_once(small, tmp_path, score):
     """Without a run to start from, statistics of the images are measured before scores look at data."""
-    how = [*ONE_SHOT, "--prune.score", "snip", "--prune.recalibrate", "--ema", "0.9"]
+    how = [*ONE_SHOT, "--prune.score", score, "--prune.recalibrate", "--ema", "0.9"]
     how += ["--prune.sparsity", "0.8", "--prune.epochs", "0.4"]
     out, result, _ = prune(*NETWORK, *ALIKE, *ANEW, *how, "--out", tmp_path / "run")
     assert_pruned(out, result, 0.8)
@@ -951,6 +953,14 @@ def test_picture_that_cannot_be_drawn(pruned, fails, tmp_path):
     for picture in (tmp_path / "report.bmpp", tmp_path / "nowhere" / "report.png"):
         line = fails(2, main, ["report", str(pruned(*GRADUAL).out), "--picture", str(picture)])
         assert f"cannot draw {picture}" in line
+
+
+@pytest.mark.skipif(not find_spec("matplotlib"), reason="needs the extra plot")
+def test_picture_that_is_there_outlives_a_refusal(dense, fails, tmp_path):
+    picture = tmp_path / "report.png"
+    picture.write_bytes(b"an older one")
+    fails(2, main, ["report", str(dense), "--picture", str(picture)])
+    assert picture.read_bytes() == b"an older one"
 
 
 def test_curve(pruned, capsys, tmp_path):

@@ -42,6 +42,20 @@ def new_figure(width: float, height: float) -> Any:
     return Figure(figsize=(width, height), layout="constrained")
 
 
+def check_picture(picture: Path) -> None:
+    """Refuse a picture that `save_figure` could not write, before what it shows is measured; writes nothing.
+
+    Raises:
+      UsageError: matplotlib is not installed, no such folder, or no such kind.
+    """
+    kinds = new_figure(1, 1).canvas.get_supported_filetypes()
+    kind = picture.suffix.removeprefix(".").lower()
+    if kind and kind not in kinds:
+        raise UsageError(f"cannot draw {picture}: {kind} is none of {', '.join(sorted(kinds))}")
+    if not picture.parent.is_dir():
+        raise UsageError(f"cannot draw {picture}: {picture.parent} is no folder")
+
+
 def save_figure(figure: Any, picture: Path) -> None:
     """Write a figure, of the kind that the name ends in.
 

@@ -19,7 +19,7 @@ from train.prune.deliver import COMPACT, stacked
 from train.prune.latency import latency
 from train.prune.report import Network, Report, describe, draw, text
 from train.prune.sensitivity import sensitivity
-from train.report import collect, new_figure, save_figure
+from train.report import check_picture, collect
 from train.runs import environment, load_state, read_config, write_json
 from train.steps import eval_step
 from train.weights import dense_variables, load_masks
@@ -131,7 +131,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not all(0 <= share < 1 for share in shares):
         raise UsageError(f"--sensitivity {' '.join(map(str, shares))}: sparsities are in [0, 1)")
     if args.picture:  # what cannot be drawn shows before minutes of measuring
-        save_figure(new_figure(1, 1), args.picture)
+        check_picture(args.picture)
     report = measure(args.run, shares=shares, images=args.images, steps=args.steps, repeats=args.repeats)
     print(text(report))
     if args.json:
