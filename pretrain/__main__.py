@@ -6,9 +6,9 @@ import sys
 import jax
 
 from pretrain.presets import PRESETS
-from train.command import parse
+from train.cli import parse
 from train.errors import one_line
-from train.process import keep_memory
+from train.runtime import keep_memory
 
 
 def main(argv: list[str] | None = None) -> None:

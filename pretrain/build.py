@@ -15,8 +15,8 @@ from pretrain.state import PretrainState, init_pretrain_state
 from pretrain.views import view
 from resnet_jax.augment import Augment
 from resnet_jax.tree import PyTree
-from train.build import make_model
 from train.errors import UsageError
+from train.from_config import make_model
 from train.state import init_variables
 
 
@@ -46,10 +46,10 @@ def make_network(
     config: PretrainConfig,
     objective: Objective,
     axis_name: str | None = None,
-    primitives: dict[str, Any] | None = None,
+    kernels: dict[str, Any] | None = None,
 ) -> Network:
-    """The config's encoder with the objective's heads; `axis_name`, `primitives`: see `train.build.make_model`."""
-    encoder = make_model(config, None, axis_name, primitives)
+    """The config's encoder with the objective's heads; `axis_name`, `kernels`: see `train.from_config.make_model`."""
+    encoder = make_model(config, None, axis_name, kernels)
     heads = {"dtype": encoder.dtype, "axis_name": axis_name if config.sync_bn else None}
     return Network(
         encoder=encoder,

@@ -22,17 +22,17 @@ from typing import Any
 import jax
 
 from pretrain.config import PretrainConfig
-from pretrain.features import Extractor, Worth, worth
+from pretrain.features import Extractor, FrozenAccuracy, frozen_accuracy
 from pretrain.steps import feature_step
 from resnet_jax.parallel import axis_of, compile_step, make_mesh, place, replicated
 from resnet_jax.tree import PyTree
-from train.build import compiler_options, compute_dtype, eval_augment, make_model, make_primitives, open_data, read_data
 from train.config import AugmentConfig, DataConfig, OptimConfig, TrainConfig
-from train.data import Dataset, known_labels, share_of
+from train.data.sets import Dataset, known_labels, share_of
 from train.errors import UsageError, unknown
-from train.process import keep_compiled, keep_memory, say
+from train.from_config import compute_dtype, eval_augment, make_kernels, make_model, open_data, read_data
 from train.run import run as train_run
-from train.runs import environment, read_config, write_json
+from train.run_folder import environment, read_config, write_json
+from train.runtime import compiler_options, keep_compiled, keep_memory, say
 from train.state import init_variables
 from train.weights import ENCODER, load_weights
 
@@ -132,7 +132,7 @@ def evaluate(
                 eval_batch=config.eval_batch,
                 seed=seed,
                 dtype=config.dtype,
-                primitives=_here(config.primitives),
+                kernels=_here(config.kernels),
                 cache=config.cache,
             ),
             protocol,
@@ -154,27 +154,27 @@ def _check_fits(dataset: Dataset, config: PretrainConfig, run: Path, channels: i
         )
 
 
-def _here(primitives: Any) -> Any:
+def _here(kernels: Any) -> Any:
     """What the run computed with, where that can be had on these devices too."""
-    return "auto" if primitives == "onednn" else primitives
+    return "auto" if kernels == "onednn" else kernels
 
 
-def frozen_worth(config: PretrainConfig, run: Path, dataset: Dataset) -> Worth:
+def frozen_worth(config: PretrainConfig, run: Path, dataset: Dataset) -> FrozenAccuracy:
     """`features.worth` of the encoder of a run on a set."""
     mesh = make_mesh()
-    primitives, _ = make_primitives(_here(config.primitives), config.mode, compute_dtype(config.dtype))
-    encoder = make_model(config, None, axis_of(config.mode), primitives)
+    kernels, _ = make_kernels(_here(config.kernels), config.mode, compute_dtype(config.dtype))
+    encoder = make_model(config, None, axis_of(config.mode), kernels)
     shapes: dict[str, PyTree] = jax.eval_shape(lambda: init_variables(encoder, jax.random.key(0), dataset.image_shape))
     variables = place(load_weights(run, shapes), replicated(mesh))
     step = compile_step(
         partial(feature_step, encoder=encoder, preprocess=eval_augment(config.augment)),
         mesh=mesh,
         donate=False,
-        compiler_options=compiler_options(encoder.dtype, plain=not primitives) or None,
+        compiler_options=compiler_options(encoder.dtype, plain=not kernels) or None,
     )
     extract = Extractor(step, config.eval_batch, mesh, "jit")
     train, validation, test = (extract(variables, dataset.splits[name]) for name in ("train", "validation", "test"))
-    return worth(
+    return frozen_accuracy(
         train,
         validation,
         test,

@@ -10,8 +10,8 @@ from jax.sharding import Mesh
 from pretrain.knn import knn_accuracy
 from pretrain.linear import linear_probe, probe_accuracy
 from resnet_jax.parallel import Mode
-from train.batches import eval_batches
-from train.sources import Arrays, Encoded
+from train.data.batches import eval_batches
+from train.data.sources import Arrays, Encoded
 
 
 class Features(NamedTuple):
@@ -49,7 +49,7 @@ class Extractor:
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
-class Worth(NamedTuple):
+class FrozenAccuracy(NamedTuple):
     """What frozen features are worth on a test split, in [0, 1]; `validation` is what was decided on."""
 
     knn: float
@@ -59,7 +59,7 @@ class Worth(NamedTuple):
     learning_rate: float
 
 
-def worth(
+def frozen_accuracy(
     train: Features,
     validation: Features,
     test: Features,
@@ -68,14 +68,14 @@ def worth(
     neighbours: int = 200,
     temperature: float = 0.1,
     seed: int = 0,
-) -> Worth:
+) -> FrozenAccuracy:
     """Weighted nearest neighbours among the training features, and an offline linear probe on them.
 
     The probe's learning rate is the best one on `validation`; the test features are looked at once, with that.
     """
     votes: dict[str, Any] = {"classes": classes, "k": neighbours, "temperature": temperature}
     probe = linear_probe(train, validation, classes=classes, seed=seed)
-    return Worth(
+    return FrozenAccuracy(
         knn=knn_accuracy(test.features, test.labels, train.features, train.labels, **votes),
         linear=probe_accuracy(probe, test.features, test.labels),
         validation_knn=knn_accuracy(validation.features, validation.labels, train.features, train.labels, **votes),

@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 
 from pretrain.build import init_network, make_network, make_pretrain_state, make_views, step_options
 from pretrain.config import PretrainConfig, check, check_images, make_objective
-from pretrain.features import Extractor, Features, Worth, worth
+from pretrain.features import Extractor, Features, FrozenAccuracy, frozen_accuracy
 from pretrain.health import collapse_step, health, verdict
 from pretrain.knn import knn_accuracy
 from pretrain.state import PretrainState, encoder_of, pretrain_digest, probe_logits
@@ -20,23 +20,13 @@ from pretrain.steps import contrastive_step, feature_step, view_step
 from resnet_jax.parallel import axis_of, compile_step, make_mesh, place, replicated
 from resnet_jax.torch_weights import to_torch
 from resnet_jax.tree import PyTree, count
-from train.batches import batch_like, check_batch, padded, train_batches
-from train.build import (
-    compiler_options,
-    compute_dtype,
-    eval_augment,
-    make_primitives,
-    make_tx,
-    open_measured,
-    read_data,
-    xla_options,
-)
 from train.checkpoint import Checkpoints
+from train.data.batches import batch_like, check_batch, padded, train_batches
 from train.errors import RunError
+from train.from_config import compute_dtype, eval_augment, make_kernels, make_tx, open_measured, read_data
 from train.loop import Hook, Progress, fit, read_rows
-from train.process import join_hosts, keep_compiled, say
-from train.programs import compile_in
-from train.runs import environment, settle, write_config, write_json
+from train.run_folder import environment, settle, write_config, write_json
+from train.runtime import compile_in, compiler_options, join_hosts, keep_compiled, say, xla_options
 from train.weights import ENCODER
 
 HEALTH_IMAGES = 2048  # validation images that the health of representations is measured on
@@ -73,13 +63,13 @@ def run(config: PretrainConfig, preset: str = "custom") -> dict[str, Any]:
     # ---- network, optimizer, state ----
     epoch_steps = len(dataset.train) / config.batch
     steps = config.steps or max(int(config.epochs * epoch_steps), 1)
-    primitives, remark = make_primitives(config.primitives, config.mode, compute_dtype(config.dtype))
+    kernels, remark = make_kernels(config.kernels, config.mode, compute_dtype(config.dtype))
     objective = make_objective(config.objective)
-    network = make_network(config, objective, axis_of(config.mode), primitives)
+    network = make_network(config, objective, axis_of(config.mode), kernels)
     encoder: Any = network.encoder
     tx, schedule = make_tx(config.optim, steps, epoch_steps)
     state = place(make_pretrain_state(config, objective, network, tx, dataset.image_shape, classes), replicated(mesh))
-    library = "oneDNN" if primitives else "XLA"
+    library = "oneDNN" if kernels else "XLA"
     parameters, heads = count(state.params["encoder"]), count(state.params) - count(state.params["encoder"])
     device = f"{mesh.size} {jax.devices()[0].device_kind}"
     say(f"{config.objective.name} with {config.model}: {parameters:,} parameters and {heads:,} in its heads, on "
@@ -88,7 +78,7 @@ def run(config: PretrainConfig, preset: str = "custom") -> dict[str, Any]:
         say(f"slower than it could be: {remark}")
 
     # ---- steps, compiled in a thread of their own ----
-    needed = {} if config.mode == "pmap" else compiler_options(encoder.dtype, plain=not primitives)
+    needed = {} if config.mode == "pmap" else compiler_options(encoder.dtype, plain=not kernels)
     compiled_for = partial(compile_step, mesh=mesh, mode=config.mode)
     options = step_options(config, objective, network, tx, steps, epoch_steps)
     step = compiled_for(
@@ -103,10 +93,12 @@ def run(config: PretrainConfig, preset: str = "custom") -> dict[str, Any]:
     eval_like = batch_like(padded(config.eval_batch, mesh), dataset.image_shape, valid=True)
     compiler = ThreadPoolExecutor(1)
     try:
-        compiling = [compile_in(compiler, step, shapes, train_like, config)]
+        compiling = [compile_in(compiler, step, shapes, train_like, pmap=config.mode == "pmap", xla=config.xla)]
         for extraction in extractions:
             compiled = compiled_for(extraction, donate=False, compiler_options=needed or None)
-            compiling.append(compile_in(compiler, compiled, shapes.encoder(), eval_like, config))
+            compiling.append(
+                compile_in(compiler, compiled, shapes.encoder(), eval_like, pmap=config.mode == "pmap", xla=config.xla)
+            )
         began = time.perf_counter()
         dataset = read_data(config, dataset)
         reading += time.perf_counter() - began
@@ -210,9 +202,9 @@ def run(config: PretrainConfig, preset: str = "custom") -> dict[str, Any]:
     accuracies: dict[str, Any] = {}
     if labelled:
 
-        def judged(variables: dict[str, PyTree]) -> tuple[Worth, float]:
+        def judged(variables: dict[str, PyTree]) -> tuple[FrozenAccuracy, float]:
             train, held, test = (features(variables, dataset.splits[n]) for n in ("train", "validation", "test"))
-            found = worth(
+            found = frozen_accuracy(
                 train,
                 held,
                 test,

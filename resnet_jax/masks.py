@@ -1,7 +1,7 @@
 """Masks over parameters: boolean trees shaped like them, with a 0-d True where a leaf is never pruned.
 
 Scores in (`resnet_jax.scores`), masks out: `make_masks` works on any tree of parameters, keeps exact numbers (of equal
-scores the earlier), and takes a traced sparsity, so that a schedule (`resnet_jax.sparsity`) compiles once.
+scores the earlier), and takes a traced sparsity, so that a schedule (`resnet_jax.mask_schedules`) compiles once.
 """
 
 import math

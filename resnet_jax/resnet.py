@@ -213,7 +213,7 @@ class ResNet(nn.Module):
       dtype: of convolutions, norms and activations.
       axis_name: the axis that the batch is split over under `pmap` or `shard_map`; None under `jit`.
       sync_bn: statistics over the whole batch, or (False; not under `jit`) over each shard's own part of it.
-      conv, norm, max_pool: the primitives, for those who bring their own, as `resnet_jax.onednn` does.
+      conv, norm, max_pool: the kernels, for those who bring their own, as `resnet_jax.onednn` does.
       widths: output channels of each convolution in turn (the stem, then each block's), where a pruned network's are
         not the model's own. A shortcut's follow the block's last; `resnet_jax.channels.compact` sets them.
     """

@@ -14,4 +14,4 @@ python -m pretrain cifar10_simclr_resnet18 --data.name "$set" --data.dir "$data"
 python -m pretrain.report "$run" --json "$kept/seed0.json" --picture "$kept/curve.png"
 python -m pretrain.evaluate "$run" --protocol finetune_1 scratch_1 finetune_10 scratch_10
 cp "$run"/evaluation-*.json "$kept"
-python -m tests.nt_xent_bench --json "$kept/nt_xent.json"
+python -m tests.reference.nt_xent_bench --json "$kept/nt_xent.json"

@@ -47,7 +47,7 @@ bench "${cifar[@]}" --batch "$wide" --task augment
 bench "${cifar[@]}" --batch "$wide" --task input
 
 say "PyTorch on the same card: eager and compiled, channels_last, bf16"
-python -m tests.torch_bench --compiled --blocks 5 "${cases[@]}" --result "$out/torch.json" || echo "FAILED: torch" | tee -a "$out/failed.txt"
+python -m tests.reference.torch_bench --compiled --blocks 5 "${cases[@]}" --result "$out/torch.json" || echo "FAILED: torch" | tee -a "$out/failed.txt"
 
 if [ $# -gt 0 ]; then
   say "50 epochs"

@@ -14,7 +14,7 @@ from pretrain.config import PretrainConfig
 from pretrain.objectives import OBJECTIVES
 from resnet_jax.scores import SCORES
 from train.bench import config as bench_config
-from train.command import parse
+from train.cli import parse
 from train.config import OptimConfig, TrainConfig
 from train.presets import PRESETS
 from train.prune import presets as prune_presets

@@ -14,7 +14,7 @@ from train.optim import OPTIMIZERS, SCHEDULES
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Where images come from; see `train.data.load`."""
+    """Where images come from; see `train.data.sets.load`."""
 
     name: str = "digits"
     """`digits`, `synthetic`, `folder:DIR`, or a prepared TFDS set."""
@@ -128,7 +128,7 @@ class RunConfig:
     mode: Mode = "jit"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of convolutions and activations; auto is bfloat16 on GPU and TPU, float32 on CPU."""
-    primitives: Literal["auto", "plain", "onednn"] = "auto"
+    kernels: Literal["auto", "plain", "onednn"] = "auto"
     """What computes convolutions: XLA (plain), or on CPU oneDNN; auto is oneDNN where it can be used."""
     xla: tuple[str, ...] = ()
     """XLA compiler options for the train step, NAME=VALUE each (not in mode pmap)."""

@@ -11,10 +11,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from train.batches import Batches
+from train.data.batches import Batches
 from train.errors import RunError
-from train.metrics import summarize
 from train.state import TrainState
+from train.steps import summarize
 
 Step = Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]
 Log = Callable[[int, dict[str, float]], None]
@@ -71,7 +71,7 @@ def fit(
 def evaluate(
     step: Callable[[Any, Any], dict[str, jax.Array]], variables: Any, batches: Iterable[Any]
 ) -> dict[str, Any]:
-    """Sum `step(variables, batch)` over all batches in float64 and summarise; see `train.metrics.summarize`."""
+    """Sum `step(variables, batch)` over all batches in float64 and summarise; see `train.steps.summarize`."""
     total: dict[str, np.ndarray] | None = None
     for batch in batches:
         sums = jax.tree.map(lambda x: np.asarray(x, np.float64), step(variables, batch))

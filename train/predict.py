@@ -16,11 +16,12 @@ import numpy as np
 
 from resnet_jax.augment import augment_batch
 from resnet_jax.keys import example_keys
-from train.build import compiler_options, eval_augment, make_model
 from train.config import TrainConfig
-from train.decode import decode_image
+from train.data.decode import decode_image
 from train.errors import UsageError
-from train.runs import load_variables, read_config
+from train.from_config import eval_augment, make_model
+from train.run_folder import load_variables, read_config
+from train.runtime import compiler_options
 
 Prediction = list[tuple[str, float]]  # (class, probability), most probable first
 

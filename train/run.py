@@ -15,32 +15,29 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from resnet_jax.losses import LOSSES
+from resnet_jax.mask_schedules import MaskSchedule
 from resnet_jax.parallel import axis_of, compile_step, make_mesh, place, replicated
-from resnet_jax.sparsity import Remask
 from resnet_jax.tree import PyTree, count
-from train.batches import Batches, batch_like, check_batch, eval_batches, padded, train_batches
-from train.build import (
-    compiler_options,
+from train.checkpoint import Checkpoints
+from train.config import TrainConfig, check, check_images
+from train.data.batches import Batches, batch_like, check_batch, eval_batches, padded, train_batches
+from train.data.sets import Dataset
+from train.errors import RunError, UsageError
+from train.from_config import (
     compute_dtype,
     eval_augment,
+    make_kernels,
     make_model,
-    make_primitives,
     make_state,
     make_tx,
     open_measured,
     read_data,
     step_options,
     trained_part,
-    xla_options,
 )
-from train.checkpoint import Checkpoints
-from train.config import TrainConfig, check, check_images
-from train.data import Dataset
-from train.errors import RunError, UsageError
 from train.loop import Hook, Progress, evaluate, fit
-from train.process import join_hosts, keep_compiled, say
-from train.programs import compile_in
-from train.runs import discard_start, environment, settle, write_config, write_json
+from train.run_folder import discard_start, environment, settle, write_config, write_json
+from train.runtime import compile_in, compiler_options, join_hosts, keep_compiled, say, xla_options
 from train.state import TrainState, digest
 from train.steps import eval_step, train_step
 from train.weights import load_masks, load_weights, widths_of
@@ -77,7 +74,7 @@ class Plan:
 
     source: Path | None
     masks: Callable[[PyTree, PyTree | None, nn.Module], PyTree | None]
-    remask: Callable[[int, nn.Module], Remask | None] = lambda steps, model: None
+    remask: Callable[[int, nn.Module], MaskSchedule | None] = lambda steps, model: None
     begin: Callable[[TrainState, Setup], TrainState] = lambda state, setup: state
     during: Callable[[Setup], Sequence[Hook]] = lambda setup: ()
     finish: Callable[[TrainState, Setup, dict[str, Any]], dict[str, Any]] = lambda state, setup, test: {}
@@ -123,8 +120,8 @@ def run(config: TrainConfig, preset: str = "custom", plan: Plan | None = None) -
     # ---- model, optimizer, state ----
     epoch_steps = len(dataset.train) / config.batch
     steps = config.steps or max(int(config.epochs * epoch_steps), 1)
-    primitives, remark = make_primitives(config.primitives, config.mode, compute_dtype(config.dtype))
-    model = make_model(config, len(dataset.classes), axis_of(config.mode), primitives, drop_path=config.drop_path)
+    kernels, remark = make_kernels(config.kernels, config.mode, compute_dtype(config.dtype))
+    model = make_model(config, len(dataset.classes), axis_of(config.mode), kernels, drop_path=config.drop_path)
     tx, schedule = make_tx(config.optim, steps, epoch_steps, trainable=trained_part(config))
 
     def start(variables: dict[str, PyTree]) -> dict[str, PyTree]:
@@ -135,14 +132,14 @@ def run(config: TrainConfig, preset: str = "custom", plan: Plan | None = None) -
         return plan.masks(params, given, model)
 
     state = place(make_state(config, model, tx, dataset.image_shape, start, masks), replicated(mesh))
-    library = "oneDNN" if primitives else "XLA"
+    library = "oneDNN" if kernels else "XLA"
     say(f"{config.model}: {count(state.params):,} parameters on {mesh.size} {jax.devices()[0].device_kind} "
          f"({config.mode}, {jnp.dtype(model.dtype).name}, convolutions by {library})")  # fmt: skip
     if remark:
         say(f"slower than it could be: {remark}")
 
     # ---- steps, compiled in a thread of their own ----
-    needed = {} if config.mode == "pmap" else compiler_options(model.dtype, plain=not primitives)
+    needed = {} if config.mode == "pmap" else compiler_options(model.dtype, plain=not kernels)
     compiled_for = partial(compile_step, mesh=mesh, mode=config.mode)
     step = compiled_for(
         partial(train_step, **step_options(config, model, tx), remask=plan.remask(steps, model)),
@@ -159,8 +156,8 @@ def run(config: TrainConfig, preset: str = "custom", plan: Plan | None = None) -
     compiler = ThreadPoolExecutor(1)
     try:
         compiling = [
-            compile_in(compiler, step, shapes, train_like, config),
-            compile_in(compiler, judge, shapes.variables, eval_like, config),
+            compile_in(compiler, step, shapes, train_like, pmap=config.mode == "pmap", xla=config.xla),
+            compile_in(compiler, judge, shapes.variables, eval_like, pmap=config.mode == "pmap", xla=config.xla),
         ]
         began = time.perf_counter()
         dataset = read_data(config, dataset)

@@ -10,14 +10,15 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from resnet_jax.augment import Augment, augment_batch, identity
 from resnet_jax.keys import example_index, example_keys, step_key
 from resnet_jax.losses import smooth_labels, softmax_cross_entropy
+from resnet_jax.mask_schedules import MaskSchedule
 from resnet_jax.masks import apply_masks, sparsity_of
 from resnet_jax.parallel import mean_over, sum_over, vary
-from resnet_jax.sparsity import Remask
 from resnet_jax.tree import PyTree, ema, global_norm
 from train.state import TrainState
 
@@ -44,7 +45,7 @@ def train_step(
     ema_decay: float | None = None,
     accumulate: int = 1,
     frozen_stats: bool = False,
-    remask: Remask | None = None,
+    remask: MaskSchedule | None = None,
     axis_name: str | None = None,
 ) -> tuple[TrainState, Metrics]:
     """One optimizer update: augment, differentiate, average over shards, update, mask.
@@ -58,7 +59,7 @@ def train_step(
       ema_decay: of the moving average in `state.ema`, in [0, 1); it starts lower and grows with the steps.
       accumulate: number of parts whose gradients are averaged before the update; must divide the shard's batch.
       frozen_stats: use the running statistics and leave them (a frozen backbone).
-      remask: a schedule of `resnet_jax.sparsity` that changes the masks after the update.
+      remask: a schedule of `resnet_jax.mask_schedules` that changes the masks after the update.
 
     Returns:
       The new state, and float32 scalars `loss`, `accuracy` (on the augmented batch), `grad_norm` and, with a `remask`,
@@ -152,7 +153,7 @@ def eval_step(
     loss: Loss = softmax_cross_entropy,
     axis_name: str | None = None,
 ) -> Metrics:
-    """Sums over the valid rows of a batch, for `train.metrics.summarize` to divide once at the end.
+    """Sums over the valid rows of a batch, for `summarize` to divide once at the end.
 
     Returns:
       float32 `count`, `loss`, `correct`, `top5`; `confusion` [K, K] (true class, predicted class); `calibration`
@@ -179,3 +180,30 @@ def eval_step(
         "calibration": jnp.stack([by_bin.sum(0), confidence @ by_bin, correct @ by_bin]),
     }
     return sum_over(sums, axis_name)
+
+
+def summarize(sums: dict[str, np.ndarray]) -> dict[str, Any]:
+    """Divide the sums of `eval_step`, added over batches, once.
+
+    Returns:
+      `accuracy`, `top5_accuracy`, `loss` (nats) and `calibration_error` (expected calibration error over equal-width
+      bins of confidence, https://arxiv.org/abs/1706.04599) as floats; `count`; `per_class_accuracy` [K] (nan for a
+      class without examples); `confusion` [K][K] counts, true class by row.
+    """
+    count = float(sums["count"])
+    if count == 0:
+        raise ValueError("no examples were evaluated")
+    confusion = np.asarray(sums["confusion"], np.float64)
+    binned, confidence, correct = np.asarray(sums["calibration"], np.float64)
+    totals = confusion.sum(1)
+    with np.errstate(invalid="ignore"):
+        per_class = np.diag(confusion) / totals
+    return {
+        "count": int(count),
+        "accuracy": float(sums["correct"]) / count,
+        "top5_accuracy": float(sums["top5"]) / count,
+        "loss": float(sums["loss"]) / count,
+        "calibration_error": float(np.abs(confidence - correct).sum() / binned.sum()),
+        "per_class_accuracy": per_class,
+        "confusion": np.rint(confusion).astype(np.int64),
+    }

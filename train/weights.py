@@ -11,8 +11,8 @@ from resnet_jax.torch_weights import canonical, from_torch
 from resnet_jax.tree import PyTree, is_head, leaves, map_with_path
 from train.config import TrainConfig
 from train.errors import UsageError
-from train.runs import load_state, load_variables, pipeline_of, read_config
-from train.sparse_file import is_sparse_file, load_sparse
+from train.prune.sparse_file import is_sparse_file, load_sparse
+from train.run_folder import load_state, load_variables, pipeline_of, read_config
 
 ENCODER = "encoder.safetensors"  # of a pretraining run's folder
 

@@ -72,7 +72,7 @@ def cache_folder() -> Path:
 
 
 def load() -> ctypes.CDLL:
-    """Compile `handlers.cc` unless that is done, and tell XLA of its handlers; the primitives call it where needed.
+    """Compile `handlers.cc` unless that is done, and tell XLA of its handlers; the kernels call it where needed.
 
     The compiled file, 150 KB, is kept in `cache_folder()`.
 
@@ -105,7 +105,7 @@ def _loaded() -> ctypes.CDLL | Unavailable:
 
 def _load() -> ctypes.CDLL:
     if sys.platform != "linux":
-        raise Unavailable("oneDNN's primitives need Linux")
+        raise Unavailable("oneDNN's kernels need Linux")
     include, library = _find()
     try:
         handlers = ctypes.CDLL(str(_compiled(include, library)))

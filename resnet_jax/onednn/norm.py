@@ -89,7 +89,7 @@ def _gradient(statics: tuple[float, bool], *operands: jax.Array) -> Any:
 
 
 def _no_second(statics: Any, saved: Any, cotangents: Any) -> Any:
-    raise NotImplementedError("oneDNN's norm has no second derivative: build the network with the plain primitives")
+    raise NotImplementedError("oneDNN's norm has no second derivative: build the network with the plain kernels")
 
 
 _norm.defvjp(_forward, lambda statics, saved, cotangents: _gradient(statics, *saved, cotangents[0]))

@@ -51,7 +51,7 @@ def _gradient(like: jax.Array, kept: jax.Array, g: jax.Array) -> jax.Array:
 
 
 def _no_second(saved: Any, cotangents: Any) -> Any:
-    raise NotImplementedError("oneDNN's max-pool has no second derivative: build the network with the plain primitives")
+    raise NotImplementedError("oneDNN's max-pool has no second derivative: build the network with the plain kernels")
 
 
 _max_pool.defvjp(_forward, _backward)

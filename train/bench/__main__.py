@@ -8,9 +8,9 @@ import jax
 from train.bench.config import PRESETS
 from train.bench.measure import bench
 from train.bench.table import render
-from train.command import parse
+from train.cli import parse
 from train.errors import one_line
-from train.process import keep_memory
+from train.runtime import keep_memory
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -12,8 +12,8 @@ from resnet_jax.keys import example_index, example_keys
 from resnet_jax.parallel import place, replicated
 from train.bench.config import BenchConfig
 from train.bench.prepared import Stepper, compiled_for, laid_out, say
-from train.bench.timing import Runner, interleaved, summary
 from train.bench.workload import batch_of, make_batch, simclr_view, train_augment
+from train.timing import Runner, interleaved, summary
 
 
 def chains(image_size: int) -> dict[str, aug.Augment]:

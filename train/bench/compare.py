@@ -12,10 +12,10 @@ from train.bench.config import BenchConfig, from_stored
 from train.bench.device import ceilings
 from train.bench.prepared import described, prepare, time_steps
 from train.bench.tasks import TASKS
-from train.bench.timing import ratio
-from train.build import compute_dtype
 from train.errors import UsageError
-from train.runs import environment
+from train.from_config import compute_dtype
+from train.run_folder import environment
+from train.timing import ratio
 
 
 def versus(a: BenchConfig, b: BenchConfig, mesh: Mesh, ceiling: dict[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from resnet_jax.parallel import Mode
 from resnet_jax.resnet import MODELS
-from train.command import parse
+from train.cli import parse
 from train.config import check_xla
 from train.errors import UsageError, unknown
 
@@ -34,7 +34,7 @@ class BenchConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of convolutions and activations; auto is bfloat16 on GPU and TPU, float32 on CPU."""
     mode: Mode = "jit"
-    primitives: Literal["auto", "plain", "onednn"] = "auto"
+    kernels: Literal["auto", "plain", "onednn"] = "auto"
     """What computes convolutions: XLA (plain), or oneDNN on CPU; auto is oneDNN where it can be used."""
     xla: tuple[str, ...] = ()
     """XLA compiler options for the step, NAME=VALUE each (not in mode pmap)."""
@@ -95,7 +95,7 @@ def check(config: BenchConfig) -> None:
     choices = {
         "dtype": ("auto", "float32", "bfloat16"),
         "mode": ("jit", "pmap", "shard_map"),
-        "primitives": ("auto", "plain", "onednn"),
+        "kernels": ("auto", "plain", "onednn"),
         "device": ("auto", "cpu", "gpu", "tpu"),
     }
     for name, valid in choices.items():

@@ -19,10 +19,10 @@ from train.bench.config import BenchConfig
 from train.bench.device import devices_of
 from train.bench.prepared import prepare
 from train.bench.tasks import TASKS, UPDATE_EVERY, train
-from train.bench.timing import Runner, interleaved, ratio
-from train.bench.workload import Workload, primitives
+from train.bench.workload import Workload, kernels
 from train.errors import RunError, UsageError, unknown
-from train.runs import write_json
+from train.run_folder import write_json
+from train.timing import Runner, interleaved, ratio
 
 TOLERANCE = 1.15
 BATCH = 32  # small, so that it takes a minute on two cores
@@ -107,7 +107,7 @@ def gate(config: BenchConfig, plain: Gate) -> dict[str, Any]:
         return prepare(config, mesh, OURS[name](config)).stepper, plain.pipelines[name](BATCH)
 
     counts = {"steps": config.steps, "repeats": config.repeats, "warmup": config.warmup}
-    kind = f"{mesh.devices.flat[0].platform} {primitives(config)[0]}"
+    kind = f"{mesh.devices.flat[0].platform} {kernels(config)[0]}"
     limits = None if config.gate_record else limits_for(plain, kind)
     found = judged(runners, list(plain.pipelines), limits, **counts)
     if config.gate_record:

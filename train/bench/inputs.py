@@ -11,14 +11,14 @@ import numpy as np
 from jax.sharding import Mesh
 from PIL import Image
 
-from train import folder
-from train.batches import Batches, ResidentBatches, StreamedBatches
 from train.bench.config import BenchConfig
 from train.bench.device import usable_cores
 from train.bench.prepared import prepare, say
 from train.bench.tasks import TASKS
-from train.bench.timing import Runner, interleaved, summary
-from train.sources import decode_all
+from train.data import folder
+from train.data.batches import Batches, ResidentBatches, StreamedBatches
+from train.data.sources import decode_all
+from train.timing import Runner, interleaved, summary
 
 IMAGES = 512
 

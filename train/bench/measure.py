@@ -9,7 +9,6 @@ import numpy as np
 from jax.sharding import Mesh
 
 from resnet_jax.parallel import make_mesh
-from train.batches import check_batch
 from train.bench.augments import augments
 from train.bench.compare import against_stored, read_result, versus
 from train.bench.config import OTHER_TASKS, STEP_TASKS, BenchConfig, check, other
@@ -18,10 +17,11 @@ from train.bench.gate import gate, load_gate
 from train.bench.inputs import inputs
 from train.bench.prepared import Prepared, described, prepare, say, shares, time_steps
 from train.bench.tasks import TASKS
-from train.bench.timing import interleaved, ratio
-from train.build import compute_dtype
+from train.data.batches import check_batch
 from train.errors import UsageError
-from train.runs import environment, write_json
+from train.from_config import compute_dtype
+from train.run_folder import environment, write_json
+from train.timing import interleaved, ratio
 
 SMALL = 32  # the batch of `all` on a CPU
 
@@ -29,7 +29,7 @@ SMALL = 32  # the batch of `all` on a CPU
 def bench(config: BenchConfig, *, process: dict[str, Any] | None = None) -> dict[str, Any]:
     """Measure what `config` says; the result is also in a file of its own in `out`.
 
-    `process` is what else to note of this process, such as `train.process.keep_memory`, which the command line calls.
+    `process` is what else to note of this process, such as `train.runtime.keep_memory`, which the command line calls.
 
     Raises:
       UsageError: what the user can mend. RunError: a gate that does not hold.

@@ -13,16 +13,16 @@ from jax.sharding import Mesh
 
 from resnet_jax.parallel import batch_sharding, compile_step, place, replicated
 from resnet_jax.tree import PyTree
-from train.batches import ResidentBatches
 from train.bench import work
 from train.bench.compilation import compile_rows, one_line_faults, start
 from train.bench.config import BenchConfig
 from train.bench.device import available_bytes, forget_peak, peak_memory
-from train.bench.timing import Runner, interleaved, summary
-from train.bench.workload import Step, Workload, compiler_options, make_batch, primitives
-from train.build import compute_dtype
+from train.bench.workload import Step, Workload, compiler_options, kernels, make_batch
+from train.data.batches import ResidentBatches
+from train.data.sources import Arrays
 from train.errors import UsageError
-from train.sources import Arrays
+from train.from_config import compute_dtype
+from train.timing import Runner, interleaved, summary
 
 
 class Stepper:
@@ -235,7 +235,7 @@ def described(one: Prepared, ceilings: dict[str, Any]) -> dict[str, Any]:
     """The figures of a timed step."""
     config, devices, batch = one.config, one.mesh.size, one.config.batch
     steady = summary(one.seconds["each"])
-    chosen, _, remark = primitives(config)
+    chosen, _, remark = kernels(config)
     peak, source = peak_memory(one.mesh.devices.flat[0])
     rate = batch / (steady["step_ms"] / 1e3)
     pipelined = batch * config.steps / float(np.median(one.seconds["ahead"].sum(1)))
@@ -255,8 +255,8 @@ def described(one: Prepared, ceilings: dict[str, Any]) -> dict[str, Any]:
         "image_size": config.image_size,
         "dtype": np.dtype(compute_dtype(config.dtype)).name,
         "mode": config.mode,
-        "primitives": chosen,
-        "primitives_remark": remark,
+        "kernels": chosen,
+        "kernels_remark": remark,
         "compiler_options": compiler_options(config),
         "images_per_second": rate,
         "step_ms": steady["step_ms"],

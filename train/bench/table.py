@@ -47,10 +47,10 @@ def _size(value: float) -> str:
 def _step(r: dict[str, Any]) -> list[str]:
     start, steady, work, memory = r["start"], r["steady"], r["work"], r["memory"]
     size = f"{r['image_size']}x{r['image_size']}"
-    remark = f" ({r['primitives_remark']})" if r["primitives_remark"] else ""
+    remark = f" ({r['kernels_remark']})" if r["kernels_remark"] else ""
     lines = [
         f"{r['task']} {r['model']} ({r['parameters']:,} parameters), batch {r['batch']} of {size}, "
-        f"{r['dtype']}, {r['mode']}, {r['primitives']} primitives{remark}",
+        f"{r['dtype']}, {r['mode']}, {r['kernels']} kernels{remark}",
         _row(
             "start",
             f"trace {_s(start['trace_s'])}, lower {_s(start['lower_s'])}, compile {_s(start['compile_cold_s'])} cold",
@@ -112,7 +112,7 @@ def _step(r: dict[str, Any]) -> list[str]:
 def _versus(v: dict[str, Any]) -> list[str]:
     b = v["result"]
     lines = [
-        _row("B", f"{b['task']} {b['model']}, batch {b['batch']}, {b['dtype']}, {b['mode']}, {b['primitives']}"),
+        _row("B", f"{b['task']} {b['model']}, batch {b['batch']}, {b['dtype']}, {b['mode']}, {b['kernels']}"),
         _row("", f"{_ms(b['step_ms'])}", f"{b['images_per_second']:,.0f} images/s"),
         _row("verdict", v["verdict"]),
     ]

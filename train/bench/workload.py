@@ -11,17 +11,18 @@ import numpy as np
 import optax
 
 from resnet_jax import augment as aug
+from resnet_jax.mask_schedules import MaskSchedule, gradual
 from resnet_jax.masks import apply_masks, make_masks
 from resnet_jax.parallel import Mode, axis_of
 from resnet_jax.resnet import MODELS
 from resnet_jax.scores import magnitude
-from resnet_jax.sparsity import Remask, gradual
 from resnet_jax.tree import PyTree, is_kernel, map_with_path
-from train import build
-from train.batches import batch_like
+from train import from_config as build
+from train import runtime
 from train.bench.config import BenchConfig
 from train.bench.work import Work, forward
 from train.config import AugmentConfig
+from train.data.batches import batch_like
 from train.optim import make_optimizer, make_schedule
 from train.state import TrainState, init_state, init_variables
 
@@ -61,16 +62,16 @@ class Workload:
     busy: "Workload | None" = None
 
 
-def primitives(config: BenchConfig) -> tuple[str, dict[str, Any], str]:
+def kernels(config: BenchConfig) -> tuple[str, dict[str, Any], str]:
     """(`plain` or `onednn`, the arguments of `MODELS[...]` that make it so, why it is not what `auto` would like)."""
-    fields, remark = build.make_primitives(config.primitives, config.mode, build.compute_dtype(config.dtype))
+    fields, remark = build.make_kernels(config.kernels, config.mode, build.compute_dtype(config.dtype))
     return "onednn" if fields else "plain", fields, remark
 
 
 def make_model(config: BenchConfig, outputs: int, mode: Mode) -> nn.Module:
     """The config's model with `outputs` logits, for steps compiled in `mode`."""
     dtype = build.compute_dtype(config.dtype)
-    return MODELS[config.model](num_classes=outputs, dtype=dtype, axis_name=axis_of(mode), **primitives(config)[1])
+    return MODELS[config.model](num_classes=outputs, dtype=dtype, axis_name=axis_of(mode), **kernels(config)[1])
 
 
 def init_model(config: BenchConfig, model: nn.Module) -> dict[str, PyTree]:
@@ -83,9 +84,9 @@ def compiler_options(config: BenchConfig) -> dict[str, Any]:
     """XLA's options: those of the pipelines, and the config's own; pmap takes none."""
     if config.mode == "pmap":
         return {}
-    plain = primitives(config)[0] == "plain"
-    needed = build.compiler_options(build.compute_dtype(config.dtype), plain=plain)
-    return {**needed, **build.xla_options(config.xla)}
+    plain = kernels(config)[0] == "plain"
+    needed = runtime.compiler_options(build.compute_dtype(config.dtype), plain=plain)
+    return {**needed, **runtime.xla_options(config.xla)}
 
 
 def make_batch(specs: dict[str, jax.ShapeDtypeStruct], classes: int) -> dict[str, np.ndarray]:
@@ -137,7 +138,7 @@ def batch_of(config: BenchConfig, *names: str) -> dict[str, jax.ShapeDtypeStruct
     return {name: specs[name] for name in names}
 
 
-def gradual_pruning(every: int) -> Remask:
+def gradual_pruning(every: int) -> MaskSchedule:
     """Magnitude pruning from 50 to 90 % over 100,000 steps, with new masks every so many."""
 
     def make(params: PyTree, grads: PyTree, masks: PyTree, key: jax.Array, sparsity: jax.Array) -> PyTree:
@@ -164,5 +165,5 @@ def sgd() -> optax.GradientTransformation:
 
 def forward_work(config: BenchConfig, outputs: int) -> Work:
     """The work of classifying one image by the config's model with `outputs` logits."""
-    # Counted on the plain primitives: the convention does not depend on how a convolution is computed.
+    # Counted on the plain kernels: the convention does not depend on how a convolution is computed.
     return forward(MODELS[config.model](num_classes=outputs), config.image_size)

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import jax
 
-from train.command import parse
+from train.cli import parse
 from train.errors import UsageError, one_line
-from train.process import keep_memory
 from train.prune.config import PruneConfig, check_changes, of_run
 from train.prune.presets import PRESETS
+from train.runtime import keep_memory
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -12,7 +12,7 @@ from resnet_jax.masks import Scope, structure_of
 from resnet_jax.scores import SCORES
 from train.config import TrainConfig, check_run, flat
 from train.errors import UsageError, unknown
-from train.runs import read_config
+from train.run_folder import read_config
 
 Schedule = Literal["one_shot", "gradual", "iterative", "rigl", "set", "acdc"]
 

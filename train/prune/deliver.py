@@ -15,13 +15,13 @@ from resnet_jax.augment import augment_batch
 from resnet_jax.channels import compact
 from resnet_jax.keys import example_keys
 from resnet_jax.tree import PyTree, count
-from train.build import eval_augment, make_model, make_tx, trained_part
 from train.checkpoint import Checkpoints
 from train.errors import RunError
+from train.from_config import eval_augment, make_model, make_tx, trained_part
 from train.prune.config import CHANNELS, PruneConfig, dense_config
+from train.prune.sparse_file import save_sparse, sizes
 from train.run import Setup
-from train.runs import write_config
-from train.sparse_file import save_sparse, sizes
+from train.run_folder import write_config
 from train.state import TrainState, init_state
 
 SPARSE, COMPACT = "sparse.safetensors", "compact"

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from resnet_jax.tree import PyTree
-from train.bench.timing import interleaved, ratio, summary
-from train.build import compiler_options
+from train.runtime import compiler_options
+from train.timing import interleaved, ratio, summary
 
 WARMUP = 3
 
@@ -30,10 +30,10 @@ def latency(
       models: by name; the first is what the others are compared with.
       steps: timed calls of a block.
       repeats: blocks of each model, two or more.
-      plain: the models compute by XLA alone, not by the primitives of `train.build.make_primitives`.
+      plain: the models compute by XLA alone, not by the kernels of `train.from_config.make_kernels`.
 
     Returns:
-      By batch, as a string for JSON, and by name: `train.bench.timing.summary` in milliseconds a batch, and for all
+      By batch, as a string for JSON, and by name: `train.timing.summary` in milliseconds a batch, and for all
       but the first `speedup`, the first's time over this one's: `value`, `low`, `high`.
 
     Raises:

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from resnet_jax.losses import LOSSES
 from resnet_jax.masks import no_masks
 from resnet_jax.tree import PyTree, is_kernel, leaves
-from train.build import compiler_options, eval_augment, load_data, make_model, make_primitives
 from train.errors import UsageError
+from train.from_config import eval_augment, load_data, make_kernels, make_model
 from train.loop import evaluate
 from train.prune.config import CHANNELS, PruneConfig, network_shape
 from train.prune.deliver import COMPACT, stacked
@@ -20,7 +20,8 @@ from train.prune.latency import latency
 from train.prune.report import Network, Report, describe, draw, text
 from train.prune.sensitivity import sensitivity
 from train.report import check_picture, collect
-from train.runs import environment, load_state, read_config, write_json
+from train.run_folder import environment, load_state, read_config, write_json
+from train.runtime import compiler_options
 from train.steps import eval_step
 from train.weights import dense_variables, load_masks
 
@@ -45,8 +46,8 @@ def measure(
         raise UsageError(f"{run} is a run of training, not of pruning: python -m train.prune {run}")
     result = collect(run)
     classes, shape = len(saved["classes"]), network_shape(config, saved["image_shape"])
-    primitives, _ = make_primitives(config.primitives)
-    model = make_model(config, classes, None, primitives)
+    kernels, _ = make_kernels(config.kernels)
+    model = make_model(config, classes, None, kernels)
     state = load_state(run)
     source = run / "dense" if config.init is None else Path(config.init).expanduser()
     dense = dense_variables(source, {"params": state.params, "batch_stats": state.batch_stats})
@@ -59,14 +60,14 @@ def measure(
     pair = {"before": (model, dense), "after": (small, after.variables)}
     curves = None
     if shares:
-        kernels = [path for path, x in leaves(dense["params"]).items() if is_kernel(path, x)]
-        accuracy = _validation(config, model, dense, images, not primitives)
+        paths = [path for path, x in leaves(dense["params"]).items() if is_kernel(path, x)]
+        accuracy = _validation(config, model, dense, images, not kernels)
         curves = {
             "split": "validation",
             "images": images,
             "baseline": accuracy(dense["params"]),
             "sparsities": list(shares),
-            "accuracy": sensitivity(accuracy, dense["params"], kernels, shares),
+            "accuracy": sensitivity(accuracy, dense["params"], paths, shares),
         }
     report = describe(
         Network(
@@ -84,7 +85,7 @@ def measure(
             stored_bytes=result["pruned_bytes"],
         ),
         shape,
-        latency=latency(pair, shape, steps=steps, repeats=repeats, plain=not primitives) if steps else None,
+        latency=latency(pair, shape, steps=steps, repeats=repeats, plain=not kernels) if steps else None,
         sensitivity=curves,
     )
     return {"run": {name: result[name] for name in ("preset", "dataset", "model", "seed", "out")}, **report}

@@ -10,20 +10,21 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from resnet_jax import scores, sparsity
+from resnet_jax import mask_schedules as sparsity
+from resnet_jax import scores
 from resnet_jax.masks import apply_masks, check_masks, full_masks, kernels_except, sparsity_of
 from resnet_jax.parallel import place, replicated
 from resnet_jax.tree import PyTree
-from train.batches import stream_indices
-from train.build import make_model
 from train.checkpoint import Checkpoints
+from train.data.batches import stream_indices
 from train.errors import RunError, UsageError
+from train.from_config import make_model
 from train.prune.config import AT_ONCE, CHANNELS, PruneConfig, network_shape
 from train.prune.deliver import SPARSE, deliver, stacked
 from train.prune.scoring import check_patterns, in_step, prune_at_once, pruned_share, recalibrate, select
+from train.prune.sparse_file import is_sparse_file, load_sparse
 from train.run import Plan, Setup
-from train.runs import load_state, write_json
-from train.sparse_file import is_sparse_file, load_sparse
+from train.run_folder import load_state, write_json
 from train.state import TrainState, init_variables
 from train.weights import dense_variables, load_masks
 
@@ -65,7 +66,7 @@ def plan_of(config: PruneConfig, dense: Path, *, source: Path | None, before: Pa
             full = jax.tree.map(lambda f, m: jnp.ones(m.shape or f.shape, bool), full, masks_of(config, params))
         return full if given is None else jax.tree.map(jnp.logical_and, full, given)
 
-    def remask(steps: int, model: nn.Module) -> sparsity.Remask | None:
+    def remask(steps: int, model: nn.Module) -> sparsity.MaskSchedule | None:
         end = max(round(p.end * steps), 1)
         begin = min(round(p.begin * steps), end - 1)
         if p.schedule == "gradual":

@@ -4,14 +4,14 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from train.build import make_model
-from train.process import join_hosts, say
+from train.from_config import make_model
 from train.prune.config import PruneConfig, check, dense_config, retraining
 from train.prune.plan import dense_plan, plan_of
 from train.prune.scoring import pruned_share
 from train.run import run as train_run
 from train.run import with_widths
-from train.runs import load_state, settle
+from train.run_folder import load_state, settle
+from train.runtime import join_hosts, say
 
 DENSE = "dense"
 

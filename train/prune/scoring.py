@@ -16,11 +16,12 @@ from resnet_jax.channels import ChannelGroup, channel_groups, channel_masks, cha
 from resnet_jax.keys import example_keys
 from resnet_jax.layers import BatchNorm
 from resnet_jax.losses import LOSSES
+from resnet_jax.mask_schedules import MaskFn
 from resnet_jax.masks import kernels_except, make_masks, sparsity_of
-from resnet_jax.sparsity import Make
 from resnet_jax.tree import PyTree, is_kernel, leaves, map_with_path
-from train.build import compiler_options, eval_augment
+from train.from_config import eval_augment
 from train.prune.config import CHANNELS, PruneConfig, PruningConfig
+from train.runtime import compiler_options
 
 ROUNDS_OF_SYNFLOW = 100  # https://arxiv.org/abs/2006.05467
 
@@ -79,7 +80,7 @@ def _by_layer(found: PyTree, sparsity: Any, config: PruningConfig) -> dict[str, 
     return {path: share * sparsity / config.final if config.final else share for path, share in final.items()}
 
 
-def in_step(config: PruningConfig, model: nn.Module) -> Make:
+def in_step(config: PruningConfig, model: nn.Module) -> MaskFn:
     """Scores and selection as a schedule calls them inside the step."""
     scored: dict[str, Callable[..., PyTree]] = {
         "magnitude": lambda params, grads, key: scores.magnitude(params),

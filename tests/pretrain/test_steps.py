@@ -1,0 +1,840 @@
+"""The step of pretraining: every objective on one device and on eight, and each part of it by what it must do."""
+
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from itertools import pairwise
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from pretrain.build import make_momentum
+from pretrain.heads import MLP, Network, Prototypes
+from pretrain.objectives import OBJECTIVES, Objective, Seen
+from pretrain.state import init_pretrain_state, pretrain_digest, target_of
+from pretrain.steps import contrastive_step, feature_step, outputs_of, similarities, view_step
+from pretrain.views import make_views
+from resnet_jax import contrastive as c
+from resnet_jax.augment import augment_batch, identity, normalize, random_crop
+from resnet_jax.layers import BatchNorm, conv
+from resnet_jax.masks import apply_masks, no_masks
+from resnet_jax.parallel import axis_of, compile_step, make_mesh, replicated, shard_batch
+from resnet_jax.tree import ema, is_kernel, leaves, map_with_path
+from tests.reference.nets import CLASSES, QUICK, quick_jit, tiny_tx
+
+pytestmark = pytest.mark.usefixtures("unoptimised")
+
+B, STEPS, FEATURES = 16, 3, 8
+MODES = ("jit", "pmap", "shard_map")
+IN_ALL_MODES = ("simclr", "mocov2", "barlow", "dino")
+MOMENTUM = 0.9
+FROZEN = 2  # of the three steps
+TX, PROBE_TX = tiny_tx(), optax.sgd(0.5)
+FIELDS = ("params", "batch_stats", "ema", "memory", "probe", "opt_state")
+WITH_TARGET = tuple(name for name, o in OBJECTIVES.items() if o.target is not None)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+# ---- networks, views, runs -------------------------------------------------------------------------------------------
+
+
+class Encoder(nn.Module):
+    """The least that has a kernel and statistics: convolution, norm, mean."""
+
+    axis_name: str | None = None
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x, *, train):
+        x = conv(FEATURES, 3, 2, dtype=self.dtype, name="conv")(x.astype(self.dtype))
+        x = BatchNorm(use_running_average=not train, axis_name=self.axis_name, dtype=self.dtype, name="norm")(x)
+        return nn.relu(x).mean((1, 2))
+
+
+class Bare(nn.Module):
+    """An encoder without convolution or statistics."""
+
+    @nn.compact
+    def __call__(self, x, *, train):
+        return nn.Dense(FEATURES, name="fc")(x.mean((1, 2)))
+
+
+def small(name: str) -> Objective:
+    o = OBJECTIVES[name]
+    sizes = {"projector": (12, 12), "predictor": (12, 12)[: len(o.predictor)]}
+    return replace(o, **sizes, queue=min(o.queue, 2 * B), prototypes=min(o.prototypes, 10))
+
+
+def network_of(o: Objective, encoder: nn.Module, **heads: Any) -> Network:
+    return Network(
+        encoder=encoder,
+        projector=MLP(o.projector, norm=o.norm, last_norm=o.last_norm, activation=o.activation, **heads),
+        predictor=MLP(o.predictor, **heads) if o.predictor else None,
+        prototypes=Prototypes(o.prototypes) if o.prototypes else None,
+    )
+
+
+def variables_of(model: nn.Module) -> dict[str, Any]:
+    """Variables drawn by NumPy, which compiles nothing and never changes; biases too, so that all is at work."""
+    shapes = jax.eval_shape(partial(model.init, train=False), jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
+    rng = np.random.default_rng(0)
+
+    def draw(path, leaf):
+        name = path.rsplit("/", 1)[-1]
+        if name == "kernel":
+            return jnp.asarray(rng.normal(size=leaf.shape) * np.prod(leaf.shape[:-1]) ** -0.5, jnp.float32)
+        values = rng.normal(size=leaf.shape) * 0.1 + (name in ("scale", "var"))
+        return jnp.asarray(values if name in ("scale", "bias") else np.full(leaf.shape, name == "var"), jnp.float32)
+
+    return {"batch_stats": {}, **map_with_path(draw, dict(shapes))}
+
+
+def half_masks(params):
+    """Half of each kernel's weights pruned, not by whole channels."""
+    rng = np.random.default_rng(1)
+    return map_with_path(
+        lambda path, p: jnp.asarray(rng.permutation(p.size).reshape(p.shape) % 2 == 0 if is_kernel(path, p) else True),
+        params,
+    )
+
+
+def init(objective: Objective, model: nn.Module, *, masks: bool = True, seed: int = 1) -> Any:
+    variables = variables_of(model)
+    masks = (half_masks if masks else no_masks)(variables["params"])
+    variables = {**variables, "params": apply_masks(variables["params"], masks)}
+    sizes = {"features": FEATURES, "classes": CLASSES}
+    return init_pretrain_state(variables, objective, TX, PROBE_TX, jax.random.key(seed), **sizes, masks=masks)
+
+
+def corner(key, image):
+    """A small view: a random 4x4 cut."""
+    top, left = jax.random.randint(key, (2,), 0, 5)
+    return jax.lax.dynamic_slice(image, (top, left, jnp.zeros_like(top)), (4, 4, 3))
+
+
+def views_of(name: str) -> tuple[Any, ...]:
+    """Two views of one draw each, a third one for SupCon, and a small one where the objective takes them."""
+    return (random_crop(1),) * (3 if name == "supcon" else 2) + (corner,) * small(name).small_views
+
+
+def options_of(name: str, model: nn.Module) -> dict[str, Any]:
+    return {
+        "model": model,
+        "tx": TX,
+        "probe_tx": PROBE_TX,
+        "views": views_of(name),
+        "objective": small(name),
+        "momentum": lambda step: jnp.asarray(MOMENTUM),
+        "frozen_prototypes": FROZEN,
+    }
+
+
+def draw_batch():
+    """Coarse patterns, so that images differ after pooling too."""
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (B, 2, 2, 3), dtype=np.uint8).repeat(4, axis=1).repeat(4, axis=2)
+    return {"image": images, "label": rng.integers(0, CLASSES, B).astype(np.int32)}
+
+
+BATCH = draw_batch()
+
+
+@dataclass(frozen=True)
+class Run:
+    """What three steps left: `states` before the first and after each one, on the host."""
+
+    states: list[Any]
+    metrics: list[dict[str, float]]
+    traces: int
+    donated: bool
+    compiled: Any
+    model: nn.Module
+
+    def step(self, state, batch):
+        """The compiled step again, on one device."""
+        mesh = make_mesh(jax.devices()[:1])
+        return self.compiled(jax.device_put(on_device(state), replicated(mesh)), shard_batch(batch, mesh))
+
+
+@cache
+def run(name: str, mode: str = "jit", devices: int = 1) -> Run:
+    mesh = make_mesh(jax.devices()[:devices])
+    model = network_of(small(name), Encoder(axis_of(mode)), axis_name=axis_of(mode))
+    traces = []
+
+    def counted(state, batch, **kwargs):
+        traces.append(mode)
+        return contrastive_step(state, batch, **options_of(name, model), **kwargs)
+
+    step = compile_step(counted, mesh=mesh, mode=mode, compiler_options=QUICK if mode != "pmap" else None)
+    first = state = jax.device_put(init(small(name), model), replicated(mesh))
+    states, history = [on_host(state)], []
+    for _ in range(STEPS):
+        state, metrics = step(state, shard_batch(BATCH, mesh, mode=mode))
+        states.append(on_host(state))
+        history.append({key: float(value) for key, value in metrics.items()})
+    # What a step only reads may be handed over or not; the key among it.
+    moved = [leaf for field in FIELDS for leaf in jax.tree.leaves(getattr(first, field))]
+    return Run(states, history, len(traces), all(leaf.is_deleted() for leaf in moved), step, model)
+
+
+def on_host(state):
+    """A copy that donation leaves alone; keys stay where they are."""
+    return jax.tree.map(np.array, state.replace(key=None)).replace(key=jax.random.clone(state.key))
+
+
+def on_device(state):
+    """A state to hand to a compiled step, which may consume it."""
+    return jax.tree.map(jnp.array, state.replace(key=None)).replace(key=jax.random.clone(state.key))
+
+
+def assert_near(got, want):
+    """To 1e-5 of the largest value in a leaf."""
+
+    def near(a, b):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * max(1, np.abs(b).max(initial=0)))
+
+    jax.tree.map(near, got, want)
+
+
+def assert_close(got, want, **tolerance):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **tolerance), jax.device_get(got), jax.device_get(want))
+
+
+def differ(a, b):
+    """Whether any leaf differs."""
+    return any(not np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+
+
+# ---- modes -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    [(name, mode) for name in OBJECTIVES for mode in MODES if mode == "shard_map" or name in IN_ALL_MODES],
+)
+def test_eight_devices_equal_one(name, mode):
+    want, got = run(name), run(name, mode, 8)
+    assert (got.traces, want.traces) == (1, 1)
+    assert got.donated and want.donated
+    assert int(got.states[-1].step) == STEPS
+    for field in FIELDS:
+        assert_near(getattr(got.states[-1], field), getattr(want.states[-1], field))
+        # An objective may have none; but what there is moves.
+        first, last = (getattr(s, field) for s in (want.states[0], want.states[-1]))
+        assert differ(first, last) == bool(jax.tree.leaves(first)), field
+    for mine, one in zip(got.metrics, want.metrics, strict=True):
+        assert mine == pytest.approx(one, rel=1e-4, abs=1e-5)
+
+
+GOLDEN = {
+    "simclr": {
+        "loss": 2.532343,
+        "probe_loss": 1.300386,
+        "probe_accuracy": 0.375,
+        "grad_norm": 2.888364,
+        "projection_std": 0.971766,
+        "projection_similarity": 0.617823,
+        "projection_negative_similarity": -0.029670,
+    },
+    "byol": {
+        "loss": 3.422010,
+        "probe_loss": 1.300222,
+        "probe_accuracy": 0.375,
+        "grad_norm": 4.019266,
+        "projection_std": 0.795680,
+        "projection_similarity": 0.629391,
+        "projection_negative_similarity": 0.248333,
+    },
+}
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_golden_metrics(name):
+    """The metrics of the second step, pinned: any change of the mathematics shows here."""
+    assert run(name).metrics[1] == pytest.approx(GOLDEN[name], rel=1e-3, abs=1e-4)
+
+
+# ---- one step, written out again -------------------------------------------------------------------------------------
+
+
+def views_by_hand(name, key, step):
+    """The step's views [V, B, h, w, C], one array for each size, by the run's key."""
+    key = jax.random.fold_in(key, step)
+    made = []
+    for v, view in enumerate(views_of(name)):
+        keys = jax.vmap(partial(jax.random.fold_in, jax.random.fold_in(key, v)))(jnp.arange(B))
+        made.append(augment_batch(view, keys, jnp.asarray(BATCH["image"])))
+    parts = [[x for x in made if x.shape[1] == size] for size in (8, 4)]
+    return [jnp.stack(part) for part in parts if part]
+
+
+def test_byol_step_is_the_gradient_towards_a_target_that_stands_still():
+    """Gradient, decay, momentum, masks; the probe; the target's parameters and statistics. From the second step on."""
+    before, after, metrics = run("byol").states[1], run("byol").states[2], run("byol").metrics[1]
+    model = run("byol").model
+
+    @quick_jit
+    def plain(state):
+        flat = views_by_hand("byol", state.key, state.step)[0].reshape(-1, 8, 8, 3)
+        target, target_stats = model.apply(state.ema, flat, train=True, predict=False, mutable=["batch_stats"])
+        ours = target["projection"].reshape(2, B, -1)
+
+        def loss(params, probe):
+            variables = {"params": params, "batch_stats": state.batch_stats}
+            online, stats = model.apply(variables, flat, train=True, mutable=["batch_stats"])
+            predictions = online["prediction"].reshape(2, B, -1)
+            value = 0.0
+            for v in (0, 1):
+                p, t = (x / jnp.linalg.norm(x, axis=-1, keepdims=True) for x in (predictions[v], ours[1 - v]))
+                value += jnp.sum(jnp.square(p - t), axis=-1).mean()
+            still = jax.lax.stop_gradient(online["features"][:B])
+            logits = still @ probe["kernel"] + probe["bias"][None]
+            probe_loss = optax.softmax_cross_entropy_with_integer_labels(logits, BATCH["label"]).mean()
+            return value + probe_loss, (stats["batch_stats"], value, probe_loss)
+
+        gradient = jax.grad(loss, argnums=(0, 1), has_aux=True)
+        grads, (stats, value, probe_loss) = gradient(state.params, state.probe["params"])
+        updates, _ = TX.update(grads[0], state.opt_state, state.params)
+        params = apply_masks(optax.apply_updates(state.params, updates), state.masks)
+        probe = jax.tree.map(lambda p, g: p - 0.5 * g, state.probe["params"], grads[1])
+        return params, stats, probe, target_stats["batch_stats"], value, probe_loss, optax.tree.norm(grads[0])
+
+    params, stats, probe, target_stats, *values = plain(on_device(before))
+    assert_close(after.params, params, atol=1e-6, rtol=1e-5)
+    assert_close(after.batch_stats, stats, atol=1e-6, rtol=1e-5)
+    assert_close(after.probe["params"], probe, atol=1e-6, rtol=1e-5)
+    assert_close(after.ema["batch_stats"], target_stats, atol=1e-6, rtol=1e-5)
+    assert [metrics[key] for key in ("loss", "probe_loss", "grad_norm")] == pytest.approx(
+        [float(value) for value in values], rel=1e-4
+    )
+    # The target's statistics are not the trained network's.
+    assert differ(target_of({"batch_stats": stats})["batch_stats"], target_stats)
+
+
+@cache
+def seen_by_hand(name: str, number: int) -> Seen:
+    """What the objective sees in step `number` of the run on one device, [V, B, D] by name, from its own passes."""
+    return Seen(*online_and_target(name)(run(name).states[number]))
+
+
+@cache
+def online_and_target(name: str) -> Any:
+    model = run(name).model
+
+    def look(variables, images, **options):
+        outputs, stats = [], variables["batch_stats"]
+        for part in images:
+            found, new = model.apply(
+                {**variables, "batch_stats": stats},
+                part.reshape(-1, *part.shape[2:]),
+                train=True,
+                mutable=["batch_stats"],
+                **options,
+            )
+            outputs.append({key: x.reshape(-1, B, x.shape[-1]) for key, x in found.items()})
+            stats = new["batch_stats"]
+        return {key: jnp.concatenate([found[key] for found in outputs]) for key in outputs[0]}
+
+    def both(state):
+        images = views_by_hand(name, state.key, state.step)
+        online = look({"params": state.params, "batch_stats": state.batch_stats}, images)
+        target = {} if state.ema is None else look(state.ema, images[:1], predict=False)
+        return online, target, state.memory, BATCH["label"], state.step
+
+    compiled = quick_jit(both)
+    return lambda state: jax.device_get(compiled(on_device(state)))
+
+
+@pytest.mark.parametrize("name", ["mocov2", "nnclr", "dino"])
+def test_losses_are_of_what_the_networks_make_of_the_views(name):
+    seen, metrics = seen_by_hand(name, 2), run(name).metrics[2]
+    assert metrics["loss"] == pytest.approx(float(quick_jit(partial(small(name).loss, axis_name=None))(seen)), rel=1e-4)
+    # The probe learns from the network that is used afterwards.
+    features, probe = (
+        (seen.target if name == "dino" else seen.online)["features"][0],
+        run(name).states[2].probe["params"],
+    )
+    logits = features @ probe["kernel"] + probe["bias"]
+    losses = np.log(np.exp(logits).sum(1)) - logits[np.arange(B), BATCH["label"]]
+    assert metrics["probe_loss"] == pytest.approx(losses.mean(), rel=1e-4)
+    assert metrics["probe_accuracy"] == pytest.approx((logits.argmax(1) == BATCH["label"]).mean())
+
+
+# ---- objectives ------------------------------------------------------------------------------------------------------
+
+
+def random_seen(seed=0):
+    rng = np.random.default_rng(seed)
+
+    def embeddings(count):
+        sizes = {"features": 8, "projection": 12, "prediction": 12, "scores": 10}
+        return {key: (rng.normal(size=(count, B, size)) * 0.3).astype(np.float32) for key, size in sizes.items()}
+
+    rows = rng.normal(size=(2 * B, 12)).astype(np.float32)
+    memory = {"queue": rows, "center": (rng.normal(size=10) * 0.1).astype(np.float32)}
+    return Seen(embeddings(2), embeddings(2), memory, BATCH["label"], np.int32(0))
+
+
+@cache
+def gradients(name: str) -> Any:
+    """(value, gradient by online, target and memory) of the loss, compiled."""
+
+    def loss(parts, labels):
+        return small(name).loss(Seen(*parts, labels, jnp.int32(0)), axis_name=None)
+
+    return quick_jit(jax.value_and_grad(loss))
+
+
+def unit(x):
+    return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def asked(queries, keys, temperature):
+    """Mean cross entropy of finding each query's own row of the keys, cosines over a temperature."""
+    logits = unit(queries) @ unit(keys).T / temperature
+    return np.mean(np.log(np.exp(logits).sum(1)) - np.diag(logits))
+
+
+def crosswise(f, a, b):
+    """Of each view's rows of `a` with the other view's of `b`, both [2, B, D]."""
+    return f(a[0], b[1]) + f(a[1], b[0])
+
+
+def cosines(a, b):
+    return np.sum(unit(a) * unit(b), axis=1)
+
+
+def of_mocov2(s):
+    def one_way(queries, keys):
+        others = unit(queries) @ unit(s.memory["queue"]).T
+        logits = np.concatenate([cosines(queries, keys)[:, None], others], axis=1) / 0.2
+        return np.mean(np.log(np.exp(logits).sum(1)) - logits[:, 0])
+
+    return crosswise(one_way, s.online["projection"], s.target["projection"]) / 2
+
+
+def of_nnclr(s):
+    queue = s.memory["queue"]
+    nearest = [queue[(unit(rows) @ unit(queue).T).argmax(1)] for rows in s.online["projection"]]
+    return crosswise(partial(asked, temperature=0.1), nearest, s.online["prediction"]) / 2
+
+
+# Who is compared with whom, and the papers' numbers; the losses themselves have their references in test_contrastive.
+REFERENCES = {
+    "simclr": quick_jit(lambda s: c.nt_xent(*s.online["projection"], temperature=0.5).mean()),
+    "supcon": quick_jit(lambda s: c.sup_con(s.online["projection"], s.labels, temperature=0.1).mean()),
+    "mocov2": of_mocov2,
+    "mocov3": lambda s: 2 * crosswise(partial(asked, temperature=1), s.online["prediction"], s.target["projection"]),
+    "byol": lambda s: 4 - 2 * crosswise(cosines, s.online["prediction"], s.target["projection"]).mean(),
+    "simsiam": lambda s: -crosswise(cosines, s.online["prediction"], s.online["projection"]).mean() / 2,
+    "barlow": quick_jit(lambda s: c.barlow_twins(*s.online["projection"], redundancy=0.0051)),
+    "vicreg": quick_jit(lambda s: c.vicreg(*s.online["projection"], invariance=25, variance=25, covariance=1)),
+    "nnclr": of_nnclr,
+    "swav": quick_jit(lambda s: c.swav(s.online["scores"], temperature=0.1, epsilon=0.05, iterations=3).mean()),
+    "dino": quick_jit(
+        lambda s: c.dino(
+            s.online["scores"], s.target["scores"], s.memory["center"], temperature=0.1, teacher_temperature=0.04
+        ).mean()
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_objective_compares_each_view_with_the_other(name):
+    seen = random_seen()
+    value, _ = gradients(name)(seen[:3], seen.labels)
+    assert float(value) == pytest.approx(float(REFERENCES[name](seen)), rel=1e-5)
+
+
+def test_options_reach_the_loss_and_the_memory():
+    seen = random_seen()
+    barlow = OBJECTIVES["barlow"].bind(scale=2.0, redundancy=0.5)
+    dino = OBJECTIVES["dino"].bind(temperature=0.5, teacher_temperature=0.2, center_momentum=0.3)
+
+    @quick_jit
+    def both(seen):
+        scores = seen.online["scores"], seen.target["scores"], seen.memory["center"]
+        got = barlow.loss(seen), dino.loss(seen), dino.remember(seen)["center"]
+        want = (
+            2 * c.barlow_twins(*seen.online["projection"], redundancy=0.5),
+            c.dino(*scores, temperature=0.5, teacher_temperature=0.2).mean(),
+            0.3 * seen.memory["center"] + 0.7 * scores[1].mean((0, 1)),
+        )
+        return got, want
+
+    assert_close(*both(seen), rtol=1e-5, atol=1e-6)
+    assert OBJECTIVES["dino"].options == {"temperature": 0.1, "teacher_temperature": 0.04, "center_momentum": 0.9}
+    assert OBJECTIVES["byol"].options == {}
+
+
+# ---- what stands still -----------------------------------------------------------------------------------------------
+
+LEARNS_FROM = {
+    "simclr": "projection",
+    "supcon": "projection",
+    "mocov2": "projection",
+    "mocov3": "prediction",
+    "byol": "prediction",
+    "simsiam": "prediction",
+    "barlow": "projection",
+    "vicreg": "projection",
+    "nnclr": "prediction",
+    "swav": "scores",
+    "dino": "scores",
+}
+STOPPED_IN_THE_LOSS = ("byol", "dino")  # of the other targets the step takes care
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_gradient_flows_into_one_output_alone(name):
+    """Not through projections in the target's place, nor through a target, nor through neighbours or assignments."""
+    seen = random_seen()
+    _, (online, target, memory) = gradients(name)(seen[:3], seen.labels)
+    assert {key for key, g in online.items() if np.abs(g).max() > 0} == {LEARNS_FROM[name]}
+    assert all(np.abs(g).max(-1).all() for g in online[LEARNS_FROM[name]])  # both views, every example
+    if name in STOPPED_IN_THE_LOSS:
+        assert not any(np.any(g) for g in jax.tree.leaves((target, memory)))
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_labels_matter_to_supcon_alone(name):
+    seen = random_seen()
+    one, other = (gradients(name)(seen[:3], labels) for labels in (seen.labels, np.roll(seen.labels, 1)))
+    assert differ(one, other) == (name == "supcon")
+
+
+def test_assignments_of_swav_stand_still():
+    """The gradient of a cross entropy with fixed targets is softmax - target."""
+    seen, scores = random_seen(), random_seen().online["scores"]
+    _, (online, _, _) = gradients("swav")(seen[:3], seen.labels)
+    for v in (0, 1):
+        want = (jax.nn.softmax(scores[v] / 0.1) - quick_jit(c.sinkhorn)(scores[1 - v])) / 0.1 / B / 2
+        np.testing.assert_allclose(online["scores"][v], want, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", WITH_TARGET)
+def test_target_is_not_differentiated(name):
+    objective = replace(small(name), norm=False, last_norm=None)
+    model = network_of(objective, Bare())
+    state = init(objective, model, masks=False)
+    # From parameters of its own, where the loss is not at its least.
+    state = state.replace(ema=jax.tree.map(lambda x: x + 0.1, state.ema))
+    options = {**options_of(name, model), "views": (identity, lambda key, image: 1 - image)}
+
+    @quick_jit
+    @jax.grad
+    def gradient(both):
+        new = state.replace(params=both[0], ema=both[1])
+        return contrastive_step(new, BATCH, **options)[1]["loss"]
+
+    ours, target = gradient((state.params, state.ema))
+    assert any(np.any(g) for g in jax.tree.leaves(ours))
+    assert jax.tree.leaves(target) and not any(np.any(g) for g in jax.tree.leaves(target))
+
+
+def test_nothing_learns_from_the_probe():
+    """Other labels, another probe: the network goes the same way to the last bit."""
+    done = run("simclr")
+    labels = (BATCH["label"] + 1) % CLASSES
+    other, metrics = done.step(done.states[0], {**BATCH, "label": labels})
+    assert pretrain_digest(other) != pretrain_digest(done.states[1])
+    for field in ("params", "batch_stats", "opt_state"):
+        assert not differ(getattr(other, field), getattr(done.states[1], field))
+    assert differ(other.probe["params"], done.states[1].probe["params"])
+    assert float(metrics["grad_norm"]) == done.metrics[0]["grad_norm"]
+
+    rng = np.random.default_rng(0)
+    probe = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), done.states[0].probe)
+    other, metrics = done.step(done.states[0].replace(probe=probe), BATCH)
+    assert not differ(other.params, done.states[1].params)
+    assert float(metrics["probe_loss"]) != pytest.approx(done.metrics[0]["probe_loss"], rel=1e-2)
+
+
+def test_probe_learns():
+    """It starts by guessing, and gets better while it trains on features that hardly change."""
+    losses = [m["probe_loss"] for m in run("simclr").metrics]
+    assert losses[0] == pytest.approx(np.log(CLASSES), rel=1e-5)
+    assert losses[0] > losses[1] > losses[2]
+
+
+# ---- target, memory, prototypes, masks -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", WITH_TARGET)
+def test_target_follows(name):
+    for old, new in pairwise(run(name).states):
+        assert new.ema["params"].keys() == {"encoder", "projector"} | ({"prototypes"} if name == "dino" else set())
+        trained = {part: new.params[part] for part in new.ema["params"]}
+        assert_close(new.ema["params"], ema(old.ema["params"], trained, MOMENTUM), atol=1e-6, rtol=1e-5)
+        assert new.ema["batch_stats"].keys() == {"encoder", "projector"} & new.batch_stats.keys()
+    # At first both networks are the same, and so are their statistics of the large views, but not for long.
+    own = [target_of({"batch_stats": s.batch_stats})["batch_stats"] for s in run(name).states]
+    assert not differ(own[0], run(name).states[0].ema["batch_stats"])
+    assert differ(own[2], run(name).states[2].ema["batch_stats"])
+
+
+def test_target_without_a_momentum():
+    model = network_of(small("byol"), Encoder())
+    options = {**options_of("byol", model), "momentum": None}
+    with pytest.raises(ValueError, match="target network follows by a momentum: pass one"):
+        jax.eval_shape(partial(contrastive_step, **options), jax.eval_shape(lambda: init(small("byol"), model)), BATCH)
+
+
+def test_momentum_schedules():
+    assert make_momentum(OBJECTIVES["simclr"], 100) is None
+    constant = make_momentum(OBJECTIVES["mocov2"], 100)
+    assert [float(constant(jnp.int32(step))) for step in (0, 50, 100)] == pytest.approx([0.999] * 3)
+    grows = make_momentum(replace(OBJECTIVES["byol"], target=0.9), 100)
+    got = [float(grows(jnp.int32(step))) for step in (0, 25, 50, 100)]
+    assert got == pytest.approx([0.9, 1 - 0.1 * (1 + 0.5**0.5) / 2, 0.95, 1.0], abs=1e-6)
+    fixed = make_momentum(replace(OBJECTIVES["byol"], momentum_schedule="constant"), 100)
+    assert float(fixed(jnp.int32(100))) == pytest.approx(0.996)
+
+
+@pytest.mark.parametrize(("name", "network"), [("mocov2", "target"), ("nnclr", "online")])
+@pytest.mark.parametrize("number", [1, 2])
+def test_queue_takes_the_first_view(name, network, number):
+    """The second batch behind the first, the third in place of it."""
+    old, new = (s.memory["queue"] for s in run(name).states[number : number + 2])
+    rows = getattr(seen_by_hand(name, number), network)["projection"][0]
+    want, start = old.copy(), B * (number % 2)
+    want[start : start + B] = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    np.testing.assert_allclose(new, want, atol=1e-5)
+    np.testing.assert_allclose(np.linalg.norm(run(name).states[0].memory["queue"], axis=1), 1, atol=1e-6)
+
+
+def test_center_moves_to_the_mean_of_the_targets_scores():
+    old, new = (s.memory["center"] for s in run("dino").states[2:])
+    scores = seen_by_hand("dino", 2).target["scores"]
+    assert scores.shape == (2, B, 10)
+    np.testing.assert_allclose(new, 0.9 * old + 0.1 * scores.mean((0, 1)), atol=1e-6)
+    assert not run("dino").states[0].memory["center"].any()
+
+
+@pytest.mark.parametrize("name", ["swav", "dino"])
+def test_prototypes_are_frozen_for_so_many_steps(name):
+    """Against weight decay too, which pulls at what has no gradient."""
+    kernels = [s.params["prototypes"]["kernel"] for s in run(name).states]
+    for kernel in kernels[1 : FROZEN + 1]:
+        np.testing.assert_array_equal(kernel, kernels[0])
+    assert differ(kernels[FROZEN + 1], kernels[0])
+    others = [{k: v for k, v in s.params.items() if k != "prototypes"} for s in run(name).states]
+    assert all(differ(a, b) for a, b in pairwise(others))
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_masked_weights_stay_zero_under_momentum_and_decay(name):
+    first, *states = run(name).states
+    for state in states:
+        assert not differ(state.params, apply_masks(state.params, first.masks))
+        if state.ema is not None:
+            masks = target_of({"params": first.masks})["params"]
+            assert not differ(state.ema["params"], apply_masks(state.ema["params"], masks))
+        assert not differ(state.masks, first.masks)
+    for path, leaf in leaves(states[-1].params).items():
+        if path.endswith("kernel"):
+            assert (leaf == 0).mean() == pytest.approx(0.5, abs=0.05), path
+
+
+def test_target_is_masked_as_the_network_is():
+    """Though it was not before: what has just been pruned leaves the target at once."""
+    first = run("byol").states[0]
+    full = jax.tree.map(lambda x: x + 1, first.ema["params"])
+    new, _ = run("byol").step(first.replace(ema={**first.ema, "params": full}), BATCH)
+    trained, masks = target_of({"params": new.params, "masks": first.masks}).values()
+    assert_close(new.ema["params"], apply_masks(ema(full, trained, MOMENTUM), masks), atol=1e-6)
+
+
+def test_state_at_the_start():
+    objective = small("byol")
+    state = init(objective, network_of(objective, Encoder()))
+    assert state.ema["params"].keys() == {"encoder", "projector"} != state.params.keys()
+    assert not differ(state.ema, target_of({"params": state.params, "batch_stats": state.batch_stats}))
+    for one, other in zip(jax.tree.leaves(state.ema["params"]), jax.tree.leaves(state.ema["params"]), strict=True):
+        assert one is other
+    assert {id(x) for x in jax.tree.leaves(state.ema)}.isdisjoint(id(x) for x in jax.tree.leaves(state.params))
+    assert not any(x.any() for x in jax.tree.leaves(state.probe["params"]))
+    assert state.memory == {}
+    assert state.variables == {"params": state.params, "batch_stats": state.batch_stats}  # not the target's
+    assert state.encoder().keys() == {"params", "batch_stats"}
+    assert not differ(state.encoder()["params"], state.params["encoder"])
+    changed = state.replace(ema=jax.tree.map(lambda x: x + 1, state.ema))
+    assert not differ(changed.encoder(target=True), jax.tree.map(lambda x: x + 1, state.encoder()))
+
+
+def test_digest_sees_every_part():
+    state = run("dino").states[1]
+
+    def other(tree):
+        return jax.tree.map(lambda x: x ^ True if x.dtype == bool else x + 1, tree)
+
+    names = ("params", "batch_stats", "masks", "ema", "memory", "probe")
+    digests = {pretrain_digest(state.replace(**{name: other(getattr(state, name))})) for name in names}
+    assert len(digests | {pretrain_digest(state)}) == 7
+    assert pretrain_digest(on_device(state)) == pretrain_digest(state)
+
+
+# ---- what the objective is shown -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_objective_sees_views_by_name(name):
+    shown = []
+
+    def loss(seen, *, axis_name):
+        shown.append(jax.tree.map(jnp.shape, seen))
+        return seen.online["projection"].sum()
+
+    objective = replace(small(name), loss=loss)
+    model = network_of(objective, Encoder())
+    options = {**options_of(name, model), "objective": objective}
+    state = jax.eval_shape(lambda: init(objective, model))
+    new, _ = jax.eval_shape(partial(contrastive_step, **options), state, BATCH)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), new) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
+
+    views = {"supcon": 3, "swav": 3, "dino": 3}.get(name, 2)
+    online = {"features": (views, B, FEATURES), "projection": (views, B, 12)}
+    online |= {"prediction": (views, B, 12)} if objective.predictor else {}
+    online |= {"scores": (views, B, 10)} if objective.prototypes else {}
+    # Large views alone, and no predictor.
+    target = {key: (2, *shape[1:]) for key, shape in online.items() if key != "prediction"}
+    memory = {"mocov2": {"queue": (32, 12)}, "nnclr": {"queue": (32, 12)}, "dino": {"center": (10,)}}.get(name, {})
+    assert shown == [Seen(online, target if name in WITH_TARGET else {}, memory, (B,), ())]
+
+
+def test_passes_follow_one_another_in_the_statistics():
+    """Views of two sizes: the second pass starts from the statistics of the first."""
+    model = network_of(small("simclr"), Encoder())
+    variables = variables_of(model)
+    images = [jnp.asarray(BATCH["image"][:, None, :size, :size], jnp.float32) / 255 for size in (8, 4)]
+    go = quick_jit(partial(outputs_of, model))
+    both, stats = go(variables, images)
+    first, between = go(variables, images[:1])
+    second, after = go({**variables, "batch_stats": between}, images[1:])
+    assert_close(stats, after, atol=1e-6)
+    assert_close(both, jax.tree.map(lambda a, b: jnp.concatenate([a, b]), first, second), atol=1e-5)
+    assert differ(between, after)
+
+
+# ---- metrics ---------------------------------------------------------------------------------------------------------
+
+
+def spread_of(a, b):
+    """The metrics of embeddings in float64, pair by pair."""
+    a, b = (x.astype(np.float64) / np.linalg.norm(x, axis=1, keepdims=True) for x in (a, b))
+    pairs = [(i, j) for i in range(len(a)) for j in range(len(a)) if i != j]
+    return {
+        "projection_std": np.mean([x.std(0).mean() * a.shape[1] ** 0.5 for x in (a, b)]),
+        "projection_similarity": np.mean([x @ y for x, y in zip(a, b, strict=True)]),
+        "projection_negative_similarity": np.mean([x[i] @ x[j] for x in (a, b) for i, j in pairs]),
+    }
+
+
+def test_similarities_against_numpy():
+    a, b = np.random.default_rng(0).normal(size=(2, 10, 6)).astype(np.float32) + 0.5
+    got = {key: float(value) for key, value in quick_jit(similarities)(a, b).items()}
+    assert got == pytest.approx(spread_of(a, b), rel=1e-5)
+
+
+def test_spread_of_isotropic_and_of_collapsed_embeddings():
+    rng, go = np.random.default_rng(0), quick_jit(similarities)
+    a, b = rng.normal(size=(2, 4000, 32)).astype(np.float32)
+    assert float(go(a, b)["projection_std"]) == pytest.approx(1, abs=0.02)
+    for point, cosine in ((np.zeros(32), 0), (rng.normal(size=32), 1)):
+        same = np.broadcast_to(point, a.shape).astype(np.float32)
+        got = {key: float(value) for key, value in go(same, same).items()}
+        want = {"projection_similarity": cosine, "projection_negative_similarity": cosine, "projection_std": 0}
+        assert got == pytest.approx(want, abs=1e-3)
+
+
+@pytest.mark.parametrize("name", ["mocov2", "nnclr", "dino"])
+def test_metrics_of_a_step_are_of_the_first_two_views(name):
+    want = spread_of(*seen_by_hand(name, 2).online["projection"][:2])
+    got = run(name).metrics[2]
+    assert {key: got[key] for key in want} == pytest.approx(want, rel=1e-3, abs=1e-4)
+    assert got.keys() == {"loss", "probe_loss", "probe_accuracy", "grad_norm", *want}
+
+
+def test_collapse_shows():
+    """A projector that puts out its bias, whatever the image."""
+    done = run("supcon")
+    state = done.states[0]
+    layer = {"kernel": np.zeros((12, 12), np.float32), "bias": np.arange(12, dtype=np.float32)}
+    params = {**state.params, "projector": {**state.params["projector"], "fc2": layer}}
+    _, metrics = done.step(state.replace(params=params), BATCH)
+    assert float(metrics["projection_std"]) < 1e-3 < 0.1 < done.metrics[0]["projection_std"]
+    assert float(metrics["projection_negative_similarity"]) == pytest.approx(1, abs=1e-4)
+    assert float(metrics["projection_similarity"]) == pytest.approx(1, abs=1e-5)
+
+
+def test_bfloat16_computes_low_and_keeps_float32():
+    model = network_of(small("simclr"), Encoder(dtype=jnp.bfloat16), dtype=jnp.bfloat16)
+    state = init(small("simclr"), model)
+    variables = {"params": state.params, "batch_stats": state.batch_stats}
+    seen = jax.eval_shape(partial(model.apply, train=False), variables, jnp.zeros((1, 8, 8, 3)))
+    assert {x.dtype for x in seen.values()} == {jnp.dtype(jnp.float32)}
+    state, metrics = quick_jit(partial(contrastive_step, **options_of("simclr", model)))(state, BATCH)
+    for leaf in jax.tree.leaves((state.params, state.batch_stats, state.probe, metrics)):
+        assert leaf.dtype == jnp.float32 and np.isfinite(leaf).all()
+    exact = run("simclr").metrics[0]
+    assert float(metrics["loss"]) == pytest.approx(exact["loss"], rel=0.02)
+    assert float(metrics["loss"]) != exact["loss"]
+
+
+# ---- features --------------------------------------------------------------------------------------------------------
+
+ROWS = {**BATCH, "valid": np.arange(B) < 13}
+
+
+def extracted(step, mode, variables):
+    mesh = make_mesh()
+    compiled = compile_step(
+        step, mesh=mesh, mode=mode, donate=False, compiler_options=QUICK if mode != "pmap" else None
+    )
+    got = compiled(jax.device_put(variables, replicated(mesh)), shard_batch(ROWS, mesh, mode=mode))
+    assert all(x.is_fully_replicated for x in jax.tree.leaves(got))
+    return jax.device_get(got)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_features_of_the_whole_batch_in_order(mode):
+    encoder = Encoder()
+    variables = variables_of(encoder)
+    got = extracted(partial(feature_step, encoder=encoder, preprocess=normalize(0.5, 0.25)), mode, variables)
+    images = (BATCH["image"].astype(np.float32) / 255 - 0.5) / 0.25
+    want = quick_jit(partial(encoder.apply, train=False))(variables, images)
+    assert got["features"].dtype == np.float32
+    np.testing.assert_allclose(got["features"], want, atol=1e-5)
+    np.testing.assert_array_equal(got["label"], BATCH["label"])
+    np.testing.assert_array_equal(got["valid"], ROWS["valid"])
+    assert got["valid"].dtype == bool and got["label"].dtype == np.int32
+    assert len(np.unique(got["features"].round(4), axis=0)) == B
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_features_of_two_views_drawn_alike_in_every_call(mode):
+    encoder, views = Encoder(), (random_crop(1), random_crop(2))
+    variables = variables_of(encoder)
+    got = extracted(partial(view_step, encoder=encoder, views=views), mode, variables)
+
+    @quick_jit
+    def plain(images):
+        (both,) = make_views(views, jax.random.key(0), jnp.arange(B), images)
+        return [encoder.apply(variables, both[:, v], train=False) for v in (0, 1)]
+
+    want = plain(BATCH["image"])
+    np.testing.assert_allclose(got["a"], want[0], atol=1e-5)
+    np.testing.assert_allclose(got["b"], want[1], atol=1e-5)
+    np.testing.assert_array_equal(got["valid"], ROWS["valid"])
+    assert got.keys() == {"a", "b", "valid"}

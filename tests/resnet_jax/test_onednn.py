@@ -1,0 +1,344 @@
+"""oneDNN's convolution equals XLA's: outputs, gradients of any order, whole networks, all modes."""
+
+import os
+import subprocess
+import time
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from resnet_jax import MODELS, onednn
+from resnet_jax.layers import BatchNorm, max_pool
+from resnet_jax.onednn import library
+from resnet_jax.parallel import axis_of, compile_step, make_mesh, replicated, shard_batch
+from resnet_jax.tree import leaves
+from tests.reference.nets import CLASSES, batch_of, tiny, tiny_state, tiny_tx
+from train.state import init_variables
+from train.steps import train_step
+
+try:
+    onednn.load()
+    MISSING = ""
+except onednn.Unavailable as error:
+    MISSING = str(error)
+needs_onednn = pytest.mark.skipif(bool(MISSING), reason=MISSING)
+
+FAST = {"conv": onednn.Conv, "norm": onednn.BatchNorm, "max_pool": onednn.max_pool}
+
+# (batch, height, width, channels, features, kernel, strides, groups)
+SHAPES = [
+    (2, 8, 8, 16, 16, 3, 1, 1),
+    (2, 8, 8, 16, 32, 3, 2, 1),
+    (1, 9, 7, 5, 3, 3, 2, 1),  # odd sizes, odd channels, batch of one
+    (1, 1, 1, 4, 8, 3, 1, 1),  # the kernel is larger than the image
+    (3, 7, 7, 8, 32, 1, 1, 1),
+    (3, 7, 8, 8, 16, 1, 2, 1),
+    (2, 15, 16, 3, 8, 7, 2, 1),
+    (2, 6, 6, 4, 4, 5, 1, 1),
+    (2, 6, 6, 16, 32, 3, 2, 4),
+    (2, 6, 6, 8, 8, 3, 1, 8),  # depthwise
+]
+
+
+def plain(images, kernel, strides, groups):
+    pads = [((size - 1) // 2,) * 2 for size in kernel.shape[:2]]
+    return jax.lax.conv_general_dilated(
+        images,
+        kernel,
+        (strides, strides),
+        pads,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=groups,
+        precision="highest",
+    )
+
+
+def operands(shape, dtype=np.float32):
+    batch, height, width, channels, features, size, _, groups = shape
+    rng = np.random.default_rng(0)
+    images = rng.standard_normal((batch, height, width, channels))
+    kernel = rng.standard_normal((size, size, channels // groups, features))
+    return jnp.asarray(images, dtype), jnp.asarray(kernel, dtype)
+
+
+def near(got, want, tolerance=1e-5):
+    for path, leaf in leaves(want).items():
+        error = np.abs(np.asarray(leaves(got)[path], np.float64) - leaf).max()
+        assert error <= tolerance * max(np.abs(leaf).max(), 1e-3), f"{path}: {error}"
+
+
+def through(conv, strides, groups):
+    """A scalar of a convolution that is linear in neither operand, so that second derivatives are not zero."""
+    return lambda images, kernel: jnp.sin(conv(images, kernel, strides=strides, groups=groups)).sum()
+
+
+@needs_onednn
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_outputs_and_gradients(shape):
+    *_, strides, groups = shape
+    images, kernel = operands(shape)
+    got = onednn.convolution(images, kernel, strides=strides, groups=groups)
+    near({"y": got}, {"y": plain(images, kernel, strides, groups)})
+    grads = [jax.grad(through(f, strides, groups), (0, 1))(images, kernel) for f in (onednn.convolution, plain)]
+    near(*(dict(zip("xw", g, strict=True)) for g in grads))
+
+
+@needs_onednn
+@pytest.mark.parametrize("shape", [SHAPES[1], SHAPES[2], SHAPES[8]], ids=str)
+def test_gradients_of_gradients(shape):
+    """Every mixed second derivative, by the norm of the first ones: all nine rules are used."""
+    *_, strides, groups = shape
+    images, kernel = operands(shape)
+
+    def second(conv):
+        first = jax.grad(through(conv, strides, groups), (0, 1))
+        return jax.grad(lambda x, w: sum((g**3).sum() for g in first(x, w)), (0, 1))
+
+    got, want = second(onednn.convolution)(images, kernel), second(plain)(images, kernel)
+    near(dict(zip("xw", got, strict=True)), dict(zip("xw", want, strict=True)), 1e-4)
+
+
+@needs_onednn
+def test_no_worse_than_xla_against_float64():
+    """The mean error of output and gradients, over shapes, is at most half again XLA's."""
+    errors = {"onednn": [], "xla": []}
+    for shape in SHAPES:
+        *_, strides, groups = shape
+        images, kernel = operands(shape)
+        with jax.enable_x64(True):
+            exact = jax.vjp(partial(plain, strides=strides, groups=groups), *operands(shape, np.float64))
+            wide = [exact[0], *exact[1](jnp.ones_like(exact[0]))]
+        for name, conv in (("onednn", onednn.convolution), ("xla", plain)):
+            y, pull = jax.vjp(partial(conv, strides=strides, groups=groups), images, kernel)
+            found = [y, *pull(jnp.ones_like(y))]
+            errors[name] += [
+                np.linalg.norm(np.asarray(a, np.float64) - b) / np.linalg.norm(b)
+                for a, b in zip(found, map(np.asarray, wide), strict=True)
+            ]
+    assert np.mean(errors["onednn"]) <= 1.5 * np.mean(errors["xla"])
+
+
+@needs_onednn
+def test_bfloat16():
+    images, kernel = operands(SHAPES[0], jnp.bfloat16)
+    got = onednn.convolution(images, kernel)
+    assert got.dtype == jnp.bfloat16
+    near({"y": got}, {"y": np.asarray(plain(images, kernel, 1, 1), np.float32)}, 1e-2)
+
+
+@needs_onednn
+def test_vmap_and_per_example_gradients():
+    images, kernel = operands(SHAPES[1])
+    one = lambda conv: jax.vmap(jax.grad(lambda w, x: through(conv, 2, 1)(x[None], w)), (None, 0))  # noqa: E731
+    near({"g": one(onednn.convolution)(kernel, images)}, {"g": one(plain)(kernel, images)})
+
+
+@needs_onednn
+def test_forward_mode_is_refused():
+    images, kernel = operands(SHAPES[0])
+    with pytest.raises(TypeError, match="forward-mode"):
+        jax.jvp(lambda x: onednn.convolution(x, kernel), (images,), (images,))
+
+
+@needs_onednn
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda x, w: (x.astype(jnp.float16), w.astype(jnp.float16)), TypeError, "float32 or bfloat16, got float16"),
+        (lambda x, w: (x, w.astype(jnp.bfloat16)), TypeError, "got float32 images and a bfloat16 kernel"),
+        (lambda x, w: (x[..., :4], w), ValueError, "4 channels in 1 groups do not fit"),
+        (lambda x, w: (x[0], w), ValueError, "cannot be convolved"),
+        (lambda x, w: (x[:0], w), ValueError, "cannot be convolved"),
+    ],
+)
+def test_operands_that_do_not_fit(change, error, message):
+    with pytest.raises(error, match=message):
+        onednn.convolution(*change(*operands(SHAPES[0])))
+
+
+# ---- batch normalisation -------------------------------------------------------------------------------------------
+
+
+@needs_onednn
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("shape", [(4, 8, 8, 16), (3, 5, 7, 5), (1, 2, 2, 64), (7, 1, 1, 3)], ids=str)
+def test_batch_norm(shape, relu):
+    """Outputs, gradients of all three operands, running statistics: those of Flax's."""
+    x = 3 * jax.random.normal(jax.random.key(0), shape) + 1
+    weight = jax.random.normal(jax.random.key(1), shape)
+
+    def through(module):
+        variables = module.init(jax.random.key(0), x)
+        variables["params"] = {"scale": jnp.linspace(0.5, 2, shape[3]), "bias": jnp.linspace(-1, 1, shape[3])}
+
+        def loss(params, x):
+            call = module.apply({**variables, "params": params}, x, mutable=["batch_stats"], **with_relu(module))
+            y, new = (jax.nn.relu(call[0]) if relu and not with_relu(module) else call[0]), call[1]
+            return (y * weight).sum(), (y, new["batch_stats"])
+
+        return jax.grad(loss, (0, 1), has_aux=True)(variables["params"], x)
+
+    def with_relu(module):
+        return {"relu": relu} if isinstance(module, onednn.BatchNorm) else {}
+
+    (got, got_aux), (want, want_aux) = (through(m(use_running_average=False)) for m in (onednn.BatchNorm, BatchNorm))
+    near({"grads": got, "aux": got_aux}, {"grads": want, "aux": want_aux}, 5e-5)
+
+
+@needs_onednn
+def test_batch_norm_is_exact_to_float32():
+    """A mean far above the deviation, where one pass over squares would cancel: still 1e-4 of float64."""
+    x = np.random.default_rng(0).normal(100, 0.1, (8, 16, 16, 4)).astype(np.float32)
+    y, mean, var = onednn.batch_norm(jnp.asarray(x), jnp.ones(4), jnp.zeros(4))
+    exact = x.astype(np.float64)
+    np.testing.assert_allclose(mean, exact.mean((0, 1, 2)), rtol=1e-6)
+    np.testing.assert_allclose(var, exact.var((0, 1, 2)), rtol=1e-3)
+    want = (exact - exact.mean((0, 1, 2))) / np.sqrt(exact.var((0, 1, 2)) + 1e-5)
+    assert np.abs(y - want).max() < 1e-2
+
+
+@needs_onednn
+def test_batch_norm_in_evaluation_and_of_no_float():
+    module = onednn.BatchNorm(use_running_average=True)
+    x = jnp.linspace(-2, 2, 32).reshape(2, 2, 2, 4)
+    variables = module.init(jax.random.key(0), x)
+    near({"y": module.apply(variables, x, method="with_relu")}, {"y": jax.nn.relu(x) / np.sqrt(1 + 1e-5)})
+    with pytest.raises(TypeError, match="float32 or bfloat16, got float16"):
+        onednn.batch_norm(x.astype(jnp.float16), jnp.ones(4), jnp.zeros(4))
+    with pytest.raises(ValueError, match=r"scale \(3,\) and bias \(4,\) do not fit images"):
+        onednn.batch_norm(x, jnp.ones(3), jnp.zeros(4))
+
+
+@needs_onednn
+def test_unusual_norms_are_the_plain_ones():
+    x = jax.random.normal(jax.random.key(0), (2, 4, 4, 8))
+    module = onednn.BatchNorm(use_running_average=False, use_scale=False)
+    y, _ = module.apply(module.init(jax.random.key(0), x), x, mutable=["batch_stats"])
+    near({"mean": y.mean((0, 1, 2)), "var": y.var((0, 1, 2))}, {"mean": jnp.zeros(8), "var": jnp.ones(8)}, 1e-3)
+
+
+@needs_onednn
+def test_batch_norm_has_no_second_derivative():
+    x, ones = jnp.linspace(-1, 1, 32).reshape(2, 2, 2, 4), jnp.ones(4)
+    first = jax.grad(lambda x: (onednn.batch_norm(x, ones, ones)[0] ** 2).sum())
+    with pytest.raises(NotImplementedError, match="no second derivative: build the network with the plain"):
+        jax.grad(lambda x: first(x).sum())(x)
+
+
+# ---- max-pool -------------------------------------------------------------------------------------------------------
+
+
+@needs_onednn
+@pytest.mark.parametrize("shape", [(2, 8, 8, 16), (1, 7, 9, 3), (3, 1, 2, 5)], ids=str)
+def test_max_pool(shape):
+    """Outputs and gradients, with the many equal zeros that a ReLU leaves."""
+    x = jax.nn.relu(jax.random.normal(jax.random.key(0), shape))
+    weight = jax.random.normal(jax.random.key(1), max_pool(x).shape)
+    np.testing.assert_array_equal(onednn.max_pool(x), max_pool(x))
+    got, want = (jax.grad(lambda x, pool=pool: (pool(x) * weight).sum())(x) for pool in (onednn.max_pool, max_pool))
+    np.testing.assert_allclose(got, want, atol=1e-6)
+    with pytest.raises(NotImplementedError, match="max-pool has no second derivative"):
+        jax.grad(lambda x: jax.grad(lambda x: (onednn.max_pool(x) ** 2).sum())(x).sum())(x)
+    with pytest.raises(TypeError, match="float32 or bfloat16, got float16"):
+        onednn.max_pool(x.astype(jnp.float16))
+
+
+# ---- networks -------------------------------------------------------------------------------------------------------
+
+
+def answers(model, variables, images, labels):
+    """Logits, statistics, gradients of a training pass, and logits in evaluation."""
+
+    def loss(params):
+        logits, new = model.apply({**variables, "params": params}, images, train=True, mutable=["batch_stats"])
+        return -jax.nn.log_softmax(logits)[jnp.arange(len(labels)), labels].mean(), (logits, new["batch_stats"])
+
+    grads, (logits, stats) = jax.grad(loss, has_aux=True)(variables["params"])
+    return {"train": logits, "stats": stats, "grads": grads, "eval": model.apply(variables, images, train=False)}
+
+
+@needs_onednn
+@pytest.mark.parametrize("name", ["resnet8", "resnet18", "resnet50", "resnext50_32x4d", "preact_resnet18_cifar"])
+def test_networks(name):
+    """Each block and stem, one block a stage: outputs, statistics and gradients of whole networks."""
+    model = MODELS[name](num_classes=CLASSES, width=16)
+    model = model.clone(stage_sizes=(1,) * min(len(model.stage_sizes), 3))
+    variables = init_variables(model, jax.random.key(0), (33, 33, 3))
+    images = jax.random.normal(jax.random.key(1), (4, 33, 33, 3))
+    labels = np.arange(4)
+    want = jax.jit(partial(answers, model))(variables, images, labels)
+    got = jax.jit(partial(answers, model.clone(**FAST)))(variables, images, labels)
+    grads, want_grads = got.pop("grads"), want.pop("grads")
+    near(got, want, 2e-4)
+    # One activation that rounds to the other side of zero moves whole kernels: hold their norm, not each entry.
+    off = jnp.sqrt(sum(((a - b) ** 2).sum() for a, b in zip(*map(jax.tree.leaves, (grads, want_grads)), strict=True)))
+    assert off < 0.03 * jnp.sqrt(sum((b**2).sum() for b in jax.tree.leaves(want_grads)))
+
+
+@needs_onednn
+@pytest.mark.parametrize("mode", ["jit", "pmap", "shard_map"])
+def test_three_modes(mode, images):
+    """Three steps on eight devices equal three plain steps on one."""
+    states = {}
+    for fields, devices, how in (({}, 1, "jit"), (FAST, 8, mode)):
+        mesh = make_mesh(jax.devices()[:devices])
+        model = tiny(axis_name=axis_of(how), **fields)
+        step = compile_step(partial(train_step, model=model, tx=tiny_tx()), mesh=mesh, mode=how)
+        state = jax.device_put(tiny_state(tiny_tx()), replicated(mesh))
+        for _ in range(3):
+            state, _ = step(state, shard_batch(batch_of(images), mesh, mode=how))
+        states[devices] = jax.device_get(state.params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6, rtol=0), states[8], states[1])
+
+
+# ---- the library ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fresh(monkeypatch, tmp_path):
+    """As in a process that has not loaded oneDNN, with an empty cache."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    library._loaded.cache_clear()
+    yield tmp_path
+    monkeypatch.undo()
+    library._loaded.cache_clear()
+
+
+def test_without_onednn(fresh, monkeypatch):
+    monkeypatch.setattr(library.Path, "is_file", lambda path: False)
+    with pytest.raises(onednn.Unavailable, match="not installed: pip install onednn-cpu-gomp"):
+        onednn.load()
+
+
+def test_on_another_system(fresh, monkeypatch):
+    monkeypatch.setattr(library.sys, "platform", "darwin")
+    with pytest.raises(onednn.Unavailable, match="need Linux"):
+        onednn.load()
+
+
+@needs_onednn
+def test_without_a_compiler(fresh, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(onednn.Unavailable, match="needs a C\\+\\+ compiler"):
+        onednn.load()
+
+
+@needs_onednn
+def test_compiler_that_fails(fresh, monkeypatch):
+    monkeypatch.setenv("CXX", "false")
+    with pytest.raises(onednn.Unavailable, match=r"false cannot compile .*handlers\.cc"):
+        onednn.load()
+
+
+@needs_onednn
+def test_compiled_once(fresh, monkeypatch):
+    include, there = library._find()
+    made = library._compiled(include, there)
+    assert made.parent == fresh / "resnet-jax"
+    monkeypatch.setattr(subprocess, "run", lambda *a, **k: pytest.fail("compiled again"))
+    # That the library has been read since is no change.
+    os.utime(there, ns=(time.time_ns(), there.stat().st_mtime_ns))
+    assert library._compiled(include, there) == made

@@ -1,0 +1,264 @@
+"""Streams of batches: the same from memory and from Grain's threads, exact restarts, every example exactly once."""
+
+import io
+from collections import Counter
+from itertools import pairwise
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from resnet_jax.parallel import batch_sharding, make_mesh
+from train.data.batches import StreamedBatches, eval_batches, stream_indices, train_batches
+from train.data.sources import Arrays, Encoded
+from train.errors import UsageError
+
+COUNT = 37  # divisible by neither the batch nor the devices
+MODES = ("jit", "pmap", "shard_map")
+KINDS = ("resident", "streamed", "cropped")
+
+
+def png(pixels):
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.fixture(scope="module")
+def sources():
+    """The same images in memory, encoded, and encoded with random crops; the label tells which image it is."""
+    images = np.random.default_rng(0).integers(0, 256, (COUNT, 6, 6, 3), dtype=np.uint8)
+    files = [png(image) for image in images]
+
+    def encoded(**options):
+        return Encoded(
+            read=lambda i: (files[i], i), name=lambda i: f"{i}.png", indices=np.arange(COUNT), channels=3, **options
+        )
+
+    return {
+        "resident": Arrays(images=images, labels=np.arange(COUNT)),
+        "streamed": encoded(size=None),
+        "cropped": encoded(size=6, random_crop=True),
+    }
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return make_mesh()
+
+
+def take(stream, count):
+    return [jax.tree.map(np.asarray, next(stream)) for _ in range(count)]
+
+
+def assert_same(got, want):
+    assert len(got) == len(want)
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+def two_processes(monkeypatch, index):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(jax, "process_index", lambda: index)
+
+
+# ---- the order -----------------------------------------------------------------------------------------------------
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(1, 50), st.integers(0, 2**32), st.integers(0, 4), st.data())
+def test_every_example_once_an_epoch(count, seed, epoch, data):
+    """However an epoch is cut into batches, some of which straddle its borders."""
+    start, stop = epoch * count, (epoch + 1) * count
+    cuts = sorted(data.draw(st.lists(st.integers(max(start - 5, 0), stop + 5), max_size=4)))
+    edges = [max(start - 5, 0), *cuts, stop + 5]
+    parts = [stream_indices(count, seed, a, b - a) for a, b in pairwise(edges) if b > a]
+    order = np.concatenate(parts)[start - edges[0] :][:count]
+    assert sorted(order) == list(range(count))
+
+
+def test_epochs_and_seeds_differ():
+    orders = {(seed, epoch): tuple(stream_indices(40, seed, 40 * epoch, 40)) for seed in (0, 1) for epoch in (0, 1)}
+    assert len(set(orders.values())) == 4
+
+
+# ---- training streams ----------------------------------------------------------------------------------------------
+
+
+def test_resident_and_streamed_are_the_same(sources, mesh):
+    streams = [train_batches(sources[kind], batch=8, seed=3, mesh=mesh) for kind in ("resident", "streamed")]
+    resident, streamed = (take(stream, 11) for stream in streams)
+    assert_same(streamed, resident)
+    labels = np.concatenate([batch["label"] for batch in resident])
+    assert labels.dtype == np.int32
+    np.testing.assert_array_equal(labels, stream_indices(COUNT, 3, 0, 88))
+    np.testing.assert_array_equal(resident[0]["image"], sources["resident"].images[resident[0]["label"]])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_goes_on_in_the_middle_of_an_epoch(kind, sources, mesh):
+    def new():
+        return train_batches(sources[kind], batch=16, seed=5, mesh=mesh)
+
+    whole = take(new(), 7)
+    stream = new()
+    take(stream, 3)
+    state = stream.state()
+    rest = take(stream, 4)
+    assert_same(rest, whole[3:])
+
+    fresh = new()
+    fresh.restore(state)
+    assert_same(take(fresh, 4), whole[3:])
+    stream.restore(state)  # and the stream that had gone further goes back
+    assert_same(take(stream, 4), whole[3:])
+    assert fresh.state() == stream.state()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_seeds_differ(kind, sources, mesh):
+    a, b = (take(train_batches(sources[kind], batch=16, seed=seed, mesh=mesh), 1)[0] for seed in (0, 1))
+    assert (a["label"] != b["label"]).any()
+
+
+def test_random_crops_change_from_epoch_to_epoch(sources, mesh):
+    batches = take(train_batches(sources["cropped"], batch=8, seed=0, mesh=mesh), 10)  # two epochs and a bit
+    views = {}
+    for batch in batches:
+        for image, label in zip(batch["image"], batch["label"], strict=True):
+            views.setdefault(int(label), []).append(image.tobytes())
+    twice = [v for v in views.values() if len(v) > 1]
+    assert len(twice) == COUNT
+    assert all(len(set(v)) == len(v) for v in twice)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("kind", ["resident", "streamed"])
+def test_layout(kind, mode, sources, mesh):
+    batch = next(train_batches(sources[kind], batch=16, seed=0, mesh=mesh, mode=mode))
+    want = stream_indices(COUNT, 0, 0, 16)
+    if mode == "pmap":
+        assert batch["image"].shape == (8, 2, 6, 6, 3)
+        assert batch["label"].shape == (8, 2)
+    else:
+        assert batch["image"].shape == (16, 6, 6, 3)
+        for array in batch.values():
+            assert array.sharding == batch_sharding(mesh)
+            assert {s.data.shape[0] for s in array.addressable_shards} == {2}
+    assert batch["image"].dtype == np.uint8
+    np.testing.assert_array_equal(np.ravel(batch["label"]), want)
+    images = np.reshape(batch["image"], (16, 6, 6, 3))
+    np.testing.assert_array_equal(images, sources["resident"].images[want])
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        (12, "a batch of 12 is not divisible by 8 devices: choose a multiple of 8"),
+        (0, "a batch of 0 is not divisible"),
+        (-8, "a batch of -8 is not divisible"),
+        (40, "a batch of 40 is larger than the 37 training images"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["resident", "streamed"])
+def test_impossible_batches(kind, batch, message, sources, mesh):
+    with pytest.raises(UsageError, match=message):
+        train_batches(sources[kind], batch=batch, seed=0, mesh=mesh)
+
+
+# ---- evaluation ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("kind", ["resident", "streamed"])
+@pytest.mark.parametrize("batch", [5, 8, 20, 64])
+def test_evaluation_shows_each_example_once(batch, kind, mode, sources, mesh):
+    seen = Counter()
+    size = -(-batch // 8) * 8
+    batches = list(eval_batches(sources[kind], batch=batch, mesh=mesh, mode=mode))
+    assert len(batches) == -(-COUNT // size)
+    for b in batches:
+        lead = (8, size // 8) if mode == "pmap" else (size,)
+        assert {k: v.shape for k, v in b.items()} == {"image": (*lead, 6, 6, 3), "label": lead, "valid": lead}
+        assert mode == "pmap" or all(array.sharding == batch_sharding(mesh) for array in b.values())
+        valid, label = np.ravel(b["valid"]), np.ravel(b["label"])
+        assert (valid.dtype, label.dtype) == (bool, np.int32)
+        seen.update(label[valid].tolist())
+        images = np.reshape(b["image"], (size, 6, 6, 3))
+        np.testing.assert_array_equal(images, sources["resident"].images[label])
+    assert seen == Counter(range(COUNT))
+
+
+def test_evaluation_does_not_crop_at_random(sources, mesh):
+    runs = [list(eval_batches(sources[kind], batch=40, mesh=mesh)) for kind in ("cropped", "resident")]
+    assert_same(*runs)
+
+
+def test_evaluation_batch_of_nothing(sources, mesh):
+    with pytest.raises(UsageError, match="a batch of 0 holds no image"):
+        next(eval_batches(sources["resident"], batch=0, mesh=mesh))
+
+
+# ---- unreadable images ---------------------------------------------------------------------------------------------
+
+
+def broken_at(index):
+    files = [png(np.full((6, 6, 3), i, np.uint8)) for i in range(COUNT)]
+    files[index] = files[index][:40] + b"?" * 20
+    return Encoded(
+        read=lambda i: (files[i], i), name=lambda i: f"photos/{i}.png", indices=np.arange(COUNT), size=6, channels=3
+    )
+
+
+def test_unreadable_image_stops_training_with_its_name(mesh):
+    """Grain's threads hand the error on as it is, so that the user gets the one line."""
+    stream = train_batches(broken_at(30), batch=8, seed=0, mesh=mesh)
+    with pytest.raises(UsageError, match=r"cannot read image photos/30\.png: "):
+        take(stream, 6)
+
+
+def test_unreadable_image_stops_evaluation_with_its_name(mesh):
+    with pytest.raises(UsageError, match=r"cannot read image photos/30\.png: "):
+        list(eval_batches(broken_at(30), batch=8, mesh=mesh))
+
+
+# ---- several processes ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["streamed", "cropped"])
+def test_processes_share_the_stream(kind, sources, mesh, monkeypatch):
+    """Step by step, the parts of two processes put together are the batch of one."""
+    whole = take(train_batches(sources[kind], batch=16, seed=2, mesh=mesh), 5)
+    parts = []
+    for process in range(2):
+        two_processes(monkeypatch, process)
+        stream = StreamedBatches(sources[kind], batch=16, seed=2, mesh=mesh, mode="pmap")
+        stream.restore({"position": 32})  # both from step 2, which straddles two epochs
+        parts.append(take(stream, 3))
+    for want, *own in zip(whole[2:], *parts, strict=True):
+        joined = jax.tree.map(lambda *x: np.concatenate([np.reshape(p, (8, *p.shape[2:])) for p in x]), *own)
+        assert_same(joined, want)
+
+
+def test_processes_share_resident_batches_under_pmap(sources, mesh, monkeypatch):
+    whole = take(train_batches(sources["resident"], batch=16, seed=2, mesh=mesh), 3)
+    parts = []
+    for process in range(2):
+        two_processes(monkeypatch, process)
+        parts.append(take(train_batches(sources["resident"], batch=16, seed=2, mesh=mesh, mode="pmap"), 3))
+    for want, *own in zip(whole, *parts, strict=True):
+        joined = jax.tree.map(lambda *x: np.concatenate([np.reshape(p, (8, *p.shape[2:])) for p in x]), *own)
+        assert_same(joined, want)
+
+
+@pytest.mark.parametrize("kind", ["resident", "streamed"])
+def test_processes_share_evaluation(kind, sources, mesh, monkeypatch):
+    whole = list(eval_batches(sources[kind], batch=16, mesh=mesh))
+    parts = []
+    for process in range(2):
+        two_processes(monkeypatch, process)
+        parts.append(list(eval_batches(sources[kind], batch=16, mesh=mesh)))
+    for want, *own in zip(whole, *parts, strict=True):
+        assert_same(jax.tree.map(lambda *x: np.concatenate(x), *own), want)

@@ -1,0 +1,732 @@
+"""Image sets: decoding, splitting, prepared TFDS sets and what is said about the ones that cannot be used."""
+
+import hashlib
+import io
+import json
+import socket
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from train.data.decode import decode_image, random_box
+from train.data.prepare import prepare
+from train.data.sets import (
+    default_data_dir,
+    from_arrays,
+    load,
+    prepared_folder,
+    split_by_class,
+    split_indices,
+)
+from train.data.sources import Arrays, Encoded, decode_all
+from train.errors import UsageError
+
+ROOT = Path(__file__).parents[3]
+quick = settings(deadline=None, max_examples=60)
+
+
+def encode(image, kind="PNG", **options):
+    """An encoded file of a Pillow image or an array."""
+    if isinstance(image, np.ndarray):
+        image = Image.fromarray(image)
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def counts(data):
+    """How many images each split has."""
+    return {name: len(split) for name, split in data.splits.items()}
+
+
+def noise(*shape, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+# ---- decoding ------------------------------------------------------------------------------------------------------
+
+
+def palette(**options):
+    """Left half index 0, right half index 1."""
+    image = Image.new("P", (8, 8))
+    image.putpalette([200, 100, 50, 10, 20, 30])
+    image.paste(1, (4, 0, 8, 8))
+    return encode(image, **options)
+
+
+def deep(value):
+    return encode(np.full((8, 8), value, np.uint16))
+
+
+MODES = {
+    "L": (encode(Image.new("L", (8, 8), 77)), (77, 77, 77)),
+    "RGB": (encode(Image.new("RGB", (8, 8), (10, 200, 30))), (10, 200, 30)),
+    "RGB with a transparent colour": (encode(Image.new("RGB", (8, 8), (9, 9, 9)), transparency=(9, 9, 9)), (0, 0, 0)),
+    "RGBA opaque": (encode(Image.new("RGBA", (8, 8), (10, 200, 30, 255))), (10, 200, 30)),
+    "RGBA transparent": (encode(Image.new("RGBA", (8, 8), (10, 200, 30, 0))), (0, 0, 0)),
+    "RGBA half": (encode(Image.new("RGBA", (8, 8), (10, 200, 30, 128))), (5, 100, 15)),
+    "LA": (encode(Image.new("LA", (8, 8), (200, 128))), (100, 100, 100)),
+    "P": (palette(), (200, 100, 50)),
+    "P with a transparent index": (palette(transparency=0), (0, 0, 0)),
+    "P with another transparent index": (palette(transparency=1), (200, 100, 50)),
+    "P with transparency by index": (palette(transparency=bytes([128, 255])), (100, 50, 25)),
+    "GIF": (palette(kind="GIF", transparency=0), (0, 0, 0)),
+    "I;16": (deep(257 * 90), (90, 90, 90)),
+    "I;16 dark": (deep(200), (1, 1, 1)),
+    "I of 8 bits": (encode(Image.new("I", (8, 8), 90), "TIFF"), (90, 90, 90)),
+    "CMYK": (encode(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG"), (255, 0, 0)),
+    "1 white": (encode(Image.new("1", (8, 8), 1)), (255, 255, 255)),
+    "1 black": (encode(Image.new("1", (8, 8), 0)), (0, 0, 0)),
+    "JPEG": (encode(Image.new("RGB", (8, 8), (10, 200, 30)), "JPEG", quality=95), (10, 200, 30)),
+    "WebP": (encode(Image.new("RGB", (8, 8), (10, 200, 30)), "WEBP", lossless=True), (10, 200, 30)),
+    "BMP": (encode(Image.new("RGB", (8, 8), (10, 200, 30)), "BMP"), (10, 200, 30)),
+}
+
+
+@pytest.mark.parametrize("size", [None, 4, 16])
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_as_colour_and_grey(mode, size):
+    data, colour = MODES[mode]
+    grey = round(np.dot(colour, (0.299, 0.587, 0.114)))
+    for channels, want in ((3, colour), (1, [grey])):
+        pixels = decode_image(data, size, channels)
+        assert pixels.dtype == np.uint8
+        assert pixels.shape == (size or 8, size or 8, channels)
+        np.testing.assert_allclose(pixels[0, 0].astype(int), want, atol=3)
+
+
+@pytest.mark.parametrize(("orientation", "corner"), [(1, (0, 0)), (3, (1, 1)), (6, (0, 1)), (8, (1, 0))])
+def test_orientation_is_followed(orientation, corner):
+    """The bright top left corner of the stored image is seen elsewhere."""
+    pixels = np.zeros((32, 48), np.uint8)
+    pixels[:16, :24] = 255
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    seen = decode_image(encode(pixels, "JPEG", exif=exif, quality=95), None, 1)[..., 0]
+    assert seen.shape == ((48, 32) if orientation in (6, 8) else (32, 48))
+    h, w = seen.shape
+    bright = {(y, x) for y in (0, 1) for x in (0, 1) if seen[h // 4 + y * h // 2, w // 4 + x * w // 2] > 128}
+    assert bright == {corner}
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+@pytest.mark.parametrize("wide", [True, False])
+@pytest.mark.parametrize("side", [60, 300])
+def test_the_centre_is_cut_out(kind, wide, side):
+    """JPEG is decoded at a fraction of its size, which must not move the box."""
+    thirds = np.repeat(np.asarray([0, 150, 0], np.uint8), side)
+    pixels = np.tile(thirds, (side, 1))
+    pixels = pixels if wide else pixels.T.copy()
+    seen = decode_image(encode(pixels, kind, **({"quality": 95} if kind == "JPEG" else {})), 20, 1)
+    assert (np.abs(seen[1:-1, 1:-1].astype(int) - 150) <= 4).all()
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 700), (700, 1), (3, 2000), (2, 1)])
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+@pytest.mark.parametrize("crop", [False, True])
+def test_extreme_shapes(shape, kind, crop):
+    data = encode(np.full(shape, 90, np.uint8), kind)
+    for seed in range(5 if crop else 1):
+        pixels = decode_image(data, 8, 3, rng=np.random.default_rng(seed) if crop else None)
+        assert pixels.shape == (8, 8, 3)
+        np.testing.assert_allclose(pixels.astype(int), 90, atol=2)
+
+
+def test_own_size_is_exact():
+    pixels = noise(5, 9, 3)
+    for size in (None, 5):
+        np.testing.assert_array_equal(decode_image(encode(pixels[:, :5]), size, 3), pixels[:, :5])
+    assert decode_image(encode(pixels), None, 3).shape == (5, 9, 3)
+
+
+def test_random_box_depends_on_the_generator_alone():
+    data = encode(noise(40, 60, 3))
+
+    def crop(seed):
+        return decode_image(data, 16, 3, rng=np.random.default_rng(seed))
+
+    np.testing.assert_array_equal(crop(0), crop(0))
+    assert len({crop(seed).tobytes() for seed in range(8)}) == 8
+    assert (crop(0) != decode_image(data, 16, 3)).any()
+
+
+@quick
+@given(st.integers(1, 3000), st.integers(1, 3000), st.integers(0, 2**32))
+def test_random_box_lies_inside(width, height, seed):
+    left, top, right, bottom = random_box(width, height, np.random.default_rng(seed))
+    assert left >= 0 and top >= 0 and right <= width + 1e-9 and bottom <= height + 1e-9
+    w, h = right - left, bottom - top
+    if w == pytest.approx(h) and w == pytest.approx(min(width, height)):
+        return  # the centre, where no box of such a shape fits
+    assert 0.08 - 1e-6 <= w * h / (width * height) <= 1 + 1e-6
+    assert 3 / 4 - 1e-6 <= w / h <= 4 / 3 + 1e-6
+
+
+def test_random_box_of_a_gradient():
+    """What is seen is a stretch of the image, neither mirrored nor wrapped."""
+    pixels = np.tile(np.arange(200, dtype=np.uint8), (200, 1))
+    seen = decode_image(encode(pixels), 10, 1, rng=np.random.default_rng(1))[0, :, 0].astype(int)
+    assert (np.diff(seen) > 0).all()
+    assert 0 <= seen[0] < seen[-1] <= 199
+
+
+# ---- splits in memory and encoded ----------------------------------------------------------------------------------
+
+PIXELS = np.zeros((4, 2, 2, 3), np.uint8)
+
+
+def encoded(files, labels=None, **options):
+    return Encoded(
+        read=lambda i: (files[i], 0 if labels is None else labels[i]),
+        name=lambda i: f"file {i}",
+        indices=np.arange(len(files)),
+        **{"size": None, "channels": 3, **options},
+    )
+
+
+def test_decode_all_keeps_the_order():
+    images = noise(600, 4, 4, 3)  # more than one thread's part
+    labels = np.arange(600)
+    source = encoded([encode(image) for image in images], labels).subset(np.arange(599, 0, -1))
+    decoded = decode_all(source)
+    np.testing.assert_array_equal(decoded.images, images[:0:-1])
+    np.testing.assert_array_equal(decoded.labels, labels[:0:-1])
+    assert decoded.labels.dtype == np.int32
+
+
+def test_decode_all_reads_many_at_once_where_it_can():
+    images = noise(300, 4, 4, 3)
+    files = [encode(image) for image in images]
+
+    def one_by_one(position):
+        raise AssertionError("one by one")
+
+    source = Encoded(
+        read=one_by_one,
+        read_many=lambda positions: [(files[p], p) for p in positions],
+        name=str,
+        indices=np.arange(10, 300),
+        size=None,
+        channels=3,
+    )
+    decoded = decode_all(source)
+    np.testing.assert_array_equal(decoded.images, images[10:])
+    np.testing.assert_array_equal(decoded.labels, np.arange(10, 300))
+
+
+def test_only_broken_images_are_skipped():
+    def read(position):
+        raise UsageError("a label out of range")
+
+    with pytest.raises(UsageError, match="a label out of range"):
+        decode_all(Encoded(read=read, name=str, indices=np.arange(3), size=4, channels=3), skip_broken=True)
+
+
+def test_decode_all_of_several_sizes():
+    with pytest.raises(UsageError, match=r"differ in size: pass --data\.image-size"):
+        decode_all(encoded([encode(noise(4, 4, 3)), encode(noise(5, 4, 3))]))
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "message"),
+    [
+        (PIXELS.astype(np.float32), np.zeros(4, int), "images must be uint8 .* not float32"),
+        (PIXELS[..., 0], np.zeros(4, int), r"images must be uint8 \[N, H, W, C\], not uint8 \(4, 2, 2\)"),
+        (PIXELS, np.zeros(3, int), r"labels must be integers \[4\], not int64 \(3,\)"),
+        (PIXELS, np.zeros((4, 1), int), r"labels must be integers \[4\]"),
+        (PIXELS, np.zeros(4), r"labels must be integers \[4\], not float64"),
+        (PIXELS, np.asarray([0, 1, 0, -1]), "labels run from -1 to -?1, but there are 2 classes"),
+        (PIXELS[:2], np.zeros(2, int), "2 images are too few to hold some back for test"),
+        (PIXELS[:0], np.zeros(0, int), "0 images are too few"),
+    ],
+)
+def test_arrays_that_are_no_set(images, labels, message):
+    with pytest.raises(UsageError, match=message):
+        from_arrays(images, labels)
+
+
+def test_labels_beyond_the_named_classes():
+    images, labels = noise(20, 2, 2, 1), np.arange(20) % 3
+    with pytest.raises(UsageError, match=r"there are 2 classes \(0 to 1\)"):
+        from_arrays(images, labels, classes=["a", "b"])
+    with pytest.raises(UsageError, match=r"test: labels run from 7 to 7"):
+        from_arrays(images, labels, test=(images[:1], np.asarray([7])))
+
+
+def test_from_arrays():
+    images, labels = noise(50, 3, 4, 1), np.arange(50) % 5
+    data = from_arrays(images, labels, classes="abcde", validation=0.2)
+    assert data.classes == tuple("abcde")
+    assert data.image_shape == (3, 4, 1)
+    assert counts(data) == {"train": 32, "validation": 8, "test": 10}
+    rows = np.concatenate([s.images for s in data.splits.values()])
+    assert sorted(r.tobytes() for r in rows) == sorted(i.tobytes() for i in images)
+    given_test = from_arrays(images, labels, test=(images[:7], labels[:7]))
+    assert counts(given_test) == {"train": 45, "validation": 5, "test": 7}
+    assert given_test.classes == tuple("01234")
+
+
+@quick
+@given(st.integers(2, 400), st.floats(0.001, 0.999), st.integers(0, 2**32))
+def test_split_indices(count, fraction, seed):
+    kept, held = split_indices(count, fraction, seed)
+    assert sorted([*kept, *held]) == list(range(count))  # disjoint and complete
+    assert len(held) == min(max(round(count * fraction), 1), count - 1)
+    assert (np.diff(kept) > 0).all() and (np.diff(held) > 0).all()
+    for again, first in zip(split_indices(count, fraction, seed), (kept, held), strict=True):
+        np.testing.assert_array_equal(again, first)
+
+
+@quick
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=200), st.floats(0.001, 0.999), st.integers(0, 2**32))
+def test_split_by_class(labels, fraction, seed):
+    labels = np.asarray(labels)
+    kept, held = split_by_class(labels, fraction, seed)
+    assert sorted([*kept, *held]) == list(range(len(labels)))
+    for label, count in zip(*np.unique(labels, return_counts=True), strict=True):
+        assert (labels[held] == label).sum() == min(max(round(count * fraction), 1), count - 1)
+    np.testing.assert_array_equal(split_by_class(labels, fraction, seed)[1], held)
+
+
+def test_splits_differ_by_seed():
+    labels = np.arange(100) % 4
+    assert len({tuple(split_indices(100, 0.2, seed)[1]) for seed in range(5)}) == 5
+    assert len({tuple(split_by_class(labels, 0.2, seed)[1]) for seed in range(5)}) == 5
+
+
+# ---- built-in sets -------------------------------------------------------------------------------------------------
+
+
+def test_digits(tfds_dir):
+    data = load("digits")
+    assert data.image_shape == (8, 8, 1)
+    assert data.classes == tuple("0123456789")
+    assert counts(data) == {"train": 1293, "validation": 144, "test": 360}
+    assert prepared_folder("digits", tfds_dir) == tfds_dir / "digits" / "1.0.0"
+    # The scans themselves, each once, in 17 shades.
+    scans, labels = load_digits(return_X_y=True)
+    want = sorted((bytes(np.rint(s * 255 / 16).astype(np.uint8)), int(y)) for s, y in zip(scans, labels, strict=True))
+    got = [(s.images[i].tobytes(), int(s.labels[i])) for s in data.splits.values() for i in range(len(s))]
+    assert sorted(got) == want
+    assert np.bincount(data.test.labels).min() >= 34  # a fifth of each class
+
+
+def test_digits_are_split_the_same_for_everybody(tfds_dir, tmp_path):
+    """Prepared anew, in another process, without TensorFlow."""
+    script = (
+        "import hashlib, sys; from train.data.sets import load; d = load('digits', dir=sys.argv[1]);"
+        "print(*(hashlib.sha256(s.images.tobytes() + s.labels.tobytes()).hexdigest() for s in d.splits.values()));"
+        "sys.exit(10 if 'tensorflow' in sys.modules else 0)"
+    )
+    line = [sys.executable, "-W", "error", "-c", script, tmp_path]
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+    here = [hashlib.sha256(s.images.tobytes() + s.labels.tobytes()) for s in load("digits").splits.values()]
+    assert done.stdout.split() == [h.hexdigest() for h in here]  # and TFDS prints nothing of its own
+
+
+def test_digits_validation_split_is_seeded(tfds_dir):
+    first, again, other = (load("digits", split_seed=seed).validation.images for seed in (0, 0, 1))
+    np.testing.assert_array_equal(first, again)
+    assert (first != other).any()
+    assert len(load("digits", validation=0.25).validation) == 359
+
+
+def test_digits_prepared_by_two_runs_at_once(tmp_path, monkeypatch):
+    """The second to finish finds the folder there, and uses it."""
+    from train.data.digits import Digits
+
+    download_and_prepare = Digits.download_and_prepare
+
+    def late(builder):
+        download_and_prepare(builder)
+        raise FileExistsError("Cannot rename. Destination already exists.")
+
+    monkeypatch.setattr(Digits, "download_and_prepare", late)
+    assert prepare("digits", tmp_path) == tmp_path / "digits" / "1.0.0"
+
+
+def test_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match=f"cannot prepare digits in {tmp_path}/file: "):
+        load("digits", dir=tmp_path / "file")
+
+
+def test_synthetic():
+    data, again = load("synthetic"), load("synthetic")
+    assert data.image_shape == (32, 32, 3)
+    assert counts(data) == {"train": 1843, "validation": 205, "test": 512}
+    np.testing.assert_array_equal(data.train.images, again.train.images)
+    assert load("synthetic", image_size=8).image_shape == (8, 8, 3)
+    # It can be learned: the nearest class mean already tells the classes apart.
+    means = np.stack([data.train.images[data.train.labels == c].mean(0) for c in range(10)])
+    distance = ((data.test.images[:, None].astype(np.float32) - means) ** 2).sum((2, 3, 4))
+    assert (distance.argmin(1) == data.test.labels).mean() > 0.9
+
+
+def test_synthetic_is_in_memory_whatever_the_limit():
+    assert isinstance(load("synthetic", image_size=8, memory_limit=0).train, Arrays)
+    with pytest.raises(UsageError, match="synthetic is not decoded"):
+        load("synthetic", image_size=8, random_crop=True)
+
+
+@pytest.mark.parametrize("fraction", [0.0, 1.0, -0.1, 2.0])
+def test_validation_fraction_out_of_range(fraction):
+    with pytest.raises(UsageError, match="the validation fraction must lie between 0 and 1"):
+        load("synthetic", validation=fraction)
+
+
+def test_unknown_way_with_broken_images():
+    with pytest.raises(UsageError, match="choose one of refuse, skip"):
+        load("synthetic", broken="ignore")
+
+
+# ---- prepared TFDS sets --------------------------------------------------------------------------------------------
+
+LABELS = tfds.features.ClassLabel(num_classes=3)
+
+
+def make_set(root, name, splits, *, shape=(6, 6, 3), features=None, version="1.0.0"):
+    """Prepare a TFDS set of `splits`: name -> [(encoded image, label), ...]."""
+    features = features or {"image": tfds.features.Image(shape=shape), "label": LABELS}
+
+    def examples(files):
+        for key, (data, label) in enumerate(files):
+            values = {"image": io.BytesIO(data), "label": label, "photo": io.BytesIO(data), "kind": label}
+            yield key, {k: values[k] for k in features}
+
+    body = {
+        "VERSION": tfds.core.Version(version),
+        "_info": lambda self: tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features)),
+        "_split_generators": lambda self, dl_manager: {k: examples(files) for k, files in splits.items()},
+        "_generate_examples": None,
+    }
+    with tfds.core.registered.skip_registration():
+        kind = type(name, (tfds.core.GeneratorBasedBuilder,), {"name": name, **body})
+    kind(data_dir=root, file_format="array_record").download_and_prepare()
+
+
+def pictures(count, *, size=(6, 6), label=None, seed=0):
+    return [(encode(noise(*size, 3, seed=seed + i)), i % 3 if label is None else label) for i in range(count)]
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    tfds.disable_progress_bar()
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """A data_dir with one good set, of 30 and 6 images of 6x6."""
+    tfds.disable_progress_bar()
+    root = tmp_path_factory.mktemp("plain")
+    make_set(root, "plain", {"train": pictures(30), "test": pictures(6, seed=100)})
+    return root
+
+
+def test_prepared_set(plain):
+    data = load("plain", dir=plain)
+    assert counts(data) == {"train": 27, "validation": 3, "test": 6}
+    assert data.image_shape == (6, 6, 3)
+    assert data.classes == ("0", "1", "2")
+    want = sorted(noise(6, 6, 3, seed=100 + i).tobytes() for i in range(6))
+    assert sorted(image.tobytes() for image in data.test.images) == want
+    assert load("plain", dir=plain, image_size=4).image_shape == (4, 4, 3)
+    assert load("plain", dir=str(plain)).name == "plain"
+
+
+def test_large_sets_stay_encoded(plain):
+    whole = load("plain", dir=plain)
+    data = load("plain", dir=plain, memory_limit=0)
+    for split, source in data.splits.items():
+        assert isinstance(source, Encoded)
+        assert not source.random_crop
+        assert len(source) == len(whole.splits[split])
+        for i, example in enumerate(source):
+            np.testing.assert_array_equal(example["image"], whole.splits[split].images[i])
+            assert example["label"] == whole.splits[split].labels[i]
+            assert example["label"].dtype == np.int32
+    bytes_decoded = 36 * 6 * 6 * 3
+    assert isinstance(load("plain", dir=plain, memory_limit=bytes_decoded).train, Arrays)
+    assert isinstance(load("plain", dir=plain, memory_limit=bytes_decoded - 1).train, Encoded)
+
+
+@pytest.mark.parametrize("size", [4, 6], ids=["smaller", "the images' own"])
+def test_random_crop_is_for_training_alone(plain, size):
+    data = load("plain", dir=plain, memory_limit=0, random_crop=True, image_size=size)
+    assert {k: s.random_crop for k, s in data.splits.items()} == {"train": True, "validation": False, "test": False}
+
+    def views(source):
+        return {source.example(0, np.random.default_rng(seed))["image"].tobytes() for seed in range(3)}
+
+    assert len(views(data.train)) == 3
+    assert len(views(data.validation)) == len(views(data.test)) == 1
+    np.testing.assert_array_equal(data.train[0]["image"], data.train.example(0, None)["image"])
+
+
+def test_random_crop_keeps_a_small_training_split_encoded(plain):
+    data = load("plain", dir=plain, random_crop=True, image_size=6)
+    assert isinstance(data.train, Encoded) and data.train.random_crop
+    assert isinstance(data.validation, Arrays) and isinstance(data.test, Arrays)
+
+
+def test_random_crop_needs_a_size(plain):
+    with pytest.raises(UsageError, match=r"--data\.random-crop needs --data\.image-size"):
+        load("plain", dir=plain, memory_limit=0, random_crop=True)
+
+
+def test_versions(tmp_path):
+    for version, count in (("1.0.0", 10), ("1.9.0", 20), ("1.10.0", 30)):
+        make_set(tmp_path, "many", {"train": pictures(count), "test": pictures(3)}, version=version)
+
+    def size(name):
+        data = load(name, dir=tmp_path)
+        return len(data.train) + len(data.validation)
+
+    assert size("many") == 30  # the newest, which is not the last by name
+    assert size("many/1.0.0") == 10
+    assert size("many/1.9.0") == 20
+    with pytest.raises(UsageError, match=r"no prepared set 'many/2\.0\.0' .*there: many\)"):
+        load("many/2.0.0", dir=tmp_path)
+
+
+def test_unfinished_version_is_none(plain, tmp_path):
+    unfinished = tmp_path / "plain" / "incomplete.ABC_1.0.0"
+    unfinished.parent.mkdir()
+    unfinished.symlink_to(plain / "plain" / "1.0.0")
+    assert prepared_folder("plain", tmp_path) is None
+
+
+def test_unknown_set(plain, tmp_path):
+    with pytest.raises(
+        UsageError, match=rf"no prepared set 'cifar11' in {plain} \(there: plain\); 'python -m train.data.sets"
+    ):
+        load("cifar11", dir=plain)
+    with pytest.raises(UsageError, match=r"\(there: none\)"):
+        load("cifar11", dir=tmp_path / "nowhere")
+    with pytest.raises(UsageError, match="no prepared set ''"):
+        load("", dir=plain)
+
+
+def test_lone_validation_split_is_the_test_split(tmp_path):
+    make_set(tmp_path, "lone", {"train": pictures(20), "validation": pictures(5)})
+    data = load("lone", dir=tmp_path)
+    assert counts(data) == {"train": 18, "validation": 2, "test": 5}
+
+
+def test_three_splits_are_taken_as_they_are(tmp_path):
+    make_set(tmp_path, "three", {"train": pictures(20), "validation": pictures(5), "test": pictures(4)})
+    assert counts(load("three", dir=tmp_path)) == {
+        "train": 20,
+        "validation": 5,
+        "test": 4,
+    }
+
+
+def test_test_split_without_labels_is_none(tmp_path):
+    """As ImageNet's in TFDS: results are reported on the validation split."""
+    make_set(tmp_path, "contest", {"train": pictures(20), "validation": pictures(5), "test": pictures(7, label=-1)})
+    assert counts(load("contest", dir=tmp_path)) == {
+        "train": 18,
+        "validation": 2,
+        "test": 5,
+    }
+
+
+@pytest.mark.parametrize("memory_limit", [0, 1 << 20])
+@pytest.mark.parametrize("broken", ["refuse", "skip"])
+def test_label_out_of_range(memory_limit, broken, tmp_path):
+    """A wrong label is no broken image: never skipped."""
+    make_set(tmp_path, "wrong", {"train": [*pictures(10), *pictures(1, label=-1)], "test": pictures(3)})
+    with pytest.raises(UsageError, match=r"label -1 of image \d+ of wrong train is out of range"):
+        data = load("wrong", dir=tmp_path, memory_limit=memory_limit, broken=broken)
+        for source in (data.train, data.validation):
+            list(source)
+
+
+def test_no_train_split(tmp_path):
+    make_set(tmp_path, "notrain", {"test": pictures(5), "extra": pictures(5)})
+    with pytest.raises(UsageError, match=r"notrain has no split named train \(there: (test, extra|extra, test)\)"):
+        load("notrain", dir=tmp_path)
+
+
+def test_features_of_other_names(tmp_path):
+    features = {"photo": tfds.features.Image(shape=(6, 6, 3)), "kind": LABELS}
+    make_set(tmp_path, "other", {"train": pictures(10), "test": pictures(3)}, features=features)
+    assert load("other", dir=tmp_path).image_shape == (6, 6, 3)
+
+
+@pytest.mark.parametrize(("feature", "missing"), [("image", "ClassLabel"), ("label", "Image")])
+def test_set_that_is_no_classification(feature, missing, tmp_path):
+    features = {"image": tfds.features.Image(shape=(6, 6, 3)), "label": LABELS}
+    make_set(tmp_path, "half", {"train": pictures(5)}, features={feature: features[feature]})
+    with pytest.raises(UsageError, match=f"half is no classification set: it has no {missing} feature"):
+        load("half", dir=tmp_path)
+
+
+def test_set_of_several_sizes(tmp_path):
+    files = pictures(6) + pictures(6, size=(9, 7))
+    make_set(tmp_path, "sizes", {"train": files, "test": pictures(2)}, shape=(None, None, 3))
+    with pytest.raises(UsageError, match=r"the images of sizes differ in size: pass --data\.image-size"):
+        load("sizes", dir=tmp_path)
+    assert load("sizes", dir=tmp_path, image_size=5).image_shape == (5, 5, 3)
+
+
+@pytest.mark.parametrize(("channels", "want"), [(1, 1), (3, 3), (4, 3)])
+def test_channels(channels, want, tmp_path):
+    files = [(encode(noise(6, 6, channels, seed=i).squeeze()), i % 3) for i in range(6)]
+    shape = (6, 6, channels)
+    make_set(tmp_path, "deep", {"train": files, "test": files}, shape=shape)
+    data = load("deep", dir=tmp_path, memory_limit=0)
+    assert data.image_shape == (6, 6, want)
+    assert data.train.channels == want
+
+
+def test_broken_image_in_a_prepared_set(tmp_path, capsys):
+    files = pictures(9)
+    files[4] = (files[4][0][:50], 1)
+    make_set(tmp_path, "torn", {"train": files, "test": pictures(3)})
+    with pytest.raises(UsageError, match=r"1 of \d+ images are broken: cannot read image \d+ of torn train: "):
+        load("torn", dir=tmp_path)
+    assert sum(map(len, load("torn", dir=tmp_path, broken="skip").splits.values())) == 11
+    assert capsys.readouterr().err.startswith("warning: skipped 1 of ")
+
+
+def test_set_stored_without_random_access(plain, tmp_path):
+    """What TFDS prepares by default."""
+    folder = tmp_path / "plain" / "1.0.0"
+    folder.mkdir(parents=True)
+    for file in (plain / "plain" / "1.0.0").iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    info = json.loads((folder / "dataset_info.json").read_text())
+    (folder / "dataset_info.json").write_text(json.dumps({**info, "fileFormat": "tfrecord"}))
+    with pytest.raises(UsageError, match="in a format without random access: prepare it as array_record"):
+        load("plain", dir=tmp_path)
+
+
+def test_default_data_dir(monkeypatch, tmp_path):
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+    assert default_data_dir() == tmp_path
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("TFDS_DATA_DIR", "~/sets")
+    assert default_data_dir() == tmp_path / "sets"
+    for unset in (lambda: monkeypatch.setenv("TFDS_DATA_DIR", ""), lambda: monkeypatch.delenv("TFDS_DATA_DIR")):
+        unset()
+        assert default_data_dir() == tmp_path / "tensorflow_datasets"
+
+
+def test_default_data_dir_is_used(monkeypatch, plain):
+    monkeypatch.setenv("TFDS_DATA_DIR", str(plain))
+    assert len(load("plain").test) == 6
+
+
+# ---- preparing -----------------------------------------------------------------------------------------------------
+
+
+def test_stock_set_needs_tensorflow(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "tensorflow", None)  # as if it were not installed
+    with pytest.raises(UsageError, match=r"^preparing a stock TFDS set needs TensorFlow: pip install .*\[prepare\]'$"):
+        prepare("cifar10", tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"), [("cifer10", "did you mean cifar10"), ("cifer10:3.0.2", "cifar10"), ("zzqqzz", "see https://")]
+)
+def test_unknown_stock_set(name, hint, tmp_path):
+    with pytest.raises(UsageError, match=f"TFDS has no set '{name.split(':')[0]}': .*{hint}") as error:
+        prepare(name, tmp_path)
+    assert len(str(error.value)) < 200  # not all of the hundreds
+
+
+@pytest.fixture
+def stock(monkeypatch, tmp_path):
+    """`stock(download)` puts a stand-in, which prepares itself by calling `download`, in the place of cifar10."""
+
+    def put(download):
+        monkeypatch.setitem(sys.modules, "tensorflow", types.ModuleType("tensorflow"))
+        for variable in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
+            monkeypatch.delenv(variable, raising=False)
+
+        def builder(name, *, data_dir, file_format):
+            assert (name, data_dir, file_format) == ("cifar10", tmp_path, "array_record")
+            return types.SimpleNamespace(
+                info=types.SimpleNamespace(homepage="https://www.cs.toronto.edu/~kriz/cifar.html"),
+                data_dir=str(tmp_path / "cifar10" / "3.0.2"),
+                download_and_prepare=download,
+            )
+
+        monkeypatch.setattr(tfds, "builder", builder)
+
+    return put
+
+
+def refuse(address, timeout):
+    raise OSError(f"nobody at {address} within {timeout}")
+
+
+def never():
+    raise AssertionError("TFDS was asked to download")
+
+
+def test_unreachable_source_fails_at_once(stock, monkeypatch, tmp_path):
+    stock(never)
+    monkeypatch.setattr(socket, "create_connection", refuse)
+    with pytest.raises(UsageError, match=r"cannot reach www\.cs\.toronto\.edu .*443\) within [1-9]\.0"):
+        prepare("cifar10", tmp_path)
+
+
+def test_behind_a_proxy_nothing_is_asked_directly(stock, monkeypatch, tmp_path):
+    downloads = []
+    stock(lambda: downloads.append("cifar10"))
+    monkeypatch.setattr(socket, "create_connection", refuse)
+    monkeypatch.setenv("https_proxy", "http://proxy:3128")
+    assert prepare("cifar10", tmp_path) == tmp_path / "cifar10" / "3.0.2"
+    assert downloads == ["cifar10"]
+
+
+def test_prepared_stock_set_needs_no_network(stock, monkeypatch, tmp_path):
+    stock(never)
+    monkeypatch.setattr(socket, "create_connection", refuse)
+    (tmp_path / "cifar10" / "3.0.2").mkdir(parents=True)
+    assert prepare("cifar10", tmp_path) == tmp_path / "cifar10" / "3.0.2"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        AssertionError("Manual directory does not exist. Download it by hand"),
+        tfds.download.DownloadError("Failed to get url. HTTP code: 404."),
+        OSError("Not enough disk space"),
+    ],
+)
+def test_failed_preparation_is_one_error(error, stock, monkeypatch, tmp_path):
+    def download():
+        print("TFDS talks a lot")
+        raise error
+
+    stock(download)
+    monkeypatch.setattr(socket, "create_connection", lambda address, timeout: io.BytesIO())
+    with pytest.raises(UsageError, match=f"cannot prepare cifar10 in {tmp_path}: {error}"):
+        prepare("cifar10", tmp_path)
+
+
+def test_command_line(command, tmp_path):
+    done = command("train.data.sets", "prepare", "nosuch", "--dir", tmp_path)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: TFDS has no set 'nosuch': ")
+    assert done.stderr.count("\n") == 1
+    done = command("train.data.sets", "prepare", "digits", "--dir", tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == f"{tmp_path}/digits/1.0.0\n"

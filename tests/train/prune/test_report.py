@@ -1,0 +1,270 @@
+"""What pruning did, counted, timed, told and drawn."""
+
+import json
+import math
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from resnet_jax.layers import CifarStem
+from resnet_jax.masks import no_masks
+from resnet_jax.resnet import MODELS, BasicBlock, ResNet
+from resnet_jax.tree import leaves, map_with_path
+from tests.reference.nets import tiny
+from train.bench.work import forward
+from train.errors import UsageError
+from train.prune.latency import latency
+from train.prune.layers import layer_table, totals
+from train.prune.layers import text as layers_text
+from train.prune.report import NAMED, Network, describe, draw, text
+from train.prune.sensitivity import prune_smallest, sensitivity
+from train.state import init_variables
+
+IMAGE = (8, 8, 3)
+# Of tiny(): path, shape, positions of its output.
+TINY = [
+    ("stem/conv/kernel", [3, 3, 3, 8], 64),
+    ("stage1_block1/conv1/kernel", [3, 3, 8, 8], 64),
+    ("stage1_block1/conv2/kernel", [3, 3, 8, 8], 64),
+    ("stage2_block1/conv1/kernel", [3, 3, 8, 16], 16),
+    ("stage2_block1/conv2/kernel", [3, 3, 16, 16], 16),
+    ("stage2_block1/shortcut/conv/kernel", [1, 1, 8, 16], 16),
+    ("head/kernel", [16, 4], 1),
+]
+FIRST, HEAD = TINY[0][0], TINY[-1][0]
+
+
+def shapes_of(model, image_shape):
+    return jax.eval_shape(lambda key: model.init(key, jnp.zeros((1, *image_shape))), jax.random.key(0))
+
+
+def with_mask(params, masks):
+    """Masks that keep everything but where `masks` has one."""
+    return map_with_path(lambda path, leaf: masks.get(path, np.ones((), bool)), params)
+
+
+@pytest.fixture(scope="module")
+def variables():
+    return init_variables(tiny(), jax.random.key(0), IMAGE)
+
+
+@pytest.fixture(scope="module")
+def masks(variables):
+    """Of the stem's 216 weights 54 are kept, of the first convolution's 576 none."""
+    kept = np.zeros((3, 3, 3, 8), bool)
+    kept[..., :2] = True
+    return with_mask(variables["params"], {FIRST: kept, TINY[1][0]: np.zeros((3, 3, 8, 8), bool)})
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "classes", "low", "high"),
+    [
+        # https://arxiv.org/abs/1512.03385 table 1 counts 3.8e9 with the stride on the 1x1; V1.5 is known for 4.09e9.
+        ("resnet50", 224, 1000, 4.085e9, 4.095e9),
+        ("resnet20", 32, 10, 40.55e6, 40.81e6),
+        ("resnet18_cifar", 32, 10, 0.555e9, 0.557e9),
+        ("resnext50_32x4d", 224, 1000, 4.22e9, 4.27e9),  # https://arxiv.org/abs/1611.05431 table 1: 4.2e9
+    ],
+)
+def test_macs_of_published_networks(name, size, classes, low, high):
+    model = MODELS[name](num_classes=classes)
+    shapes = shapes_of(model, (size, size, 3))
+    found = totals(layer_table(model, shapes, no_masks(shapes["params"]), (size, size, 3)), shapes)
+    assert low <= found["macs"] <= high
+    assert found["macs"] == found["nonzero_macs"] == forward(model, size).flops / 2  # counted from the program instead
+    assert found["parameters"] == found["kept_parameters"]
+    assert found["sparsity"] == 0
+
+
+def test_rows_of_a_network(variables, masks):
+    rows = layer_table(tiny(), variables, masks, IMAGE)
+    assert [(row["path"], row["shape"], row["macs"] // row["parameters"]) for row in rows] == TINY
+    assert all(row["parameters"] == math.prod(row["shape"]) for row in rows)
+    assert rows[0] | {"kept": 54, "sparsity": 0.75, "prunable": True, "nonzero_macs": 54 * 64} == rows[0]
+    assert rows[1] | {"kept": 0, "sparsity": 1.0, "prunable": True, "nonzero_macs": 0} == rows[1]
+    assert [row["kept"] for row in rows[2:]] == [row["parameters"] for row in rows[2:]]
+    assert not any(row["prunable"] for row in rows[2:])
+
+    found = totals(rows, variables)
+    assert found["parameters"] == sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
+    assert found["kept_parameters"] == found["parameters"] - 162 - 576
+    assert found["sparsity"] == 1 - 54 / (216 + 576)
+    assert found["macs"] - found["nonzero_macs"] == (162 + 576) * 64
+
+
+def test_table_fits_a_terminal():
+    shapes = shapes_of(MODELS["resnet50"](), (224, 224, 3))
+    table = layers_text(layer_table(MODELS["resnet50"](), shapes, no_masks(shapes["params"]), (224, 224, 3)))
+    lines = table.splitlines()
+    assert len(lines) == 1 + 54 + 1
+    assert max(map(len, lines)) <= 100
+    assert lines[1].split() == ["stem/conv", "7x7x3x64", "9,408", "9,408", "0.0%", "118.014", "118.014"]
+    assert lines[-1].split()[-1] == "4,089.184"
+
+
+def test_masks_that_do_not_fit(variables):
+    with pytest.raises(ValueError, match="broadcast"):
+        layer_table(tiny(), variables, with_mask(variables["params"], {FIRST: np.ones((3, 3, 3, 9), bool)}), IMAGE)
+
+
+@pytest.mark.parametrize("sparsity", [0, 0.1, 0.5, 0.77, 1])
+def test_prunes_an_exact_number_of_the_smallest(sparsity):
+    kernel = np.random.default_rng(0).standard_normal((3, 3, 4, 5)).astype(np.float32)
+    pruned = np.asarray(prune_smallest(jnp.asarray(kernel), sparsity))
+    gone = pruned == 0
+    assert gone.sum() == round(sparsity * kernel.size)
+    assert (pruned[~gone] == kernel[~gone]).all()
+    assert np.abs(kernel[gone]).max(initial=0) < np.abs(kernel[~gone]).min(initial=np.inf)
+
+
+def test_of_equal_weights_the_later_are_pruned():
+    assert prune_smallest(jnp.array([[1.0, -1.0], [2.0, 1.0]]), 0.5).tolist() == [[1.0, 0.0], [2.0, 0.0]]
+    with pytest.raises(ValueError, match=r"in \[0, 1\], got 1.5"):
+        prune_smallest(jnp.ones(4), 1.5)
+
+
+def test_sensitivity_prunes_one_layer_at_a_time():
+    params = {"a": {"kernel": jnp.array([3.0, 1.0, -2.0, 4.0])}, "b": {"kernel": jnp.array([1.0, 1.0]), "bias": 1.0}}
+    traces = []
+
+    @jax.jit
+    def evaluate(params):
+        traces.append(1)
+        return jnp.abs(params["a"]["kernel"]).sum() + 100 * params["b"]["kernel"].sum() + params["b"]["bias"]
+
+    found = sensitivity(evaluate, params, ["b/kernel", "a/kernel"], [0.0, 0.5, 0.75])
+    assert found == {"b/kernel": [211.0, 111.0, 11.0], "a/kernel": [211.0, 208.0, 205.0]}
+    assert json.loads(json.dumps(found)) == found
+    assert len(traces) == 1
+    with pytest.raises(ValueError, match="no parameters at c/kernel; there are a/kernel"):
+        sensitivity(evaluate, params, ["c/kernel"], [0.5])
+
+
+def test_latency_of_networks_in_turns(variables):
+    smaller = ResNet((1,), BasicBlock, num_classes=4, width=4, stem=CifarStem)
+    models = {"before": (tiny(), variables), "after": (smaller, init_variables(smaller, jax.random.key(0), IMAGE))}
+    found = latency(models, IMAGE, batches=(1, 4), steps=2, repeats=2)
+    assert {batch: list(timed) for batch, timed in found.items()} == {"1": [*models], "4": [*models]}
+    for timed in found.values():
+        assert all(times["step_ms"] > 0 and times["spread"] >= 0 for times in timed.values())
+        assert "speedup" not in timed["before"]
+        speedup = timed["after"]["speedup"]
+        assert 0 < speedup["low"] <= speedup["value"] <= speedup["high"]
+        assert speedup["value"] == pytest.approx(timed["before"]["step_ms"] / timed["after"]["step_ms"])
+    assert json.loads(json.dumps(found)) == found
+
+
+def timed(before, after, value):
+    speedup = {"value": value, "low": value - 0.1, "high": value + 0.1}
+    return {"before": {"step_ms": before}, "after": {"step_ms": after, "speedup": speedup}}
+
+
+@pytest.fixture(scope="module")
+def report(variables, masks):
+    network = {"model": tiny(), "variables": variables}
+    before = Network(**network, masks=no_masks(variables["params"]), accuracy=0.9, stored_bytes=20_000)
+    after = Network(**network, masks=masks, accuracy=0.8825, stored_bytes=5_000)
+    # Not in the order of the forward pass, as a tree's leaves are not.
+    found = {"baseline": 0.9, "sparsities": [0.5, 0.975], "accuracy": {HEAD: [0.8, 0.3], FIRST: [0.85, 0.6]}}
+    times = {"1": timed(1.0, 1.0, 1.0), "64": timed(20.0, 10.0, 2.0)}
+    return describe(before, after, IMAGE, latency=times, sensitivity=found)
+
+
+def test_report_is_json(report, variables, masks):
+    assert json.loads(json.dumps(report)) == report
+    assert report["layers"] == layer_table(tiny(), variables, masks, IMAGE)
+    assert report["after"]["latency_ms"] == {"1": 1.0, "64": 10.0}
+    assert report["after"]["bytes"] == 5_000
+    assert report["before"]["sparsity"] == 0
+
+
+def test_report_of_a_network_that_became_smaller(variables):
+    """Layers are told by what is left of those before: narrower, or gone."""
+    smaller = ResNet((1,), BasicBlock, num_classes=4, width=4, stem=CifarStem)
+    shapes = shapes_of(smaller, IMAGE)
+    before = Network(
+        model=tiny(), variables=variables, masks=no_masks(variables["params"]), accuracy=0.9, stored_bytes=2
+    )
+    after = Network(model=smaller, variables=shapes, masks=no_masks(shapes["params"]), accuracy=0.9, stored_bytes=1)
+    report = describe(before, after, IMAGE)
+    rows = {row["path"]: row for row in report["layers"]}
+    assert [*rows] == [path for path, _, _ in TINY]
+    stem, gone = rows[FIRST], rows["stage2_block1/conv1/kernel"]
+    assert (stem["kept"], stem["sparsity"], stem["nonzero_macs"]) == (3 * 3 * 3 * 4, 0.5, 3 * 3 * 3 * 4 * 64)
+    assert (gone["kept"], gone["sparsity"], gone["nonzero_macs"]) == (0, 1.0, 0)
+    assert report["after"]["macs"] == report["after"]["nonzero_macs"] < report["before"]["macs"]
+    told = text(report)
+    assert "Zeros are multiplied" not in told
+    assert "latency" not in told
+    assert "pruned to a sparsity" not in told
+
+
+def test_report_as_text(report):
+    lines = text(report).splitlines()
+    assert max(map(len, lines)) <= 100
+    told = [" ".join(line.split()) for line in lines]
+    parameters = f"{report['before']['parameters']:,}"
+    assert told[1:4] == [
+        "accuracy 90.00% 88.25% -1.75 points",
+        "bytes stored 20,000 5,000 4.00x less",
+        f"parameters {parameters} {parameters} the same",
+    ]
+    assert "latency, batch 64 20.00 ms 10.00 ms 2.00x as fast (1.90 to 2.10)" in told
+    assert any(line.startswith("Zeros are multiplied") for line in told)
+    assert "stage1_block1/conv1 3x3x8x8 576 0 100.0% 0.037 0.000" in told
+    assert told[-3:] == ["layer 50% 97.5%", "stem/conv 85.0 60.0", "head 80.0 30.0"]
+
+
+def drawn(report, path, monkeypatch):
+    """Draw, and return the figure that was saved."""
+    figure = pytest.importorskip("matplotlib.figure", reason="needs the extra plot").Figure
+    kept, save = [], figure.savefig
+
+    def keep(self, *args, **options):
+        kept.append(self)
+        save(self, *args, **options)
+
+    monkeypatch.setattr(figure, "savefig", keep)
+    draw(report, path)
+    assert path.stat().st_size > 10_000
+    return kept[0]
+
+
+def test_picture(report, tmp_path, monkeypatch):
+    figure = drawn(report, tmp_path / "pruned.png", monkeypatch)
+    titles = ["kept weights by layer", "before and after", "accuracy with one layer alone pruned"]
+    assert [axes.get_title() for axes in figure.axes] == titles
+    layers, sides, curves = figure.axes
+    assert [label.get_text() for label in layers.get_yticklabels()][:2] == ["stem/conv", "stage1_block1/conv1"]
+    assert all(axes.get_legend() is not None for axes in (layers, sides))
+    assert "20,000 → 5,000" in [label.get_text().strip() for label in sides.texts]
+    legend = figure.subfigs[1].legends[0]
+    assert [label.get_text() for label in legend.get_texts()] == ["stem/conv", "head"]
+    # A layer's curve has the colour of its bar.
+    bars = layers.containers[1]
+    assert curves.lines[0].get_color() == bars[0].get_facecolor()
+    assert curves.lines[1].get_color() == bars[-1].get_facecolor()
+
+
+def test_legend_of_many_layers_names_the_most_sensitive(tmp_path, monkeypatch):
+    model = MODELS["resnet32"]()
+    shapes = shapes_of(model, (32, 32, 3))
+    network = Network(model=model, variables=shapes, masks=no_masks(shapes["params"]), accuracy=0.9, stored_bytes=1)
+    kernels = [path for path in leaves(shapes["params"]) if path.endswith("kernel")]
+    assert len(kernels) == 32
+    found = {"baseline": 0.95, "sparsities": [0.5], "accuracy": {path: [0.9] for path in kernels}}
+    found["accuracy"]["stage3_block5/conv2/kernel"] = [0.1]
+    report = describe(network, network, (32, 32, 3), sensitivity=found)
+    figure = drawn(report, tmp_path / "pruned.png", monkeypatch)
+    names = [label.get_text() for label in figure.subfigs[1].legends[0].get_texts()]
+    assert len(names) == NAMED
+    assert "stage3_block5/conv2" in names
+
+
+def test_without_matplotlib(report, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(UsageError, match=r"pip install 'resnet-jax\[plot\]'"):
+        draw(report, tmp_path / "pruned.png")

@@ -1,0 +1,1007 @@
+"""`python -m train.prune` from end to end: schedules, scores, structures, what it delivers, resuming, every refusal."""
+
+import dataclasses
+import json
+import signal
+import time
+from collections.abc import Callable
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from resnet_jax.augment import augment_batch
+from resnet_jax.keys import example_keys
+from resnet_jax.layers import CifarStem
+from resnet_jax.masks import apply_masks, full_masks
+from resnet_jax.parallel import make_mesh
+from resnet_jax.resnet import MODELS, BasicBlock, ResNet
+from resnet_jax.tree import count, is_kernel, leaves
+from tests.reference.nets import QUICK
+from tests.train.test_run import Interrupted
+from train import run as run_module
+from train.__main__ import main as train_main
+from train.checkpoint import Checkpoints
+from train.config import TrainConfig, from_dict
+from train.from_config import eval_augment, load_data, make_model
+from train.predict import load as load_predict
+from train.prune.__main__ import main
+from train.prune.config import PruneConfig
+from train.prune.config import check as check_config
+from train.prune.presets import PRESETS
+from train.prune.sparse_file import is_sparse_file, load_sparse, save_sparse
+from train.report import main as report_main
+from train.run_folder import load_state, read_config
+from train.runtime import known_options
+from train.state import init_variables
+from train.weights import load_masks
+
+# Two stages of one block for 8x8 digits; its few steps take longer to optimise than to compute.
+TWO_BLOCKS = partial(ResNet, (1, 1), BasicBlock, stem=CifarStem)
+FAST = QUICK | known_options({"xla_backend_optimization_level": 0})
+NETWORK = ["--model", "two_blocks", "--width", "16"]
+ALIKE = ["--batch", "64", "--eval-every", "100", "--log-every", "1"]
+ALIKE += [part for name, value in FAST.items() for part in ("--xla", f"{name}={str(value).lower()}")]
+# 8 steps, in the recipe of either run.
+WHEN = ["--prune.every", "2", "--prune.end", "0.9"]
+ANEW = ["--steps", "8"]
+FINE = ["--steps", "6", "--optim.warmup-epochs", "0", "--optim.lr", "0.02"]
+LAYERS = [
+    "stage1_block1/conv1/kernel",
+    "stage1_block1/conv2/kernel",
+    "stage2_block1/conv1/kernel",
+    "stage2_block1/conv2/kernel",
+    "stage2_block1/shortcut/conv/kernel",
+]
+
+
+def after(*more):
+    """`more`, and 8 steps of training after pruning to 80 %, as far as this kind of pruning looks at that."""
+    at_once = not {"gradual", "acdc", "rigl", "set"} & {*more} and "--prune.schedule" in more
+    anew = {"rewind", "reinit", "random"} & {*more} or ("iterative" in more and "--prune.restart" not in more)
+    if "--prune.score" in more and more[more.index("--prune.score") + 1] == "random":
+        anew = set()
+    share = (
+        [] if "--prune.masks" in more or "--prune.sparsity" in more or "2:4" in more else ["--prune.sparsity", "0.8"]
+    )
+    return [*([] if anew else ["--prune.epochs", "0.4"]), *([] if at_once else WHEN), *share, *more]
+
+
+class Start(NamedTuple):
+    """What a training started from: the step, arrays by path, the place in the data."""
+
+    step: int
+    params: dict[str, np.ndarray]
+    masks: dict[str, np.ndarray]
+    position: Any
+
+
+class Pruned(NamedTuple):
+    """A run of pruning, and where each training in it started."""
+
+    out: Path
+    result: dict[str, Any]
+    starts: list[Start]
+
+
+def flat(tree):
+    return {path: np.array(leaf) for path, leaf in leaves(tree).items()}
+
+
+def one_device():
+    return make_mesh(jax.devices()[:1])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small(tfds_dir):
+    """Runs of this process are on one of its devices, and may be of the smaller network."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(MODELS, "two_blocks", TWO_BLOCKS)
+        patch.setattr(run_module, "make_mesh", one_device)
+        yield
+
+
+@pytest.fixture(scope="module")
+def dense(small, tmp_path_factory):
+    """The folder of the dense run that all others prune: two epochs."""
+    out = tmp_path_factory.mktemp("dense") / "run"
+    train_main(["digits", *NETWORK, "--steps", "40", "--optim.warmup-epochs", "0.5", *ALIKE, "--out", str(out)])
+    return out
+
+
+def prune(*arguments):
+    """Run it in this process; `--out` comes last."""
+    starts = []
+
+    def noting(step, state, data, **options):
+        starts.append(Start(int(state.step), flat(state.params), flat(state.masks), data.state()))
+        return fit(step, state, data, **options)
+
+    fit = run_module.fit
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_module, "fit", noting)
+        main([str(a) for a in arguments])
+    out = Path(arguments[-1])
+    return Pruned(out, json.loads((out / "result.json").read_text()), starts)
+
+
+@pytest.fixture(scope="module")
+def pruned(dense, tmp_path_factory) -> Callable[..., Pruned]:
+    """`pruned("--prune.schedule", "one_shot")` prunes the dense run like this, once."""
+    made: dict[tuple[str, ...], Pruned] = {}
+
+    def prune_dense(*more):
+        if more not in made:
+            made[more] = prune(dense, *after(*more), "--out", tmp_path_factory.mktemp("pruned") / "run")
+        return made[more]
+
+    return prune_dense
+
+
+ONE_SHOT = ("--prune.schedule", "one_shot")
+GRADUAL = ("--prune.schedule", "gradual")
+CHANNELS = (
+    *ONE_SHOT, "--prune.structure", "channels", "--prune.score", "norm_scale", "--prune.scope", "uniform",
+    "--prune.sparsity", "0.5", "--prune.recalibrate",
+)  # fmt: skip
+
+
+def masks_of(run):
+    """The masks of what can be pruned, by path."""
+    return {path: mask for path, mask in flat(load_state(Path(run)).masks).items() if mask.ndim}
+
+
+def kept_in(masks):
+    return sum(int(mask.sum()) for mask in masks.values())
+
+
+def rows_of(out, name):
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [round(row[name], 6) for row in rows if name in row]
+
+
+def assert_same(a, b):
+    assert list(a) == list(b)
+    for path in a:
+        np.testing.assert_array_equal(a[path], b[path], err_msg=path)
+
+
+def assert_pruned(out, result, share, *, slack=0):
+    """This share is pruned, to the weight; what is pruned is zero; the sparse file has the same weights and masks."""
+    state, masks = load_state(out), masks_of(out)
+    assert sorted(masks) == LAYERS
+    size = sum(mask.size for mask in masks.values())
+    assert abs(kept_in(masks) - (size - round(share * size))) <= slack
+    assert result["sparsity"] == pytest.approx(1 - kept_in(masks) / size, abs=1e-6)
+    assert_same(flat(state.params), flat(apply_masks(state.params, state.masks)))
+    variables, saved, about = load_sparse(Path(result["pruned_file"]))
+    assert_same(flat(saved), flat(state.masks))
+    widths = json.dumps(read_config(out, TrainConfig)[0].widths)
+    assert about == {"model": "two_blocks", "widths": widths, "classes": json.dumps([str(d) for d in range(10)])}
+    if read_config(out, PruneConfig)[0].prune.values == "float32":
+        assert_same(flat(variables), flat(state.variables))
+    return masks
+
+
+# ---- the command line ------------------------------------------------------------------------------------------------
+
+
+def by_command(out, *more):
+    small = ["--model", "resnet8", "--width", "8", "--batch", "64", "--steps", "40", "--eval-every", "1"]
+    return ["digits_prune", *small, "--prune.epochs", "1", "--prune.every", "4", *more, "--out", out]
+
+
+@pytest.fixture(scope="module")
+def finished(command, tmp_path_factory):
+    """(completed process, folder) of the default preset, scaled down, through the real command line."""
+    out = tmp_path_factory.mktemp("finished") / "run"
+    return command("train.prune", *by_command(out)), out
+
+
+@pytest.mark.slow
+def test_run_leaves_what_it_promises(finished):
+    done, out = finished
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result == json.loads((out / "result.json").read_text())
+    assert (result["preset"], result["steps"], result["epochs"]) == ("digits_prune", 20, 0.99)
+    masks = masks_of(out)
+    size = sum(mask.size for mask in masks.values())
+    assert kept_in(masks) == size - round(0.9 * size)
+    assert result["sparsity"] == pytest.approx(1 - kept_in(masks) / size, abs=1e-6)
+    assert result["pruned_bytes"] == Path(result["pruned_file"]).stat().st_size < result["dense_gzip_bytes"]
+    assert result["dense_bytes"] > 4 * result["parameters"] > 5 * result["pruned_bytes"]
+    assert result["pruned_file"] == str(out / "sparse.safetensors")
+    assert result["pruned_accuracy"] == result["test_accuracy"] > 0.1
+
+    dense = json.loads((out / "dense" / "result.json").read_text())
+    assert (dense["steps"], dense["epochs"], dense["test_accuracy"]) == (40, 1.98, result["dense_accuracy"])
+    assert not any(mask.ndim for mask in flat(load_state(out / "dense").masks).values())
+    for said in ("training the dense network in", "pruning to 90.0% (gradual)", "accuracy on test: dense "):
+        assert said in done.stderr
+    start = json.loads((out / "start.json").read_text())
+    assert start["sparsity"] == 0
+    assert start["validation_accuracy_before_pruning"] == start["validation_accuracy_before_training"]
+
+
+@pytest.mark.slow
+def test_finished_run_only_says_its_result(finished, command, fails):
+    done, out = finished
+    before = {p: p.stat().st_mtime_ns for p in out.rglob("*")}
+    again = command("train.prune", *by_command(out))
+    assert again.returncode == 0 and again.stdout == done.stdout.splitlines()[-1] + "\n"
+    assert before == {p: p.stat().st_mtime_ns for p in out.rglob("*")}
+    line = fails(2, main, [str(a) for a in by_command(out, "--prune.sparsity", "0.8", "--prune.score", "random")])
+    assert "other settings (prune.sparsity 0.9 -> 0.8, prune.score magnitude -> random); choose another" in line
+
+
+@pytest.mark.slow
+def test_killed_it_ends_bit_equal(finished, command, tmp_path):
+    """SIGKILL in the dense run, then in the pruning: the third start ends where the uninterrupted run did."""
+    out = tmp_path / "killed"
+    for folder in (out / "dense" / "checkpoints", out / "checkpoints"):
+        process = command("train.prune", *by_command(out, "--save-steps", 2), start=True)
+        deadline = time.monotonic() + 120
+        while not any(p.name.isdigit() for p in folder.glob("*")):
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+    third = command("train.prune", *by_command(out, "--save-steps", 2))
+    assert third.returncode == 0, third.stderr
+    assert "going on from step" in third.stderr
+    result, whole = json.loads(third.stdout.splitlines()[-1]), json.loads(finished[0].stdout.splitlines()[-1])
+    for name in ("params_digest", "test_loss", "sparsity", "dense_accuracy", "pruned_bytes"):
+        assert result[name] == whole[name]
+
+
+# ---- schedules -------------------------------------------------------------------------------------------------------
+
+
+def test_pruned_at_once(pruned):
+    out, result, [start] = pruned(*ONE_SHOT)
+    masks = assert_pruned(out, result, 0.8)
+    assert_same({path: start.masks[path] for path in masks}, masks)
+    measured = json.loads((out / "start.json").read_text())
+    assert measured["sparsity"] == pytest.approx(result["sparsity"])
+    assert measured["validation_accuracy_before_pruning"] > measured["validation_accuracy_before_training"]
+    assert result["dense_accuracy"] > result["pruned_accuracy"]
+
+
+def test_the_smallest_of_all_layers_go(pruned, dense):
+    masks, before = masks_of(pruned(*ONE_SHOT).out), flat(load_state(dense).params)
+    kept = np.concatenate([np.abs(before[path][mask]) for path, mask in masks.items()])
+    gone = np.concatenate([np.abs(before[path][~mask]) for path, mask in masks.items()])
+    assert gone.max() <= kept.min()
+
+
+def test_gradually(pruned):
+    out, result, [start] = pruned(*GRADUAL)
+    assert_pruned(out, result, 0.8)
+    assert all(mask.all() for mask in start.masks.values())
+    shares = rows_of(out, "sparsity")
+    assert shares == sorted(shares) and shares[0] == 0
+    # Every second step, and for the last time at round(0.9 * 8).
+    changes = [step for step, (a, b) in enumerate(zip([0, *shares], shares, strict=False), start=1) if a != b]
+    assert changes == [2, 4, 6, 7]
+    assert shares[-1] == pytest.approx(result["sparsity"], abs=1e-6)
+    np.testing.assert_allclose(shares[1], 0.8 - 0.8 * (5 / 7) ** 3, atol=1e-4)
+
+
+def test_alternating(pruned):
+    out, result, _ = pruned("--prune.schedule", "acdc")
+    assert_pruned(out, result, 0.8)
+    np.testing.assert_allclose(rows_of(out, "sparsity"), np.float32([0.8, 0.8, 0, 0, 0.8, 0.8, 0.8, 0.8]), atol=1e-4)
+
+
+@pytest.mark.parametrize("schedule", ["rigl", "set"])
+def test_weights_that_move(pruned, schedule):
+    out, result, [start] = pruned("--prune.schedule", schedule, "--prune.scope", "erk")
+    masks = assert_pruned(out, result, 0.8, slack=len(LAYERS))
+    moved = {path: int((mask & ~start.masks[path]).sum()) for path, mask in masks.items()}
+    assert all(mask.sum() == start.masks[path].sum() for path, mask in masks.items())
+    assert all(0 < moved[path] < mask.sum() for path, mask in masks.items() if not mask.all())
+    np.testing.assert_allclose(rows_of(out, "sparsity"), result["sparsity"], atol=1e-6)
+
+
+def levels_of(run):
+    """The states that the two levels of a run of `iterative` ended in, with its masks checked."""
+    share = 1 - 0.2**0.5
+    first, last = run.out / "level1", run.out
+    before = assert_pruned(first, json.loads((first / "result.json").read_text()), share)
+    after = assert_pruned(last, run.result, 0.8)
+    assert all(not (after[path] & ~before[path]).any() for path in after)
+    return load_state(first), load_state(last)
+
+
+ITERATIVE = ("--prune.schedule", "iterative", "--prune.levels", "2", "--prune.restart")
+
+
+def smallest_go(weights, masks, before):
+    """Whether the masks keep the largest of these weights among those of the masks before."""
+    kept = [np.abs(weights[path][masks[path]]) for path in LAYERS]
+    gone = [np.abs(weights[path][before[path] & ~masks[path]]) for path in LAYERS]
+    return np.concatenate(gone).max() <= np.concatenate(kept).min()
+
+
+def test_levels_that_rewind(small, tmp_path):
+    """Each level starts from the dense run's weights of step 3, and goes on in the data from there."""
+    keep = ["--save-steps", "3", "--keep-last", "9", "--prune.rewind-epochs", "0.15", "--prune.sparsity", "0.8"]
+    run = prune(*NETWORK, *ALIKE, *ANEW, *keep, *ITERATIVE, "rewind", "--out", tmp_path / "run")
+    first, _ = levels_of(run)
+    dense = load_state(run.out / "dense")
+    early, position = Checkpoints(run.out / "dense" / "checkpoints", writes=False).restore(dense, step=3)
+    assert [start.step for start in run.starts] == [0, 3, 3]
+    for start in run.starts[1:]:
+        assert start.position == position != run.starts[0].position
+        assert_same(start.params, {path: w * start.masks[path] for path, w in flat(early.params).items()})
+    everything = {path: np.ones_like(mask) for path, mask in run.starts[1].masks.items()}
+    assert smallest_go(flat(dense.params), run.starts[1].masks, everything)
+    assert smallest_go(flat(first.params), run.starts[2].masks, run.starts[1].masks)
+
+
+def test_levels_from_other_weights(dense, tmp_path):
+    """Each level starts from the same fresh weights, which are not those that the dense run started from."""
+    more = [*ANEW, "--prune.sparsity", "0.8", *ITERATIVE, "reinit"]
+    run = prune(dense, *more, "--out", tmp_path / "run")
+    levels_of(run)
+    first, second = run.starts
+    assert first.step == second.step == 0 and first.position == second.position
+    assert_same(second.params, {path: w * second.masks[path] for path, w in first.params.items()})
+    initial = dense_at_the_start()
+    assert all(not np.array_equal(w, initial[path] * first.masks[path]) for path, w in first.params.items() if w.any()
+               and is_kernel(path, w))  # fmt: skip
+
+
+def test_levels_that_go_on(pruned, dense):
+    run = pruned(*ITERATIVE, "finetune")
+    first, _ = levels_of(run)
+    for start, before in zip(run.starts, (load_state(dense), first), strict=True):
+        assert start.step == 0
+        assert_same(start.params, {path: w * start.masks[path] for path, w in flat(before.params).items()})
+
+
+def dense_at_the_start():
+    """The weights that a run of seed 0 starts from."""
+    model, key = TWO_BLOCKS(num_classes=10, width=16), jax.random.split(jax.random.key(0))[0]
+    return flat(init_variables(model, key, (8, 8, 1))["params"])
+
+
+def test_pruned_before_training(dense, tmp_path):
+    """SNIP at the start: random weights by the dense run's recipe, with masks from gradients."""
+    more = [*ONE_SHOT, "--prune.start", "random", "--prune.score", "snip", "--prune.sparsity", "0.8"]
+    out, result, [start] = prune(dense, *ANEW, *more, "--out", tmp_path / "run")
+    assert_pruned(out, result, 0.8)
+    assert result["steps"] == 8
+    assert_same(start.params, {path: w * start.masks[path] for path, w in dense_at_the_start().items()})
+
+
+# ---- scores, scopes, structures --------------------------------------------------------------------------------------
+
+RANKED = {
+    "random, uniform": ("--prune.score", "random", "--prune.scope", "uniform"),
+    "snip, erk": ("--prune.score", "snip", "--prune.scope", "erk"),
+    "taylor, lamp": ("--prune.score", "taylor", "--prune.scope", "lamp"),
+    "fisher": ("--prune.score", "fisher", "--prune.batches", "1"),
+    "synflow in rounds": ("--prune.score", "synflow", "--prune.rounds", "3", "--prune.recalibrate"),
+}
+
+
+@pytest.mark.parametrize("case", RANKED)
+def test_scores_and_scopes(pruned, case):
+    out, result, _ = pruned(*ONE_SHOT, *RANKED[case])
+    masks = assert_pruned(out, result, 0.8, slack=len(LAYERS) if "," in case else 0)
+    if "uniform" in case:
+        assert all(mask.sum() == mask.size - round(0.8 * mask.size) for mask in masks.values())
+    others = masks_of(pruned(*ONE_SHOT).out)
+    assert any(not np.array_equal(mask, others[path]) for path, mask in masks.items())
+
+
+def test_two_of_four_in_int8(pruned):
+    """What the file has is 2:4 along the inputs, and off by half a step of int8 at most."""
+    out, result, _ = pruned(*ONE_SHOT, "--prune.structure", "2:4", "--prune.sparsity", "0.5", "--prune.values", "int8")
+    assert_pruned(out, result, 0.5)
+    variables, _, _ = load_sparse(Path(result["pruned_file"]))
+    found, trained = flat(variables["params"]), flat(load_state(out).params)
+    for path in LAYERS:
+        w = np.moveaxis(found[path], -2, -1)
+        assert ((w.reshape(*w.shape[:-1], -1, 4) != 0).sum(-1) <= 2).all()
+        scale = np.abs(trained[path]).max((0, 1, 2)) / 127
+        assert (np.abs(found[path] - trained[path]) <= 0.501 * scale).all()
+    plain = pruned(*ONE_SHOT).result
+    # The file was measured too, and is not what the run ended in: nothing else says so.
+    assert result["file_accuracy"] == pytest.approx(result["pruned_accuracy"], abs=0.03)
+    assert "file_accuracy" not in plain
+    assert result["pruned_bytes"] < result["dense_bytes"] / 4 and result["dense_bytes"] == plain["dense_bytes"]
+
+
+def test_blocks(pruned):
+    out, result, _ = pruned(*ONE_SHOT, "--prune.structure", "4x1", "--prune.values", "int8")
+    for mask in assert_pruned(out, result, 0.8, slack=4).values():
+        blocks = np.moveaxis(mask, -2, -1).reshape(*mask.shape[:2], mask.shape[3], -1, 4)
+        assert set(blocks.sum(-1).ravel()) <= {0, 4}
+
+
+def test_shares_of_single_layers(pruned):
+    """The rest have the sparsity of all; what is excluded has no masks."""
+    given = ("--prune.layers", "stage1=0.25", "shortcut=0", "--prune.exclude", "head", "block1/conv2")
+    masks = masks_of(pruned(*ONE_SHOT, *given).out)
+    shares = {path: 1 - mask.mean() for path, mask in masks.items()}
+    wanted = {LAYERS[0]: 0.25, LAYERS[2]: 0.8, LAYERS[4]: 0, "stem/conv/kernel": 0.8}
+    assert shares == pytest.approx(wanted, abs=4e-3)
+
+
+def test_masks_of_another_run(pruned):
+    """A gradual run's masks on the dense weights, from its file."""
+    given = pruned(*GRADUAL)
+    run = pruned(*ONE_SHOT, "--prune.masks", given.result["pruned_file"])
+    assert_same(flat(load_masks(given.out, load_state(run.out).params)), flat(load_state(run.out).masks))
+    assert_same(assert_pruned(run.out, run.result, 0.8), masks_of(given.out))
+
+
+def test_moving_average_and_mixup(pruned):
+    """The average, which is what is used and delivered, is as sparse as the weights."""
+    mixed = ("--ema", "0.9", "--augment.mixup", "0.2", "--accumulate", "2")
+    out, result, _ = pruned(*GRADUAL, *mixed)
+    masks, state = assert_pruned(out, result, 0.8), load_state(out)
+    average = flat(state.ema["params"])
+    assert all(not average[path][~mask].any() for path, mask in masks.items())
+    assert not np.array_equal(average[LAYERS[0]], flat(state.params)[LAYERS[0]])
+    assert result["pruned_accuracy"] > 0.1
+
+
+# ---- a sparse run is a run -------------------------------------------------------------------------------------------
+
+
+def digits_of(run, number=64):
+    """The first validation images of a run's data, uint8."""
+    split = load_data(read_config(run, TrainConfig)[0]).validation
+    return [split[i]["image"] for i in range(number)]
+
+
+def test_predicts(pruned):
+    run, _, _ = pruned(*GRADUAL)
+    (one, *_), many = load_predict(run)(digits_of(run, 1)[0]), load_predict(run, top=1)(digits_of(run, 2))
+    assert one[0] in "0123456789" and 0 < one[1] <= 1 and len(many) == 2
+
+
+def fine_tune(init, out, *more):
+    train_main(["digits", *NETWORK, *ALIKE, *FINE, "--init", str(init), *more, "--out", str(out)])
+    return load_state(out)
+
+
+@pytest.mark.parametrize("source", ["run", "file"])
+def test_fine_tuning_keeps_what_is_pruned(pruned, tmp_path, source):
+    given = pruned(*GRADUAL)
+    before = load_state(given.out)
+    after = fine_tune(given.out if source == "run" else given.result["pruned_file"], tmp_path / "run")
+    assert_same(flat(after.masks), flat(before.masks))
+    assert_same(flat(after.params), flat(apply_masks(after.params, before.masks)))
+    for path, w in flat(after.params).items():
+        assert not np.array_equal(w, flat(before.params)[path])
+
+
+def test_fine_tuning_of_a_dense_network(pruned, tmp_path, fails):
+    """`--dense` lets pruned weights grow back, and is of fine-tuning alone."""
+    given, _, _ = pruned(*GRADUAL)
+    after = fine_tune(given, tmp_path / "run", "--dense")
+    assert not any(mask.ndim for mask in flat(after.masks).values())
+    for path, mask in masks_of(given).items():
+        assert (flat(after.params)[path][~mask] != 0).mean() > 0.9
+    line = fails(2, train_main, ["digits", "--dense", "--out", str(tmp_path / "other")])
+    assert "--dense frees the pruned weights of a sparse run: name it with --init" in line
+
+
+def test_levels_of_a_network_that_is_freed_first(pruned, tmp_path):
+    """`--dense` frees what the given run had pruned, not what the first level prunes."""
+    given, _, _ = pruned(*GRADUAL)
+    more = after(*ITERATIVE, "finetune", "--dense", "--prune.sparsity", "0.75")
+    run = prune(given, *more, "--out", tmp_path / "run")
+    first, before = masks_of(run.out / "level1"), masks_of(given)
+    assert_pruned(run.out / "level1", json.loads((run.out / "level1" / "result.json").read_text()), 0.5)
+    assert any((first[path] & ~before[path]).any() for path in before)
+    last = assert_pruned(run.out, run.result, 0.75)
+    assert all(not (last[path] & ~first[path]).any() for path in last)
+
+
+def test_pruned_further(pruned, tmp_path):
+    """More is pruned, and nothing returns."""
+    given, _, _ = pruned(*GRADUAL)
+    before = masks_of(given)
+    further = prune(given, *after(*ONE_SHOT), "--prune.sparsity", "0.9", "--out", tmp_path / "run")
+    more = assert_pruned(further.out, further.result, 0.9)
+    assert all(not (more[path] & ~before[path]).any() for path in before)
+
+
+def test_pruned_less(pruned, tmp_path, fails):
+    """Only with --dense, and in the same folder: what is refused leaves it free for the mended command."""
+    given, _, _ = pruned(*GRADUAL)
+    arguments = [given, *after(*ONE_SHOT), "--prune.sparsity", "0.5"]
+    line = fails(2, main, [*map(str, arguments), "--out", str(tmp_path / "run")])
+    assert "--prune.sparsity 0.5 is less than the 0.8 that is pruned already" in line and "--dense" in line
+    alternating = [str(given), *after("--prune.schedule", "acdc"), "--out", str(tmp_path / "run")]
+    assert "acdc frees what is pruned already: say so with --dense" in fails(2, main, alternating)
+    less = prune(*arguments, "--dense", "--out", tmp_path / "run")
+    assert_pruned(less.out, less.result, 0.5)
+
+
+# ---- channels --------------------------------------------------------------------------------------------------------
+
+
+def logits_of(run):
+    """Of a run's network on real images that are normalised, as evaluation does."""
+    config, saved = read_config(run, TrainConfig)
+    model = make_model(config, len(saved["classes"]))
+    keys, pixels = example_keys(jax.random.key(0), jnp.arange(64)), jnp.asarray(np.stack(digits_of(run)))
+    images = augment_batch(eval_augment(config.augment), keys, pixels)
+    return np.asarray(jax.jit(partial(model.apply, train=False))(load_state(run).variables, images))
+
+
+def test_compact_network_is_the_masked_one(pruned):
+    out, result, _ = pruned(*CHANNELS)
+    compact = out / "compact"
+    assert result["compact"] == str(compact) and result["pruned_file"] == str(compact / "sparse.safetensors")
+    masked, small = logits_of(out), logits_of(compact)
+    assert np.abs(masked).max() > 0.1
+    np.testing.assert_allclose(small, masked, atol=1e-5)
+    assert result["compact_error"] <= 1e-5
+
+    state = load_state(compact)
+    assert result["compact_parameters"] == count(state.params) < 0.3 * result["parameters"]
+    assert result["pruned_bytes"] < 0.5 * result["dense_bytes"]
+    config, saved = read_config(compact, TrainConfig)
+    # Inner widths and both streams, of which the first is the stem's too: half of each.
+    assert config.widths == (8, 8, 8, 16, 16)
+    assert result["channels_pruned"] == 0.5 < result["sparsity"]
+    assert saved["config"]["augment"]["mean"] is not None
+    variables, _, _ = load_sparse(compact / "sparse.safetensors")
+    assert_same(flat(variables), flat(state.variables))
+
+
+def test_compact_network_predicts_the_same(pruned):
+    out, _, _ = pruned(*CHANNELS)
+    images = digits_of(out)
+    for a, b in zip(load_predict(out)(images), load_predict(out / "compact")(images), strict=True):
+        assert [name for name, _ in a] == [name for name, _ in b]
+        np.testing.assert_allclose([p for _, p in a], [p for _, p in b], atol=1e-5)
+
+
+def test_compact_network_goes_on(pruned, tmp_path):
+    """It is fine-tuned with its widths, and its weights pruned."""
+    compact = pruned(*CHANNELS).out / "compact"
+    widths = read_config(compact, TrainConfig)[0].widths
+    tuned = fine_tune(compact, tmp_path / "fine")
+    assert read_config(tmp_path / "fine", TrainConfig)[0].widths == widths
+    assert {p: w.shape for p, w in flat(tuned.params).items()} == {
+        p: w.shape for p, w in flat(load_state(compact).params).items()
+    }
+    further = prune(compact, *after(*ONE_SHOT), "--out", tmp_path / "further")
+    assert_pruned(further.out, further.result, 0.8)
+    assert read_config(further.out, PruneConfig)[0].widths == widths
+    assert further.result["dense_accuracy"] == pytest.approx(pruned(*CHANNELS).result["pruned_accuracy"])
+
+
+def test_file_of_a_compact_network_goes_on(pruned, tmp_path):
+    """Its widths are in it."""
+    _, result, _ = pruned(*CHANNELS)
+    compact = load_state(Path(result["compact"]))
+    tuned = fine_tune(result["pruned_file"], tmp_path / "fine")
+    assert read_config(tmp_path / "fine", TrainConfig)[0].widths == (8, 8, 8, 16, 16)
+    assert {p: w.shape for p, w in flat(tuned.params).items()} == {p: w.shape for p, w in flat(compact.params).items()}
+
+
+def test_inner_channels_alone(pruned):
+    """Whole streams stay where they are excluded, stem and head with them."""
+    out, result, _ = pruned(*CHANNELS, "--prune.exclude", "stream")
+    assert read_config(out / "compact", TrainConfig)[0].widths == (16, 8, 16, 16, 32)
+    masks = masks_of(out)
+    assert "stem/conv/kernel" not in masks and "head/kernel" not in masks
+    assert result["compact_error"] <= 1e-5
+
+
+@pytest.mark.slow
+def test_channels_go_while_training(small, tmp_path):
+    """Gradually, of a network that is trained first: the folder of the smaller one can be used as it is."""
+    how = [
+        "--prune.structure",
+        "channels",
+        "--prune.sparsity",
+        "0.5",
+        "--prune.scope",
+        "global",
+        "--prune.epochs",
+        "0.4",
+    ]
+    out, result, _ = prune(*NETWORK, *ALIKE, *ANEW, *how, "--prune.every", "2", "--out", tmp_path / "run")
+    shares = rows_of(out, "sparsity")
+    assert shares == sorted(shares) and 0 < shares[-1] == pytest.approx(result["sparsity"], abs=1e-6)
+    assert result["compact_error"] <= 1e-5 and result["compact_parameters"] < result["parameters"]
+    np.testing.assert_allclose(logits_of(out / "compact"), logits_of(out), atol=1e-5)
+    assert len(load_predict(out / "compact")(digits_of(out, 2))) == 2
+
+
+@pytest.mark.parametrize("score", ["snip", "magnitude"])
+@pytest.mark.slow
+def test_one_command_trains_and_prunes_at_once(small, tmp_path, score):
+    """Without a run to start from, statistics of the images are measured before scores look at data."""
+    how = [*ONE_SHOT, "--prune.score", score, "--prune.recalibrate", "--ema", "0.9"]
+    how += ["--prune.sparsity", "0.8", "--prune.epochs", "0.4"]
+    out, result, _ = prune(*NETWORK, *ALIKE, *ANEW, *how, "--out", tmp_path / "run")
+    assert_pruned(out, result, 0.8)
+
+
+# ---- resuming --------------------------------------------------------------------------------------------------------
+
+
+def stop_at(number):
+    def log(self, step, metrics):
+        if step == number:
+            raise Interrupted
+
+    return log
+
+
+def interrupted(monkeypatch, *arguments):
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module.Progress, "log", stop_at(5))
+        with pytest.raises(Interrupted):
+            prune(*arguments)
+
+
+def test_resumed_in_the_middle_it_ends_bit_equal(pruned, dense, tmp_path, monkeypatch):
+    arguments = [dense, *after(*GRADUAL), "--save-steps", "3", "--out", tmp_path / "run"]
+    interrupted(monkeypatch, *arguments)
+    _, resumed, [start] = prune(*arguments)
+    assert start.step == 3 and 0 < 1 - np.mean(start.masks[LAYERS[0]]) < 0.8
+    whole = pruned(*GRADUAL).result
+    for name in ("params_digest", "test_loss", "pruned_bytes", "dense_accuracy"):
+        assert resumed[name] == whole[name]
+
+
+@pytest.mark.slow
+def test_eight_devices_then_one(pruned, dense, tmp_path, monkeypatch):
+    """A pruning that stops on 8 devices goes on, on one, to the result of one."""
+    arguments = [dense, *after(*GRADUAL), "--save-steps", "3", "--out", tmp_path / "run"]
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "make_mesh", make_mesh)
+        interrupted(monkeypatch, *arguments)
+    out, resumed, [start] = prune(*arguments)
+    assert start.step == 3
+    assert_pruned(out, resumed, 0.8)
+    assert resumed["test_loss"] == pytest.approx(pruned(*GRADUAL).result["test_loss"], rel=2e-3)
+
+
+def test_masks_are_bits_on_disk(pruned):
+    out, _, _ = pruned(*GRADUAL)
+    checkpoints = Checkpoints(out / "checkpoints", writes=False)
+    saved = leaves(checkpoints._orbax.metadata(8).metadata)
+    for path, mask in masks_of(out).items():
+        on_disk = saved[f"masks/{path}"]
+        assert (tuple(on_disk.shape), on_disk.dtype) == ((-(-mask.size // 8),), np.uint8)
+    assert saved["masks/head/kernel"].shape == ()
+    checkpoints.close()
+
+
+# ---- refusals --------------------------------------------------------------------------------------------------------
+
+BAD_SETTINGS = {
+    "nothing left": (["--prune.sparsity", "1"], "--prune.sparsity 1.0 is out of range"),
+    "negative": (["--prune.sparsity", "-0.1"], "--prune.sparsity -0.1 is out of range"),
+    "more than all": (["--prune.sparsity", "1.5"], "--prune.sparsity 1.5 is out of range"),
+    "preset": (["digits_prun"], "unknown preset 'digits_prun': did you mean digits_prune"),
+    "no such run": (["runs/nowhere"], "runs/nowhere is neither a preset (digits_prune, "),
+    "field": (["--prune.sparsty", "0.5"], "unknown field '--prune.sparsty': did you mean --prune.sparsity"),
+    "score": (["--prune.score", "magnitud"], "unknown score 'magnitud': did you mean magnitude?"),
+    "structure": (["--prune.structure", "rows"], "unknown structure 'rows': choose unstructured, N:M such as 2:4, or"),
+    "N of M": (["--prune.structure", "4:2"], "unknown structure '4:2'"),
+    "schedule": (["--prune.schedule", "slow"], "invalid choice 'slow' for argument '--prune.schedule'"),
+    "layers": (["--prune.layers", "stage1"], "--prune.layers stage1 is not of the form PATTERN=SPARSITY"),
+    "share": (["--prune.layers", "stage1=1"], "--prune.layers ('stage1=1',) is out of range"),
+    "sparsity of N:M": (
+        ["--prune.structure", "2:4", "--prune.sparsity", "0.9"],
+        "is not what 2:4 prunes: leave it out",
+    ),
+    "scope of N:M": (
+        ["--prune.structure", "2:4", "--prune.sparsity", "0.5", "--prune.scope", "erk"],
+        "--prune.scope is not of N:M, which prunes each layer alike",
+    ),
+    "scope of channels": (
+        ["--prune.structure", "channels", "--prune.scope", "lamp"],
+        "channels take global or uniform",
+    ),
+    "score in step": (
+        ["--prune.score", "snip"],
+        "--prune.schedule gradual scores inside the step: choose --prune.score magnitude, random, taylor, norm_scale",
+    ),
+    "score of channels": (["--prune.score", "norm_scale"], "norm_scale scores channels: add --prune.structure"),
+    "moving blocks": (
+        ["--prune.schedule", "rigl", "--prune.structure", "4x1"],
+        "rigl moves single weights: it needs --prune.structure unstructured",
+    ),
+    "masks": (["--prune.masks", "runs/other"], "--prune.masks needs --prune.schedule one_shot"),
+    "rounds": (["--prune.rounds", "3"], "--prune.rounds is of pruning at once"),
+    "end before begin": (["--prune.begin", "0.5", "--prune.end", "0.4"], "--prune.end 0.4 is out of range"),
+    "levels": (["--prune.schedule", "iterative", "--prune.levels", "0"], "--prune.levels 0 is out of range"),
+    "random levels": (
+        ["--prune.schedule", "iterative", "--prune.start", "random"],
+        "--prune.start random is not of iterative: choose --prune.restart reinit",
+    ),
+    "select": (["--select", "best"], "--select best would take the least pruned network: pruning selects the last"),
+    "int8 of channels": (
+        ["--prune.structure", "channels", "--prune.values", "int8"],
+        "the compact network is the delivery",
+    ),
+    "dense without init": (["--dense"], "name it with --init"),
+    "no pattern": (["--prune.exclude", "(stem"], "'(stem' is no regular expression: missing )"),
+    "no pattern of layers": (["--prune.layers", "*=0.5"], "'*' is no regular expression: nothing to repeat"),
+}
+# Fields that the other settings leave without effect.
+UNUSED = {
+    "begin": ["--prune.schedule", "set", "--prune.begin", "0.1"],
+    "end": ["--prune.schedule", "one_shot", "--prune.end", "0.3"],
+    "every": ["--prune.schedule", "one_shot", "--prune.every", "3"],
+    "fraction": ["--prune.schedule", "acdc", "--prune.fraction", "0.1"],
+    "levels": ["--prune.levels", "2"],
+    "restart": ["--prune.restart", "reinit"],
+    "rewind-epochs": ["--prune.schedule", "iterative", "--prune.restart", "reinit", "--prune.rewind-epochs", "2"],
+    "epochs": ["--prune.schedule", "iterative", "--prune.epochs", "2"],
+    "lr": ["--prune.start", "random", "--prune.lr", "1"],
+    "round-to": ["--prune.round-to", "4"],
+    "scope": ["--prune.layers", "stage1=0.5", "--prune.scope", "erk"],
+    "score": ["--prune.schedule", "one_shot", "--prune.masks", "runs/other", "--prune.score", "random"],
+    "batches": ["--prune.batches", "2"],
+}
+
+
+@pytest.mark.parametrize("case", BAD_SETTINGS)
+def test_bad_settings_are_refused_in_one_line(case, fails, tmp_path):
+    arguments, message = BAD_SETTINGS[case]
+    assert message in fails(2, main, [*arguments, "--out", str(tmp_path / "run")])
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("field", UNUSED)
+def test_settings_without_effect_are_refused(field, fails, tmp_path):
+    line = fails(2, main, [*UNUSED[field], "--out", str(tmp_path / "run")])
+    assert line == f"error: --prune.{field} has no effect on this pruning"
+    assert not (tmp_path / "run").exists()
+
+
+def test_early_weights_that_come_too_late(fails, tmp_path):
+    late = [*NETWORK, *ALIKE, *ANEW, "--prune.schedule", "iterative", "--prune.rewind-epochs", "9"]
+    line = fails(2, main, [*late, "--out", str(tmp_path / "run")])
+    assert line == "error: --prune.rewind-epochs 9 is not before the end of the dense run"
+    assert not any(path.is_file() for path in (tmp_path / "run").rglob("*"))
+
+
+BAD_FOR_THE_RUN = {
+    "everything excluded": (["--prune.exclude", "."], "nothing to prune: no leaf is prunable"),
+    "all groups excluded": (["--prune.structure", "channels", "--prune.exclude", "."], "no channels to prune"),
+    "unmatched exclusion": (
+        ["--prune.exclude", "stage7"],
+        "--prune.exclude stage7 matches nothing: there are head/kernel",
+    ),
+    "unmatched group": (
+        ["--prune.structure", "channels", "--prune.exclude", "stage7"],
+        "--prune.exclude stage7 matches nothing: there are stream",
+    ),
+    "unmatched pattern": (["--prune.layers", "stage7=0.5"], "--prune.layers stage7 matches no prunable kernel: stage1"),
+    "undivided": (
+        ["--prune.structure", "2:4", "--prune.exclude", "head"],
+        "2:4 does not divide stem/conv/kernel of shape 3x3x1x16",
+    ),
+    "undivided by blocks": (["--prune.structure", "3x1"], "3x1 does not divide stage1_block1/conv1/kernel of shape"),
+    "rewinding": (
+        ["--prune.schedule", "iterative"],
+        "rewinding needs the early weights of a run that it trains itself: leave the run out",
+    ),
+    "epochs": (
+        ["--epochs", "3"],
+        "--epochs has no effect on this pruning: the training after pruning has --prune.epochs",
+    ),
+    "steps": (
+        ["--steps", "30"],
+        "--steps has no effect on this pruning: the training after pruning has --prune.epochs",
+    ),
+    "rate": (
+        ["--optim.lr", "0.3"],
+        "--optim.lr has no effect on this pruning: the training after pruning has --prune.epochs",
+    ),
+    "other width": (["--width", "8"], "is of another model"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_FOR_THE_RUN)
+def test_what_does_not_fit_the_run_is_refused_in_one_line(case, dense, fails, tmp_path):
+    arguments, message = BAD_FOR_THE_RUN[case]
+    assert message in fails(2, main, [str(dense), *arguments, "--out", str(tmp_path / "run")])
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("schedule", [ONE_SHOT, GRADUAL], ids=["one_shot", "gradual"])
+def test_pruning_a_layer_to_nothing(dense, fails, tmp_path, schedule):
+    more = [*after(*schedule), "--prune.sparsity", "0.9999", "--out", str(tmp_path / "run")]
+    line = fails(2, main, [str(dense), *more])
+    assert "nothing would be left of stage" in line and "lower the sparsity, or exclude it" in line
+
+
+@pytest.fixture(scope="module")
+def wider(small, tmp_path_factory):
+    """A sparse file of the same network, twice as wide."""
+    variables = jax.device_get(init_variables(TWO_BLOCKS(num_classes=10, width=32), jax.random.key(1), (8, 8, 1)))
+    path = tmp_path_factory.mktemp("wider") / "sparse.safetensors"
+    save_sparse(path, variables, jax.device_get(full_masks(variables["params"])))
+    return path
+
+
+def test_network_of_other_classes(small, fails, tmp_path):
+    """There is nothing to compare the pruned one with."""
+    variables = jax.device_get(init_variables(TWO_BLOCKS(num_classes=5, width=16), jax.random.key(1), (8, 8, 1)))
+    path = tmp_path / "five.safetensors"
+    save_sparse(path, variables, jax.device_get(full_masks(variables["params"])))
+    given = [*NETWORK, *ALIKE, "--init", str(path), "--out", str(tmp_path / "run")]
+    assert f"{path} has a head of other classes, or none: fine-tune it first" in fails(2, main, given)
+    assert not any(p.is_file() for p in (tmp_path / "run").rglob("*"))
+
+
+def damaged(file, folder):
+    """Copies of a file: with a flipped bit, and without its end."""
+    good, tampered, truncated = (
+        Path(file).read_bytes(),
+        folder / "tampered.safetensors",
+        folder / "truncated.safetensors",
+    )
+    flipped = bytearray(good)
+    flipped[-100] ^= 1
+    tampered.write_bytes(flipped)
+    truncated.write_bytes(good[:-100])
+    return tampered, truncated
+
+
+def test_masks_that_cannot_be_taken(dense, pruned, wider, fails, tmp_path):
+    tampered, truncated = damaged(pruned(*GRADUAL).result["pruned_file"], tmp_path)
+    refused = {
+        wider: f"{wider} has masks of another model: ",
+        dense: f"--prune.masks {dense} prunes nothing",
+        tampered: "its checksum differs; export or copy it again",
+        truncated: "truncated.safetensors",
+        Path("runs/nowhere"): "runs/nowhere",
+    }
+    for source, message in refused.items():
+        how = after(*ONE_SHOT, "--prune.masks", str(source))
+        line = fails(2, main, [str(dense), *how, "--out", str(tmp_path / "run")])
+        assert message in line
+        assert source == dense or "prunes nothing" not in line
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_weights_that_cannot_be_taken(pruned, wider, fails, tmp_path):
+    """Refused as `--init` of training and of pruning alike."""
+    tampered, truncated = damaged(pruned(*GRADUAL).result["pruned_file"], tmp_path)
+    assert is_sparse_file(tampered) and not is_sparse_file(truncated)
+    refused = {
+        wider: f"{wider} is of another model: ",
+        tampered: "its checksum differs; export or copy it again",
+        truncated: "truncated.safetensors is no readable safetensors file",
+        tmp_path / "nowhere": "no weights at",
+    }
+    for source, message in refused.items():
+        for program, preset in ((train_main, "digits"), (main, "digits_prune")):
+            given = [preset, *NETWORK, *ALIKE, "--init", str(source), "--out", str(tmp_path / "run")]
+            assert message in fails(2, program, given)
+    assert not (tmp_path / "run").exists()
+
+
+def test_folders_that_hold_no_run(fails, tmp_path):
+    assert "is neither a preset (" in fails(2, main, [str(tmp_path), "--out", str(tmp_path / "run")])
+    (tmp_path / "config.json").write_text("{")
+    assert "config.json cannot be read" in fails(2, main, [str(tmp_path), "--out", str(tmp_path / "run")])
+    (tmp_path / "config.json").write_text('{"pipeline": "pretrain", "config": {}}')
+    assert "is a run of pretrain, not of train" in fails(2, main, [str(tmp_path), "--out", str(tmp_path / "run")])
+
+
+@pytest.mark.slow
+def test_bad_input_through_the_real_command_line(command):
+    done = command("train.prune", "--prune.sparsity", "1.5")
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == "error: --prune.sparsity 1.5 is out of range\n"
+
+
+# ---- the report ------------------------------------------------------------------------------------------------------
+
+
+def test_report(pruned, tmp_path, capsys):
+    out, result, _ = pruned(*GRADUAL)
+    capsys.readouterr()
+    more = ["--json", str(tmp_path / "report.json"), "--sensitivity", "0.5", "0.9", "--images", "64", "--steps", "0"]
+    picture = tmp_path / "report.png" if find_spec("matplotlib") else None  # of the extra plot
+    main(["report", str(out), *more, *(["--picture", str(picture)] if picture else [])])
+    assert picture is None or picture.stat().st_size > 10_000
+    said = capsys.readouterr().out
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert [line.split()[:1] for line in said.splitlines()[:2]] == [["before"], ["accuracy"]]
+    assert f"{result['dense_accuracy']:.2%}" in said and f"{result['pruned_accuracy']:.2%}" in said
+    assert f"{result['dense_bytes']:,}" in said and f"{result['pruned_bytes']:,}" in said
+    assert all(path.removesuffix("/kernel") in said for path in LAYERS)
+    assert (report["before"]["sparsity"], report["run"]["out"]) == (0, str(out))
+    assert report["after"]["sparsity"] == pytest.approx(result["sparsity"], abs=1e-6)
+    kept = {row["path"]: row["kept"] for row in report["layers"] if row["prunable"]}
+    assert kept == {path: mask.sum() for path, mask in masks_of(out).items()}
+    found = report["sensitivity"]
+    assert found["sparsities"] == [0.5, 0.9] and set(LAYERS) < set(found["accuracy"])
+    assert 0.2 < found["baseline"] <= 1 and found["images"] == 64
+
+
+def test_report_of_a_smaller_network(pruned, tmp_path, capsys):
+    out, result, _ = pruned(*CHANNELS)
+    main(["report", str(out), "--steps", "0", "--json", str(tmp_path / "report.json")])
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["after"]["parameters"] == result["compact_parameters"]
+    assert report["after"]["macs"] == report["after"]["nonzero_macs"] < 0.5 * report["before"]["macs"]
+    assert "Zeros are multiplied" not in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not find_spec("matplotlib"), reason="needs the extra plot")
+def test_picture_that_cannot_be_drawn(pruned, fails, tmp_path):
+    """It is refused before anything is measured: nothing is printed."""
+    for picture in (tmp_path / "report.bmpp", tmp_path / "nowhere" / "report.png"):
+        line = fails(2, main, ["report", str(pruned(*GRADUAL).out), "--picture", str(picture)])
+        assert f"cannot draw {picture}" in line
+
+
+@pytest.mark.skipif(not find_spec("matplotlib"), reason="needs the extra plot")
+def test_picture_that_is_there_outlives_a_refusal(dense, fails, tmp_path):
+    picture = tmp_path / "report.png"
+    picture.write_bytes(b"an older one")
+    fails(2, main, ["report", str(dense), "--picture", str(picture)])
+    assert picture.read_bytes() == b"an older one"
+
+
+def test_curve(pruned, capsys, tmp_path):
+    """Runs side by side, of folders and of kept files; what is no run of pruning is refused."""
+    at_once, gradual = pruned(*ONE_SHOT), pruned(*GRADUAL)
+    report_main([str(gradual.out), "--json", str(tmp_path / "kept.json")])
+    capsys.readouterr()
+    main(["curve", str(at_once.out), str(tmp_path / "kept.json")])
+    dense, *others = (100 * r for r in (at_once.result["dense_accuracy"], *(
+        run.result["pruned_accuracy"] for run in (at_once, gradual))))  # fmt: skip
+    assert capsys.readouterr().out.splitlines() == [
+        "| pruned | 80 % |",
+        "| --- | --- |",
+        f"| not at all | {dense:.1f} |",
+        f"| one-shot magnitude | {others[0]:.1f} |",
+        f"| gradual magnitude | {others[1]:.1f} |",
+    ]
+
+
+def test_curve_refuses(dense, fails, tmp_path):
+    assert f"{dense} is no run of pruning" in fails(2, main, ["curve", str(dense)])
+    assert "holds no finished run" in fails(2, main, ["curve", str(tmp_path)])
+
+
+def test_report_refuses(pruned, dense, fails, tmp_path):
+    assert "is a run of training, not of pruning" in fails(2, main, ["report", str(dense)])
+    assert "is a run of training, not of pruning" in fails(2, main, ["report", str(pruned(*CHANNELS).out / "compact")])
+    assert "is no run's folder: it has no config.json" in fails(2, main, ["report", str(tmp_path)])
+    line = fails(2, main, ["report", str(dense), "--sensitivity", "1.5"])
+    assert "--sensitivity 1.5: sparsities are in [0, 1)" in line
+
+
+# ---- presets ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_say_what_they_are_and_survive_json(name):
+    about = PRESETS[name].__doc__
+    assert f"python -m train.prune{'' if name == 'digits_prune' else ' ' + name}" in about
+    assert "Command:" in about and "Hardware:" in about
+    config = PRESETS[name]()
+    check_config(config)
+    assert from_dict(PruneConfig, json.loads(json.dumps(dataclasses.asdict(config)))) == config

@@ -1,0 +1,191 @@
+"""From a config to the pieces: every field reaches the piece that it is about."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from resnet_jax.tree import count, leaves
+from train import from_config as build
+from train.config import AugmentConfig, DataConfig, OptimConfig, TrainConfig
+from train.errors import UsageError
+
+NORMAL = AugmentConfig(mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
+IMAGE = np.random.default_rng(0).random((12, 12, 3), np.float32)
+FIELDS = {
+    "crop_padding": 3,
+    "resized_crop": 8,
+    "flip": True,
+    "rand_augment": 9,
+    "trivial_augment": True,
+    "color_jitter": 0.4,
+    "cutout": 5,
+    "erasing": 1.0,
+}
+
+
+def augmented(config, keys=8):
+    """[keys, H, W, 3] views of the one image."""
+    augment = build.train_augment(config)
+    return jax.jit(jax.vmap(lambda key: augment(key, IMAGE)))(jax.random.split(jax.random.key(0), keys))
+
+
+def test_every_augmentation_field_is_covered():
+    others = {"crop_mode", "min_scale", "mean", "std", "mixup", "cutmix"}
+    assert {f.name for f in dataclasses.fields(AugmentConfig)} == FIELDS.keys() | others
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_augmentation_field_changes_training_images(name):
+    views = augmented(dataclasses.replace(NORMAL, **{name: FIELDS[name]}))
+    side = FIELDS[name] if name == "resized_crop" else 12
+    assert views.shape == (8, side, side, 3)
+    assert len({view.tobytes() for view in np.asarray(views)}) > 1
+    plain = np.asarray(augmented(NORMAL, 1))
+    np.testing.assert_allclose(plain[0], (IMAGE - 0.5) / 0.25, atol=1e-5)
+
+
+def test_crop_mode_and_smallest_scale():
+    black = (0 - 0.5) / 0.25
+    views = {
+        mode: np.asarray(augmented(dataclasses.replace(NORMAL, crop_padding=6, crop_mode=mode)))
+        for mode in ("constant", "reflect")
+    }
+    assert (views["constant"] == black).any() and not (views["reflect"] == black).any()
+    whole = augmented(dataclasses.replace(NORMAL, resized_crop=12, min_scale=1.0))
+    small = augmented(dataclasses.replace(NORMAL, resized_crop=12, min_scale=0.08))
+    spread = [float(np.abs(np.asarray(v) - (IMAGE - 0.5) / 0.25).mean()) for v in (whole, small)]
+    assert spread[0] < spread[1]
+
+
+def test_evaluation_takes_the_centre():
+    config = dataclasses.replace(NORMAL, resized_crop=8, flip=True, cutout=4, color_jitter=0.4)
+    seen = build.eval_augment(config)(jax.random.key(0), jnp.asarray(IMAGE))
+    np.testing.assert_allclose(seen, (IMAGE[2:10, 2:10] - 0.5) / 0.25, atol=1e-5)
+
+
+@pytest.mark.parametrize(("backend", "expected"), [("cpu", jnp.float32), ("gpu", jnp.bfloat16), ("tpu", jnp.bfloat16)])
+def test_precision(backend, expected, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    assert build.make_model(TrainConfig(), 10).dtype == expected
+    assert build.make_model(TrainConfig(dtype="bfloat16"), 10).dtype == jnp.bfloat16
+    assert build.make_model(TrainConfig(dtype="float32"), 10).dtype == jnp.float32
+
+
+def test_compiler_options_are_for_cpu_alone(monkeypatch):
+    low, plain, onednn = (
+        build.compiler_options(jnp.bfloat16),
+        build.compiler_options(jnp.float32),
+        build.compiler_options(jnp.float32, plain=False),
+    )
+    assert low == {build.YNN: ""}
+    assert plain[build.YNN].startswith("LIBRARY_FUSION_TYPE")
+    assert onednn == {}
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert build.compiler_options(jnp.bfloat16) == build.compiler_options(jnp.float32) == {}
+
+
+def test_compiler_options_that_this_jaxlib_does_not_know(monkeypatch):
+    monkeypatch.setattr(build, "YNN", "xla_cpu_no_such_option")
+    assert build.compiler_options(jnp.float32) == build.compiler_options(jnp.bfloat16) == {}
+
+
+class TestPrimitives:
+    @pytest.fixture(autouse=True)
+    def one_device(self, monkeypatch):
+        monkeypatch.setattr(jax, "device_count", lambda: 1)
+
+    def test_plain_and_auto_off_cpu(self, monkeypatch):
+        assert build.make_kernels("plain") == ({}, "")
+        monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+        assert build.make_kernels("auto") == ({}, "")
+        with pytest.raises(UsageError, match="--kernels onednn: oneDNN computes on CPU, and this is gpu"):
+            build.make_kernels("onednn")
+
+    def test_onednn_where_it_is(self, monkeypatch):
+        monkeypatch.setattr(build.onednn, "check", lambda dtype: None)
+        onednn = build.onednn
+        fields = {"conv": onednn.Conv, "norm": onednn.BatchNorm, "max_pool": onednn.max_pool}
+        assert build.make_kernels("auto") == build.make_kernels("onednn") == (fields, "")
+
+    def test_onednn_where_it_is_not(self, monkeypatch):
+        def missing(dtype):
+            raise build.onednn.Unavailable("no compiler")
+
+        monkeypatch.setattr(build.onednn, "check", missing)
+        assert build.make_kernels("auto") == ({}, "no compiler")
+        with pytest.raises(UsageError, match="--kernels onednn: no compiler"):
+            build.make_kernels("onednn")
+
+    def test_jit_over_several_devices(self, monkeypatch):
+        monkeypatch.setattr(jax, "device_count", lambda: 8)
+        monkeypatch.setattr(build.onednn, "check", lambda dtype: None)
+        assert "use mode shard_map" in build.make_kernels("auto", "jit")[1]
+        assert build.make_kernels("auto", "shard_map")[0]
+
+    def test_unknown(self):
+        with pytest.raises(UsageError, match="unknown kernels 'mkl'"):
+            build.make_kernels("mkl")
+
+
+def test_model_fields():
+    config = TrainConfig(model="resnet8", width=8, drop_path=0.2, zero_init=True, sync_bn=False)
+    model = build.make_model(config, 7, "data", drop_path=config.drop_path)
+    assert (model.width, model.drop_path, model.zero_init, model.sync_bn) == (8, 0.2, True, False)
+    assert (model.num_classes, model.axis_name, model.stage_sizes) == (7, "data", (1, 1, 1))
+    tx, _ = build.make_tx(config.optim, 10, 1.0)
+    state = build.make_state(config, model, tx, (16, 16, 1))
+    assert count(state.params) == 18_975 and state.ema is None
+    assert (leaves(state.params)["stage1_block1/norm2/scale"] == 0).all()
+    assert build.make_state(dataclasses.replace(config, ema=0.9), model, tx, (16, 16, 1)).ema is not None
+
+
+def test_seed_decides_the_weights():
+    model, (tx, _) = build.make_model(TrainConfig(width=8), 4), build.make_tx(OptimConfig(), 10, 1.0)
+    kernels = [
+        np.asarray(build.make_state(TrainConfig(seed=s), model, tx, (8, 8, 1)).params["head"]["kernel"])
+        for s in (0, 0, 1)
+    ]
+    np.testing.assert_array_equal(kernels[0], kernels[1])
+    assert (kernels[0] != kernels[2]).any()
+
+
+def test_optimizer_fields():
+    optim = OptimConfig(
+        lr=0.4, schedule="step", milestones=(0.2, 0.6), factor=0.5, warmup_epochs=0.5, clip_norm=0.1, momentum=0.0
+    )
+    tx, schedule = build.make_tx(optim, 104, 8.0)
+    rates = [float(schedule(step)) for step in (0, 3, 4, 23, 24, 63, 64)]
+    assert rates == pytest.approx([0.08, 0.32, 0.4, 0.4, 0.2, 0.2, 0.1])
+    params = {"a": {"kernel": jnp.ones((2, 2))}}
+    updates, _ = tx.update(jax.tree.map(lambda p: 100 * p, params), tx.init(params), params)
+    assert float(optax.tree.norm(updates)) == pytest.approx(0.1 * 0.08, rel=1e-4)
+    decayed, _ = build.make_tx(OptimConfig(name="adamw", lr=0.1, weight_decay=0.5), 10, 1.0)
+    updates, _ = decayed.update(jax.tree.map(jnp.zeros_like, params), decayed.init(params), params)
+    np.testing.assert_allclose(updates["a"]["kernel"], -0.05, rtol=1e-5)
+
+
+def test_step_fields():
+    config = TrainConfig(
+        loss="sigmoid", label_smoothing=0.2, ema=0.9, accumulate=4, freeze=True, augment=NORMAL, init="somewhere"
+    )
+    options = build.step_options(config, None, None)
+    assert options["loss"].__name__ == "sigmoid_cross_entropy" and options["mix"] is None
+    assert [options[k] for k in ("label_smoothing", "ema_decay", "accumulate", "frozen_stats")] == [0.2, 0.9, 4, True]
+    mixing = dataclasses.replace(config, augment=dataclasses.replace(NORMAL, mixup=0.3, cutmix=0.7))
+    assert build.step_options(mixing, None, None)["mix"].keywords == {"mixup_alpha": 0.3, "cutmix_alpha": 0.7}
+
+
+def test_statistics_are_measured_on_training_images_alone():
+    config = TrainConfig(data=DataConfig(name="synthetic", image_size=8, validation=0.2, split_seed=3))
+    dataset = build.load_data(config)
+    assert len(dataset.validation) == round(0.2 * 2048)
+    measured = build.with_statistics(config, dataset).augment
+    pixels = dataset.train.images / 255
+    np.testing.assert_allclose(measured.mean, pixels.mean((0, 1, 2)), atol=1e-4)
+    np.testing.assert_allclose(measured.std, pixels.std((0, 1, 2)), atol=1e-4)
+    with pytest.raises(UsageError, match="need 3 values each"):
+        build.with_statistics(TrainConfig(augment=AugmentConfig(mean=(0.5,), std=(0.2,))), dataset)

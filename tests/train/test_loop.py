@@ -1,0 +1,143 @@
+"""The loop around any step: what it calls when, how it reports, how it stops."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import struct
+
+from train.errors import RunError
+from train.loop import Progress, evaluate, fit
+from train.steps import summarize
+
+
+class Counter(struct.PyTreeNode):
+    """A state that counts."""
+
+    step: int = 0
+
+
+class Endless:
+    """Batches that say which one they are."""
+
+    def __init__(self, position=0):
+        self.position = position
+
+    def __next__(self):
+        self.position += 1
+        return self.position
+
+
+def count(state, batch):
+    return state.replace(step=state.step + 1), {"loss": jnp.asarray(float(batch)), "accuracy": jnp.asarray(0.5)}
+
+
+def test_steps_logs_and_hooks():
+    logged, hooked = [], {2: [], 3: []}
+    state = fit(
+        count,
+        Counter(),
+        Endless(),
+        steps=7,
+        hooks=[(every, lambda s, every=every: hooked[every].append(s.step)) for every in hooked],
+        log=lambda step, metrics: logged.append((step, metrics["loss"])),
+    )
+    assert state.step == 7
+    assert logged == [(n, float(n)) for n in range(1, 8)]
+    assert hooked == {2: [2, 4, 6, 7], 3: [3, 6, 7]}  # and always after the last
+
+
+def test_starts_where_the_state_is():
+    logged = []
+    fit(count, Counter(step=4), Endless(4), steps=6, log=lambda step, metrics: logged.append((step, metrics["loss"])))
+    assert logged == [(5, 5.0), (6, 6.0)]
+
+
+def test_logging_lags_one_step_behind_the_dispatch():
+    """Metrics are looked at only after the next step was dispatched: the device never waits for the host."""
+    events = []
+
+    def step(state, batch):
+        events.append(f"dispatch {batch}")
+        return count(state, batch)
+
+    fit(step, Counter(), Endless(), steps=3, log=lambda n, metrics: events.append(f"look {n}"))
+    assert events == ["dispatch 1", "dispatch 2", "look 1", "dispatch 3", "look 2", "look 3"]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("at", [4, 6])
+def test_not_finite_stops_before_any_hook_sees_it(bad, at):
+    seen = []
+
+    def step(state, batch):
+        state, metrics = count(state, batch)
+        return state, metrics | {"loss": jnp.asarray(bad if batch == at else 1.0)}
+
+    with pytest.raises(RunError, match=f"loss at step {at} is not finite"):
+        fit(step, Counter(), Endless(), steps=10, hooks=[(2, lambda s: seen.append(s.step))])
+    assert seen == [n for n in (2, 4) if n < at]
+
+
+def test_progress_writes_means_and_resumes_without_duplicates(tmp_path, capsys):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 2, "loss": 9.0}\n{"step": 4, "loss": 9.0}\n{"step": 6, "lo')
+    progress = Progress(path, start=2, steps=6, epoch_steps=2.0, batch=8, every=2)
+    for step in range(3, 7):
+        progress.log(step, {"loss": float(step), "accuracy": 0.5})
+    progress.close()
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [(r["step"], r["loss"]) for r in rows] == [(2, 9.0), (4, 3.5), (6, 5.5)]
+    assert rows[-1]["epoch"] == 3.0
+    said = capsys.readouterr().err
+    assert "step 6/6" in said and "loss 5.5" in said and "images/s" in said
+    assert progress.images_per_second > 0
+
+
+def test_disk_full_while_logging():
+    progress = Progress(None, start=0, steps=2, epoch_steps=1.0, batch=1, every=1)
+    progress.file = open("/dev/full", "a", buffering=1)  # noqa: SIM115
+    with pytest.raises(RunError, match="cannot write /dev/full"):
+        progress.log(1, {"loss": 0.0, "accuracy": 0.0})
+    with pytest.raises(OSError):
+        progress.file.close()
+
+
+def sums(confusion, calibration):
+    confusion = np.asarray(confusion, float)
+    return {
+        "count": confusion.sum(),
+        "loss": 3.0,
+        "correct": np.trace(confusion),
+        "top5": confusion.sum(),
+        "confusion": confusion,
+        "calibration": np.asarray(calibration, float),
+    }
+
+
+def test_evaluate_adds_sums_and_divides_once():
+    parts = [
+        sums([[2, 0], [1, 0]], [[3, 0], [1.5, 0], [2, 0]]),
+        sums([[0, 1], [0, 2]], [[0, 3], [0, 2.4], [0, 2]]),
+    ]
+    found = evaluate(lambda variables, batch: parts[batch], None, range(2))
+    assert found["count"] == 6
+    assert found["accuracy"] == pytest.approx(4 / 6)
+    assert found["loss"] == pytest.approx(1.0)
+    np.testing.assert_allclose(found["per_class_accuracy"], [2 / 3, 2 / 3])
+    np.testing.assert_array_equal(found["confusion"], [[2, 1], [1, 2]])
+    # Bin 1: confidence 0.5 against accuracy 2/3; bin 2: 0.8 against 2/3; each holds half of the examples.
+    assert found["calibration_error"] == pytest.approx((abs(1.5 - 2) + abs(2.4 - 2)) / 6)
+
+
+def test_class_without_examples_has_no_accuracy():
+    found = summarize(sums([[2, 1], [0, 0]], [[3], [2], [2]]))
+    assert np.isnan(found["per_class_accuracy"][1])
+
+
+def test_nothing_to_evaluate():
+    with pytest.raises(ValueError, match="no examples"):
+        evaluate(lambda variables, batch: {}, None, [])
+    with pytest.raises(ValueError, match="no examples"):
+        summarize(sums([[0, 0], [0, 0]], [[0], [0], [0]]))

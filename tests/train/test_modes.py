@@ -1,0 +1,156 @@
+"""One step, three compilers: the same parameters on one device and on eight, one trace, the state donated."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from resnet_jax.augment import compose, normalize, random_crop, random_flip
+from resnet_jax.masks import apply_masks
+from resnet_jax.mix import mix
+from resnet_jax.parallel import axis_of, compile_step, make_mesh, replicated, shard_batch
+from resnet_jax.tree import is_kernel, map_with_path
+from tests.reference.nets import batch_of, tiny, tiny_state, tiny_tx
+from train.loop import evaluate
+from train.steps import eval_step, train_step
+
+pytestmark = pytest.mark.usefixtures("unoptimised")
+
+MODES = ("jit", "pmap", "shard_map")
+STEPS = 5
+TX = tiny_tx()
+AUGMENT = compose(random_crop(1), random_flip(), normalize((0.5,) * 3, (0.25,) * 3))
+VARIANTS = {
+    "plain": {},
+    "augmented": {"augment": AUGMENT},
+    "masked": {"masks": True},
+    "augmented masked": {"augment": AUGMENT, "masks": True},
+    "everything": {
+        "augment": AUGMENT,
+        "masks": True,
+        "mix": partial(mix, mixup_alpha=0.4, cutmix_alpha=1.0),
+        "label_smoothing": 0.1,
+        "ema_decay": 0.9,
+        "accumulate": 2,
+        "drop_path": 0.3,
+    },
+}
+
+
+def half_masks(params):
+    """Every second weight of each kernel pruned."""
+
+    def mask(path, leaf):
+        keep = np.arange(leaf.size).reshape(leaf.shape) % 2 == 0
+        return jnp.asarray(keep if is_kernel(path, leaf) else True)
+
+    return map_with_path(mask, params)
+
+
+def run(mode, devices, images, *, masks=False, drop_path=0.0, **options):
+    """(final state, metrics of each step, traces, whether the first state was consumed)."""
+    mesh = make_mesh(jax.devices()[:devices])
+    model = tiny(axis_name=axis_of(mode), drop_path=drop_path)
+    state = tiny_state(TX, ema="ema_decay" in options)
+    if masks:
+        masks = half_masks(state.params)
+        state = state.replace(masks=masks, params=apply_masks(state.params, masks))
+    traces = []
+
+    def counted(state, batch, **kwargs):
+        traces.append(mode)
+        return train_step(state, batch, model=model, tx=TX, **options, **kwargs)
+
+    step = compile_step(counted, mesh=mesh, mode=mode)
+    first = state = jax.device_put(state, replicated(mesh))
+    history = []
+    for _ in range(STEPS):
+        state, metrics = step(state, shard_batch(batch_of(images), mesh, mode=mode))
+        history.append(metrics)
+    return state, jax.device_get(history), len(traces), first.params["stem"]["conv"]["kernel"].is_deleted()
+
+
+@pytest.fixture(scope="module")
+def single(images):
+    """The same run on one device, by variant."""
+    done = {}
+
+    def get(variant):
+        if variant not in done:
+            done[variant] = run("jit", 1, images, **VARIANTS[variant])
+        return done[variant]
+
+    return get
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("mode", MODES)
+def test_eight_devices_equal_one(mode, variant, images, single):
+    expected, expected_history, _, _ = single(variant)
+    state, history, traces, donated = run(mode, 8, images, **VARIANTS[variant])
+    assert traces == 1
+    assert donated
+    assert int(state.step) == STEPS
+    for name in ("params", "batch_stats", "ema"):
+        got, want = jax.device_get((getattr(state, name), getattr(expected, name)))
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6, rtol=0), got, want)
+    for got, want in zip(history, expected_history, strict=True):
+        assert {k: pytest.approx(float(v), rel=1e-4, abs=1e-6) for k, v in want.items()} == got
+    if "masked" in variant or variant == "everything":
+        for tree in filter(None, (state.params, state.ema and state.ema["params"])):
+            masked = apply_masks(tree, state.masks)
+            jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b), tree, masked)
+
+
+def test_local_statistics_differ_by_device_and_are_averaged(images):
+    """sync_bn=False: each shard normalises by its own part, which gives another result than the whole batch."""
+    mesh = make_mesh()
+    states = {}
+    for sync in (True, False):
+        model = tiny(axis_name="data", sync_bn=sync)
+        step = compile_step(partial(train_step, model=model, tx=TX), mesh=mesh, mode="shard_map")
+        state = jax.device_put(tiny_state(TX), replicated(mesh))
+        states[sync], _ = step(state, shard_batch(batch_of(images), mesh))
+    mean = {sync: np.asarray(s.batch_stats["stem"]["norm"]["mean"]) for sync, s in states.items()}
+    var = {sync: np.asarray(s.batch_stats["stem"]["norm"]["var"]) for sync, s in states.items()}
+    np.testing.assert_allclose(mean[True], mean[False], atol=1e-6)  # the mean of means
+    assert (var[False] < var[True] - 1e-5).any()  # parts vary less than the whole
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_evaluation_counts_each_example_once(mode, images):
+    """Padding rows change nothing, in any mode, on any number of devices."""
+    model, state = tiny(), tiny_state(TX)
+    batch = {**batch_of(images), "valid": np.arange(16) < 13}
+    mesh = make_mesh()
+    judge = compile_step(partial(eval_step, model=model), mesh=mesh, mode=mode, donate=False)
+    variables = jax.device_put(state.variables, replicated(mesh))
+    got = evaluate(judge, variables, [shard_batch(batch, mesh, mode=mode)])
+
+    logits = np.asarray(model.apply(state.variables, images[0].astype(np.float32) / 255, train=False))[:13]
+    labels = images[1][:13]
+    log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    assert got["count"] == 13
+    assert got["accuracy"] == pytest.approx((logits.argmax(-1) == labels).mean())
+    assert got["top5_accuracy"] == 1.0
+    assert got["loss"] == pytest.approx(-log_p[np.arange(13), labels].mean(), rel=1e-5)
+    want = np.zeros((4, 4), int)
+    np.add.at(want, (labels, logits.argmax(-1)), 1)
+    np.testing.assert_array_equal(got["confusion"], want)
+
+
+def test_batch_that_devices_do_not_divide(images):
+    with pytest.raises(ValueError, match="batch of 13 is not divisible by 8 devices"):
+        shard_batch({"image": images[0][:13]}, make_mesh())
+
+
+def test_unknown_mode():
+    with pytest.raises(ValueError, match="unknown mode 'pjit'; choose one of jit, pmap, shard_map"):
+        axis_of("pjit")
+
+
+def test_pmap_takes_no_compiler_options():
+    with pytest.raises(ValueError, match="pmap takes no compiler options"):
+        compile_step(train_step, mesh=make_mesh(), mode="pmap", compiler_options={"xla_cpu_enable_fast_math": True})

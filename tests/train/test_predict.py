@@ -1,0 +1,198 @@
+"""Using a run: predictions by path, bytes and array, from the command line and from Python; fine-tuning from it."""
+
+import io
+import json
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from resnet_jax.torch_weights import to_torch
+from resnet_jax.tree import leaves
+from train.config import AugmentConfig, DataConfig, OptimConfig, TrainConfig
+from train.data.sets import load as load_data
+from train.errors import UsageError
+from train.predict import load, main
+from train.run import run
+from train.run_folder import load_variables
+from train.weights import load_weights, read_state_dict
+
+
+def config(out, **options):
+    base = {
+        "model": "resnet8",
+        "width": 8,
+        "data": DataConfig(name="synthetic", image_size=16),
+        "optim": OptimConfig(lr=0.05),
+        "steps": 25,
+        "batch": 64,
+        "eval_every": 100,
+    }
+    return TrainConfig(out=str(out), **(base | options))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run on `synthetic` and its test split."""
+    out = tmp_path_factory.mktemp("trained") / "run"
+    return run(config(out)), out, load_data("synthetic", image_size=16).test
+
+
+def png(array):
+    encoded = io.BytesIO()
+    Image.fromarray(array).save(encoded, "PNG")
+    return encoded.getvalue()
+
+
+def test_predictions_are_the_evaluation_s(trained):
+    """On the test split, top-1 is right exactly as often as the run's result says."""
+    result, out, test = trained
+    predict = load(out, top=3)
+    found = predict(list(test.images))
+    assert all(len(row) == 3 for row in found)
+    right = np.mean([int(row[0][0]) == label for row, label in zip(found, test.labels, strict=True)])
+    assert right == pytest.approx(result["test_accuracy"])
+    assert all(row[0][1] >= row[1][1] >= row[2][1] > 0 for row in found)
+
+
+def test_path_bytes_and_array_agree(trained, tmp_path):
+    _, out, test = trained
+    predict = load(out)
+    image = test.images[0]
+    (tmp_path / "image.png").write_bytes(png(image))
+    by_array = predict(image)
+    assert by_array == predict(png(image)) == predict(tmp_path / "image.png") == predict(str(tmp_path / "image.png"))
+    assert predict([image]) == [by_array]
+
+
+def test_other_sizes_and_modes_are_brought_to_the_run_s(trained):
+    _, out, test = trained
+    predict = load(out)
+    large = np.asarray(Image.fromarray(test.images[0]).resize((48, 32)))
+    grey = np.asarray(Image.fromarray(test.images[0]).convert("L"))
+    for image in (large, grey, grey[..., None]):
+        assert len(predict(image)) == 5
+
+
+def test_command_line(trained, tmp_path, command):
+    _, out, test = trained
+    paths = [tmp_path / f"{i}.png" for i in range(2)]
+    for path, image in zip(paths, test.images, strict=False):
+        path.write_bytes(png(image))
+    done = command("train.predict", out, *paths, "--top", 2)
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout)
+    assert [row["image"] for row in said] == [str(p) for p in paths]
+    want = load(out, top=2)([str(p) for p in paths])
+    for row, found in zip(said, want, strict=True):
+        assert [name for name, _ in row["top"]] == [name for name, _ in found]
+        np.testing.assert_allclose([p for _, p in row["top"]], [p for _, p in found], atol=1e-4)
+    assert f"{paths[0]}: {want[0][0][0]} " in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        ("nowhere.png", "cannot read image nowhere.png: No such file"),
+        (b"no image", "cannot read image"),
+        (np.zeros((16, 16, 3)), "must be uint8"),
+        (np.zeros((2, 2, 2, 2), np.uint8), "cannot read image"),
+    ],
+)
+def test_images_that_cannot_be_read(trained, image, message):
+    with pytest.raises(UsageError, match=message):
+        load(trained[1])(image)
+
+
+def test_folders_that_hold_no_run(trained, tmp_path, fails, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["predict", str(tmp_path), "image.png"])
+    assert "is no run's folder: it has no config.json" in fails(2, main)
+    (tmp_path / "config.json").write_text((trained[1] / "config.json").read_text())
+    assert "has no checkpoints yet" in fails(2, main)
+    (tmp_path / "checkpoints").mkdir()
+    assert "has no checkpoints yet" in fails(2, main)
+
+
+# ---- fine-tuning ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory):
+    """A folder of two classes that colour tells apart."""
+    root = tmp_path_factory.mktemp("photographs")
+    rng = np.random.default_rng(0)
+    for name, colour in {"blue": (40, 40, 200), "red": (200, 40, 40)}.items():
+        (root / name).mkdir()
+        for i in range(24):
+            pixels = np.clip(rng.normal(colour, 30, (20, 24, 3)), 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(root / name / f"{i}.png")
+    return root
+
+
+def finetune(trained, photographs, out, init, **options):
+    data = DataConfig(name=f"folder:{photographs}", image_size=16, validation=0.2)
+    return config(out, data=data, init=str(init), batch=16, steps=12, **options)
+
+
+@pytest.mark.parametrize("freeze", [False, True])
+def test_finetune_from_a_run(trained, photographs, tmp_path, freeze):
+    _, source, _ = trained
+    options = {"freeze": freeze, "optim": OptimConfig(lr=0.1), "augment": AugmentConfig(flip=True)}
+    result = run(finetune(trained, photographs, tmp_path, source, **options))
+    assert result["test_accuracy"] >= 0.9
+    before, after = leaves(load_variables(source)), leaves(load_variables(tmp_path))
+    assert after["params/head/bias"].shape == (2,) and before["params/head/bias"].shape == (10,)
+    same = [np.array_equal(before[p], after[p]) for p in before if "/head/" not in p]
+    assert all(same) if freeze else not any(same)
+    assert load(tmp_path)(photographs / "red" / "0.png")[0][0] == "red"
+
+
+def test_finetune_from_torch_weights(trained, photographs, tmp_path):
+    """A torchvision-style state dict in safetensors: the backbone arrives bit by bit, the head is new."""
+    from safetensors.numpy import save_file
+
+    source = load_variables(trained[1])
+    save_file(to_torch(source), tmp_path / "weights.safetensors")
+    fresh = jax.tree.map(lambda x: np.zeros_like(x), source)
+    for path, leaf in leaves(load_weights(tmp_path / "weights.safetensors", fresh)).items():
+        np.testing.assert_array_equal(leaf, leaves(source)[path], err_msg=path)
+    result = run(finetune(trained, photographs, tmp_path / "run", tmp_path / "weights.safetensors"))
+    assert result["test_accuracy"] >= 0.9
+
+
+def test_wrapped_pth_file(trained, tmp_path):
+    torch = pytest.importorskip("torch", reason="needs the extra parity")
+    source = load_variables(trained[1])
+    state = {name: torch.from_numpy(np.array(array)) for name, array in to_torch(source).items()}
+    torch.save({"state_dict": {f"module.{name}": tensor for name, tensor in state.items()}}, tmp_path / "weights.pth")
+    for path, leaf in leaves(load_weights(tmp_path / "weights.pth", source)).items():
+        np.testing.assert_array_equal(leaf, leaves(source)[path], err_msg=path)
+
+
+def test_pth_without_torch_names_the_extra(tmp_path, monkeypatch):
+    (tmp_path / "weights.pth").write_bytes(b"")
+    monkeypatch.setitem(__import__("sys").modules, "torch", None)
+    with pytest.raises(UsageError, match=r"pip install 'resnet-jax\[parity\]'"):
+        read_state_dict(tmp_path / "weights.pth")
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "weights.pth"])
+def test_damaged_weights(tmp_path, name):
+    if name.endswith("pth"):
+        pytest.importorskip("torch", reason="needs the extra parity")
+    (tmp_path / name).write_bytes(b"no weights at all")
+    with pytest.raises(UsageError, match="no readable"):
+        read_state_dict(tmp_path / name)
+
+
+def test_weights_of_another_model(trained, tmp_path):
+    from safetensors.numpy import save_file
+
+    _, source, _ = trained
+    wider = jax.tree.map(lambda x: np.concatenate([x, x]), load_variables(source))
+    with pytest.raises(UsageError, match="is of another model"):
+        load_weights(source, wider)
+    save_file({"conv1.weight": np.zeros((3, 3, 3, 3), np.float32)}, tmp_path / "weights.safetensors")
+    with pytest.raises(UsageError, match=r"weights.safetensors: "):
+        load_weights(tmp_path / "weights.safetensors", load_variables(source))

@@ -1,0 +1,290 @@
+"""`python -m train` from end to end: the run folder, resuming after a kill, presets, every refusal."""
+
+import dataclasses
+import json
+import os
+import random
+import signal
+import time
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from resnet_jax.parallel import make_mesh
+from train import run as run_module
+from train.__main__ import main
+from train.cli import parse
+from train.config import TrainConfig, from_dict
+from train.from_config import make_model, make_state, make_tx, step_options
+from train.presets import PRESETS
+from train.run import run
+from train.steps import train_step
+
+# A run of seconds: 20 batches of 64 in an epoch of the digits' 1,293 training images.
+QUICK = [
+    "--model",
+    "resnet8",
+    "--width",
+    "8",
+    "--steps",
+    "45",
+    "--batch",
+    "64",
+    "--eval-every",
+    "1",
+    "--log-every",
+    "5",
+]
+
+
+def quick(out, *more):
+    return ["digits", *QUICK, "--out", str(out), *more]
+
+
+@pytest.fixture(scope="module")
+def finished(command, tmp_path_factory):
+    """(completed process, run folder) of one quick run through the real command line."""
+    out = tmp_path_factory.mktemp("runs") / "quick"
+    return command("train", *quick(out)), out
+
+
+def test_run_leaves_what_it_promises(finished):
+    done, out = finished
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result == json.loads((out / "result.json").read_text())
+    assert result["preset"] == "digits" and result["steps"] == 45 and result["seed"] == 0
+    assert result["test_accuracy"] > 0.5 and result["test_images"] == 360
+    assert len(result["params_digest"]) == 64 and result["images_per_second"] > 0
+    assert result["command"].startswith("python -W error -m train digits --model resnet8")
+    assert result["versions"]["jax"] == jax.__version__ and result["devices"] == "1 x cpu"
+    assert "images/s" in done.stderr and "left" in done.stderr and "validation accuracy" in done.stderr
+
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in rows if "loss" in r] == list(range(5, 46, 5))
+    assert [r["step"] for r in rows if "validation_accuracy" in r] == [20, 40, 45]
+    assert rows[0]["learning_rate"] == pytest.approx(0.1 * 5 / 41, rel=1e-3)  # on the way up
+    assert json.loads((out / "config.json").read_text())["classes"] == [str(d) for d in range(10)]
+    confusion = json.loads((out / "confusion.json").read_text())["confusion"]
+    assert sum(map(sum, confusion)) == 360
+
+
+def test_finished_run_only_says_its_result(finished, command):
+    done, out = finished
+    before = {p: p.stat().st_mtime_ns for p in out.rglob("*")}
+    again = command("train", *quick(out))
+    assert again.returncode == 0 and again.stdout == done.stdout.splitlines()[-1] + "\n"
+    assert before == {p: p.stat().st_mtime_ns for p in out.rglob("*")}
+
+
+def test_other_settings_in_the_same_folder(finished, fails):
+    _, out = finished
+    line = fails(2, main, quick(out, "--optim.lr", "0.2", "--batch", "32"))
+    assert "other settings (optim.lr 0.1 -> 0.2, batch 64 -> 32); choose another --out" in line
+
+
+@pytest.mark.slow
+def test_killed_twice_it_ends_bit_equal(finished, command, tmp_path):
+    """SIGKILL at a random moment, then in the middle of a save: the third start ends where the first run did."""
+    _, whole = finished
+    out = tmp_path / "killed"
+    arguments = quick(out, "--save-steps", "3")
+
+    def started():
+        return command("train", *arguments, start=True)
+
+    def kill(process):
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+
+    def wait_for(process, condition):
+        deadline = time.monotonic() + 120
+        while not condition():
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+
+    def checkpoints(pattern):
+        return list((out / "checkpoints").glob(pattern))
+
+    first = started()
+    wait_for(first, lambda: checkpoints("[0-9]*") and "tmp" not in checkpoints("[0-9]*")[0].name)
+    time.sleep(random.uniform(0, 0.3))
+    kill(first)
+    had = max(int(p.name) for p in checkpoints("[0-9]*") if p.name.isdigit())
+
+    second = started()
+    wait_for(second, lambda: any(int(p.name.split(".")[0]) > had for p in checkpoints("*tmp*")))
+    kill(second)
+    assert checkpoints("*tmp*"), "the kill was to hit a save"
+
+    third = command("train", *arguments)
+    assert third.returncode == 0, third.stderr
+    assert "going on from step" in third.stderr
+    assert not checkpoints("*tmp*")
+    results = [json.loads((folder / "result.json").read_text()) for folder in (whole, out)]
+    assert results[0]["params_digest"] == results[1]["params_digest"]
+    assert results[0]["test_loss"] == results[1]["test_loss"]
+    steps = [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert steps == sorted(steps)
+
+
+class Interrupted(Exception):
+    """Stands for whatever stops a process."""
+
+
+def interrupted_config(out, **options):
+    return TrainConfig(out=str(out), width=8, steps=12, batch=64, save_steps=4, eval_every=100, **options)
+
+
+def test_restores_from_eight_devices_to_one(tmp_path, tfds_dir, monkeypatch):
+    """A run that stops on 8 devices goes on, on one, to the result of one."""
+    config = interrupted_config(tmp_path / "eight")
+
+    def stop_at(number):
+        def log(self, step, metrics):
+            if step == number:
+                raise Interrupted
+
+        return log
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module.Progress, "log", stop_at(10))
+        with pytest.raises(Interrupted):
+            run(config)
+    assert jax.device_count() == 8
+    monkeypatch.setattr(run_module, "make_mesh", lambda: make_mesh(jax.devices()[:1]))
+    resumed = run(config)
+    single = run(dataclasses.replace(config, out=str(tmp_path / "single")))
+    assert resumed["test_loss"] == pytest.approx(single["test_loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize("mode", ["pmap", "shard_map"])
+def test_modes_reach_the_same_result(mode, tmp_path, tfds_dir):
+    results = [run(interrupted_config(tmp_path / m, mode=m)) for m in ("jit", mode)]
+    assert results[0]["test_loss"] == pytest.approx(results[1]["test_loss"], rel=1e-4)
+    assert results[0]["validation_accuracy"] == results[1]["validation_accuracy"]
+
+
+def test_options_of_a_run(tmp_path, tfds_dir):
+    """Averaged parameters, the best checkpoint, mixing, accumulation and stochastic depth, all in one run."""
+    options = "--steps 24 --eval-every 0.4 --select best --ema 0.9 --accumulate 2 --drop-path 0.1 --augment.flip"
+    options += " --augment.mixup 0.2 --augment.cutmix 1.0 --augment.cutout 2 --augment.erasing 0.5"
+    options += " --xla xla_cpu_enable_fast_min_max=true"
+    _, config = parse("train", PRESETS, quick(tmp_path, *options.split()), default="digits")
+    result = run(config)
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    measured = {r["step"]: r["validation_accuracy"] for r in rows if "validation_accuracy" in r}
+    assert list(measured) == [8, 16, 24]
+    best = max(measured, key=lambda step: (measured[step], step))
+    assert result["selected_step"] == best
+    assert result["validation_accuracy"] == pytest.approx(measured[best])
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_are_complete(name):
+    """Each has its docstring's parts, survives JSON, and its step traces on its own shapes."""
+    about = PRESETS[name].__doc__
+    assert f"python -m train{'' if name == 'digits' else ' ' + name}" in about
+    assert "Command:" in about and "Hardware:" in about
+    config = PRESETS[name]()
+    assert from_dict(TrainConfig, json.loads(json.dumps(dataclasses.asdict(config)))) == config
+
+    size = config.data.image_size or (8 if name == "digits" else 32)
+    channels = 1 if name == "digits" else 3
+    if name == "digits":
+        config = dataclasses.replace(config, augment=dataclasses.replace(config.augment, mean=(0.5,), std=(0.5,)))
+    model = make_model(config, 10)
+    tx, _ = make_tx(config.optim, 100, 10.0)
+    state = jax.eval_shape(lambda: make_state(config, model, tx, (size, size, channels)))
+    batch = {
+        "image": jax.ShapeDtypeStruct((4, size, size, channels), jnp.uint8),
+        "label": jax.ShapeDtypeStruct((4,), jnp.int32),
+    }
+    options = step_options(config, model, tx)
+    new, metrics = jax.eval_shape(lambda s, b: train_step(s, b, **options), state, batch)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), new) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
+    assert set(metrics) == {"loss", "accuracy", "grad_norm"}
+
+
+BAD_INPUT = {
+    "preset": (["digit"], "unknown preset 'digit': did you mean digits?"),
+    "field": (["--optim.learning-rate", "1"], "unknown field '--optim.learning-rate': "),
+    "kind of value": (["--batch", "many"], "error: Value error Error parsing --batch: invalid literal"),
+    "model": (["--model", "resnet19"], "unknown model 'resnet19': did you mean resnet"),
+    "dataset": (["--data.name", "cifar11"], "no prepared set 'cifar11'"),
+    "optimizer": (["--optim.name", "sdg"], "unknown optimizer 'sdg': did you mean sgd?"),
+    "schedule": (["--optim.schedule", "cosinus"], "unknown schedule 'cosinus': did you mean cosine?"),
+    "loss": (["--loss", "hinge"], "unknown loss 'hinge'"),
+    "mode": (["--mode", "pjit"], "invalid choice 'pjit' for argument '--mode'. Expected one of ('jit', 'pmap'"),
+    "range": (["--ema", "1.5"], "--ema 1.5 is out of range"),
+    "devices": (["--batch", "60"], "a batch of 60 is not divisible by 8 devices"),
+    "large batch": (["--batch", "8000"], "a batch of 8000 is larger than the 1293 training images"),
+    "crop": (["--augment.resized-crop", "64"], "--augment.resized-crop 64 is larger than the images, 8x8"),
+    "parts": (["--accumulate", "3"], "--accumulate 3 does not divide a device's 8 images of a batch"),
+    "folder": (["--data.name", "folder:nowhere"], "no folder nowhere"),
+    "weights": (["--init", "nowhere.pth"], "no weights at nowhere.pth"),
+    "frozen nothing": (["--freeze"], "name it with --init"),
+    "statistics": (["--augment.mean", "0.5", "0.5", "0.5", "--augment.std", "1", "1", "1"], "need 1 values each"),
+    "local statistics": (["--no-sync-bn"], "--no-sync-bn needs --mode shard_map or pmap"),
+    "compiler option": (["--xla", "fast"], "--xla 'fast' is not of the form NAME=VALUE"),
+    "validation": (["--data.validation", "0"], "must lie between 0 and 1"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_input_is_refused_in_one_line(case, fails, tmp_path, tfds_dir):
+    arguments, message = BAD_INPUT[case]
+    out = [] if case == "preset" else ["--out", str(tmp_path / "run")]
+    assert message in fails(2, main, arguments + out)
+    assert not (tmp_path / "run").exists()
+
+
+def test_bad_input_through_the_real_command_line(command):
+    done = command("train", "cifar10_resnet19")
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("error: unknown preset 'cifar10_resnet19': did you mean cifar10_resnet18")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_unwritable_out(fails, tmp_path, tfds_dir):
+    (tmp_path / "file").write_text("")
+    assert "cannot make the run's folder" in fails(2, main, quick(tmp_path / "file" / "run"))
+
+
+def test_compiler_option_that_xla_does_not_know(fails, tmp_path, tfds_dir):
+    """Nothing of it is kept: the mended command starts afresh."""
+    assert "--xla no_such_option=1: " in fails(2, main, quick(tmp_path, "--xla", "no_such_option=1"))
+    assert not (tmp_path / "config.json").exists()
+
+
+def test_folder_that_is_no_run(fails, tmp_path, tfds_dir):
+    (tmp_path / "checkpoints").mkdir()
+    assert "holds checkpoints but no config.json" in fails(2, main, quick(tmp_path))
+    (tmp_path / "config.json").write_text("{")
+    assert "config.json cannot be read" in fails(2, main, quick(tmp_path))
+
+
+def test_loss_that_is_not_finite_stops_the_run(fails, tmp_path, tfds_dir):
+    """Exit code 1, the step is named, the checkpoints before it stay."""
+    arguments = quick(tmp_path, "--optim.schedule", "constant", "--optim.lr", "1e20", "--optim.warmup-epochs", "0")
+    line = fails(1, main, [*arguments, "--save-steps", "1"])
+    assert "is not finite" in line and "at step" in line and "keeps checkpoint 1" in line
+
+
+@pytest.mark.slow
+def test_full_disk(command, tmp_path, finished):
+    """A file-size limit stands for the disk: one line, exit code 1, and a later start with room finishes the run."""
+    arguments = quick(tmp_path / "run", "--save-steps", "20")
+
+    limit = ["sh", "-c", 'ulimit -f 40 && exec "$@"', "sh"]  # 20 kB
+    done = command("train", *arguments, before=limit, env={"JAX_ENABLE_COMPILATION_CACHE": "false"})
+    assert done.returncode == 1, done.stderr
+    assert "cannot write a checkpoint" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+    again = command("train", *arguments)
+    assert again.returncode == 0, again.stderr
+    assert json.loads(again.stdout)["params_digest"] == json.loads(finished[0].stdout)["params_digest"]
+    assert os.path.getsize(tmp_path / "run" / "result.json") > 0

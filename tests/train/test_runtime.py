@@ -1,0 +1,95 @@
+"""The compile cache is found again, and the memory that XLA frees stays with the process."""
+
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from train.errors import UsageError
+from train.runtime import cpu_only, keep_compiled
+
+
+@pytest.fixture
+def settings():
+    """JAX's cache settings, put back afterwards."""
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: getattr(jax.config, name) for name in names}
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+def test_where_programs_are_kept(settings, monkeypatch, tmp_path):
+    own = jax.config.jax_compilation_cache_dir
+    assert str(keep_compiled("auto")) == own  # what JAX was told is left alone
+    assert keep_compiled("none") is None and jax.config.jax_compilation_cache_dir is None
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    path = keep_compiled("auto")
+    assert path.parent == tmp_path / "resnet-jax" / "compiled" and path.is_dir()
+    assert jax.config.jax_compilation_cache_dir == str(path)
+    assert keep_compiled(str(tmp_path / "mine")) == tmp_path / "mine"
+
+
+def test_folder_that_cannot_be_made(settings, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match=r"--cache .*file/x: cannot make it: Not a directory"):
+        keep_compiled(str(tmp_path / "file" / "x"))
+
+
+@pytest.mark.slow
+def test_second_start_compiles_nothing(command, tmp_path):
+    """A first run fills the cache; a second one, of another seed, finds each program in it."""
+    cache = tmp_path / "cache"
+
+    def start(seed):
+        fields = ("--steps", 3, "--width", 8, "--seed", seed, "--cache", cache, "--out", tmp_path / str(seed))
+        done = command("train", *fields)
+        assert done.returncode == 0, done.stderr
+        return {path.name for path in cache.glob("*-cache")}
+
+    def programs(files):
+        return {name.removesuffix("-cache").rpartition("-")[0] for name in files}
+
+    first = start(0)
+    new = start(1) - first
+    assert {"jit_train_step", "jit_eval_step"} <= programs(first)
+    # What compiles in about the shortest time that is kept may be kept by the second start alone, on a busy machine.
+    assert not programs(new) & programs(first)
+
+
+FAULTS = """
+import resource, sys
+from train.runtime import keep_memory
+kept = keep_memory() if sys.argv[1] == "kept" else False
+import jax, jax.numpy as jnp
+f = jax.jit(lambda x: jnp.sort(x * 2) + jnp.sort(x + 1))  # temporaries as large as its input, 32 MB
+x = jnp.ones(1 << 23)
+for _ in range(2): f(x).block_until_ready()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(2): f(x).block_until_ready()
+print(kept, (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) // 2)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc")
+def test_memory_stays_with_the_process(monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+
+    def faults(how):
+        done = subprocess.run([sys.executable, "-c", FAULTS, how], capture_output=True, text=True, check=True)
+        kept, count = done.stdout.split()
+        assert kept == str(how == "kept")
+        return int(count)
+
+    assert faults("kept") < faults("plain") / 4
+
+
+def test_cpu_alone():
+    before = jax.config.jax_platforms
+    try:
+        for platforms, expected in (("cpu", True), ("cuda,cpu", False), ("tpu", False)):
+            jax.config.update("jax_platforms", platforms)
+            assert cpu_only() == expected
+    finally:
+        jax.config.update("jax_platforms", before)

@@ -1,0 +1,254 @@
+"""The supervised step: golden metrics, overfitting, and each option by what it must do."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from resnet_jax.augment import normalize
+from resnet_jax.losses import LOSSES, sigmoid_cross_entropy, smooth_labels, softmax_cross_entropy
+from resnet_jax.masks import apply_masks
+from resnet_jax.mix import mixup
+from resnet_jax.tree import is_head, is_kernel, leaves, map_with_path
+from tests.reference.nets import CLASSES, batch_of, tiny, tiny_state, tiny_tx
+from train.optim import make_optimizer
+from train.state import digest
+from train.steps import eval_step, train_step
+
+pytestmark = pytest.mark.usefixtures("unoptimised")
+
+TX = tiny_tx()
+STEP = jax.jit(partial(train_step, model=tiny(), tx=TX))
+GOLDEN = {"loss": 1.400973, "accuracy": 0.25, "grad_norm": 0.659943, "params_norm": 13.246058}
+
+
+def assert_close(a, b, **tolerance):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, **tolerance), jax.device_get(a), jax.device_get(b))
+
+
+def test_golden_metrics(images):
+    """The metric dict of the second step, pinned: any change of the mathematics shows here."""
+    state, _ = STEP(tiny_state(TX), batch_of(images))
+    state, metrics = STEP(state, batch_of(images))
+    assert {name: float(value) for name, value in metrics.items()} == {
+        "loss": pytest.approx(GOLDEN["loss"], rel=1e-4),
+        "accuracy": GOLDEN["accuracy"],
+        "grad_norm": pytest.approx(GOLDEN["grad_norm"], rel=1e-3),
+    }
+    assert float(optax.tree.norm(state.params)) == pytest.approx(GOLDEN["params_norm"], rel=1e-5)
+
+
+def test_step_is_sgd_on_the_mean_loss(images):
+    """One step, written out again: gradient of the mean cross entropy, decay on kernels, momentum, learning rate."""
+    model, state = tiny(), tiny_state(TX)
+    x = jnp.asarray(images[0], jnp.float32) / 255
+
+    def objective(params):
+        logits, _ = model.apply(
+            {"params": params, "batch_stats": state.batch_stats}, x, train=True, mutable=["batch_stats"]
+        )
+        return optax.softmax_cross_entropy_with_integer_labels(logits, images[1]).mean()
+
+    grads = jax.grad(objective)(state.params)
+    # First Nesterov step from zero velocity: (1 + momentum) * gradient; learning rate 0.1 / 3 on the way up.
+    want = map_with_path(
+        lambda path, p, g: p - 0.1 / 3 * 1.9 * (g + (1e-3 * p if is_kernel(path, p) else 0)), state.params, grads
+    )
+    got, _ = STEP(state, batch_of(images))
+    assert_close(got.params, want, atol=1e-6, rtol=0)
+
+
+def test_overfits_32_images():
+    """32 noise images with random labels are learnt by heart."""
+    rng = np.random.default_rng(1)
+    batch = {
+        "image": rng.integers(0, 256, (32, 8, 8, 3), dtype=np.uint8),
+        "label": rng.integers(0, CLASSES, 32).astype(np.int32),
+    }
+    tx = tiny_tx(lr=0.1, steps=150)
+    step = jax.jit(
+        partial(train_step, model=tiny(), tx=tx, augment=normalize((0.5,) * 3, (0.25,) * 3)), donate_argnums=0
+    )
+    state = tiny_state(tx)
+    for _ in range(150):
+        state, metrics = step(state, batch)
+    assert metrics["accuracy"] == 1.0
+    assert metrics["loss"] < 0.05
+
+
+def test_accumulation_is_the_mean_of_the_parts_gradients(images):
+    """Two parts: the mean gradient of the even and the odd rows, statistics carried from one part to the next."""
+    tx = optax.sgd(1.0)
+    state = tiny_state(tx)
+    whole = jax.jit(partial(train_step, model=tiny(), tx=tx))
+    got, metrics = jax.jit(partial(train_step, model=tiny(), tx=tx, accumulate=2))(state, batch_of(images))
+    even, first = whole(state, {k: v[::2] for k, v in batch_of(images).items()})
+    odd, second = whole(state, {k: v[1::2] for k, v in batch_of(images).items()})
+    assert_close(got.params, jax.tree.map(lambda a, b: (a + b) / 2, even.params, odd.params), atol=1e-6, rtol=0)
+    assert float(metrics["loss"]) == pytest.approx((float(first["loss"]) + float(second["loss"])) / 2, rel=1e-5)
+    carried = jax.tree.map(
+        lambda s0, a, b: 0.9 * a + (b - 0.9 * s0), state.batch_stats, even.batch_stats, odd.batch_stats
+    )
+    # Only the first norm's inputs are independent of what the statistics are.
+    assert_close(got.batch_stats["stem"], carried["stem"], atol=1e-6, rtol=0)
+
+
+def test_accumulation_must_divide_the_batch(images):
+    with pytest.raises(ValueError, match="batch of 16 is not divisible into 3 parts"):
+        train_step(tiny_state(TX), batch_of(images), model=tiny(), tx=TX, accumulate=3)
+
+
+def test_masked_weights_stay_zero_under_momentum_decay_and_ema(images):
+    masks = map_with_path(
+        lambda path, p: jnp.abs(p) > 0.05 if is_kernel(path, p) else jnp.ones((), bool), tiny_state(TX).params
+    )
+    state = tiny_state(TX, masks=masks, ema=True)
+    state = state.replace(params=apply_masks(state.params, masks))
+    step = jax.jit(partial(train_step, model=tiny(), tx=TX, ema_decay=0.9))
+    for _ in range(3):
+        state, _ = step(state, batch_of(images))
+        for tree in (state.params, state.ema["params"]):
+            assert_close(tree, apply_masks(tree, masks), atol=0)
+    kernel = np.asarray(state.params["stem"]["conv"]["kernel"])
+    assert 0 < (kernel == 0).mean() < 1
+
+
+def test_ema_follows_parameters_and_statistics(images):
+    state = tiny_state(TX, ema=True)
+    before = jax.device_get(state.variables)
+    step = jax.jit(partial(train_step, model=tiny(), tx=TX, ema_decay=0.999))
+    state, _ = step(state, batch_of(images))
+    # At step 0 the decay is (1 + 0) / (10 + 0).
+    want = jax.tree.map(
+        lambda old, new: 0.1 * old + 0.9 * new, before, {"params": state.params, "batch_stats": state.batch_stats}
+    )
+    assert_close(state.ema, want, atol=1e-6, rtol=0)
+    assert state.variables is state.ema
+
+
+def test_frozen_backbone_and_statistics(images):
+    tx = make_optimizer("sgd", lambda step: 0.1, weight_decay=0.1, trainable=is_head)
+    state = tiny_state(tx)
+    new, _ = jax.jit(partial(train_step, model=tiny(), tx=tx, frozen_stats=True))(state, batch_of(images))
+    old, new_leaves = leaves(state.params), leaves(new.params)
+    for path, leaf in new_leaves.items():
+        assert np.array_equal(leaf, old[path]) != path.startswith("head/"), path
+    assert_close(new.batch_stats, state.batch_stats, atol=0)
+
+
+def test_step_key_depends_on_the_step_alone(images):
+    """The same step number draws the same augmentation, another number another."""
+
+    def noisy(key, image):
+        return image + jax.random.normal(key, image.shape)
+
+    step = jax.jit(partial(train_step, model=tiny(), tx=TX, augment=noisy))
+    state = tiny_state(TX)
+    first, again = (step(state, batch_of(images))[1]["loss"] for _ in range(2))
+    other = step(state.replace(step=jnp.ones((), jnp.int32)), batch_of(images))[1]["loss"]
+    assert first == again != other
+
+
+def test_mixing_reaches_the_loss(images):
+    step = jax.jit(partial(train_step, model=tiny(), tx=TX, mix=partial(mixup, alpha=1.0)))
+    _, mixed = step(tiny_state(TX), batch_of(images))
+    _, plain = STEP(tiny_state(TX), batch_of(images))
+    assert mixed["loss"] != plain["loss"]
+
+
+def test_bfloat16_computes_low_and_keeps_float32(images):
+    step = jax.jit(partial(train_step, model=tiny(dtype=jnp.bfloat16), tx=TX))
+    state, metrics = step(tiny_state(TX), batch_of(images))
+    for leaf in jax.tree.leaves((state.params, state.batch_stats, metrics)):
+        assert leaf.dtype == jnp.float32
+    _, exact = STEP(tiny_state(TX), batch_of(images))
+    assert float(metrics["loss"]) == pytest.approx(float(exact["loss"]), rel=0.05)
+    assert metrics["loss"] != exact["loss"]
+
+
+def test_logits_and_statistics_are_float32_under_bfloat16(images):
+    model = tiny(dtype=jnp.bfloat16)
+    maps = model.apply(tiny_state(TX).variables, jnp.zeros((1, 8, 8, 3)), method="maps")
+    assert maps["stage1"].dtype == jnp.bfloat16
+    assert maps["logits"].dtype == maps["pooled"].dtype == jnp.float32
+
+
+def test_per_example_gradients_and_ensembles_compose(images):
+    """Plain functions: a research script may `vmap` over examples, or over an ensemble of states."""
+    model, state = tiny(), tiny_state(TX)
+    x = jnp.asarray(images[0], jnp.float32) / 255
+
+    def loss(params, image, label):
+        logits = model.apply({"params": params, "batch_stats": state.batch_stats}, image[None])
+        return softmax_cross_entropy(logits, jax.nn.one_hot(label, CLASSES)[None])[0]
+
+    per_example = jax.jit(jax.vmap(jax.grad(loss), (None, 0, 0)))(state.params, x, images[1])
+    mean = jax.grad(lambda p: jnp.mean(jax.vmap(loss, (None, 0, 0))(p, x, images[1])))(state.params)
+    assert_close(jax.tree.map(lambda g: g.mean(0), per_example), mean, atol=1e-5)
+
+    ensemble = jax.tree.map(lambda *xs: jnp.stack(xs), *(tiny_state(TX, seed) for seed in range(2)))
+    trained, metrics = jax.jit(jax.vmap(partial(train_step, model=model, tx=TX), (0, None)))(ensemble, batch_of(images))
+    assert metrics["loss"].shape == (2,)
+    single, _ = STEP(tiny_state(TX, 1), batch_of(images))
+    assert_close(jax.tree.map(lambda p: p[1], trained.params), single.params, atol=1e-5)
+
+
+def test_calibration_and_top5_sums(images):
+    """Sums against NumPy on logits made to be over-confident."""
+    classes = 7
+
+    class Fixed:
+        def apply(self, variables, images, train):
+            return variables["logits"]
+
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(40, classes)).astype(np.float32) * 4
+    labels = rng.integers(0, classes, 40).astype(np.int32)
+    batch = {"image": np.zeros((40, 1, 1, 1), np.float32), "label": labels, "valid": np.ones(40, bool)}
+    sums = jax.device_get(eval_step({"logits": jnp.asarray(logits)}, batch, model=Fixed()))
+    p = np.exp(logits - logits.max(-1, keepdims=True))
+    p /= p.sum(-1, keepdims=True)
+    confidence, correct = p.max(-1), p.argmax(-1) == labels
+    for index in range(15):
+        inside = (confidence >= index / 15) & (confidence < (index + 1) / 15)
+        want = [inside.sum(), confidence[inside].sum(), correct[inside].sum()]
+        np.testing.assert_allclose(sums["calibration"][:, index], want, rtol=1e-5)
+    top5 = np.argsort(-logits, axis=-1)[:, :5]
+    assert sums["top5"] == (top5 == labels[:, None]).any(-1).sum()
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses_against_numpy(name):
+    rng = np.random.default_rng(0)
+    logits, targets = rng.normal(size=(6, 5)) * 3, rng.dirichlet(np.ones(5), 6)
+    if name == "softmax":
+        want = -(targets * (logits - np.log(np.exp(logits).sum(-1, keepdims=True)))).sum(-1)
+    else:
+        p = 1 / (1 + np.exp(-logits))
+        want = -(targets * np.log(p) + (1 - targets) * np.log(1 - p)).sum(-1)
+    np.testing.assert_allclose(LOSSES[name](jnp.asarray(logits, jnp.float32), targets), want, rtol=1e-5)
+
+
+def test_losses_are_finite_at_extremes():
+    logits, targets = jnp.asarray([[1e4, -1e4, 0.0]]), jnp.asarray([[0.0, 1.0, 0.0]])
+    for loss in (softmax_cross_entropy, sigmoid_cross_entropy):
+        value, gradient = jax.value_and_grad(lambda x, loss=loss: loss(x, targets).sum())(logits)
+        assert np.isfinite(value) and np.isfinite(gradient).all()
+
+
+def test_smoothing_keeps_mass():
+    smoothed = smooth_labels(jax.nn.one_hot(jnp.arange(3), 4), 0.1)
+    np.testing.assert_allclose(smoothed.sum(-1), 1, rtol=1e-6)
+    np.testing.assert_allclose(smoothed[0], [0.925, 0.025, 0.025, 0.025], rtol=1e-6)
+
+
+def test_digest_sees_every_part(images):
+    state = tiny_state(TX)
+    new, _ = STEP(state, batch_of(images))
+    masks = map_with_path(lambda path, m: m & (path != "head/kernel"), state.masks)
+    digests = {digest(s) for s in (state, new, state.replace(batch_stats=new.batch_stats), state.replace(masks=masks))}
+    assert len(digests) == 4
+    assert digest(state) == digest(tiny_state(TX))

@@ -1,0 +1,24 @@
+"""`python -m train.data prepare NAME [--dir DIR]`: download a stock TFDS set and store it as ArrayRecord."""
+
+import argparse
+from pathlib import Path
+
+from train.data.prepare import prepare
+from train.data.sets import default_data_dir
+from train.errors import one_line
+
+
+def main() -> None:
+    """Parse, prepare, print the folder."""
+    parser = argparse.ArgumentParser(prog="python -m train.data", description=__doc__)
+    commands = parser.add_subparsers(required=True)
+    command = commands.add_parser("prepare", help="download and prepare a stock TFDS set as ArrayRecord")
+    command.add_argument("name")
+    command.add_argument("--dir", type=Path, default=None, help="the TFDS data_dir")
+    args = parser.parse_args()
+    print(prepare(args.name, args.dir or default_data_dir()))
+
+
+if __name__ == "__main__":
+    with one_line():
+        main()

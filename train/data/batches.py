@@ -1,0 +1,210 @@
+"""Batches from a split: an endless seeded stream to train on, and every example exactly once to evaluate on.
+
+The stream is the same whether a split lives in memory or is decoded on the way: epoch `e` is a permutation drawn from
+(seed, e), epochs follow one another without a gap, and batch `s` holds positions s * batch and the ones that follow.
+So each example comes once an epoch, batches are always full, and the position is all that a checkpoint must keep.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from typing import Any, Protocol
+
+import grain
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from resnet_jax.parallel import Mode, batch_sharding, make_mesh, place, replicated, shard_batch
+from train.data.sources import Arrays, Encoded, Example, decode_threads, image_shape
+from train.errors import UsageError
+
+Batch = dict[str, Any]
+
+PART = 16  # examples that a decoding thread is handed at a time
+
+
+class Batches(Protocol):
+    """An endless iterator of device batches that can say where it stands and go back there."""
+
+    def __next__(self) -> Batch: ...
+    def state(self) -> dict[str, Any]: ...
+    def restore(self, state: dict[str, Any]) -> None: ...
+
+
+@lru_cache(maxsize=2)
+def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
+    """The order of `count` examples in one epoch, int64 [count]."""
+    return np.random.default_rng([seed, epoch]).permutation(count)
+
+
+def stream_indices(count: int, seed: int, start: int, size: int) -> np.ndarray:
+    """Examples at positions `start` .. `start + size - 1` of the stream, int64 [size]."""
+    positions = np.arange(start, start + size)
+    epochs, offsets = np.divmod(positions, count)
+    parts = [epoch_order(count, seed, int(e))[offsets[epochs == e]] for e in np.unique(epochs)]
+    return np.concatenate(parts)
+
+
+def train_batches(source: Arrays | Encoded, *, batch: int, seed: int, mesh: Mesh, mode: Mode = "jit") -> Batches:
+    """The training stream of a split, laid out over the mesh; `batch` is the global batch size.
+
+    Raises:
+      UsageError: a batch that the devices do not divide, or one larger than the split.
+    """
+    check_batch(batch, mesh.size, len(source))
+    if isinstance(source, Arrays):
+        return ResidentBatches(source, batch=batch, seed=seed, mesh=mesh, mode=mode)
+    return StreamedBatches(source, batch=batch, seed=seed, mesh=mesh, mode=mode)
+
+
+def check_batch(batch: int, devices: int, count: int | None = None) -> None:
+    """Refuse a batch that the devices do not divide, or that is larger than `count` training images.
+
+    Raises:
+      UsageError: that.
+    """
+    if batch < 1 or batch % devices:
+        raise UsageError(f"a batch of {batch} is not divisible by {devices} devices: choose a multiple of {devices}")
+    if count is not None and batch > count:
+        raise UsageError(f"a batch of {batch} is larger than the {count} training images: choose a smaller --batch")
+
+
+def batch_like(
+    batch: int, image_shape: tuple[int, int, int], *, valid: bool = False
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of a global batch, with `valid` as evaluation has it: to compile a step before there are images."""
+    like = {
+        "image": jax.ShapeDtypeStruct((batch, *image_shape), np.uint8),
+        "label": jax.ShapeDtypeStruct((batch,), np.int32),
+        "valid": jax.ShapeDtypeStruct((batch,), np.bool_),
+    }
+    return like if valid else {name: like[name] for name in ("image", "label")}
+
+
+def padded(batch: int, mesh: Mesh) -> int:
+    """The batch that evaluation uses: rounded up to a multiple of the devices."""
+    return -(-batch // mesh.size) * mesh.size
+
+
+class ResidentBatches:
+    """Batches gathered on the device from a split that lives there as uint8: the host only draws indices."""
+
+    def __init__(self, source: Arrays, *, batch: int, seed: int, mesh: Mesh, mode: Mode) -> None:
+        self.count, self.batch, self.seed = len(source), batch, seed
+        self.position = 0
+        # pmap sees this host's devices alone, and an axis of devices before that of examples.
+        self.local = mode == "pmap"
+        mesh = make_mesh(mesh.local_devices) if self.local else mesh
+        self.devices = mesh.size
+        self.sharding = batch_sharding(mesh)
+        arrays = {"image": source.images, "label": source.labels.astype(np.int32)}
+        self.arrays = place(arrays, replicated(mesh))
+        self.take = jax.jit(_take, out_shardings=self.sharding)
+
+    def __next__(self) -> Batch:
+        indices = stream_indices(self.count, self.seed, self.position, self.batch).astype(np.int32)
+        self.position += self.batch
+        if self.local:
+            indices = _own_part(indices).reshape(self.devices, -1)
+        return self.take(self.arrays, place(indices, self.sharding))
+
+    def state(self) -> dict[str, Any]:
+        return {"position": self.position}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.position = int(state["position"])
+
+
+def _take(arrays: Batch, indices: jax.Array) -> Batch:
+    return jax.tree.map(lambda x: x[indices], arrays)
+
+
+def _own_part(indices: np.ndarray) -> np.ndarray:
+    """This process's contiguous part of a global batch."""
+    return np.split(indices, jax.process_count())[jax.process_index()]
+
+
+class StreamedBatches:
+    """Batches decoded by Grain's threads ahead of the step: up to `ahead` of them."""
+
+    def __init__(self, source: Encoded, *, batch: int, seed: int, mesh: Mesh, mode: Mode) -> None:
+        self.batch, self.seed, self.mesh = batch, seed, mesh
+        self.mode: Mode = mode
+        self.own = batch // jax.process_count()
+        self.source, self.threads = source, decode_threads(image_shape(source))
+        self.ahead = max(2, -(-self.threads * math.gcd(self.own, PART) // self.own))
+        self._start(0)
+
+    def _start(self, position: int) -> None:
+        self.position = position
+        first = position // self.batch * self.own
+        self.iterator = iter(_decoded(lambda row: self._example(first + row), self.own, self.threads))
+
+    def _example(self, own_position: int) -> Example:
+        """The example at one of this process's positions: a pure function of it, so any thread may ask at any time."""
+        step, row = divmod(own_position, self.own)
+        position = step * self.batch + jax.process_index() * self.own + row
+        epoch, offset = divmod(position, len(self.source))
+        index = int(epoch_order(len(self.source), self.seed, epoch)[offset])
+        return self.source.example(index, np.random.default_rng([self.seed, position, 1]))
+
+    def __next__(self) -> Batch:
+        self.position += self.batch
+        return shard_batch(_whole(next(self.iterator)), self.mesh, mode=self.mode)
+
+    def state(self) -> dict[str, Any]:
+        return {"position": self.position}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self._start(int(state["position"]))
+
+
+def eval_batches(source: Arrays | Encoded, *, batch: int, mesh: Mesh, mode: Mode = "jit") -> Iterator[Batch]:
+    """Every example of a split exactly once: `valid` bool [B] is False on the rows that fill up the last batch.
+
+    `batch` is rounded up to a multiple of the devices.
+    """
+    if batch < 1:
+        raise UsageError(f"a batch of {batch} holds no image")
+    batch = padded(batch, mesh)
+    own = batch // jax.process_count()
+    steps = -(-len(source) // batch)
+
+    def example(own_position: int) -> Example:
+        step, row = divmod(own_position, own)
+        position = step * batch + jax.process_index() * own + row
+        valid = position < len(source)
+        return {**source[min(position, len(source) - 1)], "valid": np.bool_(valid)}
+
+    if isinstance(source, Arrays):
+        for step in range(steps):
+            positions = _own_part(np.arange(step * batch, (step + 1) * batch))
+            rows = np.minimum(positions, len(source) - 1)
+            part = {"image": source.images[rows], "label": source.labels[rows].astype(np.int32)}
+            yield shard_batch({**part, "valid": positions < len(source)}, mesh, mode=mode)
+    else:
+        for part in _decoded(example, own, decode_threads(image_shape(source)), steps * own):
+            yield shard_batch(_whole(part), mesh, mode=mode)
+
+
+def _decoded(
+    example: Callable[[int], dict[str, Any]], batch: int, threads: int, count: int = 2**62
+) -> grain.IterDataset:
+    """Batches of `example(0)`, `example(1)`, ... ahead of need, in threads: arrays [parts, batch / parts, ...].
+
+    A thread is handed several examples at a time: one by one, small images cost more to hand over than to decode.
+    """
+    size = math.gcd(batch, PART)
+
+    def part(number: int) -> dict[str, np.ndarray]:
+        rows = [example(number * size + row) for row in range(size)]
+        return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(2 * batch // size, threads))
+    parts = grain.MapDataset.range(count // size).map(part).to_iter_dataset(options)
+    return parts.batch(batch // size, drop_remainder=True)
+
+
+def _whole(batch: Batch) -> Batch:
+    return {name: x.reshape(-1, *x.shape[2:]) for name, x in batch.items()}

@@ -1,0 +1,317 @@
+"""Image sets: what they hold, where they are read from, how they are split.
+
+`load(name)` returns a `Dataset` with three splits. A split has `len(source)` and
+`source[i] -> {"image": uint8 [H, W, C], "label": int32}`, which is also what Grain reads from. Small sets are decoded
+once into `Arrays`; large ones stay encoded and are decoded by `train.data.batches` while training runs.
+"""
+
+import math
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from train.data import folder
+from train.data.prepare import prepare
+from train.data.sources import Arrays, Encoded, decode_all, differ_in_size, image_shape
+from train.errors import UsageError, unknown
+
+MEMORY_LIMIT = 2 << 30  # bytes: sets that decode to no more than this live in memory
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dataset:
+    """Three splits of one set. `test` is looked at once, at the end; decisions are made on `validation`."""
+
+    name: str
+    classes: tuple[str, ...]
+    train: Arrays | Encoded
+    validation: Arrays | Encoded
+    test: Arrays | Encoded
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        return tuple(self.train[0]["image"].shape)
+
+    @property
+    def splits(self) -> dict[str, Arrays | Encoded]:
+        return {"train": self.train, "validation": self.validation, "test": self.test}
+
+
+# ---- loading ------------------------------------------------------------------------------------------------------
+
+
+def load(
+    name: str,
+    *,
+    dir: str | Path | None = None,
+    image_size: int | None = None,
+    validation: float = 0.1,
+    split_seed: int = 0,
+    fraction: float = 1.0,
+    random_crop: bool = False,
+    broken: str = "refuse",
+    memory_limit: int = MEMORY_LIMIT,
+) -> Dataset:
+    """An image set by name, split three ways, in memory if it decodes to at most `memory_limit` bytes.
+
+    Args:
+      name: `digits`, `synthetic`, `folder:DIR` (class = subfolder, with or without train/validation/test above), or a
+        TFDS set prepared as ArrayRecord in `dir`: `NAME`, `NAME/VERSION` or `NAME/CONFIG/VERSION`.
+      dir: the TFDS data_dir; None is TFDS's own default, `TFDS_DATA_DIR` or a folder in the user's home.
+      image_size: side of the square that images are brought to; None keeps sets of one size as they are.
+      validation: fraction of the training split held back where the set has no validation split, in (0, 1); also
+        the fraction held back for test where there is no test split either.
+      split_seed: of that draw; not the run's seed, so that all runs hold back the same examples.
+      fraction: share of the training split that is kept, in (0, 1], drawn evenly from each class by `split_seed`; the
+        images that a fraction holds are part of any larger one.
+      random_crop: see `Encoded`; the training split is then decoded anew in every epoch.
+      broken: `refuse` or `skip` images that cannot be decoded.
+      memory_limit: see `in_memory`; 0 leaves everything encoded.
+
+    Raises:
+      UsageError: no such set, an empty or broken one, labels out of range.
+    """
+    if not 0 < validation < 1:
+        raise UsageError(f"the validation fraction must lie between 0 and 1, got {validation}")
+    if not 0 < fraction <= 1:
+        raise UsageError(f"the fraction of the training split must lie above 0 and be at most 1, got {fraction}")
+    if broken not in ("refuse", "skip"):
+        raise unknown("way with broken images", broken, ["refuse", "skip"])
+    if name == "synthetic":
+        classes, splits = _synthetic(image_size or 32)
+    elif name.startswith("folder:"):
+        root = Path(name.removeprefix("folder:")).expanduser()
+        classes, splits = folder.read(root, size=image_size, skip_broken=broken == "skip")
+    else:
+        classes, splits = _tfds(name, Path(dir).expanduser() if dir else None, image_size)
+    splits = _complete(splits, validation, split_seed)
+    if fraction < 1:
+        splits["train"] = splits["train"].subset(share_of(known_labels(splits["train"]), fraction, split_seed))
+    if random_crop:
+        if image_size is None:
+            raise UsageError("--data.random-crop needs --data.image-size, the side that boxes are brought to")
+        if not isinstance(splits["train"], Encoded):
+            raise UsageError(
+                f"{name} is not decoded, so nothing can be cut out meanwhile: leave out --data.random-crop"
+            )
+        splits["train"] = replace(splits["train"], random_crop=True)
+    dataset = Dataset(name=name, classes=classes, **splits)
+    _check(dataset)
+    return dataset if memory_limit == 0 else in_memory(dataset, skip_broken=broken == "skip", limit=memory_limit)
+
+
+def in_memory(dataset: Dataset, *, skip_broken: bool = False, limit: int = MEMORY_LIMIT) -> Dataset:
+    """The set with its encoded splits decoded, if all of them take at most `limit` bytes; else as it is.
+
+    Splits that cut random boxes out stay encoded: they are decoded anew in every epoch.
+
+    Raises:
+      UsageError: images that cannot be decoded (unless they are skipped), or that differ in size.
+    """
+    encoded = {s: x for s, x in dataset.splits.items() if isinstance(x, Encoded) and not x.random_crop}
+    shapes = {split: image_shape(source) for split, source in encoded.items()}
+    if sum(len(source) * math.prod(shapes[split]) for split, source in encoded.items()) > limit:
+        if len({shape for shape in shapes.values() if any(shape)}) > 1:
+            raise differ_in_size(f"the splits of {dataset.name}")
+        return dataset
+    decoded: dict[str, Any] = {split: decode_all(source, skip_broken=skip_broken) for split, source in encoded.items()}
+    if len({source.images.shape[1:] for source in decoded.values()}) > 1:
+        raise differ_in_size(f"the splits of {dataset.name}")
+    dataset = replace(dataset, **decoded)
+    _check(dataset)
+    return dataset
+
+
+def _check(dataset: Dataset) -> None:
+    for split, source in dataset.splits.items():
+        check_labels(source, len(dataset.classes), f"{dataset.name} {split}")
+
+
+def from_arrays(
+    images: np.ndarray,
+    labels: np.ndarray,
+    *,
+    classes: Sequence[str] | None = None,
+    test: tuple[np.ndarray, np.ndarray] | None = None,
+    validation: float = 0.1,
+    split_seed: int = 0,
+) -> Dataset:
+    """Arrays in memory, images uint8 [N, H, W, C] and integer labels [N], as a `Dataset`.
+
+    `test` are the test split's images and labels; without it a second fraction `validation` is held back for it.
+    """
+    splits: dict[str, Arrays | Encoded] = {"train": Arrays(images=images, labels=labels)}
+    if test is not None:
+        splits["test"] = Arrays(images=test[0], labels=test[1])
+    names = tuple(classes) if classes else tuple(str(c) for c in range(int(labels.max(initial=-1)) + 1))
+    splits = _complete(splits, validation, split_seed)
+    for split, source in splits.items():
+        check_labels(source, len(names), split)
+    return Dataset(name="arrays", classes=names, **splits)
+
+
+def check_labels(source: Arrays | Encoded, classes: int, name: str) -> None:
+    """Labels of a split in memory lie in 0..classes-1; encoded ones are checked as they are read."""
+    if len(source) == 0:
+        raise UsageError(f"{name} holds no images")
+    if isinstance(source, Arrays):
+        low, high = source.labels.min(), source.labels.max()
+        if low < 0 or high >= classes:
+            span = f"there are {classes} classes (0 to {classes - 1})"
+            raise UsageError(f"{name}: labels run from {low} to {high}, but {span}")
+
+
+def split_indices(count: int, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """(kept, held back): sorted indices of a seeded draw of `round(count * fraction)`, at least one, never the last."""
+    order = np.random.default_rng(seed).permutation(count)
+    held = min(max(round(count * fraction), 1), count - 1)
+    return np.sort(order[held:]), np.sort(order[:held])
+
+
+def split_by_class(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """As `split_indices`, but drawn within each class, so that all classes of two or more appear in both parts."""
+    parts = []
+    for label in np.unique(labels):
+        members = np.flatnonzero(labels == label)
+        kept, held = split_indices(len(members), fraction, seed + int(label))
+        parts.append((members[kept], members[held]))
+    kept, held = (np.sort(np.concatenate(part)) for part in zip(*parts, strict=True))
+    return kept, held
+
+
+def share_of(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
+    """Sorted indices of a seeded draw of `fraction` of each class, at least one example of it."""
+    parts = []
+    for label in np.unique(labels):
+        members = np.flatnonzero(labels == label)
+        order = np.random.default_rng([seed, int(label)]).permutation(members)
+        parts.append(order[: max(round(len(members) * fraction), 1)])
+    return np.sort(np.concatenate(parts))
+
+
+def known_labels(source: Arrays | Encoded) -> np.ndarray:
+    """Labels of a split in its order, int [N]; where they stand beside encoded images those are read, not decoded."""
+    if isinstance(source, Arrays):
+        return source.labels
+    if source.labels is not None:
+        return source.labels[source.indices]
+    positions = source.indices.tolist()
+    read_many = source.read_many or (lambda some: list(map(source.read, some)))
+    chunks = (positions[i : i + 1024] for i in range(0, len(positions), 1024))
+    return np.array([label for chunk in chunks for _, label in read_many(chunk)])
+
+
+def _complete(splits: dict[str, Any], fraction: float, seed: int) -> dict[str, Any]:
+    """Train, validation and test from whatever of them a set has."""
+    if "test" not in splits and "validation" in splits:
+        # A lone held-out split (ImageNet's "validation") is what results are reported on: the test split.
+        splits["test"] = splits.pop("validation")
+    for missing in ("test", "validation"):
+        if missing not in splits:
+            train = splits["train"]
+            if len(train) < 3:
+                raise UsageError(f"{len(train)} images are too few to hold some back for {missing}")
+            if isinstance(train, Encoded) and train.labels is not None:
+                kept, held = split_by_class(train.labels[train.indices], fraction, seed)
+            else:
+                kept, held = split_indices(len(train), fraction, seed)
+            if len(held) == 0:
+                raise UsageError(f"a class needs two images or more to hold some back for {missing}")
+            splits["train"], splits[missing] = train.subset(kept), train.subset(held)
+    return splits
+
+
+def _synthetic(size: int, count: int = 2048, classes: int = 10) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """Seeded noise over one smooth pattern a class: to try things and to measure speed, not to report accuracy on."""
+    rng = np.random.default_rng(0)
+    coarse = rng.integers(64, 192, (classes, 4, 4, 3), dtype=np.uint8)
+    patterns = np.stack([np.asarray(Image.fromarray(c).resize((size, size))) for c in coarse]).astype(np.int16)
+
+    def split(n: int) -> Arrays:
+        labels = rng.integers(0, classes, n, dtype=np.int32)
+        noise = rng.integers(-64, 64, (n, size, size, 3), dtype=np.int16)
+        return Arrays(images=(patterns[labels] + noise).clip(0, 255).astype(np.uint8), labels=labels)
+
+    return tuple(map(str, range(classes))), {"train": split(count), "test": split(count // 4)}
+
+
+def _tfds(name: str, data_dir: Path | None, size: int | None) -> tuple[tuple[str, ...], dict[str, Any]]:
+    import tensorflow_datasets as tfds
+
+    root = data_dir or default_data_dir()
+    if name == "digits" and not prepared_folder(name, root):
+        prepare("digits", root)
+    folder = prepared_folder(name, root)
+    if folder is None:
+        have = sorted(p.name for p in root.glob("*") if prepared_folder(p.name, root)) if root.is_dir() else []
+        raise UsageError(
+            f"no prepared set {name!r} in {root} (there: {', '.join(have) or 'none'}); 'python -m train.data prepare "
+            f"{name}' prepares a stock TFDS set, --data.dir names another folder, folder:DIR reads plain images"
+        )
+    builder = tfds.builder_from_directory(folder)
+    features = builder.info.features
+    image_key, image = _feature(features, tfds.features.Image, name)
+    label_key, label = _feature(features, tfds.features.ClassLabel, name)
+    if None in image.shape[:2] and size is None:
+        raise differ_in_size(f"the images of {name}")
+
+    known = [s for s in ("train", "validation", "test") if s in builder.info.splits]
+    if "train" not in known:
+        raise UsageError(f"{name} has no split named train (there: {', '.join(builder.info.splits)})")
+    undecoded = {image_key: tfds.decode.SkipDecoding()}
+    try:
+        sources = {split: builder.as_data_source(split, decoders=undecoded) for split in known}
+    except NotImplementedError:
+        raise UsageError(
+            f"{folder} is stored in a format without random access: prepare it as array_record, "
+            f"with 'python -m train.data prepare {name}' and another --dir"
+        ) from None
+    if "test" in sources and len(sources["test"]) and sources["test"][0][label_key] == -1:
+        del sources["test"]  # ImageNet's comes without labels: there is nothing to report on it
+
+    def encoded(split: str, records: Any) -> Encoded:
+        def content(position: int, record: dict[str, Any]) -> tuple[bytes, int]:
+            if not 0 <= record[label_key] < label.num_classes:
+                raise UsageError(f"label {record[label_key]} of image {position} of {name} {split} is out of range")
+            return record[image_key], record[label_key]
+
+        return Encoded(
+            read=lambda position: content(position, records[position]),
+            read_many=lambda positions: list(map(content, positions, records.__getitems__(positions))),
+            name=lambda position: f"{position} of {name} {split}",
+            indices=np.arange(len(records)),
+            size=size,
+            channels=1 if image.shape[-1] == 1 else 3,
+        )
+
+    return tuple(label.names), {split: encoded(split, records) for split, records in sources.items()}
+
+
+def _feature(features: Any, kind: type, name: str) -> tuple[str, Any]:
+    for key, feature in features.items():
+        if isinstance(feature, kind):
+            return key, feature
+    raise UsageError(f"{name} is no classification set: it has no {kind.__name__} feature")
+
+
+def default_data_dir() -> Path:
+    """TFDS's data_dir: `TFDS_DATA_DIR`, else tensorflow_datasets in the user's home."""
+    return Path(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
+
+
+def prepared_folder(name: str, root: Path) -> Path | None:
+    """The folder of a prepared set's newest version, or of the one that `name` ends with."""
+
+    def versions() -> Iterator[tuple[tuple[int, ...], Path]]:
+        for path in (root / name, *(root / name).glob("*"), *(root / name).glob("*/*")):
+            if re.fullmatch(r"\d+\.\d+\.\d+", path.name) and (path / "dataset_info.json").is_file():
+                yield tuple(map(int, path.name.split("."))), path
+
+    found = max(versions(), default=None) if name else None  # no name would find any set
+    return found[1] if found else None

@@ -1,0 +1,160 @@
+"""Sources: splits of an image set, in memory or decoded on access, and the way from one to the other."""
+
+import contextlib
+import math
+import os
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from train.data.decode import UNREADABLE, decode_image, fault
+from train.errors import UsageError
+
+Example = dict[str, Any]
+
+SMALL_IMAGE = 96 * 96  # pixels
+
+
+class BrokenImage(UsageError):
+    """An image that cannot be decoded; the message names it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arrays:
+    """A split in memory: `images` uint8 [N, H, W, C], `labels` int32 [N]."""
+
+    images: np.ndarray
+    labels: np.ndarray
+
+    def __post_init__(self) -> None:
+        images, labels = self.images, self.labels
+        if images.dtype != np.uint8 or images.ndim != 4:
+            raise UsageError(f"images must be uint8 [N, H, W, C], not {images.dtype} {images.shape}")
+        if labels.shape != images.shape[:1] or not np.issubdtype(labels.dtype, np.integer):
+            raise UsageError(f"labels must be integers [{len(images)}], not {labels.dtype} {labels.shape}")
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> Example:
+        return {"image": self.images[index], "label": np.int32(self.labels[index])}
+
+    def subset(self, indices: np.ndarray) -> "Arrays":
+        return Arrays(images=self.images[indices], labels=self.labels[indices])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoded:
+    """A split that is decoded on access.
+
+    Attributes:
+      read: position -> (encoded image, label).
+      name: position -> what to call the image when it cannot be read.
+      indices: positions in this split.
+      size: side of the square that images are resized and cropped to; None keeps images as they are.
+      channels: 1 or 3.
+      random_crop: whether training cuts a random box out of the whole image while decoding, instead of the centre.
+      read_many: `read` for many positions at once, where that is quicker than one by one.
+      labels: label of each position, where they are known without reading.
+    """
+
+    read: Callable[[int], tuple[bytes, int]]
+    name: Callable[[int], str]
+    indices: np.ndarray
+    size: int | None
+    channels: int
+    random_crop: bool = False
+    read_many: Callable[[Sequence[int]], Sequence[tuple[bytes, int]]] | None = None
+    labels: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> Example:
+        return self.example(index, None)
+
+    def example(self, index: int, rng: np.random.Generator | None) -> Example:
+        """Example `index`; `rng` draws the box where `random_crop` is set."""
+        position = int(self.indices[index])
+        box = rng if self.random_crop else None
+        try:
+            data, label = self.read(position)
+            return {"image": decode_image(data, self.size, self.channels, rng=box), "label": np.int32(label)}
+        except UNREADABLE as error:
+            raise BrokenImage(f"cannot read image {self.name(position)}: {fault(error)}") from None
+
+    def subset(self, indices: np.ndarray) -> "Encoded":
+        return replace(self, indices=self.indices[indices])
+
+
+def decode_all(source: Encoded, *, skip_broken: bool = False) -> Arrays:
+    """Decode a split into memory, in threads; broken images are refused together, or with `skip_broken` left out.
+
+    Raises:
+      UsageError: images that cannot be read, or that differ in size while `source.size` is None.
+    """
+
+    def decode(indices: np.ndarray) -> list[Example | str]:
+        part = source.subset(indices)
+        if part.read_many is not None:
+            positions = part.indices.tolist()
+            part = replace(part, read=dict(zip(positions, part.read_many(positions), strict=True)).__getitem__)
+        examples: list[Example | str] = []
+        for index in range(len(part)):
+            try:
+                examples.append(part[index])
+            except BrokenImage as error:
+                examples.append(str(error))
+        return examples
+
+    first, *chunks = np.split(np.arange(len(source)), range(256, len(source), 256))
+    examples = decode(first)
+    shape = next((e["image"].shape for e in examples if not isinstance(e, str)), (0, 0, 0))
+    with ThreadPoolExecutor(decode_threads(shape)) as pool:
+        examples += [example for chunk in pool.map(decode, chunks) for example in chunk]
+    report_broken([e for e in examples if isinstance(e, str)], len(examples), skip_broken)
+    good = [e for e in examples if not isinstance(e, str)]
+    if not good:
+        raise UsageError("no image of this set can be read")
+    if len({e["image"].shape for e in good}) > 1:
+        raise differ_in_size("the images of this set")
+    return Arrays(images=np.stack([e["image"] for e in good]), labels=np.stack([e["label"] for e in good]))
+
+
+def decode_threads(shape: tuple[int, ...]) -> int:
+    """How many threads decode images of this shape: as many as there are cores, for small ones a single one.
+
+    Decoding a small image is mostly Python, which one thread runs at a time: a second one at 32 pixels costs a quarter
+    of the speed, and gains half at 224 (docs/speed.md).
+    """
+    return (os.cpu_count() or 1) if math.prod(shape[:2]) > SMALL_IMAGE else 1
+
+
+def image_shape(source: Encoded) -> tuple[int, ...]:
+    """Of a decoded image: where no size is set, of the first that can be read; zeros if none can."""
+    if source.size is not None:
+        return (source.size, source.size, source.channels)
+    for index in range(len(source)):
+        with contextlib.suppress(BrokenImage):
+            return source[index]["image"].shape
+    return (0, 0, 0)
+
+
+def differ_in_size(what: str) -> UsageError:
+    """The error for images that cannot be stacked as they are."""
+    return UsageError(f"{what} differ in size: pass --data.image-size")
+
+
+def report_broken(broken: Sequence[str], of: int, skip: bool) -> None:
+    """Refuse a set with broken images, or with `skip` warn of them: how many, and the first by name."""
+    if not broken:
+        return
+    shown = "; ".join(broken[:3]) + (f" and {len(broken) - 3} more" if len(broken) > 3 else "")
+    line = f"{len(broken)} of {of} images are broken: {shown}"
+    if not skip:
+        raise UsageError(f"{line}. Mend or remove them, or pass --data.broken skip")
+    print(f"warning: skipped {line}", file=sys.stderr)

@@ -1,0 +1,227 @@
+"""From a config to the pieces of a run: for the mains, and for scripts that want a preset's pieces."""
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Any, TypeVar
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from resnet_jax import augment as aug
+from resnet_jax import onednn
+from resnet_jax.losses import LOSSES
+from resnet_jax.mix import mix
+from resnet_jax.parallel import Mode
+from resnet_jax.resnet import MODELS
+from resnet_jax.tree import Predicate, PyTree, is_head
+from train.config import AugmentConfig, ImageConfig, OptimConfig, RunConfig, TrainConfig
+from train.data.sets import Dataset, in_memory, load
+from train.data.sources import Arrays
+from train.errors import UsageError, unknown
+from train.optim import Schedule, make_optimizer, make_schedule
+from train.state import TrainState, init_state, init_variables
+
+Run = TypeVar("Run", bound=RunConfig)
+KERNELS = ("auto", "plain", "onednn")
+
+
+def open_data(config: RunConfig) -> Dataset:
+    """The config's `Dataset`, its images encoded as they are stored; `read_data` decodes what fits in memory."""
+    fields = dataclasses.asdict(config.data)
+    return load(fields.pop("name"), **fields, memory_limit=0)
+
+
+def read_data(config: RunConfig, dataset: Dataset) -> Dataset:
+    """An opened `Dataset` in memory, if it is small enough."""
+    return in_memory(dataset, skip_broken=config.data.broken == "skip")
+
+
+def load_data(config: RunConfig) -> Dataset:
+    """The config's `Dataset`, in memory if it is small enough."""
+    return read_data(config, open_data(config))
+
+
+def with_statistics(config: Run, dataset: Dataset) -> Run:
+    """The config with channel means and deviations filled in, measured on the training split where it does not say."""
+    channels = dataset.image_shape[-1]
+    given = config.augment.mean, config.augment.std
+    if given == (None, None):
+        if not isinstance(dataset.train, Arrays):
+            given = aug.IMAGENET_MEAN, aug.IMAGENET_STD
+        else:
+            pixels = dataset.train.images.reshape(-1, channels)
+            # One pixel in so many is plenty, and the same ones every time.
+            sample = pixels[:: max(len(pixels) // 4_000_000, 1)].astype(np.float64) / 255
+            given = tuple(sample.mean(0).round(4).tolist()), tuple(sample.std(0).clip(1e-3).round(4).tolist())
+    if None in given or any(len(values or ()) != channels for values in given):
+        raise UsageError(f"--augment.mean and --augment.std need {channels} values each for images of {dataset.name}")
+    return dataclasses.replace(config, augment=dataclasses.replace(config.augment, mean=given[0], std=given[1]))
+
+
+def open_measured(config: Run) -> tuple[Run, Dataset]:
+    """(the config with channel statistics filled in, its `Dataset`), read already only where what compiles needs it.
+
+    What compiles depends on the images themselves: on their statistics, or on how many can be read.
+    """
+    dataset = open_data(config)
+    if None in (config.augment.mean, config.augment.std) or config.data.broken == "skip":
+        dataset = read_data(config, dataset)
+    return with_statistics(config, dataset), dataset
+
+
+def train_augment(config: AugmentConfig) -> aug.Augment:
+    """The training augmentation, from uint8 scaled to [0, 1] to normalised images."""
+    parts: list[aug.Augment] = []
+    if config.resized_crop:
+        parts.append(aug.random_resized_crop(config.resized_crop, scale=(config.min_scale, 1.0)))
+    if config.crop_padding:
+        parts.append(aug.random_crop(config.crop_padding, mode=config.crop_mode))
+    if config.flip:
+        parts.append(aug.random_flip())
+    if config.rand_augment:
+        parts.append(aug.rand_augment(magnitude=config.rand_augment))
+    if config.trivial_augment:
+        parts.append(aug.trivial_augment())
+    if config.color_jitter:
+        s = config.color_jitter
+        parts.append(aug.color_jitter(s, s, s, s / 4))
+    parts.append(_normalize(config))
+    if config.cutout:
+        parts.append(aug.cutout(config.cutout))
+    if config.erasing:
+        parts.append(aug.random_erasing(p=config.erasing))
+    return aug.compose(*parts)
+
+
+def eval_augment(config: ImageConfig) -> aug.Augment:
+    """What evaluation and prediction do to an image: the centre where training crops, then normalise."""
+    crop = [aug.center_crop(config.resized_crop)] if config.resized_crop else []
+    return aug.compose(*crop, _normalize(config))
+
+
+def _normalize(config: ImageConfig) -> aug.Augment:
+    assert config.mean is not None and config.std is not None, "with_statistics fills them in"
+    return aug.normalize(config.mean, config.std)
+
+
+def make_model(
+    config: RunConfig,
+    num_classes: int | None,
+    axis_name: str | None = None,
+    kernels: dict[str, Any] | None = None,
+    *,
+    drop_path: float = 0.0,
+) -> nn.Module:
+    """The config's model, for the axis that its steps will be compiled with; see `make_kernels`.
+
+    `drop_path` matters in training alone.
+    """
+    options: dict[str, Any] = dict(kernels or {})
+    options |= {} if config.width is None else {"width": config.width}
+    options |= {"widths": config.widths} if config.widths else {}
+    return MODELS[config.model](
+        num_classes=num_classes,
+        drop_path=drop_path,
+        zero_init=config.zero_init,
+        dtype=compute_dtype(config.dtype),
+        axis_name=axis_name,
+        sync_bn=config.sync_bn,
+        **options,
+    )
+
+
+def make_kernels(name: str, mode: Mode = "jit", dtype: Any = jnp.float32) -> tuple[dict[str, Any], str]:
+    """(fields of a model, remark): what its convolutions, norms and max-pool are computed by.
+
+    `plain` is XLA, which every transformation can take; `onednn` is quicker on x86 CPUs; `auto` is oneDNN where that
+    can be used, and the remark says why it cannot, or is empty. Variables are the same for both.
+
+    Raises:
+      UsageError: an unknown name, or oneDNN is asked for where it cannot be used.
+    """
+    if name not in KERNELS:
+        raise unknown("kernels", name, KERNELS)
+    if name == "plain" or (name == "auto" and jax.default_backend() != "cpu"):
+        return {}, ""
+    reason = ""
+    if jax.default_backend() != "cpu":
+        reason = f"oneDNN computes on CPU, and this is {jax.default_backend()}"
+    elif mode == "jit" and jax.device_count() > 1:
+        reason = f"under jit XLA cannot split oneDNN's work over {jax.device_count()} devices: use mode shard_map"
+    else:
+        try:
+            onednn.check(dtype)
+        except onednn.Unavailable as error:
+            reason = str(error)
+    if reason and name == "onednn":
+        raise UsageError(f"--kernels onednn: {reason}")
+    fields = {"conv": onednn.Conv, "norm": onednn.BatchNorm, "max_pool": onednn.max_pool}
+    return ({}, reason) if reason else (fields, "")
+
+
+def compute_dtype(name: str) -> Any:
+    """`auto` is bfloat16 where it is fast (GPU, TPU) and float32 on CPU; parameters and losses are float32 anyway."""
+    if name == "auto":
+        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return jnp.dtype(name).type
+
+
+def make_tx(
+    optim: OptimConfig, steps: int, epoch_steps: float, *, trainable: Predicate | None = None
+) -> tuple[optax.GradientTransformation, Schedule]:
+    """The config's optimizer and its schedule over `steps`; `trainable`: see `train.optim.make_optimizer`."""
+    warmup = min(round(optim.warmup_epochs * epoch_steps), steps - 1)
+    options = {"milestones": optim.milestones, "factor": optim.factor} if optim.schedule == "step" else {}
+    schedule = make_schedule(optim.schedule, peak=optim.lr, steps=steps, warmup=warmup, **options)
+    own: dict[str, Any] = {"trust_coefficient": optim.trust_coefficient} if optim.name == "lars" else {}
+    tx = make_optimizer(
+        optim.name,
+        schedule,
+        momentum=optim.momentum,
+        nesterov=optim.nesterov,
+        weight_decay=optim.weight_decay,
+        clip_norm=optim.clip_norm,
+        trainable=trainable,
+        **own,
+    )
+    return tx, schedule
+
+
+def trained_part(config: TrainConfig) -> Predicate | None:
+    """Which parameters a run updates: the head alone where the backbone is frozen, None for all."""
+    return is_head if config.freeze else None
+
+
+def make_state(
+    config: TrainConfig,
+    model: nn.Module,
+    tx: optax.GradientTransformation,
+    image_shape: tuple[int, int, int],
+    start: Callable[[dict[str, PyTree]], dict[str, PyTree]] = lambda variables: variables,
+    masks: Callable[[PyTree], PyTree | None] = lambda params: None,
+) -> TrainState:
+    """The state at step 0, from random variables; `start` may put others in their place, `masks` masks beside them."""
+    init_key, run_key = jax.random.split(jax.random.key(config.seed))
+    variables = start(init_variables(model.clone(axis_name=None), init_key, image_shape))
+    return init_state(variables, tx, run_key, masks=masks(variables["params"]), ema=config.ema is not None)
+
+
+def step_options(config: TrainConfig, model: nn.Module, tx: optax.GradientTransformation) -> dict[str, Any]:
+    """The static arguments of `train_step`."""
+    mixing = config.augment.mixup or config.augment.cutmix
+    mixer = partial(mix, mixup_alpha=config.augment.mixup, cutmix_alpha=config.augment.cutmix)
+    return {
+        "model": model,
+        "tx": tx,
+        "augment": train_augment(config.augment),
+        "mix": mixer if mixing else None,
+        "loss": LOSSES[config.loss],
+        "label_smoothing": config.label_smoothing,
+        "ema_decay": config.ema,
+        "accumulate": config.accumulate,
+        "frozen_stats": config.freeze,
+    }
