@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-Key = jax.Array
+from resnet_jax.keys import Key, example_keys
+
 Image = jax.Array
 Augment = Callable[[Key, Image], Image]
 Size = int | tuple[int, int]
@@ -75,6 +76,14 @@ def augment_batch(augment: Augment, keys: Key, images: jax.Array) -> jax.Array:
     elif images.dtype != jnp.float32:
         raise TypeError(f"images must be uint8 or float32, got {images.dtype}")
     return jax.vmap(augment)(keys, images)
+
+
+def preprocess_batch(augment: Augment, images: jax.Array) -> jax.Array:
+    """Apply a deterministic augmentation, such as evaluation preprocessing, to images [B, H, W, C] as `augment_batch`.
+
+    The result is the same in every call: should the augmentation draw, image i draws from `fold_in(key(0), i)`.
+    """
+    return augment_batch(augment, example_keys(jax.random.key(0), jnp.arange(len(images))), images)
 
 
 # --- crops, flips and resampling --------------------------------------------------------------------------------------

@@ -89,8 +89,8 @@ def compile_step(
     """Compile `step(state, batch, *, axis_name)` for the mesh; the state is replicated and (with `donate`) consumed.
 
     Whatever the step returns must be the same on every device, as a new state, averaged metrics or sums are.
-    The batch must be laid out by `shard_batch` in the same mode. `compiler_options` are XLA's, by name; with them, or
-    without, the result's `lower` and `trace` are those of `jax.jit`.
+    The batch must be laid out by `shard_batch` in the same mode. `compiler_options` are XLA's, by name; `{}` is the
+    same as None. The result's `lower` and `trace` are those of `jax.jit`.
     """
     step = partial(step, axis_name=axis_of(mode))
     donated = (0,) if donate else ()
@@ -109,7 +109,7 @@ def compile_step(
         in_shardings=shardings,
         out_shardings=replicated(mesh),
         donate_argnums=donated,
-        compiler_options=compiler_options,
+        compiler_options=compiler_options or None,
     )
 
 

@@ -96,6 +96,13 @@ def test_one_channel_has_finite_gradients(name):
         np.testing.assert_array_equal(output, images)
 
 
+def test_preprocessing_needs_no_keys():
+    evaluation = A.compose(A.resize(12), A.center_crop(8), A.normalize())
+    images = (np.stack([photo(SHAPE, seed) for seed in range(3)]) * 255).round().astype(np.uint8)
+    want = A.augment_batch(evaluation, keys(3), jnp.asarray(images))
+    np.testing.assert_array_equal(A.preprocess_batch(evaluation, jnp.asarray(images)), want)
+
+
 def test_colour_gradient_is_finite_on_gray():
     gray = jnp.full((4, 5, 3), 0.25)
     gradient = jax.jit(jax.grad(lambda x: jnp.sum(A.color_jitter()(jax.random.key(0), x))))(gray)

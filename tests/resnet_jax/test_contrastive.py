@@ -507,7 +507,7 @@ elsewhere = pytest.mark.parametrize(
 
 def run(step, state, batch, mode, devices):
     mesh = make_mesh(jax.devices()[:devices])
-    compiled = compile_step(step, mesh=mesh, mode=mode, donate=False)
+    compiled = compile_step(step, mesh=mesh, mode=mode, donate=False, compiler_options={})
     placed = jax.device_put(state, replicated(mesh))
     return jax.device_get(compiled(placed, shard_batch(batch, mesh, mode=mode)))
 
