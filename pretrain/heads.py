@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from resnet_jax.contrastive import unit
 from resnet_jax.layers import BatchNorm
+from train.state import train_argument
 
 Outputs = dict[str, jax.Array]
 
@@ -87,7 +88,7 @@ class Network(nn.Module):
     def __call__(self, images: jax.Array, *, train: bool, predict: bool = True) -> Outputs:
         """`predict=False` leaves the predictor out, which target networks do not have."""
         encoder: Any = self.encoder
-        features = encoder(images, train=train)
+        features = encoder(images, **train_argument(encoder, train))
         if features.ndim != 2:
             raise ValueError(
                 f"the encoder returns {features.shape}, not pooled features [B, F]: build it with num_classes=None"

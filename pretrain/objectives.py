@@ -19,7 +19,7 @@ Embeddings = dict[str, jax.Array]
 Memory = dict[str, jax.Array]
 
 
-class Seen(NamedTuple):
+class Views(NamedTuple):
     """What an objective is computed from.
 
     Attributes:
@@ -37,64 +37,64 @@ class Seen(NamedTuple):
     step: jax.Array
 
 
-Loss = Callable[..., jax.Array]  # (Seen, *, axis_name, options) -> float32 scalar
-Remember = Callable[..., Memory]  # (Seen, *, axis_name, options) -> the next memory
+Loss = Callable[..., jax.Array]  # (Views, *, axis_name, options) -> float32 scalar
+Remember = Callable[..., Memory]  # (Views, *, axis_name, options) -> the next memory
 
 
 # --- losses -----------------------------------------------------------------------------------------------------------
 
 
-def simclr(seen: Seen, *, temperature: float = 0.5, axis_name: str | None = None) -> jax.Array:
+def simclr(views: Views, *, temperature: float = 0.5, axis_name: str | None = None) -> jax.Array:
     """NT-Xent of all views, https://arxiv.org/abs/2002.05709."""
-    return c.nt_xent(*seen.online["projection"], temperature=temperature, axis_name=axis_name).mean()
+    return c.nt_xent(*views.online["projection"], temperature=temperature, axis_name=axis_name).mean()
 
 
-def supcon(seen: Seen, *, temperature: float = 0.1, axis_name: str | None = None) -> jax.Array:
+def supcon(views: Views, *, temperature: float = 0.1, axis_name: str | None = None) -> jax.Array:
     """Supervised contrast: images of one class are one another's positives, https://arxiv.org/abs/2004.11362."""
-    views = seen.online["projection"]
-    return c.sup_con(views, seen.labels, temperature=temperature, axis_name=axis_name).mean()
+    projections = views.online["projection"]
+    return c.sup_con(projections, views.labels, temperature=temperature, axis_name=axis_name).mean()
 
 
-def mocov2(seen: Seen, *, temperature: float = 0.2, axis_name: str | None = None) -> jax.Array:
+def mocov2(views: Views, *, temperature: float = 0.2, axis_name: str | None = None) -> jax.Array:
     """InfoNCE against a queue of earlier keys, https://arxiv.org/abs/2003.04297, both ways round.
 
     The paper asks view 1 for view 2 alone; both ways cost twice as much a step, and peers found it worth it.
     """
     del axis_name  # a queue is the same everywhere
-    queries, keys = seen.online["projection"], seen.target["projection"]
-    losses = [c.info_nce(queries[v], keys[1 - v], seen.memory["queue"], temperature=temperature) for v in (0, 1)]
+    queries, keys = views.online["projection"], views.target["projection"]
+    losses = [c.info_nce(queries[v], keys[1 - v], views.memory["queue"], temperature=temperature) for v in (0, 1)]
     return _mean(losses)
 
 
-def mocov3(seen: Seen, *, temperature: float = 1.0, axis_name: str | None = None) -> jax.Array:
+def mocov3(views: Views, *, temperature: float = 1.0, axis_name: str | None = None) -> jax.Array:
     """InfoNCE of predictions against the batch's keys, times 2 T, https://arxiv.org/abs/2104.02057."""
-    queries, keys = seen.online["prediction"], seen.target["projection"]
+    queries, keys = views.online["prediction"], views.target["projection"]
     losses = [c.info_nce(queries[v], keys[1 - v], temperature=temperature, axis_name=axis_name) for v in (0, 1)]
     return 2 * temperature * 2 * _mean(losses)
 
 
-def byol(seen: Seen, *, axis_name: str | None = None) -> jax.Array:
+def byol(views: Views, *, axis_name: str | None = None) -> jax.Array:
     """Predict the target network's projection of the other view, https://arxiv.org/abs/2006.07733."""
     del axis_name
-    predictions, targets = seen.online["prediction"], seen.target["projection"]
+    predictions, targets = views.online["prediction"], views.target["projection"]
     return 2 * _mean([c.byol(predictions[v], targets[1 - v]) for v in (0, 1)])
 
 
-def simsiam(seen: Seen, *, axis_name: str | None = None) -> jax.Array:
+def simsiam(views: Views, *, axis_name: str | None = None) -> jax.Array:
     """Predict one's own projection of the other view, which stands still, https://arxiv.org/abs/2011.10566."""
     del axis_name
-    predictions, targets = seen.online["prediction"], jax.lax.stop_gradient(seen.online["projection"])
+    predictions, targets = views.online["prediction"], jax.lax.stop_gradient(views.online["projection"])
     return _mean([-c.cosine(predictions[v], targets[1 - v]) for v in (0, 1)])
 
 
-def barlow(seen: Seen, *, redundancy: float = 0.0051, scale: float = 1.0, axis_name: str | None = None) -> jax.Array:
+def barlow(views: Views, *, redundancy: float = 0.0051, scale: float = 1.0, axis_name: str | None = None) -> jax.Array:
     """Barlow Twins, times `scale`, https://arxiv.org/abs/2103.03230."""
-    a, b = seen.online["projection"]
+    a, b = views.online["projection"]
     return scale * c.barlow_twins(a, b, redundancy=redundancy, axis_name=axis_name)
 
 
 def vicreg(
-    seen: Seen,
+    views: Views,
     *,
     invariance: float = 25.0,
     variance: float = 25.0,
@@ -102,24 +102,24 @@ def vicreg(
     axis_name: str | None = None,
 ) -> jax.Array:
     """VICReg, https://arxiv.org/abs/2105.04906."""
-    a, b = seen.online["projection"]
+    a, b = views.online["projection"]
     weights = {"invariance": invariance, "variance": variance, "covariance": covariance}
     return c.vicreg(a, b, **weights, axis_name=axis_name)
 
 
-def nnclr(seen: Seen, *, temperature: float = 0.1, axis_name: str | None = None) -> jax.Array:
+def nnclr(views: Views, *, temperature: float = 0.1, axis_name: str | None = None) -> jax.Array:
     """InfoNCE from a projection's nearest neighbour in a queue, https://arxiv.org/abs/2104.14548."""
-    projections, predictions = jax.lax.stop_gradient(seen.online["projection"]), seen.online["prediction"]
+    projections, predictions = jax.lax.stop_gradient(views.online["projection"]), views.online["prediction"]
 
     def one_way(v: int) -> jax.Array:
-        neighbours = c.nearest(projections[v], seen.memory["queue"])
+        neighbours = c.nearest(projections[v], views.memory["queue"])
         return c.info_nce(neighbours, predictions[1 - v], temperature=temperature, axis_name=axis_name)
 
     return _mean([one_way(v) for v in (0, 1)])
 
 
 def swav(
-    seen: Seen,
+    views: Views,
     *,
     temperature: float = 0.1,
     epsilon: float = 0.05,
@@ -128,7 +128,7 @@ def swav(
 ) -> jax.Array:
     """Predict the other views' balanced assignments to prototypes, https://arxiv.org/abs/2006.09882."""
     return c.swav(
-        seen.online["scores"],
+        views.online["scores"],
         temperature=temperature,
         epsilon=epsilon,
         iterations=sinkhorn_iterations,
@@ -137,12 +137,12 @@ def swav(
 
 
 def dino(
-    seen: Seen, *, temperature: float = 0.1, teacher_temperature: float = 0.04, axis_name: str | None = None
+    views: Views, *, temperature: float = 0.1, teacher_temperature: float = 0.04, axis_name: str | None = None
 ) -> jax.Array:
     """Predict the target network's centred and sharpened scores of other views, https://arxiv.org/abs/2104.14294."""
     del axis_name
     temperatures = {"temperature": temperature, "teacher_temperature": teacher_temperature}
-    return c.dino(seen.online["scores"], seen.target["scores"], seen.memory["center"], **temperatures).mean()
+    return c.dino(views.online["scores"], views.target["scores"], views.memory["center"], **temperatures).mean()
 
 
 def _mean(losses: Sequence[jax.Array]) -> jax.Array:
@@ -152,19 +152,19 @@ def _mean(losses: Sequence[jax.Array]) -> jax.Array:
 # --- memories ---------------------------------------------------------------------------------------------------------
 
 
-def queue_of_keys(seen: Seen, *, axis_name: str | None = None) -> Memory:
+def queue_of_keys(views: Views, *, axis_name: str | None = None) -> Memory:
     """The queue with the target's projections of the first view in place of its oldest."""
-    return {"queue": c.enqueue(seen.memory["queue"], seen.target["projection"][0], seen.step, axis_name=axis_name)}
+    return {"queue": c.enqueue(views.memory["queue"], views.target["projection"][0], views.step, axis_name=axis_name)}
 
 
-def queue_of_projections(seen: Seen, *, axis_name: str | None = None) -> Memory:
+def queue_of_projections(views: Views, *, axis_name: str | None = None) -> Memory:
     """The queue with the projections of the first view in place of its oldest."""
-    return {"queue": c.enqueue(seen.memory["queue"], seen.online["projection"][0], seen.step, axis_name=axis_name)}
+    return {"queue": c.enqueue(views.memory["queue"], views.online["projection"][0], views.step, axis_name=axis_name)}
 
 
-def moving_center(seen: Seen, *, center_momentum: float = 0.9, axis_name: str | None = None) -> Memory:
+def moving_center(views: Views, *, center_momentum: float = 0.9, axis_name: str | None = None) -> Memory:
     """The center moved towards the mean of the target's scores."""
-    center = c.centered(seen.memory["center"], seen.target["scores"], momentum=center_momentum, axis_name=axis_name)
+    center = c.centered(views.memory["center"], views.target["scores"], momentum=center_momentum, axis_name=axis_name)
     return {"center": center}
 
 
@@ -176,7 +176,7 @@ class Objective:
     """A method: its function, and what that needs.
 
     Attributes:
-      loss: `(Seen, *, axis_name, options) -> scalar`, whose mean over shards is that of the whole batch.
+      loss: `(Views, *, axis_name, options) -> scalar`, whose mean over shards is that of the whole batch.
       projector, predictor: layer sizes; no predictor where that is empty.
       norm: whether the projector's layers have norms between them; `last_norm`: what it ends in, see `heads.MLP`.
       activation: of the projector's layers.
@@ -210,7 +210,7 @@ class Objective:
         """The numbers that its functions take, with their defaults."""
         functions = [f for f in (self.loss, self.remember) if f is not None]
         parameters = {name: p for f in functions for name, p in signature(f).parameters.items()}
-        return {name: p.default for name, p in parameters.items() if name not in ("seen", "axis_name")}
+        return {name: p.default for name, p in parameters.items() if name not in ("views", "axis_name")}
 
     def bind(self, **options: Any) -> "Objective":
         """This objective with numbers of its own: a temperature, weights."""

@@ -1,266 +1,213 @@
 """A run of pretraining from a config to a result: read it from top to bottom."""
 
-import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors.numpy import save_file
+import optax
 
-from pretrain.build import init_network, make_network, make_pretrain_state, make_views, step_options
 from pretrain.config import PretrainConfig, check, check_images, make_objective
 from pretrain.features import Extractor, Features, FrozenAccuracy, frozen_accuracy
+from pretrain.from_config import init_network, make_network, make_pretrain_state, make_views, step_options
+from pretrain.heads import Network
 from pretrain.health import collapse_step, health, verdict
 from pretrain.knn import knn_accuracy
+from pretrain.objectives import Objective
 from pretrain.state import PretrainState, encoder_of, pretrain_digest, probe_logits
 from pretrain.steps import contrastive_step, feature_step, view_step
-from resnet_jax.parallel import axis_of, compile_step, make_mesh, place, replicated
-from resnet_jax.torch_weights import to_torch
+from resnet_jax.augment import Augment
+from resnet_jax.parallel import axis_of
 from resnet_jax.tree import PyTree, count
-from train.checkpoint import Checkpoints
-from train.data.batches import batch_like, check_batch, padded, train_batches
+from train.data.sets import Dataset
 from train.errors import RunError
-from train.from_config import compute_dtype, eval_augment, make_kernels, make_tx, open_measured, read_data
-from train.loop import Hook, Progress, fit, read_rows
-from train.run_folder import environment, settle, write_config, write_json
-from train.runtime import compile_in, compiler_options, join_hosts, keep_compiled, say, xla_options
-from train.weights import ENCODER
+from train.from_config import eval_augment, make_tx
+from train.loop import Hook, read_rows
+from train.runtime import say
+from train.session import Session, open_session
+from train.weights import ENCODER, save_encoder
 
 HEALTH_IMAGES = 2048  # validation images that the health of representations is measured on
-SHOWN = ("loss", "probe_accuracy", "projection_std")
 
 
-def run(config: PretrainConfig, preset: str = "custom") -> dict[str, Any]:
-    """Pretrain, watch on validation, say at the end what the encoder is worth; the result is in `out`/result.json.
+def run(
+    config: PretrainConfig,
+    preset: str = "custom",
+    *,
+    model: nn.Module | None = None,
+    tx: optax.GradientTransformation | None = None,
+    objective: Objective | None = None,
+    augment: Sequence[Augment] | None = None,
+    dataset: Dataset | None = None,
+    hooks: Sequence[Hook] = (),
+) -> dict[str, Any]:
+    """Pretrain, watch on validation, evaluate the frozen encoder at the end; the result is in `out`/result.json.
 
-    The encoder is left in `out`/encoder.safetensors by torchvision's names: `python -m train --init OUT` starts from
-    it. Run again with the same `out`, it goes on from the newest good checkpoint.
+    The encoder is left in `out`/encoder.safetensors: `python -m train --init OUT` starts from it. Run again with the
+    same `out`, it goes on from the newest good checkpoint.
+
+    Args:
+      model, tx, objective, augment, dataset: pieces of your own in place of those that the config describes. The model
+        is an encoder that returns features [B, F], see `train.state.forward`; `augment` holds the views, large ones
+        first.
+      hooks: called with the state while training, see `train.loop.fit`.
 
     Raises:
-      UsageError: what the user can mend. RunError: what stopped a run.
+      UsageError: what the user can fix. RunError: what stopped a run.
     """
-    # ---- where ----
     check(config)
-    out, finished = settle(config, preset)
-    if finished:
-        return finished
-    join_hosts(config.distributed)
-    main_process = jax.process_index() == 0
-    keep_compiled(config.cache)
-    mesh = make_mesh()
+    own = {"model": model, "tx": tx, "objective": objective, "augment": augment, "dataset": dataset}
+    replaced = [name for name, piece in own.items() if piece is not None]
+    session = open_session(config, preset, dataset=dataset, replaced=replaced)
+    if session.finished is not None:
+        return session.finished
 
-    # ---- data ----
-    began = time.perf_counter()
-    config, dataset = open_measured(config)
-    check_batch(config.batch, mesh.size, len(dataset.train))
-    check_images(config, dataset.image_shape)
-    reading = time.perf_counter() - began
-    classes = len(dataset.classes)
-
-    # ---- network, optimizer, state ----
-    epoch_steps = len(dataset.train) / config.batch
-    steps = config.steps or max(int(config.epochs * epoch_steps), 1)
-    kernels, remark = make_kernels(config.kernels, config.mode, compute_dtype(config.dtype))
-    objective = make_objective(config.objective)
-    network = make_network(config, objective, axis_of(config.mode), kernels)
-    encoder: Any = network.encoder
-    tx, schedule = make_tx(config.optim, steps, epoch_steps)
-    state = place(make_pretrain_state(config, objective, network, tx, dataset.image_shape, classes), replicated(mesh))
-    library = "oneDNN" if kernels else "XLA"
+    # ---- pieces and state ----
+    config, shape, classes = session.config, session.dataset.image_shape, len(session.dataset.classes)
+    check_images(config, shape)
+    objective = objective or make_objective(config.objective)
+    views = tuple(augment or make_views(config.augment))
+    network = make_network(config, objective, axis_of(config.mode), session.kernels, encoder=model)
+    described, schedule = make_tx(config.optim, session.steps, session.epoch_steps)
+    tx = tx or described
+    state = session.place(make_pretrain_state(config, objective, network, tx, shape, classes))
+    name = config.model if model is None else type(model).__name__
     parameters, heads = count(state.params["encoder"]), count(state.params) - count(state.params["encoder"])
-    device = f"{mesh.size} {jax.devices()[0].device_kind}"
-    say(f"{config.objective.name} with {config.model}: {parameters:,} parameters and {heads:,} in its heads, on "
-        f"{device} ({config.mode}, {jnp.dtype(encoder.dtype).name}, convolutions by {library})")  # fmt: skip
-    if remark:
-        say(f"slower than it could be: {remark}")
+    method = "objective" if "objective" in replaced else config.objective.name
+    session.announce(f"{method} with {name}: {parameters:,} parameters and {heads:,} in its heads,")
 
-    # ---- steps, compiled in a thread of their own ----
-    needed = {} if config.mode == "pmap" else compiler_options(encoder.dtype, plain=not kernels)
-    compiled_for = partial(compile_step, mesh=mesh, mode=config.mode)
-    options = step_options(config, objective, network, tx, steps, epoch_steps)
-    step = compiled_for(
-        partial(contrastive_step, **options), compiler_options={**needed, **xla_options(config.xla)} or None
+    # ---- compile, resume, train ----
+    options = step_options(config, objective, network, tx, views, session.steps, session.epoch_steps)
+    shapes = jax.eval_shape(lambda: state.encoder())
+    step, programs = session.compile(
+        partial(contrastive_step, **options),
+        [
+            (partial(feature_step, encoder=network.encoder, preprocess=eval_augment(config.augment)), shapes),
+            (partial(view_step, encoder=network.encoder, views=views[:2]), shapes),
+        ],
+        state,
     )
-    extractions = (
-        partial(feature_step, encoder=encoder, preprocess=eval_augment(config.augment)),
-        partial(view_step, encoder=encoder, views=make_views(config.augment)[:2]),
-    )
-    shapes = jax.eval_shape(lambda: state)
-    train_like = batch_like(config.batch, dataset.image_shape)
-    eval_like = batch_like(padded(config.eval_batch, mesh), dataset.image_shape, valid=True)
-    compiler = ThreadPoolExecutor(1)
-    try:
-        compiling = [compile_in(compiler, step, shapes, train_like, pmap=config.mode == "pmap", xla=config.xla)]
-        for extraction in extractions:
-            compiled = compiled_for(extraction, donate=False, compiler_options=needed or None)
-            compiling.append(
-                compile_in(compiler, compiled, shapes.encoder(), eval_like, pmap=config.mode == "pmap", xla=config.xla)
-            )
-        began = time.perf_counter()
-        dataset = read_data(config, dataset)
-        reading += time.perf_counter() - began
-        (step, compile_seconds), *others = (task() for task in compiling)
-    finally:
-        compiler.shutdown(wait=False, cancel_futures=True)
-    features, views = (Extractor(program, config.eval_batch, mesh, config.mode) for program, _ in others)
-    stream = train_batches(dataset.train, batch=config.batch, seed=config.seed, mesh=mesh, mode=config.mode)
-    say(f"{dataset.name}: {', '.join(f'{len(s):,} {n}' for n, s in dataset.splits.items())} images, "
-        f"{classes} classes, read in {reading:.1f} s")  # fmt: skip
-
-    # ---- run folder and checkpoints ----
-    if main_process:
-        write_config(out, preset, config, dataset)
-    checkpoints = Checkpoints(out / "checkpoints", keep_last=config.keep_last, keep_best=0)
-    restored = checkpoints.resume(state)
-    if restored is not None:
-        state, position = restored
-        stream.restore(position)
-        say(f"going on from step {int(state.step)}")
-
-    # ---- what is watched ----
+    features, pairs = (Extractor(program, config.eval_batch, session.mesh, config.mode) for program in programs)
+    state = session.resume(state)
+    monitor = make_monitor(session, objective, features, pairs)
     labelled = classes > 1
+    state = session.fit(
+        step,
+        state,
+        validate=monitor,
+        schedule=schedule,
+        hooks=hooks,
+        shown=("loss", "probe_accuracy", "projection_std") if labelled else ("loss", "projection_std"),
+        validate_first=True,  # the curve begins with random weights
+    )
+
+    # ---- the end: one look at the test split ----
+    variables = state.encoder(target=objective.evaluate_target)
+    if session.main:
+        save_encoder(session.out / ENCODER, variables, flax_names=model is not None)
+    rows = read_rows(session.out / "metrics.jsonl") if session.main else []
+    last = session.last_row or monitor(state)[0]
+    last = {name: value for name, value in last.items() if not name.startswith("validation_")}
+    sentence = verdict(rows, last)
+    accuracies: dict[str, Any] = {}
+    if labelled:
+        accuracies = final_accuracies(session, network, features, state, variables)
+    else:
+        say("no labels, so only the encoder's health is reported: pretrain.evaluate takes a labelled set")
+    say(sentence)
+    return session.finish(
+        {
+            "model": name,
+            "objective": method,
+            **accuracies,
+            "health": last,
+            "verdict": sentence,
+            "collapsed_at": collapse_step(rows),
+            "parameters": parameters,
+            "params_digest": pretrain_digest(state),
+        }
+    )
+
+
+def make_monitor(
+    session: Session[PretrainConfig], objective: Objective, features: Extractor, pairs: Extractor
+) -> Callable[[PretrainState], tuple[dict[str, float], str]]:
+    """`state -> (figures, line)`: how good and how healthy the encoder is, on validation images.
+
+    Without labels only how healthy. `features` and `pairs` extract features of images and of two views of each.
+    """
+    config, dataset = session.config, session.dataset
+    classes = len(dataset.classes)
     neighbours = partial(knn_accuracy, classes=classes, k=config.neighbours, temperature=config.neighbour_temperature)
     searched = dataset.train
     if config.neighbour_images is not None and config.neighbour_images < len(searched):
         order = np.random.default_rng(0).permutation(len(searched))
         searched = searched.subset(np.sort(order[: config.neighbour_images]))
-    # Sets may be ordered by class.
+    # A random subset, as sets may be ordered by class.
     order = np.random.default_rng(0).permutation(len(dataset.validation))
-    looked_at = dataset.validation.subset(np.sort(order[:HEALTH_IMAGES]))
+    sample = dataset.validation.subset(np.sort(order[:HEALTH_IMAGES]))
 
-    def look(state: PretrainState) -> dict[str, float]:
-        """How good and how healthy the encoder is, on validation images; without labels, how healthy."""
+    def monitor(state: PretrainState) -> tuple[dict[str, float], str]:
         variables = state.encoder(target=objective.evaluate_target)
-        pair = views.arrays(variables, looked_at)
-        found = health(pair["a"], pair["b"])
-        if labelled:
-            bank, held = features(variables, searched), features(variables, dataset.validation)
-            found["validation_knn_accuracy"] = neighbours(held.features, held.labels, bank.features, bank.labels)
-            found["validation_online_linear_accuracy"] = online_accuracy(state, held)
-        return found
-
-    # ---- loop ----
-    history = out / "metrics.jsonl"
-    progress = Progress(
-        history if main_process else None,
-        start=int(state.step),
-        steps=steps,
-        epoch_steps=epoch_steps,
-        batch=config.batch,
-        every=config.log_every,
-        extra=lambda number: {"learning_rate": float(schedule(number - 1))},
-        shown=SHOWN if labelled else ("loss", "projection_std"),
-        silent=not main_process,
-    )
-
-    looks: list[dict[str, float]] = []
-
-    def watch(state: Any) -> None:
-        began = time.perf_counter()
-        number = int(state.step)
+        pair = pairs.arrays(variables, sample)
         try:
-            found = look(state)
+            figures = health(pair["a"], pair["b"])
         except ValueError as error:
-            raise RunError(f"at step {number}: {error}") from None
-        looks[:] = [found]
-        progress.row({"step": number, "epoch": round(number / epoch_steps, 4), **found})
-        worth_line = (
-            f"validation kNN {found['validation_knn_accuracy']:.4f}, online linear "
-            f"{found['validation_online_linear_accuracy']:.4f}, "
-            if labelled
-            else ""
+            raise RunError(f"at step {int(state.step)}: {error}") from None
+        line = f"effective rank {figures['effective_rank']:.1f}"
+        if classes > 1:
+            bank, held = features(variables, searched), features(variables, dataset.validation)
+            knn = neighbours(held.features, held.labels, bank.features, bank.labels)
+            online = online_accuracy(state, held)
+            figures |= {"validation_knn_accuracy": knn, "validation_online_linear_accuracy": online}
+            line = f"validation kNN {knn:.4f}, online linear {online:.4f}, {line}"
+        return figures, line
+
+    return monitor
+
+
+def final_accuracies(
+    session: Session[PretrainConfig],
+    network: Network,
+    features: Extractor,
+    state: PretrainState,
+    variables: dict[str, PyTree],
+) -> dict[str, Any]:
+    """Accuracies of the frozen encoder on the test split, next to those of the same encoder with random weights."""
+    config, dataset = session.config, session.dataset
+
+    def accuracy(variables: dict[str, PyTree]) -> tuple[FrozenAccuracy, float]:
+        train, held, test = (features(variables, dataset.splits[n]) for n in ("train", "validation", "test"))
+        frozen = frozen_accuracy(
+            train,
+            held,
+            test,
+            classes=len(dataset.classes),
+            neighbours=config.neighbours,
+            temperature=config.neighbour_temperature,
+            seed=config.seed,
         )
-        progress.say(f"step {number}: {worth_line}effective rank {found['effective_rank']:.1f}")
-        checkpoints.save(state, stream.state())
-        progress.pause(time.perf_counter() - began)
+        return frozen, online_accuracy(state, test)
 
-    if restored is None:
-        watch(state)  # the curve begins with random weights
-    hooks: list[Hook] = [(max(round(config.eval_every * epoch_steps), 1), watch)]
-    if config.save_steps:
-        hooks.append((config.save_steps, lambda state: checkpoints.save(state, stream.state())))
-    began = time.perf_counter()
-    try:
-        final: Any = fit(step, state, stream, steps=steps, hooks=hooks, log=progress.log)
-        checkpoints.wait()
-    except RunError as error:
-        kept = checkpoints.steps
-        where = f"; {out} keeps checkpoint {kept[-1]}" if kept else ""
-        raise RunError(f"{error}{where}") from None
-    finally:
-        progress.close()
-    seconds = time.perf_counter() - began
-    checkpoints.close()
-    variables = final.encoder(target=objective.evaluate_target)
-    if main_process:
-        save_file({name: np.asarray(x) for name, x in to_torch(variables).items()}, out / ENCODER)
-
-    # ---- the end: one look at the test split, by the trained encoder and by the same with random weights ----
-    accuracies: dict[str, Any] = {}
-    if labelled:
-
-        def judged(variables: dict[str, PyTree]) -> tuple[FrozenAccuracy, float]:
-            train, held, test = (features(variables, dataset.splits[n]) for n in ("train", "validation", "test"))
-            found = frozen_accuracy(
-                train,
-                held,
-                test,
-                classes=classes,
-                neighbours=config.neighbours,
-                temperature=config.neighbour_temperature,
-                seed=config.seed,
-            )
-            return found, online_accuracy(final, test)
-
-        trained, online = judged(variables)
-        untrained = encoder_of(init_network(config, network, dataset.image_shape)[0])
-        random, _ = judged(place(untrained, replicated(mesh)))
-        accuracies = {
-            "knn_accuracy": trained.knn,
-            "linear_accuracy": trained.linear,
-            "random_knn_accuracy": random.knn,
-            "random_linear_accuracy": random.linear,
-            "online_linear_accuracy": online,
-            "validation_knn_accuracy": trained.validation_knn,
-            "validation_linear_accuracy": trained.validation_linear,
-            "linear_learning_rate": trained.learning_rate,
-            "test_images": len(dataset.test),
-        }
-    last = looks[0] if looks else look(final)
-    rows = read_rows(history) if main_process else []
-    sentence = verdict(rows, last)
-    result = {
-        "preset": preset,
-        "objective": config.objective.name,
-        "dataset": dataset.name,
-        "model": config.model,
-        "seed": config.seed,
-        "steps": steps,
-        "epochs": round(steps / epoch_steps, 3),
-        **accuracies,
-        "health": {name: value for name, value in last.items() if not name.startswith("validation_")},
-        "verdict": sentence,
-        "collapsed_at": collapse_step(rows),
-        "seconds": round(seconds, 2),
-        "compile_seconds": round(compile_seconds, 2),
-        "images_per_second": round(progress.images_per_second, 1),
-        "parameters": parameters,
-        "params_digest": pretrain_digest(final),
-        "out": str(out),
-        **environment(),
+    trained, online = accuracy(variables)
+    untrained = encoder_of(init_network(config, network, dataset.image_shape)[0])
+    random, _ = accuracy(session.place(untrained))
+    say(f"test accuracy of the frozen encoder: kNN {trained.knn:.2%} (random weights {random.knn:.2%}), "
+        f"offline linear probe {trained.linear:.2%} (random weights {random.linear:.2%})")  # fmt: skip
+    return {
+        "knn_accuracy": trained.knn,
+        "linear_accuracy": trained.linear,
+        "random_knn_accuracy": random.knn,
+        "random_linear_accuracy": random.linear,
+        "online_linear_accuracy": online,
+        "validation_knn_accuracy": trained.validation_knn,
+        "validation_linear_accuracy": trained.validation_linear,
+        "linear_learning_rate": trained.learning_rate,
+        "test_images": len(dataset.test),
     }
-    if labelled:
-        say(f"test accuracy of the frozen encoder: kNN {trained.knn:.2%} (random weights {random.knn:.2%}), "
-            f"offline linear probe {trained.linear:.2%} (random weights {random.linear:.2%})")  # fmt: skip
-    else:
-        say("no labels, so nothing to say of the encoder but its health: pretrain.evaluate takes a labelled set")
-    say(sentence)
-    if main_process:
-        write_json(out / "result.json", result)
-    return result
 
 
 def online_accuracy(state: PretrainState, held: Features) -> float:

@@ -38,8 +38,8 @@ class PretrainState(TrainState):
 
 
 def encoder_of(variables: dict[str, PyTree]) -> dict[str, PyTree]:
-    """The encoder's part of a network's variables."""
-    return {name: tree["encoder"] for name, tree in variables.items()}
+    """The encoder's part of a network's variables; it may have no batch statistics."""
+    return {name: tree.get("encoder", {}) for name, tree in variables.items()}
 
 
 def target_of(variables: dict[str, PyTree]) -> dict[str, PyTree]:

@@ -13,17 +13,18 @@ import jax.numpy as jnp
 import optax
 
 from pretrain.heads import Outputs
-from pretrain.objectives import Objective, Seen
+from pretrain.objectives import Objective, Views
 from pretrain.state import PretrainState, probe_logits, target_of
 from pretrain.views import make_views
 from resnet_jax import augment as aug
 from resnet_jax.contrastive import cosine, unit
-from resnet_jax.keys import example_index, example_keys, step_key
+from resnet_jax.keys import example_index, step_key
 from resnet_jax.losses import softmax_cross_entropy
 from resnet_jax.masks import apply_masks
 from resnet_jax.parallel import all_rows, mean_over, vary
-from resnet_jax.tree import PyTree, ema, global_norm, map_with_path
-from train.steps import Batch, Metrics
+from resnet_jax.tree import PyTree, ema, map_with_path
+from train.state import forward
+from train.steps import Batch, Metrics, update
 
 
 def contrastive_step(
@@ -63,39 +64,43 @@ def contrastive_step(
     index = example_index(batch["label"].shape[0], axis_name)
     images = make_views(views, step_key(state.key, state.step), index, batch["image"])
 
-    seen_by_target: Outputs = {}
+    target_outputs: Outputs = {}
     target = state.ema
     if target is not None:
         # Large views alone, and they come first.
-        seen_by_target, stats = outputs_of(model, target, images[:1], predict=False)
-        seen_by_target = jax.lax.stop_gradient(seen_by_target)
+        target_outputs, stats = outputs_of(model, target, images[:1], predict=False)
+        target_outputs = jax.lax.stop_gradient(target_outputs)
         target = {**target, "batch_stats": mean_over(stats, axis_name)}
 
     def loss_of(trained: PyTree, stats: PyTree) -> tuple[jax.Array, Any]:
         variables = {"params": trained["network"], "batch_stats": stats}
         online, stats = outputs_of(model, variables, images)
-        seen = Seen(online, seen_by_target, state.memory, batch["label"], state.step)
-        loss = objective.loss(seen, axis_name=axis_name)
-        used = seen_by_target if objective.evaluate_target else online
+        outputs = Views(online, target_outputs, state.memory, batch["label"], state.step)
+        loss = objective.loss(outputs, axis_name=axis_name)
+        used = target_outputs if objective.evaluate_target else online
         logits = probe_logits({"params": trained["probe"]}, jax.lax.stop_gradient(used["features"][0]))
         targets = jax.nn.one_hot(batch["label"], logits.shape[-1])
         probe_loss = softmax_cross_entropy(logits, targets).mean()
         accuracy = (logits.argmax(-1) == batch["label"]).astype(jnp.float32).mean()
         metrics = {"loss": loss, "probe_loss": probe_loss, "probe_accuracy": accuracy}
-        return loss + probe_loss, (seen, stats, metrics)
+        return loss + probe_loss, (outputs, stats, metrics)
 
     trained, stats = vary(({"network": state.params, "probe": state.probe["params"]}, state.batch_stats), axis_name)
-    grads, (seen, stats, metrics) = jax.grad(loss_of, has_aux=True)(trained, stats)
+    grads, (outputs, stats, metrics) = jax.grad(loss_of, has_aux=True)(trained, stats)
     grads, stats, metrics = mean_over((grads, stats, metrics), axis_name)
     if frozen_prototypes:
         moves = (state.step >= frozen_prototypes).astype(jnp.float32)
         grads = map_with_path(lambda path, g: g * moves if "/prototypes/" in path else g, grads)
 
-    updates, opt_state = tx.update(grads["network"], state.opt_state, state.params)
+    new, figures = update(state, grads["network"], stats, tx=tx)
+    params = new.params
     if frozen_prototypes:
-        # Weight decay pulls at what has no gradient too.
-        updates = map_with_path(lambda path, u: u * moves if path.startswith("prototypes/") else u, updates)
-    params = apply_masks(optax.apply_updates(state.params, updates), state.masks)
+        # Weight decay moves parameters without a gradient too, so frozen ones are put back.
+        params = map_with_path(
+            lambda path, w, before: jnp.where(moves > 0, w, before) if path.startswith("prototypes/") else w,
+            params,
+            state.params,
+        )
     probe_updates, probe_opt_state = probe_tx.update(grads["probe"], state.probe["opt_state"], state.probe["params"])
     probe = {"params": optax.apply_updates(state.probe["params"], probe_updates), "opt_state": probe_opt_state}
     if target is not None:
@@ -106,19 +111,11 @@ def contrastive_step(
         target["params"] = apply_masks(target["params"], target_of({"masks": state.masks})["masks"])
     memory = state.memory
     if objective.remember is not None:
-        memory = objective.remember(jax.lax.stop_gradient(seen), axis_name=axis_name)
+        memory = objective.remember(jax.lax.stop_gradient(outputs), axis_name=axis_name)
 
-    state = state.replace(
-        step=state.step + 1,
-        params=params,
-        batch_stats=stats,
-        opt_state=opt_state,
-        ema=target,
-        memory=memory,
-        probe=probe,
-    )
-    spread = similarities(*seen.online["projection"][:2], axis_name=axis_name)
-    return state, metrics | {"grad_norm": global_norm(grads["network"])} | spread
+    state = new.replace(params=params, ema=target, memory=memory, probe=probe)
+    spread = similarities(*outputs.online["projection"][:2], axis_name=axis_name)
+    return state, metrics | figures | spread
 
 
 def outputs_of(
@@ -130,10 +127,7 @@ def outputs_of(
     """
     stats, passes = variables["batch_stats"], []
     for part in images:
-        outputs, updated = model.apply(
-            {**variables, "batch_stats": stats}, _rows(part), train=True, mutable=["batch_stats"], **options
-        )
-        stats = updated.get("batch_stats", stats)
+        outputs, stats = forward(model, {**variables, "batch_stats": stats}, _rows(part), train=True, **options)
         passes.append({name: _views(x, part.shape[1]) for name, x in outputs.items()})
     return {name: jnp.concatenate([p[name] for p in passes]) for name in passes[0]}, stats
 
@@ -176,9 +170,7 @@ def feature_step(
     Returns:
       `features` float32 [B, F], `label` int32 [B], `valid` bool [B], False where a row is padding.
     """
-    keys = example_keys(jax.random.key(0), example_index(batch["label"].shape[0], axis_name))
-    images = aug.augment_batch(preprocess, keys, batch["image"])
-    features: Any = encoder.apply(variables, images, train=False)
+    features, _ = forward(encoder, variables, aug.preprocess_batch(preprocess, batch["image"]))
     rows = {"features": features.astype(jnp.float32), "label": batch["label"], "valid": batch["valid"]}
     return all_rows(rows, axis_name)
 
@@ -194,6 +186,6 @@ def view_step(
     """As `feature_step`, of two views of each image, drawn alike in every call: `a` and `b` float32 [B, F]."""
     index = example_index(batch["label"].shape[0], axis_name)
     (images,) = make_views(views, jax.random.key(0), index, batch["image"])
-    features: Any = encoder.apply(variables, _rows(images), train=False)
+    features, _ = forward(encoder, variables, _rows(images))
     a, b = _views(features.astype(jnp.float32), 2)
     return all_rows({"a": a, "b": b, "valid": batch["valid"]}, axis_name)

@@ -4,6 +4,7 @@ Saving returns as soon as the state has left the devices. A checkpoint is rename
 that is killed while saving leaves the ones before; one that was damaged later is found by its checksum and passed over.
 """
 
+import json
 import shutil
 import sys
 import zlib
@@ -86,26 +87,42 @@ class Checkpoints:
         """(state, iterator state) of the newest good checkpoint, or of `step`; None if there is none.
 
         `like` is a state of the same shapes, laid out as the restored one shall be: any number of devices will do.
+        Masks are the checkpoint's own: a dense state that restores a sparse one becomes sparse.
 
         Raises:
-          UsageError: the checkpoint is of another model or optimizer, or every one is damaged.
+          UsageError: the checkpoint comes from a different model or optimizer, or every one is damaged.
+        """
+        found = self.read(step=step)
+        if found is None:
+            return None
+        arrays, iterator = found
+        wanted = _fields(like)
+        masks = {"masks": arrays["masks"]}
+        _check_same(leaves({**arrays, **masks}), leaves({**wanted, **masks}), self.root / str(int(arrays["step"])))
+        return _to_devices(arrays, like), iterator
+
+    def read(self, *, step: int | None = None) -> tuple[PyTree, dict[str, Any]] | None:
+        """As `restore`, without a state to restore into: the fields of the saved one by name, as NumPy arrays.
+
+        Containers are plain dicts and lists; masks are unpacked, the key is its data.
+
+        Raises:
+          UsageError: every checkpoint is damaged.
         """
         self.wait()
         steps = self.steps if step is None else [step]
         for candidate in reversed(steps):
             try:
-                arrays, iterator = self._load(candidate, like)
-            except UsageError:
-                raise
-            except Exception as error:  # whatever a damaged file makes a reader say
+                found = self._load(candidate)
+            except Exception as error:  # a damaged file can raise anything
                 reason = " ".join(str(error).split())[:160]
                 print(f"warning: checkpoint {candidate} in {self.root} is damaged ({reason})", file=sys.stderr)
                 continue
             if candidate != steps[-1]:
                 print(f"warning: going on from the older checkpoint {candidate}", file=sys.stderr)
-            return _to_devices(arrays, like), iterator
+            return found
         if steps:
-            raise UsageError(f"every checkpoint in {self.root} is damaged; choose another --out to start anew")
+            raise UsageError(f"every checkpoint in {self.root} is damaged; choose a different --out to start again")
         return None
 
     def resume(self, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
@@ -121,7 +138,7 @@ class Checkpoints:
         self.wait()
         self._orbax.close()
 
-    def _load(self, step: int, like: TrainState) -> tuple[PyTree, dict[str, Any]]:
+    def _load(self, step: int) -> tuple[PyTree, dict[str, Any]]:
         files = [self.root / str(step) / "state" / name for name in ("manifest.ocdbt", "_METADATA")]
         missing = [file.name for file in files if not file.is_file()]
         if missing:  # Orbax would log at length
@@ -129,12 +146,14 @@ class Checkpoints:
         metadata = self._orbax.metadata(step)
         if metadata.metadata is None:
             raise ValueError("its index cannot be read")
-        saved, wanted = leaves(metadata.metadata), _to_host(like)
-        # Masks are the checkpoint's own: a dense state that restores a sparse one becomes sparse.
-        wanted["masks"] = map_with_path(lambda path, m: _like(saved.get(f"masks/{path}"), m), wanted["masks"])
-        _check_same(saved, leaves(wanted), self.root / str(step))
-        arrays = self._orbax.load(step, wanted)
-        if _checksum(arrays) != metadata.custom_metadata["checksum"]:
+        arrays = self._orbax.load(step, jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), metadata.metadata))
+        # The checksum covers the leaves in the state's own order, which plain containers lose (an optimizer's named
+        # tuple is a dict here) and Orbax's index keeps.
+        saved = leaves(arrays)
+        if (
+            _checksum([saved[path] for path in _order(files[1]) if path in saved])
+            != metadata.custom_metadata["checksum"]
+        ):
             raise ValueError("its checksum differs")
         arrays["masks"] = unpack(arrays["masks"], arrays["params"])
         return arrays, metadata.custom_metadata["iterator"]
@@ -144,27 +163,28 @@ class Checkpoints:
         return RunError(f"cannot write a checkpoint to {self.root}: {error}; {kept}")
 
 
-def _to_host(state: TrainState) -> PyTree:
-    """NumPy copies of a state's arrays, for donated buffers change while files are written; keys and masks as bits."""
+def _order(index: Path) -> list[str]:
+    """The paths of a checkpoint's leaves, in the order in which the state was flattened."""
+    entries = json.loads(index.read_text())["tree_metadata"].values()
+    return ["/".join(part["key"] for part in entry["key_metadata"]) for entry in entries]
+
+
+def _fields(state: TrainState) -> dict[str, PyTree]:
+    """The fields of a state by name, its key as data."""
     fields = {name: getattr(state, name) for name in state.__dataclass_fields__}
-    fields["key"] = jax.random.key_data(state.key)
-    fields["masks"] = pack(state.masks)
-    return jax.tree.map(np.array, fields)
+    return {**fields, "key": jax.random.key_data(state.key)}
 
 
-def _like(saved: Any, wanted: np.ndarray) -> np.ndarray:
-    """An array of a saved one's shape and dtype; `wanted` itself if there is none."""
-    return wanted if saved is None else np.zeros(saved.shape, saved.dtype)
+def _to_host(state: TrainState) -> PyTree:
+    """NumPy copies of a state's arrays, as donated buffers change while files are written; masks as bits."""
+    return jax.tree.map(np.array, {**_fields(state), "masks": pack(state.masks)})
 
 
 def _to_devices(arrays: PyTree, like: TrainState) -> TrainState:
-    arrays = {**arrays, "key": jax.random.wrap_key_data(arrays["key"], impl=jax.random.key_impl(like.key))}
+    saved = leaves(arrays) | {"key": jax.random.wrap_key_data(arrays["key"], impl=jax.random.key_impl(like.key))}
     fields = {name: getattr(like, name) for name in like.__dataclass_fields__}
-    # Orbax returns plain containers; optimizer states are named tuples.
-    placed = [
-        place(new, old.sharding) for new, old in zip(jax.tree.leaves(arrays), jax.tree.leaves(fields), strict=True)
-    ]
-    return type(like)(**jax.tree.unflatten(jax.tree.structure(fields), placed))
+    # Orbax returns plain containers, and optimizer states are named tuples: match them leaf by leaf.
+    return type(like)(**map_with_path(lambda path, leaf: place(saved[path], leaf.sharding), fields))
 
 
 def _checksum(arrays: PyTree) -> int:
@@ -175,15 +195,10 @@ def _checksum(arrays: PyTree) -> int:
 
 
 def _check_same(saved: dict[str, Any], wanted: dict[str, Any], where: Path) -> None:
-    """One line that names the first difference, before Orbax fails on it at length."""
+    """Refuse with one line that names the first difference."""
+    other = f"checkpoint {where} comes from a different model or optimizer"
     for path in sorted(saved.keys() ^ wanted.keys()):
-        raise UsageError(
-            f"checkpoint {where} is of another model or optimizer: {path} is only in "
-            f"{'the checkpoint' if path in saved else 'this run'}"
-        )
+        raise UsageError(f"{other}: {path} is only in {'the checkpoint' if path in saved else 'this run'}")
     for path, leaf in wanted.items():
-        if tuple(saved[path].shape) != leaf.shape:
-            raise UsageError(
-                f"checkpoint {where} is of another model or optimizer: {path} is {tuple(saved[path].shape)} there, "
-                f"{leaf.shape} in this run"
-            )
+        if saved[path].shape != leaf.shape:
+            raise UsageError(f"{other}: {path} is {saved[path].shape} there, {leaf.shape} in this run")

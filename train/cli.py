@@ -2,16 +2,58 @@
 
 import contextlib
 import difflib
+import importlib
 import inspect
 import io
+import json
 import re
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Container, Sequence
 from typing import Any
 
+import jax
 import tyro
 
 from train.config import flat
-from train.errors import UsageError, unknown
+from train.errors import UsageError, one_line, unknown
+from train.runtime import keep_memory
+
+
+def start(main: Callable[[], None]) -> None:
+    """Run a program's main as the whole process: its user's errors in one line, freed memory kept."""
+    with one_line():
+        keep_memory()
+        main()
+
+
+def run_command(
+    program: str,
+    presets: dict[str, Callable[[], Any]],
+    argv: Sequence[str] | None,
+    *,
+    default: str,
+    check: Callable[[Any, Any], None] = lambda config, default: None,
+    known: Container[str] | None = None,
+) -> None:
+    """Parse a command line, run the pipeline, and print its result as the last line on stdout.
+
+    Args:
+      program: the package of the pipeline, whose module `run` has the function `run(config, preset)`.
+      argv: the arguments; None takes the process's own.
+      default: the preset where none is named.
+      check: refuses a config, given the preset's own.
+      known: the presets that a result names; others are "custom". None is all of them.
+
+    Raises:
+      UsageError: see `parse`.
+    """
+    preset, config = parse(f"python -m {program}", presets, sys.argv[1:] if argv is None else argv, default=default)
+    check(config, presets[preset]())
+    # Imported after parsing: --help and typing errors need not wait for it.
+    run = importlib.import_module(f"{program}.run").run
+    result = run(config, preset if known is None or preset in known else "custom")
+    if jax.process_index() == 0:
+        print(json.dumps(result))
 
 
 def parse(program: str, presets: dict[str, Callable[[], Any]], argv: Sequence[str], *, default: str) -> tuple[str, Any]:

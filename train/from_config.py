@@ -24,6 +24,7 @@ from train.data.sources import Arrays
 from train.errors import UsageError, unknown
 from train.optim import Schedule, make_optimizer, make_schedule
 from train.state import TrainState, init_state, init_variables
+from train.steps import Objective, classify
 
 Run = TypeVar("Run", bound=RunConfig)
 KERNELS = ("auto", "plain", "onednn")
@@ -204,24 +205,19 @@ def make_state(
     start: Callable[[dict[str, PyTree]], dict[str, PyTree]] = lambda variables: variables,
     masks: Callable[[PyTree], PyTree | None] = lambda params: None,
 ) -> TrainState:
-    """The state at step 0, from random variables; `start` may put others in their place, `masks` masks beside them."""
+    """The state at step 0, from random variables; `start` may replace them, `masks` make masks for the parameters."""
     init_key, run_key = jax.random.split(jax.random.key(config.seed))
-    variables = start(init_variables(model.clone(axis_name=None), init_key, image_shape))
+    variables = start(init_variables(model, init_key, image_shape))
     return init_state(variables, tx, run_key, masks=masks(variables["params"]), ema=config.ema is not None)
 
 
-def step_options(config: TrainConfig, model: nn.Module, tx: optax.GradientTransformation) -> dict[str, Any]:
-    """The static arguments of `train_step`."""
+def make_objective(config: TrainConfig, classes: int) -> Objective:
+    """The config's objective of classification."""
     mixing = config.augment.mixup or config.augment.cutmix
-    mixer = partial(mix, mixup_alpha=config.augment.mixup, cutmix_alpha=config.augment.cutmix)
-    return {
-        "model": model,
-        "tx": tx,
-        "augment": train_augment(config.augment),
-        "mix": mixer if mixing else None,
-        "loss": LOSSES[config.loss],
-        "label_smoothing": config.label_smoothing,
-        "ema_decay": config.ema,
-        "accumulate": config.accumulate,
-        "frozen_stats": config.freeze,
-    }
+    return classify(
+        loss=LOSSES[config.loss],
+        label_smoothing=config.label_smoothing,
+        mix=partial(mix, mixup_alpha=config.augment.mixup, cutmix_alpha=config.augment.cutmix) if mixing else None,
+        classes=classes,
+        frozen_stats=config.freeze,
+    )

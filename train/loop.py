@@ -102,7 +102,7 @@ class Progress:
         shown: Sequence[str] = ("loss", "accuracy"),
         silent: bool = False,
     ) -> None:
-        self.names = shown
+        self.shown = shown
         self.steps, self.epoch_steps, self.batch, self.every = steps, epoch_steps, batch, every
         self.extra, self.silent = extra, silent
         self.file = None
@@ -112,7 +112,7 @@ class Progress:
             self.file = path.open("a", buffering=1)
         self.terminal = sys.stderr.isatty()
         self.window: list[dict[str, float]] = []
-        self.shown = self.begun = time.perf_counter()
+        self.last_shown = self.begun = time.perf_counter()
         self.first: int | None = None
         self.last = start
         self.paused = 0.0
@@ -131,13 +131,13 @@ class Progress:
             self.show(step, means, now)
 
     def show(self, step: int, means: dict[str, float], now: float) -> None:
-        if not self.terminal and now - self.shown < 5 and step != self.steps:
+        if not self.terminal and now - self.last_shown < 5 and step != self.steps:
             return
-        self.shown = now
+        self.last_shown = now
         rate = self.images_per_second
         left = (self.steps - step) * self.batch / rate if rate else 0.0
         total = math.ceil(self.steps / self.epoch_steps)
-        values = "  ".join(f"{name.replace('_', ' ')} {means[name]:.4g}" for name in self.names)
+        values = "  ".join(f"{name.replace('_', ' ')} {means[name]:.4g}" for name in self.shown)
         line = (
             f"step {step}/{self.steps}  epoch {step / self.epoch_steps:.1f}/{total}  {values}  "
             f"{rate:,.0f} images/s  {_clock(left)} left"

@@ -10,40 +10,43 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from resnet_jax.augment import augment_batch
-from resnet_jax.keys import example_keys
+from resnet_jax.augment import preprocess_batch
 from train.config import TrainConfig
 from train.data.decode import decode_image
 from train.errors import UsageError
-from train.from_config import eval_augment, make_model
-from train.run_folder import load_variables, read_config
+from train.from_config import compute_dtype, eval_augment, make_model
+from train.run_folder import load_state, read_config
 from train.runtime import compiler_options
+from train.state import forward
 
 Prediction = list[tuple[str, float]]  # (class, probability), most probable first
 
 
-def load(run: str | Path, *, top: int = 5) -> Callable[[Any], Any]:
+def load(run: str | Path, *, model: nn.Module | None = None, top: int = 5) -> Callable[[Any], Any]:
     """The trained network of a run as a function of an image, or of a list of them.
 
     An image is a path, encoded bytes, or a uint8 array [H, W, C]; it is resized and cropped as the run's test images
-    were. Returns the `top` classes with their probabilities.
+    were. Returns the `top` classes with their probabilities. `model` is the one that was passed to the run, if one was.
 
     Raises:
-      UsageError: no such run, no good checkpoint, an image that cannot be read.
+      UsageError: no such run, no good checkpoint, a model that is missing, an image that cannot be read.
     """
     run = Path(run)
     config, saved = read_config(run, TrainConfig)
-    variables, model = load_variables(run), make_model(config, len(saved["classes"]))
+    if model is None and "model" in saved.get("replaced", []):
+        raise UsageError(f"{run} trained a model that was passed to run(): pass it here too, load(run, model=...)")
+    model = model or make_model(config, len(saved["classes"]))
+    variables = jax.tree.map(jnp.asarray, load_state(run).variables)
     preprocess = eval_augment(config.augment)
 
-    @partial(jax.jit, compiler_options=compiler_options(model.dtype) or None)
+    @partial(jax.jit, compiler_options=compiler_options(compute_dtype(config.dtype)) or None)
     def probabilities(images: jax.Array) -> jax.Array:
-        keys = example_keys(jax.random.key(0), jnp.arange(images.shape[0]))
-        logits: Any = model.apply(variables, augment_batch(preprocess, keys, images), train=False)
+        logits, _ = forward(model, variables, preprocess_batch(preprocess, images))
         return jax.nn.softmax(logits)
 
     def predict(images: Any) -> Prediction | list[Prediction]:

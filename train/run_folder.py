@@ -8,20 +8,17 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
-from resnet_jax.tree import PyTree
 from train.checkpoint import Checkpoints
 from train.config import RunConfig, TrainConfig, flat, from_dict
 from train.data.sets import Dataset
 from train.errors import RunError, UsageError
-from train.from_config import make_model, make_state, make_tx, trained_part
 from train.state import TrainState
 
 Run = TypeVar("Run", bound=RunConfig)
@@ -31,19 +28,21 @@ FREE_FIELDS = {"out", "mode", "data.dir", "distributed", "log_every", "eval_batc
 FREE_FIELDS |= {"keep_last", "keep_best", "save_steps", "kernels", "cache"}
 
 
-def settle(config: RunConfig, preset: str) -> tuple[Path, dict[str, Any] | None]:
-    """(the run's folder, the result of a run that it holds and that has ended, else None).
+def settle(config: RunConfig, preset: str, replaced: Sequence[str] = ()) -> tuple[Path, dict[str, Any] | None]:
+    """(the run's folder, the result of the finished run that it holds, else None).
+
+    `replaced` names the pieces that were passed to the run as objects.
 
     Raises:
-      UsageError: the folder holds a run with other settings.
+      UsageError: the folder holds a run with different settings.
     """
     out = Path(config.out or f"runs/{preset}-seed{config.seed}").expanduser()
-    finished = finished_result(out, config)
-    if finished:
-        print(f"{out} holds this run, finished; its result:", file=sys.stderr)
-    elif (out / "config.json").exists():
-        check_continues(out, config)
-    return out, finished
+    if (out / "config.json").exists() or (out / "result.json").exists():
+        check_continues(out, config, replaced)
+    if not (out / "result.json").exists():
+        return out, None
+    print(f"{out} holds this run, finished; its result:", file=sys.stderr)
+    return out, json.loads((out / "result.json").read_text())
 
 
 def read_config(out: Path, kind: type[Run]) -> tuple[Run, dict[str, Any]]:
@@ -76,13 +75,13 @@ def pipeline_of(out: Path) -> str:
         return "train"
 
 
-def write_config(out: Path, preset: str, config: RunConfig, dataset: Dataset) -> None:
-    """Note what this run is, or make sure that it is the one that the folder holds."""
+def write_config(out: Path, preset: str, config: RunConfig, dataset: Dataset, replaced: Sequence[str] = ()) -> None:
+    """Write down what this run is, or make sure that it is the one that the folder holds."""
     if (out / "config.json").exists():
-        check_continues(out, config)
+        check_continues(out, config, replaced)
         return
     if (out / "checkpoints").exists():
-        raise UsageError(f"{out} holds checkpoints but no config.json; choose another --out")
+        raise UsageError(f"{out} holds checkpoints but no config.json; choose a different --out")
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -91,6 +90,7 @@ def write_config(out: Path, preset: str, config: RunConfig, dataset: Dataset) ->
         "pipeline": pipeline(type(config)),
         "preset": preset,
         "config": dataclasses.asdict(config),
+        "replaced": list(replaced),
         "classes": dataset.classes,
         "image_shape": dataset.image_shape,
         **environment(),
@@ -105,23 +105,23 @@ def discard_start(out: Path) -> None:
         (out / "checkpoints").rmdir()
 
 
-def check_continues(out: Path, config: RunConfig) -> None:
-    """Make sure that a config is the one that a run's folder was made for, but for `FREE_FIELDS`."""
-    saved, wanted = flat(read_config(out, type(config))[0]), flat(config)
+def check_continues(out: Path, config: RunConfig, replaced: Sequence[str] = ()) -> None:
+    """Make sure that a run's folder was made for this config, `FREE_FIELDS` aside, and these pieces.
+
+    Raises:
+      UsageError: it was not.
+    """
+    theirs, whole = read_config(out, type(config))
+    saved, wanted = flat(theirs), flat(config)
     # Measured statistics are not the user's to repeat.
     measured = {n for n in ("augment.mean", "augment.std") if wanted[n] is None}
     differing = [n for n in wanted if n not in FREE_FIELDS | measured and saved.get(n) != wanted[n]]
     if differing:
         changes = ", ".join(f"{n} {saved.get(n)} -> {wanted[n]}" for n in differing)
-        raise UsageError(f"{out} holds a run with other settings ({changes}); choose another --out")
-
-
-def finished_result(out: Path, config: RunConfig) -> dict[str, Any] | None:
-    """The result of a run that this folder holds and that has ended, else None."""
-    if not (out / "result.json").exists():
-        return None
-    check_continues(out, config)
-    return json.loads((out / "result.json").read_text())
+        raise UsageError(f"{out} holds a run with different settings ({changes}); choose a different --out")
+    if (before := whole.get("replaced", [])) != list(replaced):
+        names = f"{', '.join(before) or 'nothing'} -> {', '.join(replaced) or 'nothing'}"
+        raise UsageError(f"{out} holds a run with different pieces passed to run() ({names}); choose a different out")
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -134,33 +134,24 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
         raise RunError(f"cannot write {path}: {error}") from None
 
 
-def load_variables(run: Path) -> dict[str, PyTree]:
-    """The variables that a run is used with; see `load_state`."""
-    return load_state(run).variables
-
-
 def load_state(run: Path) -> TrainState:
-    """The state that a run ended in, its masks too: of its last checkpoint, or of the best where it says so.
+    """The state that a run ended in, as NumPy arrays: its last checkpoint, or its best where the run selects that.
+
+    The optimizer's state is in plain containers.
 
     Raises:
-      UsageError: no run of training there, or none with a good checkpoint.
+      UsageError: not a run of training, or one without a good checkpoint.
     """
-    config, saved = read_config(run, TrainConfig)
+    config, _ = read_config(run, TrainConfig)
     if not (run / "checkpoints").is_dir():
         raise UsageError(f"{run} has no checkpoints yet")
-    model = make_model(config, len(saved["classes"]))
-    # The optimizer's state has the same shapes however long the run was.
-    tx, _ = make_tx(config.optim, 1, 1.0, trainable=trained_part(config))
-    # Shapes are enough to restore into: nothing is initialised.
-    shapes = jax.eval_shape(lambda: make_state(config, model, tx, tuple(saved["image_shape"])))
-    key, shapes = jax.random.key(config.seed), shapes.replace(key=None)
-    state = jax.tree.map(lambda x: jnp.asarray(np.zeros(x.shape, x.dtype)), shapes).replace(key=key)
     checkpoints = Checkpoints(run / "checkpoints", writes=False)
-    restored = checkpoints.restore(state, step=checkpoints.best if config.select == "best" else None)
+    found = checkpoints.read(step=checkpoints.best if config.select == "best" else None)
     checkpoints.close()
-    if restored is None:
+    if found is None:
         raise UsageError(f"{run} has no checkpoints yet")
-    return restored[0]
+    arrays, _ = found
+    return TrainState(**{**arrays, "key": jax.random.wrap_key_data(arrays["key"])})
 
 
 def environment() -> dict[str, Any]:

@@ -1,6 +1,8 @@
 """The state of training: arrays only, so that one pytree is compiled, donated, saved and compared."""
 
 import hashlib
+from inspect import signature
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -41,10 +43,40 @@ class TrainState(struct.PyTreeNode):
 
 
 def init_variables(model: nn.Module, key: jax.Array, image_shape: tuple[int, int, int]) -> dict[str, PyTree]:
-    """Fresh variables of `model` for images (H, W, C), initialised in one compiled call."""
+    """Fresh variables {"params", "batch_stats"} of `model` for images (H, W, C), initialised in one compiled call."""
     images = jnp.zeros((1, *image_shape), jnp.float32)
-    variables = jax.jit(lambda k: model.init(k, images, train=False))(key)
+    variables = jax.jit(lambda k: model.init(k, images, **train_argument(model, False)))(key)
     return {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})}
+
+
+def forward(
+    model: nn.Module,
+    variables: PyTree,
+    images: jax.Array,
+    *,
+    train: bool = False,
+    rngs: dict[str, jax.Array] | None = None,
+    **options: Any,
+) -> tuple[Any, PyTree]:
+    """(the outputs of any Flax module for images float [B, H, W, C], its batch statistics afterwards).
+
+    The module is called as `model(images, train=train, **options)`, without `train` if it does not take it. Its
+    parameters are the collection "params", its running statistics "batch_stats" (empty where it has none).
+    """
+    outputs, updated = model.apply(
+        variables,
+        images,
+        rngs=rngs,
+        mutable=["batch_stats"] if train else [],
+        **train_argument(model, train),
+        **options,
+    )
+    return outputs, updated.get("batch_stats", variables.get("batch_stats", {}))
+
+
+def train_argument(model: nn.Module, train: bool) -> dict[str, Any]:
+    """{"train": train} for a module that takes it, else {}."""
+    return {"train": train} if "train" in signature(type(model).__call__).parameters else {}
 
 
 def init_state(

@@ -1,11 +1,12 @@
 """The supervised steps: pure functions of (state, batch), compiled by `resnet_jax.parallel.compile_step`.
 
-A batch is a dict: `image` uint8 [B, H, W, C], `label` int32 [B], and in evaluation `valid` bool [B], False where a row
-is padding. Bind what is static with `functools.partial`; only `state` and `batch` are arrays.
+A batch is a dict whose arrays share their first axis: `image` uint8 [B, H, W, C], whatever the objective reads beside
+it (`label` int32 [B] for `classify`), and in evaluation `valid` bool [B], False where a row is padding. Bind everything
+static with `functools.partial`; only `state` and `batch` are arrays.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import flax.linen as nn
 import jax
@@ -13,15 +14,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from resnet_jax.augment import Augment, augment_batch, identity
+from resnet_jax.augment import Augment, augment_batch, identity, preprocess_batch
 from resnet_jax.keys import example_index, example_keys, step_key
 from resnet_jax.losses import smooth_labels, softmax_cross_entropy
 from resnet_jax.mask_schedules import MaskSchedule
 from resnet_jax.masks import apply_masks, sparsity_of
 from resnet_jax.parallel import mean_over, sum_over, vary
 from resnet_jax.tree import PyTree, ema, global_norm
-from train.state import TrainState
+from train.state import TrainState, forward
 
+State = TypeVar("State", bound=TrainState)
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
 # (key, images [B, H, W, C], soft labels [B, K], axis_name) -> (images, soft labels)
@@ -32,82 +34,169 @@ Loss = Callable[[jax.Array, jax.Array], jax.Array]
 CALIBRATION_BINS = 15
 
 
+class Objective(Protocol):
+    """The function of the parameters that a train step minimises; `classify` makes the usual one."""
+
+    def __call__(
+        self,
+        variables: PyTree,
+        batch: Batch,
+        *,
+        model: nn.Module,
+        rngs: dict[str, jax.Array],
+        axis_name: str | None,
+    ) -> tuple[jax.Array, tuple[PyTree, Metrics]]:
+        """The loss of a batch, with what comes along.
+
+        Args:
+          variables: {"params", "batch_stats"}; the gradient is taken with respect to "params".
+          batch: as the step received it, `image` augmented (float [B, H, W, C]), and `index` int32 [B], the examples'
+            global indices.
+          rngs: keys `mix`, `drop_path` and `dropout`, the same on every device.
+          axis_name: the axis that the batch is split over under `pmap` and `shard_map`, else None.
+
+        Returns:
+          (loss, (batch_stats, metrics)): a float32 scalar that is a mean over the batch, the new running statistics
+          (see `train.state.forward`), and float32 scalars to log.
+        """
+        ...
+
+
+def classify(
+    *,
+    loss: Loss = softmax_cross_entropy,
+    label_smoothing: float = 0.0,
+    mix: Mix | None = None,
+    classes: Any = None,
+    frozen_stats: bool = False,
+) -> Objective:
+    """The objective of supervised classification: `loss` between the model's logits and `batch["label"]`.
+
+    Args:
+      label_smoothing: in [0, 1].
+      mix: mixup or cutmix on the augmented batch, `resnet_jax.mix.mix` with its alphas bound; needs `classes`, the
+        number of classes.
+      frozen_stats: use the running statistics and leave them unchanged (a frozen backbone).
+
+    Returns:
+      An objective whose metric is `accuracy`, on the augmented batch.
+
+    Raises:
+      ValueError: `mix` without `classes`.
+    """
+    if mix is not None and classes is None:
+        raise ValueError("mix needs the number of classes: classify(mix=..., classes=...)")
+
+    def objective(
+        variables: PyTree, batch: Batch, *, model: nn.Module, rngs: dict[str, jax.Array], axis_name: str | None = None
+    ) -> tuple[jax.Array, tuple[PyTree, Metrics]]:
+        images, label = batch["image"], batch["label"]
+        if mix is not None:
+            images, targets = mix(rngs["mix"], images, jax.nn.one_hot(label, classes), axis_name=axis_name)
+        logits, stats = forward(model, variables, images, train=not frozen_stats, rngs=rngs)
+        if mix is None:
+            targets = jax.nn.one_hot(label, logits.shape[-1])
+        value = loss(logits, smooth_labels(targets, label_smoothing)).mean()
+        return value, (stats, {"accuracy": (logits.argmax(-1) == label).astype(jnp.float32).mean()})
+
+    return objective
+
+
 def train_step(
     state: TrainState,
     batch: Batch,
     *,
     model: nn.Module,
     tx: optax.GradientTransformation,
+    objective: Objective = classify(),  # noqa: B008, a pure function
     augment: Augment = identity,
-    mix: Mix | None = None,
-    loss: Loss = softmax_cross_entropy,
-    label_smoothing: float = 0.0,
     ema_decay: float | None = None,
     accumulate: int = 1,
-    frozen_stats: bool = False,
     remask: MaskSchedule | None = None,
     axis_name: str | None = None,
 ) -> tuple[TrainState, Metrics]:
-    """One optimizer update: augment, differentiate, average over shards, update, mask.
-
-    Pruned weights are zero before and after it: their gradients reach neither the optimizer nor the clipping norm.
+    """One optimizer update: augment, differentiate the objective, average over shards, `update`.
 
     Args:
+      model: any Flax module; see `train.state.forward` for how it is called.
+      objective: what is minimised, see `Objective`.
       augment: applied to each example under its own key.
-      mix: mixup or cutmix on the augmented batch, `resnet_jax.mix.mix` with its alphas bound.
-      label_smoothing: in [0, 1].
-      ema_decay: of the moving average in `state.ema`, in [0, 1); it starts lower and grows with the steps.
+      ema_decay, remask: see `update`.
       accumulate: number of parts whose gradients are averaged before the update; must divide the shard's batch.
-      frozen_stats: use the running statistics and leave them (a frozen backbone).
-      remask: a schedule of `resnet_jax.mask_schedules` that changes the masks after the update.
 
     Returns:
-      The new state, and float32 scalars `loss`, `accuracy` (on the augmented batch), `grad_norm` and, with a `remask`,
-      `sparsity`.
+      The new state, and float32 scalars: the objective's metrics, `loss`, and those of `update`.
+
+    Raises:
+      ValueError: `accumulate` does not divide the shard's batch.
     """
     key = step_key(state.key, state.step)
     augment_key, mix_key, drop_key = jax.random.split(key, 3)
-    count = batch["label"].shape[0]
+    count = len(batch["image"])
     if count % accumulate:
         raise ValueError(f"a shard's batch of {count} is not divisible into {accumulate} parts")
 
-    def objective(params: PyTree, stats: PyTree, part: Batch, number: jax.Array) -> tuple[jax.Array, Any]:
+    def loss_of(params: PyTree, stats: PyTree, part: Batch, number: jax.Array) -> tuple[jax.Array, Any]:
         images = augment_batch(augment, example_keys(augment_key, part["index"]), part["image"])
-        targets = jax.nn.one_hot(part["label"], model.num_classes)
-        if mix is not None:
-            images, targets = mix(jax.random.fold_in(mix_key, number), images, targets, axis_name=axis_name)
-        logits, updated = model.apply(
+        drop = jax.random.fold_in(drop_key, number)
+        rngs = {"mix": jax.random.fold_in(mix_key, number), "drop_path": drop, "dropout": jax.random.fold_in(drop, 1)}
+        value, (stats, metrics) = objective(
             {"params": params, "batch_stats": stats},
-            images,
-            train=not frozen_stats,
-            rngs={"drop_path": jax.random.fold_in(drop_key, number)},
-            mutable=["batch_stats"],
+            {**part, "image": images},
+            model=model,
+            rngs=rngs,
+            axis_name=axis_name,
         )
-        value = loss(logits, smooth_labels(targets, label_smoothing)).mean()
-        accuracy = (logits.argmax(-1) == part["label"]).astype(jnp.float32).mean()
-        return value, (updated.get("batch_stats", stats), {"loss": value, "accuracy": accuracy})
+        return value, (stats, {**metrics, "loss": value})
 
-    gradient = jax.grad(objective, has_aux=True)
+    gradient = jax.grad(loss_of, has_aux=True)
     params, stats = vary((state.params, state.batch_stats), axis_name)
-    rows = {"image": batch["image"], "label": batch["label"], "index": example_index(count, axis_name)}
+    rows = {**batch, "index": example_index(count, axis_name)}
     if accumulate == 1:
         grads, (stats, metrics) = gradient(params, stats, rows, jnp.zeros((), jnp.int32))
     else:
         grads, (stats, metrics) = _accumulated(gradient, params, stats, rows, accumulate)
     grads, stats, metrics = mean_over((grads, stats, metrics), axis_name)
+    remask_key = jax.random.fold_in(key, 3)
+    state, figures = update(state, grads, stats, tx=tx, ema_decay=ema_decay, remask=remask, key=remask_key)
+    return state, metrics | figures
 
+
+def update(
+    state: State,
+    grads: PyTree,
+    stats: PyTree,
+    *,
+    tx: optax.GradientTransformation,
+    ema_decay: float | None = None,
+    remask: MaskSchedule | None = None,
+    key: Any = None,
+) -> tuple[State, Metrics]:
+    """The state after one optimizer update; every pipeline's step ends here.
+
+    Pruned weights are zero before and after it: their gradients reach neither the optimizer nor the clipping norm.
+
+    Args:
+      grads: gradients shaped like `state.params`, those of pruned weights included.
+      stats: the new running statistics.
+      ema_decay: of the moving average in `state.ema`, in [0, 1); it starts lower and grows with the steps.
+      remask: a schedule of `resnet_jax.mask_schedules` that changes the masks after the update, drawing from `key`.
+
+    Returns:
+      The new state, and float32 scalars `grad_norm` and, with a `remask`, `sparsity`.
+    """
     masked = apply_masks(grads, state.masks)
     updates, opt_state = tx.update(masked, state.opt_state, state.params)
     params, masks = apply_masks(optax.apply_updates(state.params, updates), state.masks), state.masks
-    metrics |= {"grad_norm": global_norm(masked)}
+    metrics = {"grad_norm": global_norm(masked)}
     if remask is not None:
-        # Momentum may move what was pruned until now, so the masks of before come first.
-        masks = remask(state.step + 1, params, grads, masks, jax.random.fold_in(key, 3))
+        # Momentum may move weights that were pruned until now, so the old masks are applied first.
+        masks = remask(state.step + 1, params, grads, masks, key)
         params = apply_masks(params, masks)
         metrics |= {"sparsity": sparsity_of(masks)}
     average = state.ema
     if ema_decay is not None:
-        # Young averages forget faster, or they would remember the initial weights for 1 / (1 - decay) steps.
+        # Warm up the decay so that early averages are not dominated by the initial weights.
         decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))
         average = ema(average, {"params": params, "batch_stats": stats}, decay)
         average["params"] = apply_masks(average["params"], masks)
@@ -153,15 +242,13 @@ def eval_step(
     loss: Loss = softmax_cross_entropy,
     axis_name: str | None = None,
 ) -> Metrics:
-    """Sums over the valid rows of a batch, for `summarize` to divide once at the end.
+    """Sums over the valid rows of a batch, which `summarize` divides once at the end.
 
     Returns:
       float32 `count`, `loss`, `correct`, `top5`; `confusion` [K, K] (true class, predicted class); `calibration`
       [3, bins]: count, confidence and correct by confidence of the predicted class.
     """
-    keys = example_keys(jax.random.key(0), jnp.arange(batch["label"].shape[0]))
-    images = augment_batch(preprocess, keys, batch["image"])
-    logits: Any = model.apply(variables, images, train=False)
+    logits, _ = forward(model, variables, preprocess_batch(preprocess, batch["image"]))
     classes = logits.shape[-1]
     label, valid = batch["label"], batch["valid"].astype(jnp.float32)
     targets = jax.nn.one_hot(label, classes)

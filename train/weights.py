@@ -6,13 +6,14 @@ from typing import Any
 
 import jax
 import numpy as np
+from safetensors.numpy import save_file
 
-from resnet_jax.torch_weights import canonical, from_torch
+from resnet_jax.torch_weights import canonical, from_torch, to_torch
 from resnet_jax.tree import PyTree, is_head, leaves, map_with_path
 from train.config import TrainConfig
 from train.errors import UsageError
 from train.prune.sparse_file import is_sparse_file, load_sparse
-from train.run_folder import load_state, load_variables, pipeline_of, read_config
+from train.run_folder import load_state, pipeline_of, read_config
 
 ENCODER = "encoder.safetensors"  # of a pretraining run's folder
 
@@ -33,18 +34,26 @@ def load_weights(source: Path, variables: dict[str, PyTree]) -> dict[str, PyTree
     if source.is_dir() and pipeline_of(source) == "pretrain":
         raise UsageError(f"{source} is a run of pretraining that is not finished: it has no {ENCODER}")
     if source.is_dir():
-        return _same_shapes(load_variables(source), variables, source)
+        return _same_shapes(load_state(source).variables, variables, source)
     if not source.is_file():
         raise UsageError(f"no weights at {source}")
     if is_sparse_file(source):
         return _same_shapes(load_sparse(source)[0], variables, source)
     state_dict = read_state_dict(source)
+    if any(name.startswith("params/") for name in state_dict):  # written by `save_encoder` with Flax's names
+        return _same_shapes(state_dict, variables, source)
     theirs, ours = canonical(state_dict).get("fc.weight"), variables["params"].get("head")
     fits = theirs is not None and ours is not None and theirs.shape == ours["kernel"].shape[::-1]
     try:
         return from_torch(state_dict, variables, new_head=not fits)
     except ValueError as error:
         raise UsageError(f"{source}: {error}") from None
+
+
+def save_encoder(path: Path, variables: dict[str, PyTree], *, flax_names: bool = False) -> None:
+    """Write an encoder's variables as safetensors, by torchvision's names, or by their paths with `flax_names`."""
+    named = leaves(variables) if flax_names else to_torch(variables)
+    save_file({name: np.asarray(x) for name, x in named.items()}, path)
 
 
 def load_masks(source: Path, params: PyTree) -> PyTree | None:

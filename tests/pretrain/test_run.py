@@ -7,18 +7,18 @@ import jax
 import numpy as np
 import pytest
 
-from pretrain import run as run_module
 from pretrain.__main__ import main
-from pretrain.build import init_network, make_network
 from pretrain.config import ObjectiveConfig, PretrainConfig, ViewConfig, make_objective
 from pretrain.evaluate import evaluate
 from pretrain.evaluate import main as evaluate_main
+from pretrain.from_config import init_network, make_network
 from pretrain.presets import PRESETS
 from pretrain.report import main as report_main
 from pretrain.run import run
 from resnet_jax.parallel import make_mesh
 from resnet_jax.tree import leaves
 from tests.train.test_run import Interrupted
+from train import session as session_module
 from train.__main__ import main as train_main
 from train.config import AugmentConfig, DataConfig, OptimConfig, TrainConfig, from_dict
 from train.errors import UsageError
@@ -93,7 +93,7 @@ def _predict(out):
 @pytest.mark.parametrize("method", ["mocov2", "dino"])
 def test_resumed_it_ends_bit_equal(method, tmp_path, tfds_dir, monkeypatch):
     """Queue, target network, center and probe are part of a checkpoint: an interruption changes no bit."""
-    monkeypatch.setattr(run_module, "make_mesh", lambda: make_mesh(jax.devices()[:1]))
+    monkeypatch.setattr(session_module, "make_mesh", lambda: make_mesh(jax.devices()[:1]))
     config = PRESETS[f"digits_{method}"]()
     if method == "mocov2":
         config = dataclasses.replace(config, objective=dataclasses.replace(config.objective, queue=192))
@@ -111,7 +111,7 @@ def test_resumed_it_ends_bit_equal(method, tmp_path, tfds_dir, monkeypatch):
 
     interrupted = dataclasses.replace(config, out=str(tmp_path / "interrupted"))
     with monkeypatch.context() as patch:
-        patch.setattr(run_module.Progress, "log", stop_at(7))
+        patch.setattr(session_module.Progress, "log", stop_at(7))
         with pytest.raises(Interrupted):
             run(interrupted)
     resumed, whole = run(interrupted), run(dataclasses.replace(config, out=str(tmp_path / "whole")))
@@ -129,7 +129,7 @@ def test_eight_devices_end_as_one(tmp_path, tfds_dir, monkeypatch):
         width=8, steps=8, batch=64, eval_every=100, augment=plain, objective=objective, optim=OptimConfig(lr=0.05)
     )
     eight = run(dataclasses.replace(config, out=str(tmp_path / "eight"), mode="shard_map"))
-    monkeypatch.setattr(run_module, "make_mesh", lambda: make_mesh(jax.devices()[:1]))
+    monkeypatch.setattr(session_module, "make_mesh", lambda: make_mesh(jax.devices()[:1]))
     one = run(dataclasses.replace(config, out=str(tmp_path / "one")))
     assert eight["health"] == pytest.approx(one["health"], rel=1e-2, abs=1e-3)
     assert eight["linear_accuracy"] == pytest.approx(one["linear_accuracy"], abs=0.02)
@@ -250,23 +250,22 @@ def test_images_without_labels(tmp_path, tfds_dir, fails, capsys):
 
 def test_collapse_is_found_and_dated(tmp_path, tfds_dir, monkeypatch):
     """SimSiam without its predictor's difference, BYOL's way to collapse: targets that learn too."""
-    monkeypatch.setattr(run_module, "make_mesh", lambda: make_mesh(jax.devices()[:1]))
+    monkeypatch.setattr(session_module, "make_mesh", lambda: make_mesh(jax.devices()[:1]))
     from pretrain import objectives
 
-    def collapsing(seen, *, axis_name=None):
-        a, b = seen.online["projection"]
+    def collapsing(views, *, axis_name=None):
+        a, b = views.online["projection"]
         return ((a - b) ** 2).mean()
 
     simple = dataclasses.replace(
         objectives.OBJECTIVES["simclr"], loss=collapsing, projector=(16, 16), last_norm=None, norm=False
     )
-    monkeypatch.setitem(objectives.OBJECTIVES, "simclr", simple)
     plain = ViewConfig(min_scale=0.4, flip=False, jitter=(0, 0, 0, 0), grayscale=0)
     config = PretrainConfig(
         out=str(tmp_path / "run"), width=8, steps=60, batch=64, log_every=2, eval_every=100, augment=plain,
         optim=OptimConfig(lr=0.5),
     )  # fmt: skip
-    result = run(config)
+    result = run(config, objective=simple)
     assert result["verdict"].startswith("representations have collapsed: since step ")
     assert 2 <= result["collapsed_at"] <= 60 and f"since step {result['collapsed_at']} " in result["verdict"]
 

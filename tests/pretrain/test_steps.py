@@ -12,9 +12,9 @@ import numpy as np
 import optax
 import pytest
 
-from pretrain.build import make_momentum
+from pretrain.from_config import make_momentum
 from pretrain.heads import MLP, Network, Prototypes
-from pretrain.objectives import OBJECTIVES, Objective, Seen
+from pretrain.objectives import OBJECTIVES, Objective, Views
 from pretrain.state import init_pretrain_state, pretrain_digest, target_of
 from pretrain.steps import contrastive_step, feature_step, outputs_of, similarities, view_step
 from pretrain.views import make_views
@@ -323,9 +323,9 @@ def test_byol_step_is_the_gradient_towards_a_target_that_stands_still():
 
 
 @cache
-def seen_by_hand(name: str, number: int) -> Seen:
+def embeddings_by_hand(name: str, number: int) -> Views:
     """What the objective sees in step `number` of the run on one device, [V, B, D] by name, from its own passes."""
-    return Seen(*online_and_target(name)(run(name).states[number]))
+    return Views(*online_and_target(name)(run(name).states[number]))
 
 
 @cache
@@ -358,11 +358,12 @@ def online_and_target(name: str) -> Any:
 
 @pytest.mark.parametrize("name", ["mocov2", "nnclr", "dino"])
 def test_losses_are_of_what_the_networks_make_of_the_views(name):
-    seen, metrics = seen_by_hand(name, 2), run(name).metrics[2]
-    assert metrics["loss"] == pytest.approx(float(quick_jit(partial(small(name).loss, axis_name=None))(seen)), rel=1e-4)
+    views, metrics = embeddings_by_hand(name, 2), run(name).metrics[2]
+    loss = quick_jit(partial(small(name).loss, axis_name=None))(views)
+    assert metrics["loss"] == pytest.approx(float(loss), rel=1e-4)
     # The probe learns from the network that is used afterwards.
     features, probe = (
-        (seen.target if name == "dino" else seen.online)["features"][0],
+        (views.target if name == "dino" else views.online)["features"][0],
         run(name).states[2].probe["params"],
     )
     logits = features @ probe["kernel"] + probe["bias"]
@@ -374,7 +375,7 @@ def test_losses_are_of_what_the_networks_make_of_the_views(name):
 # ---- objectives ------------------------------------------------------------------------------------------------------
 
 
-def random_seen(seed=0):
+def random_views(seed=0):
     rng = np.random.default_rng(seed)
 
     def embeddings(count):
@@ -383,7 +384,7 @@ def random_seen(seed=0):
 
     rows = rng.normal(size=(2 * B, 12)).astype(np.float32)
     memory = {"queue": rows, "center": (rng.normal(size=10) * 0.1).astype(np.float32)}
-    return Seen(embeddings(2), embeddings(2), memory, BATCH["label"], np.int32(0))
+    return Views(embeddings(2), embeddings(2), memory, BATCH["label"], np.int32(0))
 
 
 @cache
@@ -391,7 +392,7 @@ def gradients(name: str) -> Any:
     """(value, gradient by online, target and memory) of the loss, compiled."""
 
     def loss(parts, labels):
-        return small(name).loss(Seen(*parts, labels, jnp.int32(0)), axis_name=None)
+        return small(name).loss(Views(*parts, labels, jnp.int32(0)), axis_name=None)
 
     return quick_jit(jax.value_and_grad(loss))
 
@@ -452,28 +453,28 @@ REFERENCES = {
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_objective_compares_each_view_with_the_other(name):
-    seen = random_seen()
-    value, _ = gradients(name)(seen[:3], seen.labels)
-    assert float(value) == pytest.approx(float(REFERENCES[name](seen)), rel=1e-5)
+    views = random_views()
+    value, _ = gradients(name)(views[:3], views.labels)
+    assert float(value) == pytest.approx(float(REFERENCES[name](views)), rel=1e-5)
 
 
 def test_options_reach_the_loss_and_the_memory():
-    seen = random_seen()
+    views = random_views()
     barlow = OBJECTIVES["barlow"].bind(scale=2.0, redundancy=0.5)
     dino = OBJECTIVES["dino"].bind(temperature=0.5, teacher_temperature=0.2, center_momentum=0.3)
 
     @quick_jit
-    def both(seen):
-        scores = seen.online["scores"], seen.target["scores"], seen.memory["center"]
-        got = barlow.loss(seen), dino.loss(seen), dino.remember(seen)["center"]
+    def both(views):
+        scores = views.online["scores"], views.target["scores"], views.memory["center"]
+        got = barlow.loss(views), dino.loss(views), dino.remember(views)["center"]
         want = (
-            2 * c.barlow_twins(*seen.online["projection"], redundancy=0.5),
+            2 * c.barlow_twins(*views.online["projection"], redundancy=0.5),
             c.dino(*scores, temperature=0.5, teacher_temperature=0.2).mean(),
-            0.3 * seen.memory["center"] + 0.7 * scores[1].mean((0, 1)),
+            0.3 * views.memory["center"] + 0.7 * scores[1].mean((0, 1)),
         )
         return got, want
 
-    assert_close(*both(seen), rtol=1e-5, atol=1e-6)
+    assert_close(*both(views), rtol=1e-5, atol=1e-6)
     assert OBJECTIVES["dino"].options == {"temperature": 0.1, "teacher_temperature": 0.04, "center_momentum": 0.9}
     assert OBJECTIVES["byol"].options == {}
 
@@ -499,8 +500,8 @@ STOPPED_IN_THE_LOSS = ("byol", "dino")  # of the other targets the step takes ca
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_gradient_flows_into_one_output_alone(name):
     """Not through projections in the target's place, nor through a target, nor through neighbours or assignments."""
-    seen = random_seen()
-    _, (online, target, memory) = gradients(name)(seen[:3], seen.labels)
+    views = random_views()
+    _, (online, target, memory) = gradients(name)(views[:3], views.labels)
     assert {key for key, g in online.items() if np.abs(g).max() > 0} == {LEARNS_FROM[name]}
     assert all(np.abs(g).max(-1).all() for g in online[LEARNS_FROM[name]])  # both views, every example
     if name in STOPPED_IN_THE_LOSS:
@@ -509,15 +510,15 @@ def test_gradient_flows_into_one_output_alone(name):
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_labels_matter_to_supcon_alone(name):
-    seen = random_seen()
-    one, other = (gradients(name)(seen[:3], labels) for labels in (seen.labels, np.roll(seen.labels, 1)))
+    views = random_views()
+    one, other = (gradients(name)(views[:3], labels) for labels in (views.labels, np.roll(views.labels, 1)))
     assert differ(one, other) == (name == "supcon")
 
 
 def test_assignments_of_swav_stand_still():
     """The gradient of a cross entropy with fixed targets is softmax - target."""
-    seen, scores = random_seen(), random_seen().online["scores"]
-    _, (online, _, _) = gradients("swav")(seen[:3], seen.labels)
+    views, scores = random_views(), random_views().online["scores"]
+    _, (online, _, _) = gradients("swav")(views[:3], views.labels)
     for v in (0, 1):
         want = (jax.nn.softmax(scores[v] / 0.1) - quick_jit(c.sinkhorn)(scores[1 - v])) / 0.1 / B / 2
         np.testing.assert_allclose(online["scores"][v], want, atol=1e-6)
@@ -607,7 +608,7 @@ def test_momentum_schedules():
 def test_queue_takes_the_first_view(name, network, number):
     """The second batch behind the first, the third in place of it."""
     old, new = (s.memory["queue"] for s in run(name).states[number : number + 2])
-    rows = getattr(seen_by_hand(name, number), network)["projection"][0]
+    rows = getattr(embeddings_by_hand(name, number), network)["projection"][0]
     want, start = old.copy(), B * (number % 2)
     want[start : start + B] = rows / np.linalg.norm(rows, axis=1, keepdims=True)
     np.testing.assert_allclose(new, want, atol=1e-5)
@@ -616,7 +617,7 @@ def test_queue_takes_the_first_view(name, network, number):
 
 def test_center_moves_to_the_mean_of_the_targets_scores():
     old, new = (s.memory["center"] for s in run("dino").states[2:])
-    scores = seen_by_hand("dino", 2).target["scores"]
+    scores = embeddings_by_hand("dino", 2).target["scores"]
     assert scores.shape == (2, B, 10)
     np.testing.assert_allclose(new, 0.9 * old + 0.1 * scores.mean((0, 1)), atol=1e-6)
     assert not run("dino").states[0].memory["center"].any()
@@ -692,9 +693,9 @@ def test_digest_sees_every_part():
 def test_objective_sees_views_by_name(name):
     shown = []
 
-    def loss(seen, *, axis_name):
-        shown.append(jax.tree.map(jnp.shape, seen))
-        return seen.online["projection"].sum()
+    def loss(views, *, axis_name):
+        shown.append(jax.tree.map(jnp.shape, views))
+        return views.online["projection"].sum()
 
     objective = replace(small(name), loss=loss)
     model = network_of(objective, Encoder())
@@ -710,7 +711,7 @@ def test_objective_sees_views_by_name(name):
     # Large views alone, and no predictor.
     target = {key: (2, *shape[1:]) for key, shape in online.items() if key != "prediction"}
     memory = {"mocov2": {"queue": (32, 12)}, "nnclr": {"queue": (32, 12)}, "dino": {"center": (10,)}}.get(name, {})
-    assert shown == [Seen(online, target if name in WITH_TARGET else {}, memory, (B,), ())]
+    assert shown == [Views(online, target if name in WITH_TARGET else {}, memory, (B,), ())]
 
 
 def test_passes_follow_one_another_in_the_statistics():
@@ -760,7 +761,7 @@ def test_spread_of_isotropic_and_of_collapsed_embeddings():
 
 @pytest.mark.parametrize("name", ["mocov2", "nnclr", "dino"])
 def test_metrics_of_a_step_are_of_the_first_two_views(name):
-    want = spread_of(*seen_by_hand(name, 2).online["projection"][:2])
+    want = spread_of(*embeddings_by_hand(name, 2).online["projection"][:2])
     got = run(name).metrics[2]
     assert {key: got[key] for key in want} == pytest.approx(want, rel=1e-3, abs=1e-4)
     assert got.keys() == {"loss", "probe_loss", "probe_accuracy", "grad_norm", *want}
@@ -782,8 +783,8 @@ def test_bfloat16_computes_low_and_keeps_float32():
     model = network_of(small("simclr"), Encoder(dtype=jnp.bfloat16), dtype=jnp.bfloat16)
     state = init(small("simclr"), model)
     variables = {"params": state.params, "batch_stats": state.batch_stats}
-    seen = jax.eval_shape(partial(model.apply, train=False), variables, jnp.zeros((1, 8, 8, 3)))
-    assert {x.dtype for x in seen.values()} == {jnp.dtype(jnp.float32)}
+    views = jax.eval_shape(partial(model.apply, train=False), variables, jnp.zeros((1, 8, 8, 3)))
+    assert {x.dtype for x in views.values()} == {jnp.dtype(jnp.float32)}
     state, metrics = quick_jit(partial(contrastive_step, **options_of("simclr", model)))(state, BATCH)
     for leaf in jax.tree.leaves((state.params, state.batch_stats, state.probe, metrics)):
         assert leaf.dtype == jnp.float32 and np.isfinite(leaf).all()

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pretrain import build
+from pretrain import from_config as build
 from pretrain.config import ViewConfig, check, check_images, make_objective
 from pretrain.presets import PRESETS
 from pretrain.state import init_pretrain_state
@@ -264,7 +264,10 @@ def test_preset_is_one_step(name):
 
     state = jax.eval_shape(start, jax.random.key(0))
     batch = {"image": jnp.zeros((4, *shape), jnp.uint8), "label": jnp.zeros(4, jnp.int32)}
-    step = partial(contrastive_step, **build.step_options(config, objective, network, tx, 1000, 100))
+    step = partial(
+        contrastive_step,
+        **build.step_options(config, objective, network, tx, build.make_views(config.augment), 1000, 100),
+    )
     new, metrics = jax.eval_shape(step, state, batch)
 
     def described(tree):

@@ -171,7 +171,7 @@ def test_silent_damage_is_found_by_checksum(tmp_path, states, monkeypatch, capsy
 def test_all_damaged(tmp_path, states):
     saved(tmp_path, states[:1])
     damage(tmp_path / "1")
-    with pytest.raises(UsageError, match=r"every checkpoint in .* is damaged; choose another --out"):
+    with pytest.raises(UsageError, match=r"every checkpoint in .* is damaged; choose a different --out to start again"):
         Checkpoints(tmp_path).restore(states[0])
 
 
@@ -197,7 +197,7 @@ def test_partial_save_is_ignored_and_cleaned(tmp_path, states):
 )
 def test_checkpoint_of_another_model(tmp_path, states, change, message):
     checkpoints = saved(tmp_path, states[:1])
-    with pytest.raises(UsageError, match="is of another model or optimizer: " + message):
+    with pytest.raises(UsageError, match="comes from a different model or optimizer: " + message):
         checkpoints.restore(change(states[0]))
 
 

@@ -8,10 +8,15 @@ import numpy as np
 import optax
 import pytest
 
+from resnet_jax.losses import sigmoid_cross_entropy, smooth_labels
+from resnet_jax.mix import mix
 from resnet_jax.tree import count, leaves
+from tests.reference.nets import CLASSES, tiny
 from train import from_config as build
+from train import runtime
 from train.config import AugmentConfig, DataConfig, OptimConfig, TrainConfig
 from train.errors import UsageError
+from train.state import init_variables
 
 NORMAL = AugmentConfig(mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
 IMAGE = np.random.default_rng(0).random((12, 12, 3), np.float32)
@@ -77,23 +82,23 @@ def test_precision(backend, expected, monkeypatch):
 
 def test_compiler_options_are_for_cpu_alone(monkeypatch):
     low, plain, onednn = (
-        build.compiler_options(jnp.bfloat16),
-        build.compiler_options(jnp.float32),
-        build.compiler_options(jnp.float32, plain=False),
+        runtime.compiler_options(jnp.bfloat16),
+        runtime.compiler_options(jnp.float32),
+        runtime.compiler_options(jnp.float32, plain=False),
     )
-    assert low == {build.YNN: ""}
-    assert plain[build.YNN].startswith("LIBRARY_FUSION_TYPE")
+    assert low == {runtime.YNN: ""}
+    assert plain[runtime.YNN].startswith("LIBRARY_FUSION_TYPE")
     assert onednn == {}
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert build.compiler_options(jnp.bfloat16) == build.compiler_options(jnp.float32) == {}
+    assert runtime.compiler_options(jnp.bfloat16) == runtime.compiler_options(jnp.float32) == {}
 
 
 def test_compiler_options_that_this_jaxlib_does_not_know(monkeypatch):
-    monkeypatch.setattr(build, "YNN", "xla_cpu_no_such_option")
-    assert build.compiler_options(jnp.float32) == build.compiler_options(jnp.bfloat16) == {}
+    monkeypatch.setattr(runtime, "YNN", "xla_cpu_no_such_option")
+    assert runtime.compiler_options(jnp.float32) == runtime.compiler_options(jnp.bfloat16) == {}
 
 
-class TestPrimitives:
+class TestKernels:
     @pytest.fixture(autouse=True)
     def one_device(self, monkeypatch):
         monkeypatch.setattr(jax, "device_count", lambda: 1)
@@ -168,15 +173,27 @@ def test_optimizer_fields():
     np.testing.assert_allclose(updates["a"]["kernel"], -0.05, rtol=1e-5)
 
 
-def test_step_fields():
-    config = TrainConfig(
-        loss="sigmoid", label_smoothing=0.2, ema=0.9, accumulate=4, freeze=True, augment=NORMAL, init="somewhere"
-    )
-    options = build.step_options(config, None, None)
-    assert options["loss"].__name__ == "sigmoid_cross_entropy" and options["mix"] is None
-    assert [options[k] for k in ("label_smoothing", "ema_decay", "accumulate", "frozen_stats")] == [0.2, 0.9, 4, True]
-    mixing = dataclasses.replace(config, augment=dataclasses.replace(NORMAL, mixup=0.3, cutmix=0.7))
-    assert build.step_options(mixing, None, None)["mix"].keywords == {"mixup_alpha": 0.3, "cutmix_alpha": 0.7}
+def test_objective_of_a_config(images):
+    """The config's loss, smoothing, mixing and frozen statistics are those of the objective."""
+    batch = {"image": images[0].astype(np.float32) / 255, "label": images[1]}
+    variables = init_variables(tiny(), jax.random.key(0), (8, 8, 3))
+    rngs = {"mix": jax.random.key(1), "drop_path": jax.random.key(2)}
+
+    def value(config):
+        return build.make_objective(config, CLASSES)(variables, batch, model=tiny(), rngs=rngs, axis_name=None)
+
+    config = TrainConfig(loss="sigmoid", label_smoothing=0.2, freeze=True, augment=NORMAL, init="somewhere")
+    loss, (stats, metrics) = value(config)
+    logits = tiny().apply(variables, batch["image"], train=False)
+    targets = smooth_labels(jax.nn.one_hot(batch["label"], CLASSES), 0.2)
+    assert float(loss) == pytest.approx(float(sigmoid_cross_entropy(logits, targets).mean()), rel=1e-5)
+    assert metrics["accuracy"] == (logits.argmax(-1) == batch["label"]).mean()
+    assert all(map(np.array_equal, jax.tree.leaves(stats), jax.tree.leaves(variables["batch_stats"])))
+    blended, _ = value(dataclasses.replace(config, augment=dataclasses.replace(NORMAL, mixup=0.3)))
+    labels = jax.nn.one_hot(batch["label"], CLASSES)
+    inputs, targets = mix(rngs["mix"], batch["image"], labels, mixup_alpha=0.3, cutmix_alpha=0.0)
+    want = sigmoid_cross_entropy(tiny().apply(variables, inputs, train=False), smooth_labels(targets, 0.2)).mean()
+    assert float(blended) == pytest.approx(float(want), rel=1e-5) != float(loss)
 
 
 def test_statistics_are_measured_on_training_images_alone():

@@ -12,9 +12,9 @@ from resnet_jax.masks import apply_masks
 from resnet_jax.mix import mix
 from resnet_jax.parallel import axis_of, compile_step, make_mesh, replicated, shard_batch
 from resnet_jax.tree import is_kernel, map_with_path
-from tests.reference.nets import batch_of, tiny, tiny_state, tiny_tx
+from tests.reference.nets import CLASSES, batch_of, tiny, tiny_state, tiny_tx
 from train.loop import evaluate
-from train.steps import eval_step, train_step
+from train.steps import classify, eval_step, train_step
 
 pytestmark = pytest.mark.usefixtures("unoptimised")
 
@@ -30,8 +30,9 @@ VARIANTS = {
     "everything": {
         "augment": AUGMENT,
         "masks": True,
-        "mix": partial(mix, mixup_alpha=0.4, cutmix_alpha=1.0),
-        "label_smoothing": 0.1,
+        "objective": classify(
+            mix=partial(mix, mixup_alpha=0.4, cutmix_alpha=1.0), classes=CLASSES, label_smoothing=0.1
+        ),
         "ema_decay": 0.9,
         "accumulate": 2,
         "drop_path": 0.3,

@@ -15,7 +15,7 @@ from train.data.sets import load as load_data
 from train.errors import UsageError
 from train.predict import load, main
 from train.run import run
-from train.run_folder import load_variables
+from train.run_folder import load_state
 from train.weights import load_weights, read_state_dict
 
 
@@ -141,7 +141,7 @@ def test_finetune_from_a_run(trained, photographs, tmp_path, freeze):
     options = {"freeze": freeze, "optim": OptimConfig(lr=0.1), "augment": AugmentConfig(flip=True)}
     result = run(finetune(trained, photographs, tmp_path, source, **options))
     assert result["test_accuracy"] >= 0.9
-    before, after = leaves(load_variables(source)), leaves(load_variables(tmp_path))
+    before, after = leaves(load_state(source).variables), leaves(load_state(tmp_path).variables)
     assert after["params/head/bias"].shape == (2,) and before["params/head/bias"].shape == (10,)
     same = [np.array_equal(before[p], after[p]) for p in before if "/head/" not in p]
     assert all(same) if freeze else not any(same)
@@ -152,7 +152,7 @@ def test_finetune_from_torch_weights(trained, photographs, tmp_path):
     """A torchvision-style state dict in safetensors: the backbone arrives bit by bit, the head is new."""
     from safetensors.numpy import save_file
 
-    source = load_variables(trained[1])
+    source = load_state(trained[1]).variables
     save_file(to_torch(source), tmp_path / "weights.safetensors")
     fresh = jax.tree.map(lambda x: np.zeros_like(x), source)
     for path, leaf in leaves(load_weights(tmp_path / "weights.safetensors", fresh)).items():
@@ -163,7 +163,7 @@ def test_finetune_from_torch_weights(trained, photographs, tmp_path):
 
 def test_wrapped_pth_file(trained, tmp_path):
     torch = pytest.importorskip("torch", reason="needs the extra parity")
-    source = load_variables(trained[1])
+    source = load_state(trained[1]).variables
     state = {name: torch.from_numpy(np.array(array)) for name, array in to_torch(source).items()}
     torch.save({"state_dict": {f"module.{name}": tensor for name, tensor in state.items()}}, tmp_path / "weights.pth")
     for path, leaf in leaves(load_weights(tmp_path / "weights.pth", source)).items():
@@ -190,9 +190,9 @@ def test_weights_of_another_model(trained, tmp_path):
     from safetensors.numpy import save_file
 
     _, source, _ = trained
-    wider = jax.tree.map(lambda x: np.concatenate([x, x]), load_variables(source))
+    wider = jax.tree.map(lambda x: np.concatenate([x, x]), load_state(source).variables)
     with pytest.raises(UsageError, match="is of another model"):
         load_weights(source, wider)
     save_file({"conv1.weight": np.zeros((3, 3, 3, 3), np.float32)}, tmp_path / "weights.safetensors")
     with pytest.raises(UsageError, match=r"weights.safetensors: "):
-        load_weights(tmp_path / "weights.safetensors", load_variables(source))
+        load_weights(tmp_path / "weights.safetensors", load_state(source).variables)

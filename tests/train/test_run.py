@@ -6,17 +6,18 @@ import os
 import random
 import signal
 import time
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import pytest
 
 from resnet_jax.parallel import make_mesh
-from train import run as run_module
+from train import session as session_module
 from train.__main__ import main
 from train.cli import parse
 from train.config import TrainConfig, from_dict
-from train.from_config import make_model, make_state, make_tx, step_options
+from train.from_config import make_model, make_objective, make_state, make_tx, train_augment
 from train.presets import PRESETS
 from train.run import run
 from train.steps import train_step
@@ -151,11 +152,11 @@ def test_restores_from_eight_devices_to_one(tmp_path, tfds_dir, monkeypatch):
         return log
 
     with monkeypatch.context() as patch:
-        patch.setattr(run_module.Progress, "log", stop_at(10))
+        patch.setattr(session_module.Progress, "log", stop_at(10))
         with pytest.raises(Interrupted):
             run(config)
     assert jax.device_count() == 8
-    monkeypatch.setattr(run_module, "make_mesh", lambda: make_mesh(jax.devices()[:1]))
+    monkeypatch.setattr(session_module, "make_mesh", lambda: make_mesh(jax.devices()[:1]))
     resumed = run(config)
     single = run(dataclasses.replace(config, out=str(tmp_path / "single")))
     assert resumed["test_loss"] == pytest.approx(single["test_loss"], rel=1e-4)
@@ -203,8 +204,9 @@ def test_presets_are_complete(name):
         "image": jax.ShapeDtypeStruct((4, size, size, channels), jnp.uint8),
         "label": jax.ShapeDtypeStruct((4,), jnp.int32),
     }
-    options = step_options(config, model, tx)
-    new, metrics = jax.eval_shape(lambda s, b: train_step(s, b, **options), state, batch)
+    objective, augment = make_objective(config, 10), train_augment(config.augment)
+    step = partial(train_step, model=model, tx=tx, objective=objective, augment=augment, ema_decay=config.ema)
+    new, metrics = jax.eval_shape(step, state, batch)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), new) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
     assert set(metrics) == {"loss", "accuracy", "grad_norm"}
 

@@ -16,7 +16,7 @@ from resnet_jax.tree import is_head, is_kernel, leaves, map_with_path
 from tests.reference.nets import CLASSES, batch_of, tiny, tiny_state, tiny_tx
 from train.optim import make_optimizer
 from train.state import digest
-from train.steps import eval_step, train_step
+from train.steps import classify, eval_step, train_step
 
 pytestmark = pytest.mark.usefixtures("unoptimised")
 
@@ -132,7 +132,9 @@ def test_ema_follows_parameters_and_statistics(images):
 def test_frozen_backbone_and_statistics(images):
     tx = make_optimizer("sgd", lambda step: 0.1, weight_decay=0.1, trainable=is_head)
     state = tiny_state(tx)
-    new, _ = jax.jit(partial(train_step, model=tiny(), tx=tx, frozen_stats=True))(state, batch_of(images))
+    new, _ = jax.jit(partial(train_step, model=tiny(), tx=tx, objective=classify(frozen_stats=True)))(
+        state, batch_of(images)
+    )
     old, new_leaves = leaves(state.params), leaves(new.params)
     for path, leaf in new_leaves.items():
         assert np.array_equal(leaf, old[path]) != path.startswith("head/"), path
@@ -153,7 +155,8 @@ def test_step_key_depends_on_the_step_alone(images):
 
 
 def test_mixing_reaches_the_loss(images):
-    step = jax.jit(partial(train_step, model=tiny(), tx=TX, mix=partial(mixup, alpha=1.0)))
+    mixing = classify(mix=partial(mixup, alpha=1.0), classes=CLASSES)
+    step = jax.jit(partial(train_step, model=tiny(), tx=TX, objective=mixing))
     _, mixed = step(tiny_state(TX), batch_of(images))
     _, plain = STEP(tiny_state(TX), batch_of(images))
     assert mixed["loss"] != plain["loss"]

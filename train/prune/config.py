@@ -180,9 +180,8 @@ def retraining(config: PruneConfig) -> PruneConfig:
     return dataclasses.replace(config, epochs=p.epochs, steps=None, optim=optim)
 
 
-def network_shape(config: TrainConfig, image_shape: Sequence[int]) -> tuple[int, ...]:
-    """What the network sees of images (H, W, C): the crop, where there is one."""
-    crop = config.augment.resized_crop
+def network_shape(crop: int | None, image_shape: Sequence[int]) -> tuple[int, ...]:
+    """The shape of the network's inputs, for images (H, W, C) that are cropped to the side `crop`, if any."""
     return (crop, crop, image_shape[-1]) if crop else tuple(image_shape)
 
 

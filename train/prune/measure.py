@@ -45,7 +45,7 @@ def measure(
     if "prune" not in saved["config"]:
         raise UsageError(f"{run} is a run of training, not of pruning: python -m train.prune {run}")
     result = collect(run)
-    classes, shape = len(saved["classes"]), network_shape(config, saved["image_shape"])
+    classes, shape = len(saved["classes"]), network_shape(config.augment.resized_crop, saved["image_shape"])
     kernels, _ = make_kernels(config.kernels)
     model = make_model(config, classes, None, kernels)
     state = load_state(run)

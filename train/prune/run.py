@@ -1,60 +1,129 @@
 """Pruning from a config to a result: the dense run, the training after or while pruning, what is delivered."""
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from train.from_config import make_model
-from train.prune.config import PruneConfig, check, dense_config, retraining
-from train.prune.plan import dense_plan, plan_of
-from train.prune.scoring import pruned_share
-from train.run import run as train_run
-from train.run import with_widths
-from train.run_folder import load_state, settle
+import flax.linen as nn
+import jax
+import optax
+
+from resnet_jax import mask_schedules
+from resnet_jax.augment import Augment
+from resnet_jax.masks import check_masks, sparsity_of
+from resnet_jax.tree import PyTree
+from train.config import TrainConfig
+from train.data.sets import Dataset
+from train.errors import RunError
+from train.from_config import make_model, make_state
+from train.loop import Hook
+from train.prune.config import CHANNELS, PruneConfig, PruningConfig, check, dense_config, retraining
+from train.prune.deliver import SPARSE, deliver
+from train.prune.scoring import in_step, prunable_leaves, pruned_share
+from train.prune.sparse_file import load_sparse
+from train.prune.start import keep_early_weights, prune_start, start_masks
+from train.run import Training, make_pieces, start_state, with_widths
+from train.run_folder import load_state, read_config, settle
 from train.runtime import join_hosts, say
+from train.session import Session, open_session
+from train.state import TrainState
+from train.steps import Objective
+from train.weights import dense_variables, load_masks, load_weights
 
 DENSE = "dense"
 
 
-def run(config: PruneConfig, preset: str = "custom") -> dict[str, Any]:
+def run(
+    config: PruneConfig,
+    preset: str = "custom",
+    *,
+    model: nn.Module | None = None,
+    tx: optax.GradientTransformation | None = None,
+    objective: Objective | None = None,
+    augment: Augment | None = None,
+    dataset: Dataset | None = None,
+    hooks: Sequence[Hook] = (),
+) -> dict[str, Any]:
     """Train a network unless `config.init` is one, prune it, train on, deliver; the result is in `out`/result.json too.
 
     The folder is that of a run of training: `train.predict`, `--init` and further pruning take it, masks and all.
     Run again with the same `out`, it goes on where it was.
 
+    Args:
+      model, tx, objective, augment, dataset, hooks: pieces of your own, see `train.run.run`; every training uses them.
+
     Raises:
-      UsageError: what the user can mend. RunError: what stopped a run.
+      UsageError: what the user can fix. RunError: what stopped a run.
     """
     check(config)
     config = with_widths(config)
-    out, finished = settle(retraining(config), preset)
-    if finished:
+    own = {"model": model, "tx": tx, "objective": objective, "augment": augment, "dataset": dataset}
+    own = {name: piece for name, piece in own.items() if piece is not None}
+    out, finished = settle(retraining(config), preset, list(own))
+    if finished is not None:
         return finished
     join_hosts(config.distributed)
+    config = dataclasses.replace(config, out=str(out))
     if config.init is None:
         dense = out / DENSE
         say(f"training the dense network in {dense}")
-        train_run(dense_config(config, dense), preset, dense_plan(config))
+        train_dense(config, preset, dense, own, hooks)
     else:
         dense = Path(config.init).expanduser()
-    config = dataclasses.replace(config, out=str(out))
-    result = _levels(config, preset, dense) if config.prune.schedule == "iterative" else _once(config, preset, dense)
+    train_all = train_levels if config.prune.schedule == "iterative" else train_once
+    result = train_all(config, preset, dense, own, hooks)
     say(f"accuracy on test: dense {result['dense_accuracy']:.2%}, {result['sparsity']:.1%} pruned "
         f"{result['pruned_accuracy']:.2%}; {result['dense_bytes']:,} bytes became {result['pruned_bytes']:,}: "
         f"{result['pruned_file']}")  # fmt: skip
     return result
 
 
-def _once(config: PruneConfig, preset: str, dense: Path) -> dict[str, Any]:
+def open_own(config: Any, preset: str, own: dict[str, Any]) -> Session[Any]:
+    """A session with the pieces that were passed to the run."""
+    return open_session(config, preset, dataset=own.get("dataset"), replaced=list(own))
+
+
+def own_pieces(own: dict[str, Any]) -> dict[str, Any]:
+    """The pieces of a training among those that were passed to the run."""
+    return {name: piece for name, piece in own.items() if name != "dataset"}
+
+
+def train_dense(config: PruneConfig, preset: str, out: Path, own: dict[str, Any], hooks: Sequence[Hook]) -> None:
+    """The dense run, which keeps its early weights where pruning will rewind to them."""
+    session = open_own(dense_config(config, out), preset, own)
+    if session.finished is not None:
+        return
+    pieces = make_pieces(session, **own_pieces(own))
+    state = session.place(start_state(session, pieces))
+    training = Training(session, pieces, state)
+    state = session.resume(state)
+    if config.prune.schedule == "iterative" and config.prune.restart == "rewind":
+        with session.undone_if_refused():
+            hooks = [*hooks, *keep_early_weights(session, state, config.prune.rewind_epochs)]
+    state = training.fit(state, hooks)
+    session.finish(training.figures(training.selected(state)))
+
+
+def train_once(
+    config: PruneConfig, preset: str, dense: Path, own: dict[str, Any], hooks: Sequence[Hook]
+) -> dict[str, Any]:
+    """One training after, or while, pruning."""
     source = dense if config.prune.start == "trained" else None
     say(f"pruning to {config.prune.final:.1%} ({config.prune.schedule}) and training in {config.out}")
-    return train_run(retraining(config), preset, plan_of(config, dense, source=source))
+    return train_pruned(config, preset, dense, own, hooks, source=source)
 
 
-def _levels(config: PruneConfig, preset: str, dense: Path) -> dict[str, Any]:
-    """Each level prunes the same share of what is left, the last one in the run's own folder."""
+def train_levels(
+    config: PruneConfig, preset: str, dense: Path, own: dict[str, Any], hooks: Sequence[Hook]
+) -> dict[str, Any]:
+    """Levels that each prune the same share of the remaining weights, the last one in the run's own folder."""
     p, previous, result = config.prune, dense, {}
-    already = already_pruned(config, dense)
+    already = 0.0
+    if not config.dense and (dense / "checkpoints").is_dir():
+        state, (_, saved) = load_state(dense), read_config(dense, TrainConfig)
+        model = own.get("model") or make_model(config, len(saved["classes"]))
+        already = pruned_share(state.masks, state.params, config=p, model=model)
     for number in range(1, p.levels + 1):
         level = dataclasses.replace(config, dense=config.dense and number == 1)
         if number < p.levels:
@@ -63,16 +132,103 @@ def _levels(config: PruneConfig, preset: str, dense: Path) -> dict[str, Any]:
             level = dataclasses.replace(level, out=f"{config.out}/level{number}", prune=pruning)
         say(f"level {number} of {p.levels}: pruning to {level.prune.final:.1%}, {p.restart}, in {level.out}")
         goes_on = p.restart == "finetune"
-        plan = plan_of(level, dense, source=previous if goes_on else None, before=None if goes_on else previous)
-        result = train_run(retraining(level), preset, plan)
+        result = train_pruned(
+            level,
+            preset,
+            dense,
+            own,
+            hooks,
+            source=previous if goes_on else None,
+            before=None if goes_on else previous,
+        )
         previous = Path(str(level.out))
     return result
 
 
-def already_pruned(config: PruneConfig, dense: Path) -> float:
-    """The share that is pruned where the first level starts."""
-    if config.dense or not (dense / "checkpoints").is_dir():
-        return 0.0
-    state = load_state(dense)
-    model = make_model(config, state.params["head"]["kernel"].shape[-1])
-    return pruned_share(state.masks, state.params, config=config.prune, model=model)
+def train_pruned(
+    config: PruneConfig,
+    preset: str,
+    dense: Path,
+    own: dict[str, Any],
+    hooks: Sequence[Hook],
+    *,
+    source: Path | None,
+    before: Path | None = None,
+) -> dict[str, Any]:
+    """One training after, or while, pruning, and its delivery.
+
+    Args:
+      dense: the trained run, or weights, that the pruned network is compared with.
+      source: the run or weights to start from; None is random weights.
+      before: where a level of iterative pruning does not go on from the level before: that level's run, whose weights
+        decide what is pruned now.
+    """
+    session = open_own(retraining(config), preset, own)
+    if session.finished is not None:
+        return session.finished
+    pieces = make_pieces(session, **own_pieces(own))
+    # Scores and masks are computed outside of the training's axis and without its compute kernels.
+    model = own.get("model") or make_model(config, len(session.dataset.classes))
+    p = session.config.prune
+
+    def start(variables: dict[str, PyTree]) -> dict[str, PyTree]:
+        return variables if source is None else load_weights(source, variables)
+
+    def masks(params: PyTree) -> PyTree:
+        given = None if source is None or config.dense else load_masks(source, params)
+        return start_masks(p, model, params, given)
+
+    state = session.place(
+        make_state(session.config, pieces.model, pieces.tx, session.dataset.image_shape, start, masks)
+    )
+    remask = make_remask(p, model, session.steps)
+    training = Training(session, dataclasses.replace(pieces, remask=remask), state)
+    state = session.resume(state)
+    if not session.resumed:
+        with session.undone_if_refused():
+            state = prune_start(training, state, model, dense=dense, before=before)
+    state = training.fit(state, hooks)
+    figures = training.figures(state)
+    pruning = pruning_figures(training, state, model, dense)
+    return session.finish({**figures, "pruned_accuracy": figures["test_accuracy"], **pruning})
+
+
+def make_remask(p: PruningConfig, model: nn.Module, steps: int) -> mask_schedules.MaskSchedule | None:
+    """The schedule that changes masks inside the step of a training of `steps`; None where they stay."""
+    end = max(round(p.end * steps), 1)
+    begin = min(round(p.begin * steps), end - 1)
+    if p.schedule == "gradual":
+        return mask_schedules.gradual(in_step(p, model), final=p.final, begin=begin, end=end, every=p.every)
+    if p.schedule == "acdc":
+        begin = max(begin, 1)  # schedules look at the masks after a step
+        return mask_schedules.alternating(in_step(p, model), final=p.final, begin=begin, end=end, every=p.every)
+    if p.schedule in ("rigl", "set"):
+        grow = "gradient" if p.schedule == "rigl" else "random"
+        return mask_schedules.rigl(end=end, every=p.every, fraction=p.fraction, grow=grow, prunable=prunable_leaves(p))
+    return None
+
+
+def pruning_figures(training: Training, state: TrainState, model: nn.Module, dense: Path) -> dict[str, Any]:
+    """What the result says of pruning: the dense accuracy, sparsity, and what was delivered.
+
+    Raises:
+      RunError: pruned weights are not zero, which is a fault of this program.
+    """
+    session = training.session
+    p = session.config.prune
+    try:
+        check_masks(state.masks, state.params)
+    except ValueError as error:
+        raise RunError(f"{error}; {session.out} keeps its checkpoints") from None
+    compared = session.place(dense_variables(dense, jax.device_get(state.variables)))
+    figures = {
+        "dense_accuracy": training.measure(compared, "test")["accuracy"],
+        "sparsity": float(sparsity_of(state.masks)),
+        **deliver(session, model, state, training.pieces.preprocess),
+    }
+    if p.structure == CHANNELS:
+        figures["channels_pruned"] = pruned_share(state.masks, state.params, config=p, model=model)
+    if p.values == "int8":  # the file is not the network that was measured
+        rounded, _, _ = load_sparse(session.out / SPARSE)
+        figures["file_accuracy"] = training.measure(session.place(rounded), "test")["accuracy"]
+    return figures

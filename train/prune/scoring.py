@@ -11,17 +11,16 @@ import jax
 import jax.numpy as jnp
 
 from resnet_jax import scores
-from resnet_jax.augment import augment_batch
+from resnet_jax.augment import Augment, preprocess_batch
 from resnet_jax.channels import ChannelGroup, channel_groups, channel_masks, channel_scores, kept_channels
-from resnet_jax.keys import example_keys
 from resnet_jax.layers import BatchNorm
-from resnet_jax.losses import LOSSES
 from resnet_jax.mask_schedules import MaskFn
-from resnet_jax.masks import kernels_except, make_masks, sparsity_of
-from resnet_jax.tree import PyTree, is_kernel, leaves, map_with_path
-from train.from_config import eval_augment
-from train.prune.config import CHANNELS, PruneConfig, PruningConfig
+from resnet_jax.masks import apply_masks, kernels_except, make_masks, sparsity_of
+from resnet_jax.tree import Predicate, PyTree, is_kernel, leaves, map_with_path
+from train.prune.config import CHANNELS, PruningConfig
 from train.runtime import compiler_options
+from train.state import forward
+from train.steps import Loss
 
 ROUNDS_OF_SYNFLOW = 100  # https://arxiv.org/abs/2006.05467
 
@@ -48,16 +47,20 @@ def select(found: PyTree, sparsity: Any, masks: PyTree | None, *, config: Prunin
             masks=masks,
         )
     else:
-        prunable = kernels_except(config.exclude)
         made = make_masks(
             found,
             _by_layer(found, sparsity, config) if config.layers else sparsity,
-            prunable=prunable,
+            prunable=prunable_leaves(config),
             scope=config.scope,
             structure=config.structure,
             masks=masks,
         )
     return made if masks is None else jax.tree.map(jnp.logical_and, made, masks)
+
+
+def prunable_leaves(config: PruningConfig) -> Predicate:
+    """The predicate of the kernels that none of the exclusions match."""
+    return kernels_except(config.exclude)
 
 
 def prunable_groups(model: Any, params: PyTree, config: PruningConfig) -> list[ChannelGroup]:
@@ -68,7 +71,7 @@ def prunable_groups(model: Any, params: PyTree, config: PruningConfig) -> list[C
 
 def _by_layer(found: PyTree, sparsity: Any, config: PruningConfig) -> dict[str, Any]:
     """Shares by path: on the way to the final sparsity each layer is as far as all are."""
-    prunable = kernels_except(config.exclude)
+    prunable = prunable_leaves(config)
     paths = [path for path, x in leaves(found).items() if prunable(path, x)]
     for pattern in config.by_layer:
         if not any(re.search(pattern, path) for path in paths):
@@ -102,27 +105,30 @@ def prune_at_once(
     stats: PyTree,
     masks: PyTree,
     *,
-    config: PruneConfig,
+    config: PruningConfig,
     model: nn.Module,
+    loss: Loss,
+    preprocess: Augment,
     batches: Iterable[Any],
     image_shape: Sequence[int],
     key: jax.Array,
 ) -> PyTree:
-    """Masks at the config's final sparsity, from `masks` on, in as many rounds of scoring as it says.
+    """Masks at the config's final sparsity, starting from `masks`, in as many rounds of scoring as it asks for.
 
     Args:
-      batches: of training images and labels, for scores that look at data.
+      loss, preprocess, batches: for scores that depend on data: `(logits, soft labels) -> losses`, how images are
+        normalised, and batches of training images and labels.
+      image_shape: of the network's inputs, for scores that pass an image of ones.
 
     Raises:
       ValueError: as `select`, or scores that are not finite.
     """
-    p = config.prune
-    rounds = p.rounds or (ROUNDS_OF_SYNFLOW if p.score == "synflow" else 1)
-    already = pruned_share(masks, params, config=p, model=model)
-    chosen = jax.jit(partial(select, config=p, model=model))
-    function: Any = scores.SCORES[p.score]
+    rounds = config.rounds or (ROUNDS_OF_SYNFLOW if config.score == "synflow" else 1)
+    already = pruned_share(masks, params, config=config, model=model)
+    chosen = jax.jit(partial(select, config=config, model=model))
+    function: Any = scores.SCORES[config.score]
     offered: dict[str, Any] = {
-        "loss": per_example_loss(config, model, stats),
+        "loss": per_example_loss(model, stats, loss, preprocess),
         "batches": batches,
         "forward": neutral_forward(model, stats, image_shape),
         "key": key,
@@ -130,16 +136,15 @@ def prune_at_once(
     taken = inspect.signature(function).parameters
     given = {name: value for name, value in offered.items() if name in taken}
     for number in range(1, rounds + 1):
-        masked = jax.tree.map(lambda w, m: jnp.where(m, w, 0), params, masks)
-        sparsity = 1 - (1 - already) * ((1 - p.final) / (1 - already)) ** (number / rounds)
-        masks = chosen(function(masked, **given), jnp.float32(sparsity), masks)
+        sparsity = 1 - (1 - already) * ((1 - config.final) / (1 - already)) ** (number / rounds)
+        masks = chosen(function(apply_masks(params, masks), **given), jnp.float32(sparsity), masks)
     return masks
 
 
 def pruned_share(masks: PyTree, params: PyTree, *, config: PruningConfig, model: nn.Module) -> float:
     """The share that is pruned already of what `config.sparsity` counts: prunable weights, or channels."""
     if config.structure != CHANNELS:
-        prunable, held = kernels_except(config.exclude), leaves(masks)
+        prunable, held = prunable_leaves(config), leaves(masks)
         return float(sparsity_of([held[path] for path, x in leaves(params).items() if prunable(path, x)]))
     kept = kept_channels(masks, prunable_groups(model, params, config))
     return float(1 - sum(k.sum() for k in kept.values()) / sum(k.size for k in kept.values()))
@@ -159,17 +164,15 @@ def check_patterns(params: PyTree, *, config: PruningConfig, model: nn.Module) -
             raise ValueError(f"--prune.exclude {pattern} matches nothing: there are {', '.join(names[:3])}, ...")
 
 
-def per_example_loss(config: PruneConfig, model: nn.Module, stats: PyTree) -> scores.Loss:
+def per_example_loss(model: nn.Module, stats: PyTree, loss: Loss, preprocess: Augment) -> scores.Loss:
     """(params, batch) -> losses [B] of images that are normalised and not augmented, with running statistics."""
-    preprocess = eval_augment(config.augment)
 
-    def loss(params: PyTree, batch: Any) -> jax.Array:
-        keys = example_keys(jax.random.key(0), jnp.arange(len(batch["label"])))
-        images = augment_batch(preprocess, keys, batch["image"])
-        logits: Any = model.apply({"params": params, "batch_stats": stats}, images, train=False)
-        return LOSSES[config.loss](logits, jax.nn.one_hot(batch["label"], logits.shape[-1]))
+    def losses(params: PyTree, batch: Any) -> jax.Array:
+        images = preprocess_batch(preprocess, batch["image"])
+        logits, _ = forward(model, {"params": params, "batch_stats": stats}, images)
+        return loss(logits, jax.nn.one_hot(batch["label"], logits.shape[-1]))
 
-    return loss
+    return losses
 
 
 def neutral_forward(model: nn.Module, stats: PyTree, image_shape: Sequence[int]) -> Callable[[PyTree], jax.Array]:
@@ -177,33 +180,30 @@ def neutral_forward(model: nn.Module, stats: PyTree, image_shape: Sequence[int])
     neutral = map_with_path(lambda path, x: jnp.full_like(x, path.endswith("/var")), stats)
     images = jnp.ones((1, *image_shape))
 
-    def forward(params: PyTree) -> Any:
+    def outputs(params: PyTree) -> Any:
         still = {"bias": 0.0, "scale": 1.0}
         last = lambda path: path.rsplit("/", 1)[-1]  # noqa: E731
         params = map_with_path(
             lambda path, x: jnp.full_like(x, still[last(path)]) if last(path) in still else x, params
         )
-        return model.apply({"params": params, "batch_stats": neutral}, images, train=False)
+        return forward(model, {"params": params, "batch_stats": neutral}, images)[0]
 
-    return forward
+    return outputs
 
 
 def recalibrate(
-    params: PyTree, stats: PyTree, batches: Iterable[Any], *, config: PruneConfig, model: nn.Module
+    params: PyTree, stats: PyTree, batches: Iterable[Any], *, model: nn.Module, preprocess: Augment
 ) -> PyTree:
     """Batch statistics of the network as it is now, a mean over batches of training images that are not augmented.
 
-    What running statistics remember of the network before pruning is forgotten: they start at zero, and the weights
-    that their decay gives to the batches are made to sum to one.
+    They forget the network before pruning: they start at zero, and the weights that their decay gives to the batches
+    are made to sum to one.
     """
-    preprocess = eval_augment(config.augment)
 
-    @partial(jax.jit, compiler_options=compiler_options(model.dtype) or None)
+    @partial(jax.jit, compiler_options=compiler_options(getattr(model, "dtype", jnp.float32)))
     def updated(params: PyTree, stats: PyTree, batch: Any) -> PyTree:
-        keys = example_keys(jax.random.key(0), jnp.arange(len(batch["label"])))
-        images = augment_batch(preprocess, keys, batch["image"])
-        _, new = model.apply({"params": params, "batch_stats": stats}, images, train=True, mutable=["batch_stats"])
-        return new["batch_stats"]
+        images = preprocess_batch(preprocess, batch["image"])
+        return forward(model, {"params": params, "batch_stats": stats}, images, train=True)[1]
 
     start, count = jax.tree.map(jnp.zeros_like, stats), 0
     for batch in batches:

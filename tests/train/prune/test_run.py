@@ -24,7 +24,7 @@ from resnet_jax.resnet import MODELS, BasicBlock, ResNet
 from resnet_jax.tree import count, is_kernel, leaves
 from tests.reference.nets import QUICK
 from tests.train.test_run import Interrupted
-from train import run as run_module
+from train import session as session_module
 from train.__main__ import main as train_main
 from train.checkpoint import Checkpoints
 from train.config import TrainConfig, from_dict
@@ -102,7 +102,7 @@ def small(tfds_dir):
     """Runs of this process are on one of its devices, and may be of the smaller network."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(MODELS, "two_blocks", TWO_BLOCKS)
-        patch.setattr(run_module, "make_mesh", one_device)
+        patch.setattr(session_module, "make_mesh", one_device)
         yield
 
 
@@ -122,9 +122,9 @@ def prune(*arguments):
         starts.append(Start(int(state.step), flat(state.params), flat(state.masks), data.state()))
         return fit(step, state, data, **options)
 
-    fit = run_module.fit
+    fit = session_module.fit
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run_module, "fit", noting)
+        patch.setattr(session_module, "fit", noting)
         main([str(a) for a in arguments])
     out = Path(arguments[-1])
     return Pruned(out, json.loads((out / "result.json").read_text()), starts)
@@ -650,7 +650,7 @@ def stop_at(number):
 
 def interrupted(monkeypatch, *arguments):
     with monkeypatch.context() as patch:
-        patch.setattr(run_module.Progress, "log", stop_at(5))
+        patch.setattr(session_module.Progress, "log", stop_at(5))
         with pytest.raises(Interrupted):
             prune(*arguments)
 
@@ -670,7 +670,7 @@ def test_eight_devices_then_one(pruned, dense, tmp_path, monkeypatch):
     """A pruning that stops on 8 devices goes on, on one, to the result of one."""
     arguments = [dense, *after(*GRADUAL), "--save-steps", "3", "--out", tmp_path / "run"]
     with monkeypatch.context() as patch:
-        patch.setattr(run_module, "make_mesh", make_mesh)
+        patch.setattr(session_module, "make_mesh", make_mesh)
         interrupted(monkeypatch, *arguments)
     out, resumed, [start] = prune(*arguments)
     assert start.step == 3

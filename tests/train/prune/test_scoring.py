@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 
 from resnet_jax import scores
+from resnet_jax.augment import normalize
 from resnet_jax.layers import BatchNorm
+from resnet_jax.losses import sigmoid_cross_entropy, softmax_cross_entropy
 from resnet_jax.masks import apply_masks, full_masks, kernels_except, no_masks, sparsity_of
 from resnet_jax.tree import leaves, map_with_path
 from tests.reference.nets import CLASSES, quick_jit, tiny
-from train.config import AugmentConfig
-from train.prune.config import PruneConfig, PruningConfig
+from train.prune.config import PruningConfig
 from train.prune.scoring import (
     in_step,
     neutral_forward,
@@ -40,11 +41,12 @@ LAYERS = [
 ]
 
 
+PREPROCESS = normalize(MEAN, STD)
+
+
 def config(**pruning):
-    """What prunes a tiny network; images are normalised, and in training cropped too."""
-    options = {"sparsity": 0.75, "schedule": "one_shot"} | pruning
-    augment = AugmentConfig(mean=MEAN, std=STD, crop_padding=2, flip=True)
-    return PruneConfig(augment=augment, prune=PruningConfig(**options), label_smoothing=0.1)
+    """How a tiny network is pruned."""
+    return PruningConfig(**({"sparsity": 0.75, "schedule": "one_shot"} | pruning))
 
 
 @pytest.fixture(scope="module")
@@ -77,9 +79,11 @@ def pruned(variables, batches, masks=None, **pruning):
     return prune_at_once(
         variables["params"],
         variables["batch_stats"],
-        start_masks(variables["params"], made.prune) if masks is None else masks,
+        start_masks(variables["params"], made) if masks is None else masks,
         config=made,
         model=tiny(),
+        loss=softmax_cross_entropy,
+        preprocess=PREPROCESS,
         batches=batches,
         image_shape=IMAGE,
         key=jax.random.key(7),
@@ -166,7 +170,7 @@ def test_scores_that_are_not_finite_are_refused(variables, batches, score):
 
 def test_shares_of_layers_grow_together(variables):
     """On the way to the final sparsity each layer is as far as all are: a schedule takes them along."""
-    p = config(layers=("stage1=0.4", "conv1=0.9")).prune
+    p = config(layers=("stage1=0.4", "conv1=0.9"))
     found = scores.magnitude(variables["params"])
     for progress in (0.0, 0.5, 1.0):
         masks = held(quick_jit(partial(select, config=p, model=tiny()))(found, jnp.float32(0.75 * progress), None))
@@ -175,11 +179,11 @@ def test_shares_of_layers_grow_together(variables):
         wanted = dict(zip(LAYERS, (0.4, 0.4, 0.9, 0.75, 0.75), strict=True))
         assert shares == pytest.approx({path: share * progress for path, share in wanted.items()}, abs=5e-3)
     with pytest.raises(ValueError, match=r"--prune.layers stage9 matches no prunable kernel: stage1_block1/conv1"):
-        select(found, 0.5, None, config=config(layers=("stage9=0.4",)).prune, model=tiny())
+        select(found, 0.5, None, config=config(layers=("stage9=0.4",)), model=tiny())
 
 
 def test_taylor_in_the_step_is_of_the_step_s_gradient(variables):
-    p, params = config(score="taylor").prune, variables["params"]
+    p, params = config(score="taylor"), variables["params"]
     grads = map_with_path(lambda path, w: jnp.cos(1e3 * w), params)
     masks = quick_jit(in_step(p, tiny()))(
         params, grads, start_masks(params, p), jax.random.key(0), jnp.float32(0.75)
@@ -193,7 +197,7 @@ def test_taylor_in_the_step_is_of_the_step_s_gradient(variables):
 @pytest.mark.parametrize("score", ["magnitude", "random", "norm_scale", "taylor"])
 def test_scores_of_the_step_trace(variables, score):
     """Whatever the sparsity and the step, once; channels too."""
-    p = config(score=score, structure="channels", round_to=4, sparsity=0.5, scope="uniform").prune
+    p = config(score=score, structure="channels", round_to=4, sparsity=0.5, scope="uniform")
     params, traces = variables["params"], []
 
     def make(*arguments):
@@ -216,7 +220,7 @@ def share_of(masks, params, p):
 
 
 def test_share_of_weights(variables):
-    p, params = config().prune, variables["params"]
+    p, params = config(), variables["params"]
     assert share_of(no_masks(params), params, p) == 0
     masks = select(scores.magnitude(params), 0.75, None, config=p, model=tiny())
     assert share_of(masks, params, p) == pytest.approx(float(sparsity_of(masks))) == pytest.approx(0.75)
@@ -224,7 +228,7 @@ def test_share_of_weights(variables):
 
 def test_share_of_channels(variables):
     """Of those that can be pruned, whatever they are wide: the share of weights is another."""
-    p = config(structure="channels", round_to=4, sparsity=0.5, scope="uniform").prune
+    p = config(structure="channels", round_to=4, sparsity=0.5, scope="uniform")
     params = variables["params"]
     groups = prunable_groups(tiny(), params, p)
     found = scores.magnitude(params)
@@ -250,7 +254,7 @@ def test_share_of_channels(variables):
 
 def test_loss_of_each_example(variables, batches):
     """Cross entropy of normalised images that are neither augmented nor mixed, by running statistics, unsmoothed."""
-    loss = per_example_loss(config(), tiny(), variables["batch_stats"])
+    loss = per_example_loss(tiny(), variables["batch_stats"], softmax_cross_entropy, PREPROCESS)
     found = np.asarray(loss(variables["params"], batches[0]))
     logits = np.float64(tiny().apply(variables, normalised(batches[0]), train=False))
     probabilities = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
@@ -259,8 +263,8 @@ def test_loss_of_each_example(variables, batches):
     half = {name: x[:2] for name, x in batches[0].items()}
     np.testing.assert_allclose(loss(variables["params"], half), found[:2], rtol=1e-5)
 
-    sigmoid = dataclasses.replace(config(), loss="sigmoid")
-    found = np.asarray(per_example_loss(sigmoid, tiny(), variables["batch_stats"])(variables["params"], batches[0]))
+    sigmoid = per_example_loss(tiny(), variables["batch_stats"], sigmoid_cross_entropy, PREPROCESS)
+    found = np.asarray(sigmoid(variables["params"], batches[0]))
     targets = np.eye(CLASSES)[batches[0]["label"]]
     want = -(targets * np.log(1 / (1 + np.exp(-logits))) + (1 - targets) * np.log(1 / (1 + np.exp(logits))))
     assert any(np.allclose(found, reduced, rtol=1e-4) for reduced in (want.sum(-1), want.mean(-1)))
@@ -299,7 +303,7 @@ def test_statistics_measured_anew(variables, batches, number):
     """A mean over batches in which later ones weigh a little more, and nothing of what was remembered."""
     found = leaves(
         recalibrate(
-            variables["params"], variables["batch_stats"], batches[:number], config=config(), model=tiny()
+            variables["params"], variables["batch_stats"], batches[:number], model=tiny(), preprocess=PREPROCESS
         )
     )  # fmt: skip
     each, momentum = of_each_batch(variables, batches[:number]), BatchNorm.keywords["momentum"]
@@ -311,7 +315,7 @@ def test_statistics_measured_anew(variables, batches, number):
 
 def test_statistics_of_the_stem_by_numpy(variables, batches):
     """Mean and variance over images and positions of what the first convolution makes of normalised images."""
-    found = recalibrate(variables["params"], variables["batch_stats"], batches[:1], config=config(), model=tiny())
+    found = recalibrate(variables["params"], variables["batch_stats"], batches[:1], model=tiny(), preprocess=PREPROCESS)
     images, kernel = (
         normalised(batches[0]).astype(np.float64),
         np.float64(variables["params"]["stem"]["conv"]["kernel"]),
@@ -329,7 +333,7 @@ def test_statistics_are_of_the_pruned_network(variables, batches):
     """What pruning changes, the statistics follow; a second measurement on the same batches changes nothing."""
     masks = pruned(variables, batches, sparsity=0.9)
     sparse = apply_masks(variables["params"], masks)
-    again = partial(recalibrate, config=config(), model=tiny())
+    again = partial(recalibrate, model=tiny(), preprocess=PREPROCESS)
     dense_stats = again(variables["params"], variables["batch_stats"], batches)
     stats = again(sparse, variables["batch_stats"], batches)
     assert not np.allclose(leaves(stats)["stage1_block1/norm1/var"], leaves(dense_stats)["stage1_block1/norm1/var"])

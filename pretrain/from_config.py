@@ -1,9 +1,10 @@
 """From a config to the pieces of a run of pretraining: for the main, and for scripts that want a preset's pieces."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
@@ -16,7 +17,7 @@ from pretrain.views import view
 from resnet_jax.augment import Augment
 from resnet_jax.tree import PyTree
 from train.errors import UsageError
-from train.from_config import make_model
+from train.from_config import compute_dtype, make_model
 from train.state import init_variables
 
 
@@ -47,10 +48,15 @@ def make_network(
     objective: Objective,
     axis_name: str | None = None,
     kernels: dict[str, Any] | None = None,
+    *,
+    encoder: nn.Module | None = None,
 ) -> Network:
-    """The config's encoder with the objective's heads; `axis_name`, `kernels`: see `train.from_config.make_model`."""
-    encoder = make_model(config, None, axis_name, kernels)
-    heads = {"dtype": encoder.dtype, "axis_name": axis_name if config.sync_bn else None}
+    """The config's encoder, or the given one, with the objective's heads.
+
+    `axis_name`, `kernels`: see `train.from_config.make_model`.
+    """
+    encoder = encoder or make_model(config, None, axis_name, kernels)
+    heads = {"dtype": compute_dtype(config.dtype), "axis_name": axis_name if config.sync_bn else None}
     return Network(
         encoder=encoder,
         projector=MLP(
@@ -117,6 +123,7 @@ def step_options(
     objective: Objective,
     network: Network,
     tx: optax.GradientTransformation,
+    views: Sequence[Augment],
     steps: int,
     epoch_steps: float,
 ) -> dict[str, Any]:
@@ -125,7 +132,7 @@ def step_options(
         "model": network,
         "tx": tx,
         "probe_tx": make_probe_tx(config, steps),
-        "views": make_views(config.augment),
+        "views": views,
         "objective": objective,
         "momentum": make_momentum(objective, steps),
         "frozen_prototypes": round(config.objective.frozen_prototypes * epoch_steps),

@@ -1,0 +1,238 @@
+"""The start of a training after, or while, pruning: its masks, and what changes before the first step."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from resnet_jax import scores
+from resnet_jax.losses import LOSSES
+from resnet_jax.masks import apply_masks, check_masks, full_masks, sparsity_of
+from resnet_jax.tree import PyTree
+from train.checkpoint import Checkpoints
+from train.data.batches import stream_indices
+from train.errors import UsageError
+from train.loop import Hook
+from train.prune.config import AT_ONCE, CHANNELS, PruningConfig, network_shape
+from train.prune.deliver import stacked
+from train.prune.scoring import check_patterns, prunable_leaves, prune_at_once, pruned_share, recalibrate, select
+from train.prune.sparse_file import is_sparse_file
+from train.run import Training
+from train.run_folder import load_state, write_json
+from train.session import Session
+from train.state import TrainState, init_variables
+from train.weights import dense_variables, load_masks
+
+START = "start.json"  # figures measured before the training after pruning
+REWIND = "rewind"  # the dense run's early weights
+
+
+@contextmanager
+def usage_errors() -> Iterator[None]:
+    """Turn the library's complaints about a config into the user's errors."""
+    try:
+        yield
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+
+
+def start_masks(p: PruningConfig, model: nn.Module, params: PyTree, given: PyTree | None) -> PyTree:
+    """Masks at step 0, as arrays where pruning will change them; `given` are those of the network to start from.
+
+    Raises:
+      UsageError: nothing to prune, a structure or a pattern that does not fit the model.
+    """
+    magnitudes = scores.magnitude(params)
+    with usage_errors():
+        check_patterns(params, config=p, model=model)
+        if p.structure == CHANNELS:
+            full = select(magnitudes, 0.0, None, config=p, model=model)
+        else:
+            # Tracing the selection shows whether there is something to prune, and whether the structure divides it.
+            jax.eval_shape(lambda: select(magnitudes, p.final, None, config=p, model=model))
+            full = full_masks(params, prunable_leaves(p))
+    if p.masks is not None:  # arrays where these are, too
+        full = jax.tree.map(lambda f, m: jnp.ones(m.shape or f.shape, bool), full, named_masks(p.masks, params))
+    return full if given is None else jax.tree.map(jnp.logical_and, full, given)
+
+
+def prune_start(
+    training: Training, state: TrainState, model: nn.Module, *, dense: Path, before: Path | None
+) -> TrainState:
+    """The state to train: masks chosen where pruning comes first, statistics measured again where that is asked for.
+
+    Args:
+      model: without the training's axis and compute kernels.
+      dense: the network that the pruned one is compared with.
+      before: the level before, where this one does not go on from it.
+
+    Raises:
+      UsageError: a sparsity below the present one, scores that are not finite, a leaf that would lose all its weights.
+    """
+    session = training.session
+    p = session.config.prune
+    last = None if before is None else load_state(before)
+    if last is not None:
+        state = restarted(session, state, last, model, dense)
+
+    # Refuse what cannot be delivered before anything is measured.
+    dense_variables(dense, jax.device_get(state.variables))
+    current = pruned_share(state.masks, state.params, config=p, model=model)
+    if p.final < current - 1e-6:
+        raise UsageError(f"--prune.sparsity {p.final:g} is less than the {current:.4g} that is pruned already: "
+                         "choose more, or free what is pruned with --dense")  # fmt: skip
+    if p.schedule == "acdc" and current > 0:
+        raise UsageError("--prune.schedule acdc frees what is pruned already: say so with --dense")
+
+    untouched = training.measure(state.variables, "validation")
+    batches = first_batches(session)
+    if p.schedule in AT_ONCE:
+        deciding = last or state
+        masks = chosen_masks(training, model, deciding, state.masks, batches)
+        state = masked(state, session.place(masks))
+    else:  # the masks that the schedule would end in without any training
+        final = select(scores.magnitude(state.params), p.final, state.masks, config=p, model=model)
+        with usage_errors():
+            check_masks(final, state.params)
+    if p.recalibrate:
+        params, stats = jax.device_get((state.variables["params"], state.batch_stats))
+        stats = recalibrate(params, stats, batches, model=model, preprocess=training.pieces.preprocess)
+        state = state.replace(batch_stats=session.place(stats))
+        if state.ema is not None:
+            state = state.replace(ema={**state.ema, "batch_stats": session.place(stats)})
+    pruned = training.measure(state.variables, "validation")
+
+    figures = {
+        "sparsity": float(sparsity_of(state.masks)),
+        "validation_accuracy_before_pruning": untouched["accuracy"],
+        "validation_accuracy_before_training": pruned["accuracy"],
+    }
+    if session.main:
+        write_json(session.out / START, figures)
+    return state
+
+
+def masked(state: TrainState, masks: PyTree) -> TrainState:
+    """The state with these masks, and its weights and their moving average masked."""
+    state = state.replace(masks=masks, params=apply_masks(state.params, masks))
+    if state.ema is None:
+        return state
+    return state.replace(ema={**state.ema, "params": apply_masks(state.ema["params"], masks)})
+
+
+def chosen_masks(
+    training: Training, model: nn.Module, deciding: TrainState, masks: PyTree, batches: Iterable[Any]
+) -> PyTree:
+    """The masks of pruning at once, on the host: those that the config names, or by scores of the `deciding` weights.
+
+    Raises:
+      UsageError: scores that are not finite, a leaf that would lose all its weights.
+    """
+    session = training.session
+    config, p = session.config, session.config.prune
+    params, stats, masks = jax.device_get((deciding.params, deciding.batch_stats, masks))
+    preprocess = training.pieces.preprocess
+    with usage_errors():
+        if p.masks is not None:
+            chosen = jax.tree.map(jnp.logical_and, masks, named_masks(p.masks, params))
+        else:
+            if p.start == "random" and p.needs_images:  # statistics of nothing yet
+                stats = recalibrate(params, stats, batches, model=model, preprocess=preprocess)
+            chosen = prune_at_once(
+                params,
+                stats,
+                masks,
+                config=p,
+                model=model,
+                loss=LOSSES[config.loss],
+                preprocess=preprocess,
+                batches=batches if p.needs_images else (),
+                image_shape=network_shape(config.augment.resized_crop, session.dataset.image_shape),
+                key=jax.random.fold_in(jax.random.key(config.seed), 2),
+            )
+        check_masks(chosen, params)
+    return chosen
+
+
+def named_masks(name: str, params: PyTree) -> PyTree:
+    """The masks that `--prune.masks` names, for these parameters.
+
+    Raises:
+      UsageError: there are none, or they belong to a different model.
+    """
+    path = Path(name).expanduser()
+    if not path.exists():
+        raise UsageError(f"--prune.masks {path}: no such run or file")
+    if path.is_file() and not is_sparse_file(path):
+        raise UsageError(f"--prune.masks {path} is not a sparse file, or is damaged")
+    masks = load_masks(path, params)
+    if masks is None:
+        raise UsageError(f"--prune.masks {path} prunes nothing")
+    return masks
+
+
+def first_batches(session: Session[Any]) -> Sequence[dict[str, np.ndarray]]:
+    """The first training batches of the run, the same on every host; empty where pruning looks at no images."""
+    config, source = session.config, session.dataset.train
+    if not config.prune.needs_images:
+        return ()
+    wanted = stream_indices(len(source), config.seed, 0, config.prune.batches * config.batch)
+    return [stacked(source, wanted[i : i + config.batch]) for i in range(0, len(wanted), config.batch)]
+
+
+def rewind_step(session: Session[Any], epochs: float) -> int:
+    """The step of the dense run whose weights are kept."""
+    return round(epochs * session.epoch_steps)
+
+
+def keep_early_weights(session: Session[Any], state: TrainState, epochs: float) -> list[Hook]:
+    """The hooks that keep the dense run's weights after `epochs`; those of step 0 are kept at once.
+
+    Raises:
+      UsageError: the dense run ends before that.
+    """
+    step = rewind_step(session, epochs)
+    if step >= session.steps:
+        raise UsageError(f"--prune.rewind-epochs {epochs:g} is not before the end of the dense run")
+
+    def keep(state: TrainState) -> None:
+        if int(state.step) == step:
+            checkpoints = Checkpoints(session.out / REWIND, keep_last=1)
+            checkpoints.save(state, session.stream.state())
+            checkpoints.close()
+
+    keep(state)
+    return [(step, keep)] if step else []
+
+
+def restarted(session: Session[Any], state: TrainState, last: TrainState, model: nn.Module, dense: Path) -> TrainState:
+    """The state that a level starts from: the dense run's early one, or fresh weights, pruned as the level before.
+
+    Raises:
+      UsageError: the dense run has not kept its early weights.
+    """
+    config, p = session.config, session.config.prune
+    so_far = jax.device_get(state.masks)
+    if not config.dense:
+        so_far = jax.tree.map(jnp.logical_and, so_far, jax.device_get(last.masks))
+    if p.restart == "rewind":
+        checkpoints = Checkpoints(dense / REWIND, writes=False)
+        restored = checkpoints.restore(state)
+        checkpoints.close()
+        if restored is None or int(restored[0].step) != rewind_step(session, p.rewind_epochs):
+            raise UsageError(f"{dense} has not kept the early weights to rewind to: choose a different --out")
+        state, position = restored
+        session.stream.restore(position)
+    else:
+        # A fresh seed; rewinding to step 0 would reuse the dense run's initial weights.
+        key = jax.random.fold_in(jax.random.key(config.seed), 1)
+        fresh = init_variables(model, key, session.dataset.image_shape)
+        state = state.replace(**session.place(fresh))
+        if state.ema is not None:
+            state = state.replace(ema=session.place(fresh))
+    return masked(state, session.place(so_far))
