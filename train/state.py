@@ -63,15 +63,12 @@ def forward(
     The module is called as `model(images, train=train, **options)`, without `train` if it does not take it. Its
     parameters are the collection "params", its running statistics "batch_stats" (empty where it has none).
     """
-    outputs, updated = model.apply(
-        variables,
-        images,
-        rngs=rngs,
-        mutable=["batch_stats"] if train else [],
-        **train_argument(model, train),
-        **options,
-    )
-    return outputs, updated.get("batch_stats", variables.get("batch_stats", {}))
+    stats = variables.get("batch_stats", {})
+    options |= train_argument(model, train)
+    if not train:
+        return model.apply(variables, images, **options), stats
+    outputs, updated = model.apply(variables, images, rngs=rngs, mutable=["batch_stats"], **options)
+    return outputs, updated.get("batch_stats", stats)
 
 
 def train_argument(model: nn.Module, train: bool) -> dict[str, Any]:

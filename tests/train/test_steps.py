@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -203,15 +204,15 @@ def test_calibration_and_top5_sums(images):
     """Sums against NumPy on logits made to be over-confident."""
     classes = 7
 
-    class Fixed:
-        def apply(self, variables, images, train):
-            return variables["logits"]
+    class Fixed(nn.Module):
+        def __call__(self, images):
+            return self.get_variable("params", "logits")
 
     rng = np.random.default_rng(0)
     logits = rng.normal(size=(40, classes)).astype(np.float32) * 4
     labels = rng.integers(0, classes, 40).astype(np.int32)
     batch = {"image": np.zeros((40, 1, 1, 1), np.float32), "label": labels, "valid": np.ones(40, bool)}
-    sums = jax.device_get(eval_step({"logits": jnp.asarray(logits)}, batch, model=Fixed()))
+    sums = jax.device_get(eval_step({"params": {"logits": jnp.asarray(logits)}}, batch, model=Fixed()))
     p = np.exp(logits - logits.max(-1, keepdims=True))
     p /= p.sum(-1, keepdims=True)
     confidence, correct = p.max(-1), p.argmax(-1) == labels

@@ -16,14 +16,10 @@ from train.prune.presets import PRESETS
 def main(argv: list[str] | None = None) -> None:
     """Parse, run, print the result."""
     argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] == ["report"]:
-        from train.prune import measure
+    if argv[:1] in (["report"], ["curve"]):
+        from train.prune import report
 
-        return measure.main(argv[1:])
-    if argv[:1] == ["curve"]:
-        from train.prune import curve
-
-        return curve.main(argv[1:])
+        return (report.report_main if argv[0] == "report" else report.curve_main)(argv[1:])
     named = argv[0] if argv and not argv[0].startswith("-") and argv[0] not in PRESETS else ""
     exists = bool(named) and (Path(named) / "config.json").exists()
     if named and not exists and ("/" in named or Path(named).exists()):

@@ -1,4 +1,4 @@
-"""A network layer by layer: weights and multiply-adds, and how many of either pruning kept."""
+"""A network layer by layer: weights and multiply-adds, and how many of each pruning kept."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -15,18 +15,18 @@ Row = dict[str, Any]
 
 
 def layer_table(model: nn.Module, variables: PyTree, masks: PyTree, image_shape: Sequence[int]) -> list[Row]:
-    """A row for each convolution and dense layer, in the order of the forward pass; nothing is computed.
+    """One row per convolution and dense layer, in the order of the forward pass; nothing is computed.
 
-    Multiply-adds are those of one image (H, W, C) by convention: with the taps that fall on padding, without biases.
+    Multiply-adds of one image (H, W, C) by convention: taps that fall on padding count, biases do not.
 
     Returns:
-      Rows of `path` (of the kernel, as `resnet_jax.tree.leaves` has it), `shape`, `parameters` (the kernel's), `kept`
-      (of them by the mask), `sparsity` in [0, 1], `prunable` (it has a mask of its own, not a 0-d True), `macs`, and
-      `nonzero_macs`, those with kept weights.
+      Rows of `path` (of the kernel, as in `resnet_jax.tree.leaves`), `shape`, `parameters` (of the kernel), `kept`
+      (parameters that the mask keeps), `sparsity` in [0, 1], `prunable` (whether its mask is not a 0-d True), `macs`,
+      and `nonzero_macs` (those with kept weights).
 
     Raises:
-      ValueError: masks of other shapes than the kernels'.
-      KeyError: masks of another network.
+      ValueError: a mask whose shape differs from its kernel's.
+      KeyError: masks of a different network.
     """
     kernels, masked = leaves(variables["params"]), leaves(masks)
     rows = []
@@ -50,12 +50,12 @@ def layer_table(model: nn.Module, variables: PyTree, masks: PyTree, image_shape:
 
 
 def _output_positions(model: nn.Module, variables: PyTree, image_shape: Sequence[int]) -> dict[str, int]:
-    """How often one image's forward pass uses each kernel: the height times width of its layer's output, by path."""
+    """How often the forward pass of one image uses each kernel: height times width of its layer's output, by path."""
     positions: dict[str, int] = {}
 
     def record(call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
         result = call(*args, **kwargs)
-        # A layer is what has a kernel of its own, whatever computes it.
+        # A layer is any module that owns a kernel, however it is computed.
         if context.method_name == "__call__" and context.module.has_variable("params", "kernel"):
             path = "/".join((*context.module.path, "kernel"))
             positions[path] = positions.get(path, 0) + math.prod(result.shape[1:-1])
@@ -68,10 +68,10 @@ def _output_positions(model: nn.Module, variables: PyTree, image_shape: Sequence
 
 
 def totals(rows: Sequence[Row], variables: PyTree) -> dict[str, Any]:
-    """The whole network's `parameters`, `kept_parameters`, `macs` and `nonzero_macs`, and its `sparsity`.
+    """`parameters`, `kept_parameters`, `sparsity`, `macs` and `nonzero_macs` of the whole network.
 
-    Parameters are all there are, biases and norms too, which count as kept whatever their masks; `sparsity` is that
-    of the prunable kernels together, 0 where there are none.
+    Biases and norms are parameters too, and always count as kept; `sparsity` is the share pruned of all prunable
+    kernels, 0 without any.
     """
     parameters = count(variables["params"])
     size, kept = (sum(row[name] for row in rows if row["prunable"]) for name in ("parameters", "kept"))
@@ -85,7 +85,7 @@ def totals(rows: Sequence[Row], variables: PyTree) -> dict[str, Any]:
 
 
 def text(rows: Sequence[Row]) -> str:
-    """The rows as a table for a terminal 100 wide, and a last line with their sums; MACs in millions."""
+    """The rows as a table for a terminal 100 columns wide, with their sums in the last line; MACs in millions."""
     names = ("parameters", "kept", "macs", "nonzero_macs")
     sums = {name: sum(row[name] for row in rows) for name in names}
     last = {"path": "all of these", "shape": [], "sparsity": 1 - sums["kept"] / sums["parameters"], **sums}
@@ -103,7 +103,7 @@ def short(path: str) -> str:
 
 
 def aligned(lines: Sequence[Sequence[str]], edges: str) -> str:
-    """Lines of as many cells each in columns, two spaces apart: a column is at its left edge where `edges` has <."""
+    """Lines of equally many cells in columns, two spaces apart, left-aligned where `edges` has <, else right."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     forms = [f"{{:{edge}{width}}}" for edge, width in zip(edges.ljust(len(widths), ">"), widths, strict=True)]
     return "\n".join(

@@ -1,77 +1,79 @@
-"""What pruning did to a network: as JSON, as text for a terminal, as a picture."""
+"""Show what pruning did: `python -m train.prune report RUN` (one run) and `curve RUN...` (accuracy by sparsity)."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import argparse
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import flax.linen as nn
+import numpy as np
 
-from resnet_jax.tree import PyTree
-from train.prune.layers import Row, aligned, layer_table, short, totals
+from train.errors import UsageError
+from train.prune.layers import Row, aligned, short
 from train.prune.layers import text as layers_text
-from train.report import new_figure, save_figure
+from train.prune.measure import Report, measure
+from train.report import check_picture, collect, new_figure, save_figure
+from train.run_folder import environment, write_json
 
-Report = dict[str, Any]
+Curves = dict[str, dict[float, list[float]]]  # name -> sparsity -> pruned accuracies
 
 NAMED = 24  # curves that a legend can name and still be read
 ABOVE: dict[str, Any] = {"loc": "lower right", "bbox_to_anchor": (1, 1), "ncols": 2, "fontsize": 8, "frameon": False}
 
 
-@dataclass(frozen=True, kw_only=True)
-class Network:
-    """One side of a comparison: `accuracy` in [0, 1], `stored_bytes` of the file that it is kept in."""
-
-    model: nn.Module
-    variables: PyTree
-    masks: PyTree
-    accuracy: float
-    stored_bytes: int
-
-
-def describe(
-    before: Network,
-    after: Network,
-    image_shape: Sequence[int],
-    *,
-    latency: Mapping[str, Mapping[str, Any]] | None = None,
-    sensitivity: Mapping[str, Any] | None = None,
-) -> Report:
-    """All that `text` and `draw` tell, ready for JSON; images are (H, W, C).
-
-    Args:
-      latency: of models named `before` and `after`, from `train.prune.latency.latency`.
-      sensitivity: `sparsities`; `accuracy`, what `train.prune.sensitivity.sensitivity` found for them; `baseline`, that
-        of the network before on the same images.
-
-    Returns:
-      `before` and `after`: `accuracy`, `bytes`, `train.prune.layers.totals`, and by batch the median `latency_ms`.
-      `layers`: rows of `layer_table` for the network before, with the weights and multiply-adds that are left after
-      (masked or, where a network has become smaller, still there). `latency` and `sensitivity`, as given.
-    """
-    rows = [layer_table(net.model, net.variables, net.masks, image_shape) for net in (before, after)]
-    sides = {
-        name: {
-            "accuracy": net.accuracy,
-            "bytes": net.stored_bytes,
-            **totals(own, net.variables),
-            "latency_ms": {batch: timed[name]["step_ms"] for batch, timed in (latency or {}).items()},
-        }
-        for name, net, own in zip(("before", "after"), (before, after), rows, strict=True)
-    }
-    return {**sides, "layers": _left(*rows), "latency": latency, "sensitivity": sensitivity}
+def report_main(argv: Sequence[str] | None = None) -> None:
+    """Print the report of a run; write it as JSON and draw it on request."""
+    about = "Compare a pruned run with the network that it started from."
+    parser = argparse.ArgumentParser(prog="python -m train.prune report", description=about)
+    parser.add_argument("run", type=Path, help="a finished run of pruning")
+    parser.add_argument("--json", type=Path, help="write the report to this file")
+    parser.add_argument("--picture", type=Path, help="draw it to this file: .png, .svg or .pdf")
+    parser.add_argument(
+        "--sensitivity",
+        type=float,
+        nargs="*",
+        metavar="SPARSITY",
+        help="also prune each layer alone to these sparsities (default: 0.5 0.8 0.9 0.95)",
+    )
+    parser.add_argument("--images", type=int, default=1000, help="validation images for --sensitivity")
+    parser.add_argument("--steps", type=int, default=20, help="timed calls per block; 0 skips latency")
+    parser.add_argument("--repeats", type=int, default=10, help="blocks per network")
+    args = parser.parse_args(argv)
+    if args.images < 1 or args.steps < 0 or args.repeats < 2:
+        raise UsageError("--images needs 1 or more, --steps 0 or more, --repeats 2 or more")
+    shares = () if args.sensitivity is None else tuple(args.sensitivity) or (0.5, 0.8, 0.9, 0.95)
+    if not all(0 <= share < 1 for share in shares):
+        raise UsageError(f"--sensitivity {' '.join(map(str, shares))}: sparsities are in [0, 1)")
+    if args.picture:  # refuse a picture that cannot be drawn before minutes of measuring
+        check_picture(args.picture)
+    report = measure(args.run, shares=shares, images=args.images, steps=args.steps, repeats=args.repeats)
+    print(text(report))
+    if args.json:
+        write_json(args.json, {**report, **environment()})
+    if args.picture:
+        draw(report, args.picture)
 
 
-def _left(before: Sequence[Row], after: Sequence[Row]) -> list[Row]:
-    """Rows of the network before, with what is left of each layer after; nothing of one that is gone."""
-    left = {row["path"]: row for row in after}
-    gone = {"kept": 0, "prunable": True, "nonzero_macs": 0}
-    rows = [{**row, **{name: left.get(row["path"], gone)[name] for name in gone}} for row in before]
-    return [{**row, "sparsity": 1 - row["kept"] / row["parameters"]} for row in rows]
+def curve_main(argv: Sequence[str] | None = None) -> None:
+    """Print a table of several runs, accuracy by sparsity; draw it on request."""
+    about = "Compare runs of pruning: accuracy by sparsity."
+    parser = argparse.ArgumentParser(prog="python -m train.prune curve", description=about)
+    parser.add_argument(
+        "runs", nargs="+", type=Path, help="finished runs, or JSON files of python -m train.report --json"
+    )
+    parser.add_argument("--picture", type=Path, help="draw them to this file: .png, .svg or .pdf")
+    args = parser.parse_args(argv)
+    runs = [collect(path) for path in args.runs]
+    for path, run in zip(args.runs, runs, strict=True):
+        if "pruned_accuracy" not in run:
+            raise UsageError(f"{path} is not a run of pruning")
+    dense, curves = float(np.mean([run["dense_accuracy"] for run in runs])), curves_of(runs)
+    print(table(curves, dense))
+    if args.picture:
+        draw_curves(curves, dense, args.picture)
 
 
 def text(report: Report) -> str:
-    """Before and after side by side, then the layers, then what pruning each alone costs; for a terminal 100 wide."""
+    """Before and after side by side, the layers, and the sensitivity of each; for a terminal 100 columns wide."""
     lines: list[Sequence[str]] = [("", "before", "after", "")]
     for (label, before, after, form), change in zip(_figures(report), _changes(report), strict=True):
         lines.append((label, form(before), form(after), change))
@@ -87,15 +89,19 @@ def text(report: Report) -> str:
 
 
 def _figures(report: Report) -> list[tuple[str, float, float, Callable[[float], str]]]:
-    """(what, before, after, how it is written) of all that is compared."""
+    """(label, before, after, formatter) of each quantity that is compared."""
     sides = report["before"], report["after"]
+
+    def millions(macs: float) -> str:
+        return f"{macs / 1e6:,.3f} M"
+
     named = [
         ("accuracy", "accuracy", "{:.2%}".format),
         ("bytes stored", "bytes", "{:,}".format),
         ("parameters", "parameters", "{:,}".format),
         ("parameters kept", "kept_parameters", "{:,}".format),
-        ("MACs an image", "macs", _millions),
-        ("MACs of those kept", "nonzero_macs", _millions),
+        ("MACs an image", "macs", millions),
+        ("MACs of those kept", "nonzero_macs", millions),
     ]
     figures = [(label, *(side[name] for side in sides), form) for label, name, form in named]
     for batch in report["before"]["latency_ms"]:
@@ -104,12 +110,8 @@ def _figures(report: Report) -> list[tuple[str, float, float, Callable[[float], 
     return figures
 
 
-def _millions(macs: float) -> str:
-    return f"{macs / 1e6:,.3f} M"
-
-
 def _changes(report: Report) -> list[str]:
-    """What became of each of `_figures`, in words."""
+    """The change of each of `_figures`, in words."""
     (_, *accuracy, _), *figures = _figures(report)
     changes = [f"{100 * (accuracy[1] - accuracy[0]):+.2f} points"]
     for _, before, after, _ in figures[: len(figures) - len(report["before"]["latency_ms"])]:
@@ -124,13 +126,13 @@ def _changes(report: Report) -> list[str]:
 
 
 def _curves(report: Report) -> dict[str, list[float]]:
-    """Accuracies of `sensitivity` by path, in the order of the forward pass."""
+    """Accuracies by path from `sensitivity`, in the order of the forward pass."""
     curves = report["sensitivity"]["accuracy"]
     return {row["path"]: curves[row["path"]] for row in report["layers"] if row["path"] in curves}
 
 
 def draw(report: Report, picture: Path) -> None:
-    """Kept weights by layer; before and after; accuracy by sparsity of each layer alone. Needs the extra `plot`.
+    """Draw kept weights by layer, before and after, and the sensitivity of each layer. Needs the extra `plot`.
 
     Raises:
       UsageError: matplotlib is not installed.
@@ -155,7 +157,7 @@ def draw(report: Report, picture: Path) -> None:
 
 
 def _draw_layers(axes: Any, rows: Sequence[Row]) -> None:
-    """A bar of all weights and over it one of those kept, on a logarithmic scale, with the share in percent."""
+    """Bars of all weights and of the kept ones on a logarithmic scale, labelled with the kept share in percent."""
     axes.barh(range(len(rows)), [row["parameters"] for row in rows], color="0.86", label="before")
     axes.barh(range(len(rows)), [row["kept"] for row in rows], color=_colours(len(rows)), label="after")
     for place, row in enumerate(rows):
@@ -169,14 +171,14 @@ def _draw_layers(axes: Any, rows: Sequence[Row]) -> None:
 
 
 def _draw_sides(axes: Any, report: Report) -> None:
-    """Bars relative to before, with the figures themselves beside them."""
+    """Bars relative to before, labelled with the values."""
     figures = _figures(report)
     shares = [100 * after / before if before else 100 for _, before, after, _ in figures]
     axes.barh(range(len(figures)), [100] * len(figures), color="0.86", label="before")
     axes.barh(range(len(figures)), shares, 0.5, color="C0", label="after")
     for place, (_, before, after, form) in enumerate(figures):
-        told = f" {form(before)} \N{RIGHTWARDS ARROW} {form(after)}"
-        axes.text(max(100, shares[place]), place, told, va="center", fontsize=7.5)
+        label = f" {form(before)} \N{RIGHTWARDS ARROW} {form(after)}"
+        axes.text(max(100, shares[place]), place, label, va="center", fontsize=7.5)
     axes.set_yticks(range(len(figures)), [label for label, *_ in figures], fontsize=8)
     axes.set_ylim(len(figures) - 0.4, -0.6)
     axes.set_xlim(0, 1.5 * max(100, *shares))
@@ -185,13 +187,13 @@ def _draw_sides(axes: Any, report: Report) -> None:
 
 
 def _draw_sensitivity(axes: Any, report: Report) -> None:
-    """A curve a layer, in the colour of its bar; those that lose most have labels for a legend."""
+    """One curve per layer in the colour of its bar; the legend names the layers that lose most."""
     order = [row["path"] for row in report["layers"]]
     colours, curves = dict(zip(order, _colours(len(order)), strict=True)), _curves(report)
     named = sorted(curves, key=lambda path: sum(curves[path]))[:NAMED]
     shares = [100 * share for share in report["sensitivity"]["sparsities"]]
     for number, (path, accuracies) in enumerate(curves.items()):
-        # Neighbours have much the same colour, so markers tell them apart.
+        # Neighbouring layers have similar colours, so markers distinguish them.
         look = {"marker": "os^D"[number % 4], "label": short(path)} if path in named else {"alpha": 0.3}
         axes.plot(shares, [100 * accuracy for accuracy in accuracies], color=colours[path], ms=3.5, lw=1.2, **look)
     axes.axhline(100 * report["sensitivity"]["baseline"], color="grey", lw=0.8, ls=":")
@@ -199,7 +201,60 @@ def _draw_sensitivity(axes: Any, report: Report) -> None:
 
 
 def _colours(number: int) -> list[Any]:
-    """A colour for each layer, by depth."""
+    """One colour per layer, by depth."""
     from matplotlib import colormaps
 
     return [colormaps["turbo"](0.05 + 0.9 * i / max(number - 1, 1)) for i in range(number)]
+
+
+def name_of(run: Report) -> str:
+    """How a run was pruned: schedule, score, and scope, structure and start if they are not the defaults."""
+    p = run["config"]["prune"]
+    when = p["restart"] if p["schedule"] == "iterative" else p["schedule"].replace("_", "-")
+    others = [p[field] for field, usual in (("scope", "global"), ("structure", "unstructured")) if p[field] != usual]
+    return " ".join([when, p["score"], *others, *(["from random weights"] if p["start"] == "random" else [])])
+
+
+def curves_of(runs: Sequence[Report]) -> Curves:
+    """Test accuracies by name and sparsity (rounded to 0.001, as counts are integers), one per seed."""
+    curves: Curves = {}
+    for run in runs:
+        points = curves.setdefault(name_of(run), {})
+        points.setdefault(round(run["sparsity"], 3), []).append(run["pruned_accuracy"])
+    return {name: dict(sorted(points.items())) for name, points in curves.items()}
+
+
+def table(curves: Curves, dense: float) -> str:
+    """Markdown: one row per method, one column per sparsity; test accuracy in percent, mean (deviation) over seeds."""
+    sparsities = sorted({s for points in curves.values() for s in points})
+    rows = [["pruned", *(f"{100 * s:g} %" for s in sparsities)], ["---"] * (1 + len(sparsities))]
+    rows.append(["not at all", *[_cell([dense])] * len(sparsities)])
+    rows += [[name, *(_cell(points.get(s, [])) for s in sparsities)] for name, points in curves.items()]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _cell(accuracies: Sequence[float]) -> str:
+    values = 100 * np.array(accuracies)
+    if not len(values):
+        return ""
+    return f"{values.mean():.1f}" + (f" ({values.std(ddof=1):.1f})" if len(values) > 1 else "")
+
+
+def draw_curves(curves: Curves, dense: float, picture: Path) -> None:
+    """Draw one line per method over evenly spaced sparsities. Needs the extra `plot`."""
+    figure = new_figure(7, 4.2)
+    axes = figure.subplots()
+    sparsities = sorted({s for points in curves.values() for s in points})
+    place = {s: i for i, s in enumerate(sparsities)}
+    for index, (name, points) in enumerate(curves.items()):
+        means = [100 * float(np.mean(values)) for values in points.values()]
+        at = [place[s] for s in points]
+        axes.plot(at, means, f"C{index}o-" if len(at) > 1 else f"C{index}D", ms=5, label=name)
+        for x, values in zip(at, points.values(), strict=True):
+            axes.plot([x] * len(values), [100 * v for v in values], f"C{index}.", ms=3)
+    axes.axhline(100 * dense, color="grey", lw=1, ls=":", label="dense")
+    axes.set_xticks(range(len(sparsities)), [f"{100 * s:g}" for s in sparsities])
+    axes.set(xlabel="sparsity (%)", ylabel="test accuracy (%)")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    save_figure(figure, picture)

@@ -1,9 +1,11 @@
-"""What pruning did, counted, timed, told and drawn."""
+"""What pruning did, counted, timed, printed and drawn."""
 
+import functools
 import json
 import math
 import sys
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,16 +14,15 @@ import pytest
 from resnet_jax.layers import CifarStem
 from resnet_jax.masks import no_masks
 from resnet_jax.resnet import MODELS, BasicBlock, ResNet
-from resnet_jax.tree import leaves, map_with_path
+from resnet_jax.tree import map_with_path
 from tests.reference.nets import tiny
 from train.bench.work import forward
 from train.errors import UsageError
-from train.prune.latency import latency
+from train.prune import report as report_module
 from train.prune.layers import layer_table, totals
 from train.prune.layers import text as layers_text
-from train.prune.report import NAMED, Network, describe, draw, text
-from train.prune.sensitivity import prune_smallest, sensitivity
-from train.state import init_variables
+from train.prune.measure import Network, describe, latency, prune_smallest, sensitivity
+from train.prune.report import NAMED, draw, text
 
 IMAGE = (8, 8, 3)
 # Of tiny(): path, shape, positions of its output.
@@ -37,26 +38,33 @@ TINY = [
 FIRST, HEAD = TINY[0][0], TINY[-1][0]
 
 
-def shapes_of(model, image_shape):
+def shapes_of(model, image_shape=IMAGE):
     return jax.eval_shape(lambda key: model.init(key, jnp.zeros((1, *image_shape))), jax.random.key(0))
 
 
-def with_mask(params, masks):
-    """Masks that keep everything but where `masks` has one."""
+@functools.cache
+def published(name, size, classes):
+    """(model, shapes of its variables, rows) of a network without masks."""
+    model = MODELS[name](num_classes=classes)
+    shapes = shapes_of(model, (size, size, 3))
+    return model, shapes, layer_table(model, shapes, no_masks(shapes["params"]), (size, size, 3))
+
+
+def masked(params, masks):
+    """Masks that keep everything except where `masks` has one."""
     return map_with_path(lambda path, leaf: masks.get(path, np.ones((), bool)), params)
 
 
 @pytest.fixture(scope="module")
 def variables():
-    return init_variables(tiny(), jax.random.key(0), IMAGE)
+    return shapes_of(tiny())
 
 
 @pytest.fixture(scope="module")
 def masks(variables):
     """Of the stem's 216 weights 54 are kept, of the first convolution's 576 none."""
-    kept = np.zeros((3, 3, 3, 8), bool)
-    kept[..., :2] = True
-    return with_mask(variables["params"], {FIRST: kept, TINY[1][0]: np.zeros((3, 3, 8, 8), bool)})
+    kept = np.broadcast_to(np.arange(8) < 2, (3, 3, 3, 8))
+    return masked(variables["params"], {FIRST: kept, TINY[1][0]: np.zeros((3, 3, 8, 8), bool)})
 
 
 @pytest.mark.parametrize(
@@ -70,13 +78,20 @@ def masks(variables):
     ],
 )
 def test_macs_of_published_networks(name, size, classes, low, high):
-    model = MODELS[name](num_classes=classes)
-    shapes = shapes_of(model, (size, size, 3))
-    found = totals(layer_table(model, shapes, no_masks(shapes["params"]), (size, size, 3)), shapes)
+    model, shapes, rows = published(name, size, classes)
+    found = totals(rows, shapes)
     assert low <= found["macs"] <= high
     assert found["macs"] == found["nonzero_macs"] == forward(model, size).flops / 2  # counted from the program instead
     assert found["parameters"] == found["kept_parameters"]
     assert found["sparsity"] == 0
+
+
+def test_table_fits_a_terminal():
+    lines = layers_text(published("resnet50", 224, 1000)[2]).splitlines()
+    assert len(lines) == 1 + 54 + 1
+    assert max(map(len, lines)) <= 100
+    assert lines[1].split() == ["stem/conv", "7x7x3x64", "9,408", "9,408", "0.0%", "118.014", "118.014"]
+    assert lines[-1].split()[-1] == "4,089.184"
 
 
 def test_rows_of_a_network(variables, masks):
@@ -85,45 +100,27 @@ def test_rows_of_a_network(variables, masks):
     assert all(row["parameters"] == math.prod(row["shape"]) for row in rows)
     assert rows[0] | {"kept": 54, "sparsity": 0.75, "prunable": True, "nonzero_macs": 54 * 64} == rows[0]
     assert rows[1] | {"kept": 0, "sparsity": 1.0, "prunable": True, "nonzero_macs": 0} == rows[1]
-    assert [row["kept"] for row in rows[2:]] == [row["parameters"] for row in rows[2:]]
-    assert not any(row["prunable"] for row in rows[2:])
+    assert all(row["kept"] == row["parameters"] and not row["prunable"] for row in rows[2:])
 
     found = totals(rows, variables)
     assert found["parameters"] == sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
     assert found["kept_parameters"] == found["parameters"] - 162 - 576
     assert found["sparsity"] == 1 - 54 / (216 + 576)
     assert found["macs"] - found["nonzero_macs"] == (162 + 576) * 64
-
-
-def test_table_fits_a_terminal():
-    shapes = shapes_of(MODELS["resnet50"](), (224, 224, 3))
-    table = layers_text(layer_table(MODELS["resnet50"](), shapes, no_masks(shapes["params"]), (224, 224, 3)))
-    lines = table.splitlines()
-    assert len(lines) == 1 + 54 + 1
-    assert max(map(len, lines)) <= 100
-    assert lines[1].split() == ["stem/conv", "7x7x3x64", "9,408", "9,408", "0.0%", "118.014", "118.014"]
-    assert lines[-1].split()[-1] == "4,089.184"
-
-
-def test_masks_that_do_not_fit(variables):
     with pytest.raises(ValueError, match="broadcast"):
-        layer_table(tiny(), variables, with_mask(variables["params"], {FIRST: np.ones((3, 3, 3, 9), bool)}), IMAGE)
+        layer_table(tiny(), variables, masked(variables["params"], {FIRST: np.ones((3, 3, 3, 9), bool)}), IMAGE)
 
 
 @pytest.mark.parametrize("sparsity", [0, 0.1, 0.5, 0.77, 1])
 def test_prunes_an_exact_number_of_the_smallest(sparsity):
-    kernel = np.random.default_rng(0).standard_normal((3, 3, 4, 5)).astype(np.float32)
+    kernel = np.random.default_rng(0).integers(1, 40, (3, 3, 4, 5)) * np.float32(-0.5)
     pruned = np.asarray(prune_smallest(jnp.asarray(kernel), sparsity))
-    gone = pruned == 0
+    gone = (pruned == 0).ravel()
     assert gone.sum() == round(sparsity * kernel.size)
-    assert (pruned[~gone] == kernel[~gone]).all()
-    assert np.abs(kernel[gone]).max(initial=0) < np.abs(kernel[~gone]).min(initial=np.inf)
-
-
-def test_of_equal_weights_the_later_are_pruned():
-    assert prune_smallest(jnp.array([[1.0, -1.0], [2.0, 1.0]]), 0.5).tolist() == [[1.0, 0.0], [2.0, 0.0]]
-    with pytest.raises(ValueError, match=r"in \[0, 1\], got 1.5"):
-        prune_smallest(jnp.ones(4), 1.5)
+    assert (pruned.ravel()[~gone] == kernel.ravel()[~gone]).all()
+    # The smallest and, of equal ones, the later.
+    order = np.lexsort((-np.arange(kernel.size), np.abs(kernel.ravel())))
+    assert gone[order[: gone.sum()]].all()
 
 
 def test_sensitivity_prunes_one_layer_at_a_time():
@@ -141,20 +138,36 @@ def test_sensitivity_prunes_one_layer_at_a_time():
     assert len(traces) == 1
     with pytest.raises(ValueError, match="no parameters at c/kernel; there are a/kernel"):
         sensitivity(evaluate, params, ["c/kernel"], [0.5])
+    with pytest.raises(ValueError, match=r"in \[0, 1\], got 1.5"):
+        sensitivity(evaluate, params, ["a/kernel"], [1.5])
 
 
-def test_latency_of_networks_in_turns(variables):
-    smaller = ResNet((1,), BasicBlock, num_classes=4, width=4, stem=CifarStem)
-    models = {"before": (tiny(), variables), "after": (smaller, init_variables(smaller, jax.random.key(0), IMAGE))}
-    found = latency(models, IMAGE, batches=(1, 4), steps=2, repeats=2)
-    assert {batch: list(timed) for batch, timed in found.items()} == {"1": [*models], "4": [*models]}
+class Linear(nn.Module):
+    """The smallest network that can be timed."""
+
+    dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        return nn.Dense(4)(x.reshape(len(x), -1))
+
+
+def test_latency_of_interleaved_networks():
+    variables = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), shapes_of(Linear()))
+    found = latency(dict.fromkeys(("a", "b"), (Linear(), variables)), IMAGE, batches=(1, 4), steps=2, repeats=2)
+    assert {batch: list(timed) for batch, timed in found.items()} == {"1": ["a", "b"], "4": ["a", "b"]}
     for timed in found.values():
         assert all(times["step_ms"] > 0 and times["spread"] >= 0 for times in timed.values())
-        assert "speedup" not in timed["before"]
-        speedup = timed["after"]["speedup"]
+        assert "speedup" not in timed["a"]
+        speedup = timed["b"]["speedup"]
         assert 0 < speedup["low"] <= speedup["value"] <= speedup["high"]
-        assert speedup["value"] == pytest.approx(timed["before"]["step_ms"] / timed["after"]["step_ms"])
+        assert speedup["value"] == pytest.approx(timed["a"]["step_ms"] / timed["b"]["step_ms"])
     assert json.loads(json.dumps(found)) == found
+
+
+def network(model, shapes, masks=None, accuracy=0.9, stored_bytes=20_000):
+    masks = masks or no_masks(shapes["params"])
+    return Network(model=model, variables=shapes, masks=masks, accuracy=accuracy, stored_bytes=stored_bytes)
 
 
 def timed(before, after, value):
@@ -164,13 +177,11 @@ def timed(before, after, value):
 
 @pytest.fixture(scope="module")
 def report(variables, masks):
-    network = {"model": tiny(), "variables": variables}
-    before = Network(**network, masks=no_masks(variables["params"]), accuracy=0.9, stored_bytes=20_000)
-    after = Network(**network, masks=masks, accuracy=0.8825, stored_bytes=5_000)
+    after = network(tiny(), variables, masks, accuracy=0.8825, stored_bytes=5_000)
     # Not in the order of the forward pass, as a tree's leaves are not.
     found = {"baseline": 0.9, "sparsities": [0.5, 0.975], "accuracy": {HEAD: [0.8, 0.3], FIRST: [0.85, 0.6]}}
     times = {"1": timed(1.0, 1.0, 1.0), "64": timed(20.0, 10.0, 2.0)}
-    return describe(before, after, IMAGE, latency=times, sensitivity=found)
+    return describe(network(tiny(), variables), after, IMAGE, latency=times, sensitivity=found)
 
 
 def test_report_is_json(report, variables, masks):
@@ -182,86 +193,69 @@ def test_report_is_json(report, variables, masks):
 
 
 def test_report_of_a_network_that_became_smaller(variables):
-    """Layers are told by what is left of those before: narrower, or gone."""
+    """Layers are those before, with what is left of them: narrower, or gone."""
     smaller = ResNet((1,), BasicBlock, num_classes=4, width=4, stem=CifarStem)
-    shapes = shapes_of(smaller, IMAGE)
-    before = Network(
-        model=tiny(), variables=variables, masks=no_masks(variables["params"]), accuracy=0.9, stored_bytes=2
-    )
-    after = Network(model=smaller, variables=shapes, masks=no_masks(shapes["params"]), accuracy=0.9, stored_bytes=1)
-    report = describe(before, after, IMAGE)
+    report = describe(network(tiny(), variables), network(smaller, shapes_of(smaller)), IMAGE)
     rows = {row["path"]: row for row in report["layers"]}
     assert [*rows] == [path for path, _, _ in TINY]
     stem, gone = rows[FIRST], rows["stage2_block1/conv1/kernel"]
     assert (stem["kept"], stem["sparsity"], stem["nonzero_macs"]) == (3 * 3 * 3 * 4, 0.5, 3 * 3 * 3 * 4 * 64)
     assert (gone["kept"], gone["sparsity"], gone["nonzero_macs"]) == (0, 1.0, 0)
     assert report["after"]["macs"] == report["after"]["nonzero_macs"] < report["before"]["macs"]
-    told = text(report)
-    assert "Zeros are multiplied" not in told
-    assert "latency" not in told
-    assert "pruned to a sparsity" not in told
+    assert not [part for part in ("Zeros are multiplied", "latency", "pruned to a sparsity") if part in text(report)]
 
 
 def test_report_as_text(report):
     lines = text(report).splitlines()
     assert max(map(len, lines)) <= 100
-    told = [" ".join(line.split()) for line in lines]
+    lines = [" ".join(line.split()) for line in lines]
     parameters = f"{report['before']['parameters']:,}"
-    assert told[1:4] == [
+    assert lines[1:4] == [
         "accuracy 90.00% 88.25% -1.75 points",
         "bytes stored 20,000 5,000 4.00x less",
         f"parameters {parameters} {parameters} the same",
     ]
-    assert "latency, batch 64 20.00 ms 10.00 ms 2.00x as fast (1.90 to 2.10)" in told
-    assert any(line.startswith("Zeros are multiplied") for line in told)
-    assert "stage1_block1/conv1 3x3x8x8 576 0 100.0% 0.037 0.000" in told
-    assert told[-3:] == ["layer 50% 97.5%", "stem/conv 85.0 60.0", "head 80.0 30.0"]
+    assert "latency, batch 64 20.00 ms 10.00 ms 2.00x as fast (1.90 to 2.10)" in lines
+    assert any(line.startswith("Zeros are multiplied") for line in lines)
+    assert "stage1_block1/conv1 3x3x8x8 576 0 100.0% 0.037 0.000" in lines
+    assert lines[-3:] == ["layer 50% 97.5%", "stem/conv 85.0 60.0", "head 80.0 30.0"]
 
 
-def drawn(report, path, monkeypatch):
-    """Draw, and return the figure that was saved."""
-    figure = pytest.importorskip("matplotlib.figure", reason="needs the extra plot").Figure
-    kept, save = [], figure.savefig
-
-    def keep(self, *args, **options):
-        kept.append(self)
-        save(self, *args, **options)
-
-    monkeypatch.setattr(figure, "savefig", keep)
-    draw(report, path)
-    assert path.stat().st_size > 10_000
-    return kept[0]
+@pytest.fixture
+def drawn(monkeypatch):
+    """`drawn(report)` is the figure that `draw` makes of a report."""
+    pytest.importorskip("matplotlib", reason="needs the extra plot")
+    figures = []
+    monkeypatch.setattr(report_module, "save_figure", lambda figure, picture: figures.append(figure))
+    return lambda report: draw(report, None) or figures[-1]
 
 
-def test_picture(report, tmp_path, monkeypatch):
-    figure = drawn(report, tmp_path / "pruned.png", monkeypatch)
+def texts(labels):
+    return [label.get_text().strip() for label in labels]
+
+
+def test_picture(report, drawn):
+    figure = drawn(report)
+    layers, sides, curves = figure.axes
     titles = ["kept weights by layer", "before and after", "accuracy with one layer alone pruned"]
     assert [axes.get_title() for axes in figure.axes] == titles
-    layers, sides, curves = figure.axes
-    assert [label.get_text() for label in layers.get_yticklabels()][:2] == ["stem/conv", "stage1_block1/conv1"]
+    assert texts(layers.get_yticklabels())[:2] == ["stem/conv", "stage1_block1/conv1"]
     assert all(axes.get_legend() is not None for axes in (layers, sides))
-    assert "20,000 → 5,000" in [label.get_text().strip() for label in sides.texts]
-    legend = figure.subfigs[1].legends[0]
-    assert [label.get_text() for label in legend.get_texts()] == ["stem/conv", "head"]
+    assert "20,000 → 5,000" in texts(sides.texts)
+    assert texts(figure.subfigs[1].legends[0].get_texts()) == ["stem/conv", "head"]
     # A layer's curve has the colour of its bar.
     bars = layers.containers[1]
     assert curves.lines[0].get_color() == bars[0].get_facecolor()
     assert curves.lines[1].get_color() == bars[-1].get_facecolor()
 
 
-def test_legend_of_many_layers_names_the_most_sensitive(tmp_path, monkeypatch):
-    model = MODELS["resnet32"]()
-    shapes = shapes_of(model, (32, 32, 3))
-    network = Network(model=model, variables=shapes, masks=no_masks(shapes["params"]), accuracy=0.9, stored_bytes=1)
-    kernels = [path for path in leaves(shapes["params"]) if path.endswith("kernel")]
-    assert len(kernels) == 32
-    found = {"baseline": 0.95, "sparsities": [0.5], "accuracy": {path: [0.9] for path in kernels}}
-    found["accuracy"]["stage3_block5/conv2/kernel"] = [0.1]
-    report = describe(network, network, (32, 32, 3), sensitivity=found)
-    figure = drawn(report, tmp_path / "pruned.png", monkeypatch)
-    names = [label.get_text() for label in figure.subfigs[1].legends[0].get_texts()]
+def test_legend_of_many_layers_names_the_most_sensitive(report, drawn):
+    rows = [{**report["layers"][0], "path": f"layer{i}/kernel"} for i in range(32)]
+    curves = {row["path"]: [0.9, 0.8] for row in rows} | {"layer30/kernel": [0.1, 0.1]}
+    figure = drawn({**report, "layers": rows, "sensitivity": {**report["sensitivity"], "accuracy": curves}})
+    names = texts(figure.subfigs[1].legends[0].get_texts())
     assert len(names) == NAMED
-    assert "stage3_block5/conv2" in names
+    assert "layer30" in names
 
 
 def test_without_matplotlib(report, tmp_path, monkeypatch):

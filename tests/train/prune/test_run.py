@@ -939,59 +939,52 @@ def test_report(pruned, tmp_path, capsys):
     assert 0.2 < found["baseline"] <= 1 and found["images"] == 64
 
 
-def test_report_of_a_smaller_network(pruned, tmp_path, capsys):
+def test_report_of_a_smaller_network(pruned, tmp_path):
     out, result, _ = pruned(*CHANNELS)
     main(["report", str(out), "--steps", "0", "--json", str(tmp_path / "report.json")])
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["after"]["parameters"] == result["compact_parameters"]
     assert report["after"]["macs"] == report["after"]["nonzero_macs"] < 0.5 * report["before"]["macs"]
-    assert "Zeros are multiplied" not in capsys.readouterr().out
-
-
-@pytest.mark.skipif(not find_spec("matplotlib"), reason="needs the extra plot")
-def test_picture_that_cannot_be_drawn(pruned, fails, tmp_path):
-    """It is refused before anything is measured: nothing is printed."""
-    for picture in (tmp_path / "report.bmpp", tmp_path / "nowhere" / "report.png"):
-        line = fails(2, main, ["report", str(pruned(*GRADUAL).out), "--picture", str(picture)])
-        assert f"cannot draw {picture}" in line
-
-
-@pytest.mark.skipif(not find_spec("matplotlib"), reason="needs the extra plot")
-def test_picture_that_is_there_outlives_a_refusal(dense, fails, tmp_path):
-    picture = tmp_path / "report.png"
-    picture.write_bytes(b"an older one")
-    fails(2, main, ["report", str(dense), "--picture", str(picture)])
-    assert picture.read_bytes() == b"an older one"
 
 
 def test_curve(pruned, capsys, tmp_path):
-    """Runs side by side, of folders and of kept files; what is no run of pruning is refused."""
+    """Runs side by side, from folders and from JSON files."""
     at_once, gradual = pruned(*ONE_SHOT), pruned(*GRADUAL)
     report_main([str(gradual.out), "--json", str(tmp_path / "kept.json")])
     capsys.readouterr()
     main(["curve", str(at_once.out), str(tmp_path / "kept.json")])
-    dense, *others = (100 * r for r in (at_once.result["dense_accuracy"], *(
-        run.result["pruned_accuracy"] for run in (at_once, gradual))))  # fmt: skip
     assert capsys.readouterr().out.splitlines() == [
         "| pruned | 80 % |",
         "| --- | --- |",
-        f"| not at all | {dense:.1f} |",
-        f"| one-shot magnitude | {others[0]:.1f} |",
-        f"| gradual magnitude | {others[1]:.1f} |",
+        f"| not at all | {100 * gradual.result['dense_accuracy']:.1f} |",
+        f"| one-shot magnitude | {100 * at_once.result['pruned_accuracy']:.1f} |",
+        f"| gradual magnitude | {100 * gradual.result['pruned_accuracy']:.1f} |",
     ]
 
 
-def test_curve_refuses(dense, fails, tmp_path):
-    assert f"{dense} is no run of pruning" in fails(2, main, ["curve", str(dense)])
-    assert "holds no finished run" in fails(2, main, ["curve", str(tmp_path)])
+def test_report_and_curve_refuse(pruned, dense, fails, tmp_path):
+    of_training = "is a run of training, not of pruning"
+    for message, *arguments in (
+        (of_training, "report", dense),
+        (of_training, "report", pruned(*CHANNELS).out / "compact"),
+        ("it has no config.json", "report", tmp_path),
+        ("--sensitivity 1.5: sparsities are in [0, 1)", "report", dense, "--sensitivity", 1.5),
+        (f"{dense} is not a run of pruning", "curve", dense),
+        ("holds no finished run", "curve", tmp_path),
+    ):
+        assert message in fails(2, main, [str(a) for a in arguments])
 
 
-def test_report_refuses(pruned, dense, fails, tmp_path):
-    assert "is a run of training, not of pruning" in fails(2, main, ["report", str(dense)])
-    assert "is a run of training, not of pruning" in fails(2, main, ["report", str(pruned(*CHANNELS).out / "compact")])
-    assert "is no run's folder: it has no config.json" in fails(2, main, ["report", str(tmp_path)])
-    line = fails(2, main, ["report", str(dense), "--sensitivity", "1.5"])
-    assert "--sensitivity 1.5: sparsities are in [0, 1)" in line
+@pytest.mark.skipif(not find_spec("matplotlib"), reason="needs the extra plot")
+def test_pictures_are_refused_before_anything_is_measured(pruned, dense, fails, tmp_path):
+    """Nothing is printed; and a picture that exists outlives the refusal of a report."""
+    for picture in (tmp_path / "report.bmpp", tmp_path / "nowhere" / "report.png"):
+        line = fails(2, main, ["report", str(pruned(*GRADUAL).out), "--picture", str(picture)])
+        assert f"cannot draw {picture}" in line
+    picture = tmp_path / "report.png"
+    picture.write_bytes(b"an older one")
+    fails(2, main, ["report", str(dense), "--picture", str(picture)])
+    assert picture.read_bytes() == b"an older one"
 
 
 # ---- presets ---------------------------------------------------------------------------------------------------------
