@@ -164,7 +164,9 @@ def queue_of_projections(seen: Seen, *, axis_name: str | None = None) -> Memory:
 
 def moving_center(seen: Seen, *, center_momentum: float = 0.9, axis_name: str | None = None) -> Memory:
     """The center moved towards the mean of the target's scores."""
-    center = c.centered(seen.memory["center"], seen.target["scores"], momentum=center_momentum, axis_name=axis_name)
+    center = c.update_center(
+        seen.memory["center"], seen.target["scores"], momentum=center_momentum, axis_name=axis_name
+    )
     return {"center": center}
 
 

@@ -20,10 +20,13 @@ from resnet_jax.keys import Key, example_keys
 
 Image = jax.Array
 Augment = Callable[[Key, Image], Image]
+"""A pure function `(key, image) -> image` of a typed key and a float32 image [H, W, C]."""
 Size = int | tuple[int, int]
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
+"""Channel means of ImageNet's training images in [0, 1]."""
 IMAGENET_STD = (0.229, 0.224, 0.225)
+"""Channel standard deviations of ImageNet's training images in [0, 1]."""
 
 
 # --- combinators ------------------------------------------------------------------------------------------------------
@@ -49,11 +52,11 @@ def compose(*augments: Augment) -> Augment:
 def randomly(augment: Augment, p: float = 0.5) -> Augment:
     """Apply a shape-preserving augmentation with probability `p`, else return the image; both are always computed."""
 
-    def maybe(key: Key, image: Image) -> Image:
+    def augment_or_keep(key: Key, image: Image) -> Image:
         gate, inner = jax.random.split(key)
         return jnp.where(jax.random.bernoulli(gate, p), augment(inner, image), image)
 
-    return maybe
+    return augment_or_keep
 
 
 def choose(*augments: Augment) -> Augment:
@@ -282,7 +285,7 @@ def color_jitter(brightness: float = 0.4, contrast: float = 0.4, saturation: flo
     strengths = np.array([brightness, contrast, saturation], np.float32)
 
     def augment(key: Key, image: Image) -> Image:
-        shifts_hue = hue > 0 and _is_colour(image)
+        shifts_hue = hue > 0 and is_colour(image)
         factor_key, order_key, shift_key, turn_key = jax.random.split(key, 4)
         factors = _uniform(factor_key, (3,), np.maximum(0, 1 - strengths), 1 + strengths)
         order = jax.random.permutation(order_key, 3)
@@ -292,17 +295,17 @@ def color_jitter(brightness: float = 0.4, contrast: float = 0.4, saturation: flo
         # Brightness, contrast and saturation all blend the image with another: one formula serves any order. The hue
         # shift comes after `turn` of them: they run before and after it, with factor 1 where it is not their turn.
         # Without the barriers XLA recomputes every blend for each of its readers, four times slower on a CPU.
-        def blend(planes: list[jax.Array], op: jax.Array, factor: jax.Array) -> list[jax.Array]:
-            luma = _luma(planes)
-            other = jnp.where(op == 0, 0.0, jnp.where(op == 1, jnp.mean(luma), luma))
-            return jax.lax.optimization_barrier([_blend(plane, other, factor) for plane in planes])
+        def blend_planes(planes: list[jax.Array], op: jax.Array, factor: jax.Array) -> list[jax.Array]:
+            gray = _weighted_sum(planes)
+            target = jnp.where(op == 0, 0.0, jnp.where(op == 1, jnp.mean(gray), gray))
+            return jax.lax.optimization_barrier([blend(plane, target, factor) for plane in planes])
 
         for slot in range(3):
-            planes = blend(planes, order[slot], jnp.where(slot < turn, factors[order[slot]], 1.0))
+            planes = blend_planes(planes, order[slot], jnp.where(slot < turn, factors[order[slot]], 1.0))
         if shifts_hue:
             planes = jax.lax.optimization_barrier(_shift_hue(planes, _uniform(shift_key, (), -hue, hue)))
             for slot in range(3):
-                planes = blend(planes, order[slot], jnp.where(slot < turn, 1.0, factors[order[slot]]))
+                planes = blend_planes(planes, order[slot], jnp.where(slot < turn, 1.0, factors[order[slot]]))
         return jnp.stack(planes, axis=-1)
 
     return augment
@@ -310,12 +313,12 @@ def color_jitter(brightness: float = 0.4, contrast: float = 0.4, saturation: flo
 
 def grayscale(p: float = 0.2) -> Augment:
     """Replace all three channels by the luma (0.2989, 0.587, 0.114) with probability `p`; C = 1 passes unchanged."""
-    return randomly(lambda key, image: jnp.broadcast_to(_gray(image), image.shape), p)
+    return randomly(lambda key, image: jnp.broadcast_to(luma(image), image.shape), p)
 
 
 def solarize(threshold: float = 0.5, *, p: float = 0.2) -> Augment:
     """Invert every value that is at least `threshold` (in [0, 1]), with probability `p`."""
-    return randomly(lambda key, image: _solarize(image, threshold), p)
+    return randomly(lambda key, image: invert_above(image, threshold), p)
 
 
 def gaussian_blur(sigma: tuple[float, float] = (0.1, 2.0), *, kernel_size: int | None = None) -> Augment:
@@ -339,23 +342,30 @@ def gaussian_blur(sigma: tuple[float, float] = (0.1, 2.0), *, kernel_size: int |
     return augment
 
 
-def _is_colour(image: Image) -> bool:
+def is_colour(image: Image) -> bool:
+    """Whether the image has three channels rather than one; ValueError for any other number."""
     if image.shape[-1] not in (1, 3):
         raise ValueError(f"a colour operation takes 1 or 3 channels, got an image of shape {image.shape}")
     return image.shape[-1] == 3
 
 
-def _luma(planes: Sequence[jax.Array]) -> jax.Array:
+def _weighted_sum(planes: Sequence[jax.Array]) -> jax.Array:
     return planes[0] if len(planes) == 1 else 0.2989 * planes[0] + 0.587 * planes[1] + 0.114 * planes[2]
 
 
-def _gray(image: Image) -> jax.Array:
-    """Luma [H, W, 1]."""
-    return _luma([image[..., channel : channel + 1] for channel in range(3 if _is_colour(image) else 1)])
+def luma(image: Image) -> jax.Array:
+    """Luma (0.2989, 0.587, 0.114) of an image with 1 or 3 channels, [H, W, 1]."""
+    return _weighted_sum([image[..., channel : channel + 1] for channel in range(3 if is_colour(image) else 1)])
 
 
-def _blend(image: jax.Array, other: jax.Array | float, factor: jax.Array) -> jax.Array:
-    return jnp.clip(factor * image + (1 - factor) * other, 0.0, 1.0)
+def blend(image: jax.Array, target: jax.Array | float, factor: jax.Array) -> jax.Array:
+    """Return `factor * image + (1 - factor) * target`, clipped to [0, 1]."""
+    return jnp.clip(factor * image + (1 - factor) * target, 0.0, 1.0)
+
+
+def invert_above(image: Image, threshold: jax.Array | float) -> Image:
+    """Invert every value that is at least `threshold`."""
+    return jnp.where(image >= threshold, 1 - image, image)
 
 
 def _shift_hue(planes: Sequence[jax.Array], turns: jax.Array) -> list[jax.Array]:
@@ -374,156 +384,3 @@ def _shift_hue(planes: Sequence[jax.Array], turns: jax.Array) -> list[jax.Array]
         return value - chroma * jnp.clip(jnp.minimum(k, 4 - k), 0.0, 1.0)
 
     return [channel(5), channel(3), channel(1)]
-
-
-# --- automatic augmentation -------------------------------------------------------------------------------------------
-
-# The largest strength of every operation: shear (pixels per pixel), shift (pixels), rotation (degrees), change of a
-# blending factor, bits dropped, lowering of the threshold. RandAugment's shifts are shares of the image's side.
-_WIDE = {
-    "identity": 0.0, "shear_x": 0.99, "shear_y": 0.99, "translate_x": 32.0, "translate_y": 32.0, "rotate": 135.0,
-    "brightness": 0.99, "color": 0.99, "contrast": 0.99, "sharpness": 0.99,
-    "posterize": 6.0, "solarize": 1.0, "autocontrast": 0.0, "equalize": 0.0,
-}  # fmt: skip
-_RAND = _WIDE | {
-    "shear_x": 0.3, "shear_y": 0.3, "translate_x": 150 / 331, "translate_y": 150 / 331, "rotate": 30.0,
-    "brightness": 0.9, "color": 0.9, "contrast": 0.9, "sharpness": 0.9, "posterize": 4.0,
-}  # fmt: skip
-_OPS = tuple(_WIDE)
-_SIGNED = np.array([op not in ("posterize", "solarize") for op in _OPS])
-_FAMILY = np.array([0, 1, 1, 1, 1, 1, 2, 2, 2, 2, 3, 4, 5, 6])  # index into the branches of `_apply_op`
-
-
-def trivial_augment(*, num_bins: int = 31, fill: float = 0.0) -> Augment:
-    """Apply one of 14 operations at one of `num_bins` strengths, both drawn uniformly (TrivialAugmentWide).
-
-    https://arxiv.org/abs/2103.10158, ranges as in torchvision. C is 1 or 3. Geometry takes the nearest pixel, `fill`
-    beyond the border; posterize and equalize round to 8 bits and have no gradient. Under vmap every family of
-    operations is computed for every image.
-    """
-
-    def augment(key: Key, image: Image) -> Image:
-        level_key, key = jax.random.split(key)
-        level = jax.random.randint(level_key, (), 0, num_bins) / (num_bins - 1)
-        return _random_op(key, image, _WIDE, level, fill)
-
-    return augment
-
-
-def rand_augment(num_ops: int = 2, magnitude: int = 9, *, num_bins: int = 31, fill: float = 0.0) -> Augment:
-    """Apply `num_ops` of 14 operations, drawn uniformly, at strength `magnitude` in [0, num_bins) (RandAugment).
-
-    https://arxiv.org/abs/1909.13719, ranges as in torchvision. C is 1 or 3. Otherwise as `trivial_augment`.
-    """
-
-    def augment(key: Key, image: Image) -> Image:
-        rows, columns = image.shape[:2]
-        maxima = _RAND | {name: _RAND[name] * n for name, n in (("translate_x", columns), ("translate_y", rows))}
-        for position in range(num_ops):
-            image = _random_op(jax.random.fold_in(key, position), image, maxima, magnitude / (num_bins - 1), fill)
-        return image
-
-    return augment
-
-
-def _random_op(key: Key, image: Image, maxima: dict[str, float], level: jax.Array | float, fill: float) -> Image:
-    op_key, sign_key = jax.random.split(key)
-    op = jax.random.randint(op_key, (), 0, len(_OPS))
-    strength = level * jnp.asarray(list(maxima.values()), jnp.float32)[op]
-    negative = jax.random.bernoulli(sign_key) & jnp.asarray(_SIGNED)[op]
-    return _apply_op(image, op, jnp.where(negative, -strength, strength), fill)
-
-
-def _apply_op(image: Image, op: jax.Array, strength: jax.Array, fill: float = 0.0) -> Image:
-    """Apply operation number `op` of `_OPS`; families share one computation, because vmap computes every branch."""
-    _is_colour(image)
-    image = jnp.asarray(image)
-    families = (
-        lambda: image,
-        lambda: _warp(image, op, strength, fill),
-        lambda: _enhance(image, op, 1 + strength),
-        lambda: _posterize(image, 8 - jnp.round(strength).astype(jnp.int32)),
-        lambda: _solarize(image, 1 - strength),
-        lambda: _autocontrast(image),
-        lambda: _equalize(image),
-    )
-    return jax.lax.switch(jnp.asarray(_FAMILY)[op], families)
-
-
-def _warp(image: Image, op: jax.Array, strength: jax.Array, fill: float) -> Image:
-    """Shear about the top left corner, shift, or rotate about the centre: one affine map from output to input."""
-
-    def only(name: str, value: jax.Array) -> jax.Array:
-        return jnp.where(op == _OPS.index(name), value, 0.0)
-
-    rows, columns = image.shape[:2]
-    y, x = jnp.arange(rows)[:, None] + 0.5, jnp.arange(columns)[None] + 0.5
-    angle = only("rotate", jnp.radians(strength))
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
-    shift_x, shift_y = only("translate_x", jnp.trunc(strength)), only("translate_y", jnp.trunc(strength))
-    x0, y0 = columns / 2, rows / 2
-    source_x = x0 + cos * (x - x0) + (only("shear_x", strength) * y - sin * (y - y0)) - shift_x
-    source_y = y0 + cos * (y - y0) + (only("shear_y", strength) * x + sin * (x - x0)) - shift_y
-    row, column = jnp.floor(source_y).astype(jnp.int32), jnp.floor(source_x).astype(jnp.int32)
-    inside = (row >= 0) & (row < rows) & (column >= 0) & (column < columns)
-    return jnp.where(inside[..., None], image[row.clip(0, rows - 1), column.clip(0, columns - 1)], fill)
-
-
-def _enhance(image: Image, op: jax.Array, factor: jax.Array) -> Image:
-    gray = _gray(image)
-    flat = jnp.where(op == _OPS.index("contrast"), jnp.mean(gray), jnp.where(op == _OPS.index("color"), gray, 0.0))
-    return _blend(image, jnp.where(op == _OPS.index("sharpness"), _smooth(image), flat), factor)
-
-
-def _smooth(image: Image) -> Image:
-    """The 3x3 filter [[1, 1, 1], [1, 5, 1], [1, 1, 1]] / 13; the border keeps its values."""
-    if min(image.shape[:2]) < 3:
-        return image
-    rows = image[:-2] + image[1:-1] + image[2:]
-    total = rows[:, :-2] + rows[:, 1:-1] + rows[:, 2:]
-    return image + jnp.pad((total - 9 * image[1:-1, 1:-1]) / 13, ((1, 1), (1, 1), (0, 0)))
-
-
-def _levels(image: Image) -> jax.Array:
-    return jnp.round(image.clip(0.0, 1.0) * 255).astype(jnp.int32)
-
-
-def _posterize(image: Image, bits: jax.Array | int) -> Image:
-    return (_levels(image) & -(1 << (8 - jnp.asarray(bits)))).astype(image.dtype) / 255
-
-
-def _solarize(image: Image, threshold: jax.Array | float) -> Image:
-    return jnp.where(image >= threshold, 1 - image, image)
-
-
-def _autocontrast(image: Image) -> Image:
-    low, high = image.min((0, 1), keepdims=True), image.max((0, 1), keepdims=True)
-    return jnp.where(high > low, (image - low) / jnp.where(high > low, high - low, 1.0), image)
-
-
-def _equalize(image: Image) -> Image:
-    def channel(plane: jax.Array) -> jax.Array:
-        counts = jnp.zeros(256, jnp.int32).at[plane.ravel()].add(1, mode="promise_in_bounds")
-        step = (plane.size - counts[jnp.max(plane)]) // 255
-        table = (jnp.cumsum(counts) - counts + step // 2) // jnp.maximum(step, 1)
-        return jnp.where(step > 0, jnp.minimum(table, 255)[plane], plane)
-
-    return jax.vmap(channel, -1, -1)(_levels(image)).astype(image.dtype) / 255
-
-
-AUGMENTS: dict[str, Callable[..., Augment]] = {
-    "normalize": normalize,
-    "random_crop": random_crop,
-    "random_flip": random_flip,
-    "center_crop": center_crop,
-    "resize": resize,
-    "random_resized_crop": random_resized_crop,
-    "cutout": cutout,
-    "random_erasing": random_erasing,
-    "color_jitter": color_jitter,
-    "grayscale": grayscale,
-    "solarize": solarize,
-    "gaussian_blur": gaussian_blur,
-    "trivial_augment": trivial_augment,
-    "rand_augment": rand_augment,
-}

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from resnet_jax.masks import check_masks, largest, sortable
+from resnet_jax.masks import apply_masks, check_masks, largest, sortable
 from resnet_jax.resnet import PreActBlock, ResNet
 from resnet_jax.tree import PyTree, leaves, map_with_path
 
@@ -83,6 +83,8 @@ def channel_groups(model: ResNet, params: PyTree) -> tuple[ChannelGroup, ...]:
     Raises:
       ValueError: the parameters have no such stem or block.
     """
+    # Groups are collected by name while the network is walked from its input to its output: `stream` names the groups
+    # that make up the residual stream at this point, from its first channel to its last; `fixed` may not be pruned.
     flat = leaves(params)
     block_class: Any = getattr(model.block, "func", model.block)
     preact = issubclass(block_class, PreActBlock)
@@ -90,35 +92,37 @@ def channel_groups(model: ResNet, params: PyTree) -> tuple[ChannelGroup, ...]:
     sizes: dict[str, int] = {}
     fixed: set[str] = set()
 
-    def carry(groups: Sequence[str], path: str, axis: int, *, scored: bool = False) -> None:
+    def add(groups: Sequence[str], path: str, axis: int, *, scored: bool = False) -> None:
         offset = 0
         for name in groups if path in flat else ():
             members[name].append(Member(path, axis, offset, scored))
             offset += sizes[name]
 
-    def carry_norm(groups: Sequence[str], module: str) -> None:
-        carry(groups, f"{module}/scale", 0, scored=True)
-        carry(groups, f"{module}/bias", 0)
+    def add_norm(groups: Sequence[str], module: str) -> None:
+        add(groups, f"{module}/scale", 0, scored=True)
+        add(groups, f"{module}/bias", 0)
 
+    # The stem puts out the first stream. Stage 1 shares it where its first block keeps it as it is.
     stem = _kernels(flat, "stem")[-1]
     channels = flat[stem].shape[-1]
     first = _kernels(flat, "stage1_block1")[-1]
     tied = "stage1_block1/shortcut/conv/kernel" not in flat and flat[first].shape[-1] == channels
-    stream = ["stream1" if tied else "stem"]  # the groups that make it up, from the first channel to the last
+    stream = ["stream1" if tied else "stem"]
     sizes[stream[0]] = channels
     if stem != "stem/conv/kernel":
         fixed |= {*stream}  # the inner width of a `DeepStem` is half of its output's
-    carry(stream, stem, 3, scored=True)
-    carry_norm(stream, "stem/norm")
+    add(stream, stem, 3, scored=True)
+    add_norm(stream, "stem/norm")
 
     for stage, block in _blocks(model):
+        # The stream goes into the first convolution and into the shortcut's.
         kernels = _kernels(flat, block)
         # Norms belong to a convolution's input in pre-activation blocks, to its output in the others.
         norms = [f"{block}/norm{i}" for i in range(1, len(kernels) + 1)]
         if preact:
-            carry_norm(stream, norms[0])
-        carry(stream, kernels[0], 2)
-        carry(stream, f"{block}/shortcut/conv/kernel", 2)
+            add_norm(stream, norms[0])
+        add(stream, kernels[0], 2)
+        add(stream, f"{block}/shortcut/conv/kernel", 2)
 
         # A group of a grouped convolution sees its own inputs alone: removing channels would change who sees what.
         pairs = list(pairwise(kernels))
@@ -126,10 +130,11 @@ def channel_groups(model: ResNet, params: PyTree) -> tuple[ChannelGroup, ...]:
         for i, (kernel, consumer) in enumerate(() if grouped else pairs):
             name = kernel.removesuffix("/kernel")
             sizes[name] = flat[kernel].shape[3]
-            carry([name], kernel, 3, scored=True)
-            carry_norm([name], norms[i + 1] if preact else norms[i])
-            carry([name], consumer, 2)
+            add([name], kernel, 3, scored=True)
+            add_norm([name], norms[i + 1] if preact else norms[i])
+            add([name], consumer, 2)
 
+        # What the block adds to: a projection starts a new stream, a zero-padded shortcut widens the present one.
         missing = flat[kernels[-1]].shape[3] - sum(sizes[name] for name in stream)
         name = f"stream{stage}"
         if f"{block}/shortcut/conv/kernel" in flat:
@@ -141,21 +146,23 @@ def channel_groups(model: ResNet, params: PyTree) -> tuple[ChannelGroup, ...]:
             sizes[name], sizes[odd] = missing // 2, missing % 2
             fixed.add(odd)
             stream = [name, *stream, name, odd]
-        carry(stream, kernels[-1], 3, scored=True)
-        carry(stream, f"{block}/shortcut/conv/kernel", 3, scored=True)
-        carry_norm(stream, f"{block}/shortcut/norm")
+        # Both summands put out the stream: the last convolution and the shortcut's, with their norms.
+        add(stream, kernels[-1], 3, scored=True)
+        add(stream, f"{block}/shortcut/conv/kernel", 3, scored=True)
+        add_norm(stream, f"{block}/shortcut/norm")
         if not preact:
-            carry_norm(stream, norms[-1])
+            add_norm(stream, norms[-1])
         if any(path.startswith(f"{block}/attention/") for path in flat):
             fixed |= {*stream}  # the inner width of squeeze-excite is a fraction of the stream's
 
-    carry_norm(stream, "final/norm")
-    carry(stream, "head/kernel", 0)
+    # The final norm and the head take in the last stream.
+    add_norm(stream, "final/norm")
+    add(stream, "head/kernel", 0)
     if model.num_classes is None:
         fixed |= {*stream}  # these features are the output
     return tuple(
-        ChannelGroup(name, sizes[name], 2 if stream.count(name) == 2 else 1, tuple(of))
-        for name, of in members.items()
+        ChannelGroup(name, sizes[name], 2 if stream.count(name) == 2 else 1, tuple(group_members))
+        for name, group_members in members.items()
         if name not in fixed
     )
 
@@ -215,6 +222,7 @@ def channel_masks(
     if round_to < 1:
         raise ValueError(f"round_to must be at least 1, got {round_to}")
 
+    # Channels that are removed already rank below all others, whatever their scores.
     alive = {group.name: True for group in groups} if masks is None else kept_channels(masks, groups)
     keys = []
     for group in groups:
@@ -223,18 +231,20 @@ def channel_masks(
         mean = x.mean() if scope == "global" else 1.0
         keys.append(sortable(x / jnp.maximum(mean, jnp.finfo(jnp.float32).tiny), alive[group.name]))
 
+    # How many channels each group would keep before rounding: a share of its own, or its part of the overall best.
     sizes = np.array([group.size for group in groups], np.float32)
     share = 1 - jnp.asarray(sparsity, jnp.float32)
-    wanted = share * sizes
+    targets = share * sizes
     if scope == "global":
         best = largest(keys, jnp.round(share * sizes.sum())[None].astype(jnp.int32), [0] * len(groups))
-        wanted = jnp.stack([x.sum() for x in best]).astype(jnp.float32)
+        targets = jnp.stack([x.sum() for x in best]).astype(jnp.float32)
+    # Round to multiples, which for pairs of channels are half as large, or keep all where that is nearer.
     steps = np.array([round_to // gcd(round_to, group.copies) for group in groups], np.float32)
     # 1 - sparsity is not exact in float32: what is a half but for that counts as one.
-    multiples = jnp.maximum(jnp.floor(wanted / steps + 0.5001), 1) * steps
-    counts = jnp.where(sizes - wanted < jnp.abs(multiples - wanted), sizes, multiples).astype(jnp.int32)
+    multiples = jnp.maximum(jnp.floor(targets / steps + 0.5001), 1) * steps
+    counts = jnp.where(sizes - targets < jnp.abs(multiples - targets), sizes, multiples).astype(jnp.int32)
     kept = largest(keys, counts, list(range(len(groups))))
-    return _spread({group.name: k & alive[group.name] for group, k in zip(groups, kept, strict=True)}, groups, params)
+    return _masks_of({group.name: k & alive[group.name] for group, k in zip(groups, kept, strict=True)}, groups, params)
 
 
 def kept_channels(masks: PyTree, groups: Sequence[ChannelGroup]) -> dict[str, Any]:
@@ -243,8 +253,8 @@ def kept_channels(masks: PyTree, groups: Sequence[ChannelGroup]) -> dict[str, An
     kept: dict[str, Any] = {}
     for group in groups:
         # A 0-d True, of a head that was made anew for one, says nothing: what is pruned before it reaches it as 0.
-        told = [_along(flat[m.path], m, group.size, "any") for m in group.members if flat[m.path].ndim]
-        kept[group.name] = reduce(operator.or_, told) if told else np.ones(group.size, bool)
+        partial_masks = [_along(flat[m.path], m, group.size, "any") for m in group.members if flat[m.path].ndim]
+        kept[group.name] = reduce(operator.or_, partial_masks) if partial_masks else np.ones(group.size, bool)
     return kept
 
 
@@ -269,16 +279,16 @@ def compact(model: ResNet, variables: PyTree, masks: PyTree) -> tuple[ResNet, Py
     for name, channels in kept.items():
         if not channels.any():
             raise ValueError(f"no channel would be left of {name}: lower the sparsity, or exclude it")
-    spread = jax.jit(lambda kept: _spread(kept, groups, params))(kept)
-    whole = {path: np.asarray(mask) for path, mask in leaves(spread).items()}
+    whole_channels = jax.jit(lambda kept: _masks_of(kept, groups, params))(kept)
+    masked = jax.jit(apply_masks)(params, masks)
+    masks_by_path = {path: np.asarray(mask) for path, mask in leaves(whole_channels).items()}
 
     def cut(path: str, x: Any) -> jax.Array:
-        x = np.asarray(x)
-        for axis in range(whole[path].ndim) if path in whole else ():
-            x = np.compress(whole[path].any(_others(whole[path].ndim, axis)), x, axis)
+        x, mask = np.asarray(x), masks_by_path.get(path, np.ones((), bool))
+        for axis in range(mask.ndim):
+            x = np.compress(mask.any(_other_axes(mask.ndim, axis)), x, axis)
         return jnp.asarray(x)
 
-    masked = jax.tree.map(lambda x, mask: np.where(mask, x, np.zeros((), x.dtype)), params, masks)
     small = {
         # Statistics are of the same channels as the scale beside them.
         name: map_with_path(lambda path, x: cut(f"{path.rpartition('/')[0]}/scale", x), tree)
@@ -299,23 +309,23 @@ def _blocks(model: ResNet) -> list[tuple[int, str]]:
 def _kernels(flat: dict[str, Any], module: str) -> list[str]:
     """Paths of a stem's or a block's own convolutions, in order."""
     names = [f"{module}/conv/kernel", *(f"{module}/conv{i}/kernel" for i in range(1, 10))]
-    found = [name for name in names if name in flat]
-    if not found:
+    paths = [name for name in names if name in flat]
+    if not paths:
         raise ValueError(f"the parameters have no convolution in {module}: are they another model's?")
-    return found
+    return paths
 
 
-def _others(ndim: int, axis: int) -> tuple[int, ...]:
+def _other_axes(ndim: int, axis: int) -> tuple[int, ...]:
     return tuple(other for other in range(ndim) if other != axis)
 
 
 def _along(x: Any, member: Member, size: int, reduce: Literal["sum", "any"]) -> Any:
     """A leaf, NumPy's or JAX's, reduced over all but the channels of a member: [size]."""
-    reduced = getattr(x, reduce)(_others(x.ndim, member.axis))
+    reduced = getattr(x, reduce)(_other_axes(x.ndim, member.axis))
     return reduced[member.offset : member.offset + size]
 
 
-def _spread(kept: dict[str, jax.Array], groups: Sequence[ChannelGroup], params: PyTree) -> PyTree:
+def _masks_of(kept: dict[str, jax.Array], groups: Sequence[ChannelGroup], params: PyTree) -> PyTree:
     """Masks that are False wherever a channel that is not `kept` is carried."""
     shapes = {path: leaf.shape for path, leaf in leaves(params).items()}
     axes: dict[tuple[str, int], jax.Array] = {}

@@ -17,7 +17,7 @@ from resnet_jax.keys import example_index
 from resnet_jax.parallel import all_rows, mean_over, vary
 
 # Similarities that are held at once, 16 MiB of float32: beyond it `contrast` goes row block by row block.
-AT_ONCE = 1 << 22
+MAX_SIMILARITIES = 1 << 22
 
 
 # --- one against the others -------------------------------------------------------------------------------------------
@@ -49,13 +49,13 @@ def sup_con(
     All views of all examples with the same label, int [B], are positives of one another.
     """
     count, size = views.shape[:2]
-    every, every_label = _gather(unit(views), axis_name, axis=1), _gather(labels, axis_name)
-    total = every.shape[1]
+    keys, key_labels = _gather(unit(views), axis_name, axis=1), _gather(labels, axis_name)
+    total = keys.shape[1]
     rows = jnp.arange(count)[:, None] * total + example_index(size, axis_name)[None]
     losses = contrast(
         unit(views).reshape(count * size, -1),
-        every.reshape(count * total, -1),
-        groups=(jnp.tile(labels, count), jnp.tile(every_label, count)),
+        keys.reshape(count * total, -1),
+        groups=(jnp.tile(labels, count), jnp.tile(key_labels, count)),
         places=(rows.reshape(-1), jnp.arange(count * total)),
         temperature=temperature,
         block=block,
@@ -78,15 +78,14 @@ def info_nce(
     among `negatives` [K, D] alone, as in MoCo (https://arxiv.org/abs/1911.05722).
     """
     queries, keys = unit(queries), unit(keys)
-    own = example_index(len(queries), axis_name)
     if negatives is None:
-        every = _gather(keys, axis_name)
-        groups = own, jnp.arange(len(every))
-        return contrast(queries, every, groups=groups, temperature=temperature, block=block)
+        all_keys = _gather(keys, axis_name)
+        groups = example_index(len(queries), axis_name), jnp.arange(len(all_keys))
+        return contrast(queries, all_keys, groups=groups, temperature=temperature, block=block)
     negatives = unit(negatives)
 
-    def losses(own: tuple[jax.Array, ...]) -> jax.Array:
-        queries, keys = own
+    def losses(rows: tuple[jax.Array, ...]) -> jax.Array:
+        queries, keys = rows
         positive = jnp.sum(queries * keys, axis=-1) / temperature
         negative = _products(queries, negatives) / temperature
         return jax.nn.logsumexp(jnp.concatenate([positive[:, None], negative], axis=1), axis=1) - positive
@@ -110,22 +109,22 @@ def contrast(
 
     Args:
       block: rows of the similarity matrix at a time, in the gradient too; None takes all R at once while R x C is at
-        most `AT_ONCE`, and as many as fit into that beyond. The value does not depend on it.
+        most `MAX_SIMILARITIES`, and as many as fit into that beyond. The value does not depend on it.
     """
-    own = (queries, groups[0], groups[0] if places is None else places[0])
+    rows = (queries, groups[0], groups[0] if places is None else places[0])
 
-    def losses(own: tuple[jax.Array, ...]) -> jax.Array:
-        queries, group, place = own
+    def losses(rows: tuple[jax.Array, ...]) -> jax.Array:
+        queries, group, place = rows
         logits = _products(queries, keys) / temperature
         positive = group[:, None] == groups[1][None]
         if places is not None:
-            itself = place[:, None] == places[1][None]
-            logits, positive = jnp.where(itself, -jnp.inf, logits), positive & ~itself
+            same_place = place[:, None] == places[1][None]
+            logits, positive = jnp.where(same_place, -jnp.inf, logits), positive & ~same_place
         number = positive.sum(1)
-        found = jnp.where(positive, logits, 0.0).sum(1) / jnp.maximum(number, 1)
-        return jnp.where(number > 0, jax.nn.logsumexp(logits, axis=1) - found, 0.0)
+        mean_logit = jnp.where(positive, logits, 0.0).sum(1) / jnp.maximum(number, 1)
+        return jnp.where(number > 0, jax.nn.logsumexp(logits, axis=1) - mean_logit, 0.0)
 
-    return _by_rows(losses, own, len(keys), block)
+    return _by_rows(losses, rows, len(keys), block)
 
 
 def nearest(queries: jax.Array, bank: jax.Array) -> jax.Array:
@@ -141,11 +140,11 @@ def enqueue(queue: jax.Array, embeddings: jax.Array, step: jax.Array, *, axis_na
     Raises:
       ValueError: it is not.
     """
-    every = all_rows(unit(embeddings), axis_name)
-    if len(queue) % len(every):
-        raise ValueError(f"a queue of {len(queue)} is no multiple of a batch of {len(every)}")
-    start = step % (len(queue) // len(every)) * len(every)
-    return jax.lax.dynamic_update_slice_in_dim(queue, every, start, axis=0)
+    rows = all_rows(unit(embeddings), axis_name)
+    if len(queue) % len(rows):
+        raise ValueError(f"a queue of {len(queue)} is no multiple of a batch of {len(rows)}")
+    start = step % (len(queue) // len(rows)) * len(rows)
+    return jax.lax.dynamic_update_slice_in_dim(queue, rows, start, axis=0)
 
 
 # --- towards a target -------------------------------------------------------------------------------------------------
@@ -204,12 +203,12 @@ def vicreg(
         x = x - _batch_mean(x, axis_name)
         moments = _moments(x, x, axis_name) * (total / max(total - 1, 1))
         diagonal = jnp.diagonal(moments)
-        short = jax.nn.relu(1 - jnp.sqrt(diagonal + 1e-4)).mean()
-        return short, _off_diagonal(moments) / x.shape[1]
+        shortfall = jax.nn.relu(1 - jnp.sqrt(diagonal + 1e-4)).mean()
+        return shortfall, _off_diagonal(moments) / x.shape[1]
 
-    (short_a, off_a), (short_b, off_b) = spread(a), spread(b)
+    (shortfall_a, off_a), (shortfall_b, off_b) = spread(a), spread(b)
     distance = _batch_mean(jnp.square(a - b), axis_name).mean()
-    return invariance * distance + variance * (short_a + short_b) / 2 + covariance * (off_a + off_b)
+    return invariance * distance + variance * (shortfall_a + shortfall_b) / 2 + covariance * (off_a + off_b)
 
 
 # --- prototypes -------------------------------------------------------------------------------------------------------
@@ -245,7 +244,7 @@ def swav(
     assigned by `sinkhorn`; the loss is the mean over pairs of an assigned view and another.
     """
     codes = [sinkhorn(s, epsilon=epsilon, iterations=iterations, axis_name=axis_name) for s in scores[:assigned]]
-    return _crossed(jnp.stack(codes), jax.nn.log_softmax(scores.astype(jnp.float32) / temperature))
+    return _mean_cross_entropy(jnp.stack(codes), jax.nn.log_softmax(scores.astype(jnp.float32) / temperature))
 
 
 def dino(
@@ -261,13 +260,15 @@ def dino(
     Args:
       student: scores [V, B, K], the teacher's views first.
       teacher: scores [G, B, K] of the large views; no gradient flows into them.
-      center: [K], subtracted from the teacher's; no gradient flows into it. See `centered`.
+      center: [K], subtracted from the teacher's; no gradient flows into it. See `update_center`.
     """
     targets = jax.nn.softmax((teacher.astype(jnp.float32) - center[None, None]) / teacher_temperature)
-    return _crossed(jax.lax.stop_gradient(targets), jax.nn.log_softmax(student.astype(jnp.float32) / temperature))
+    return _mean_cross_entropy(
+        jax.lax.stop_gradient(targets), jax.nn.log_softmax(student.astype(jnp.float32) / temperature)
+    )
 
 
-def centered(
+def update_center(
     center: jax.Array, teacher: jax.Array, *, momentum: float = 0.9, axis_name: str | None = None
 ) -> jax.Array:
     """DINO's next center [K]: a moving average of the mean of the teacher's scores [G, B, K] over the whole batch."""
@@ -275,7 +276,7 @@ def centered(
     return momentum * center + (1 - momentum) * mean
 
 
-def _crossed(targets: jax.Array, log_p: jax.Array) -> jax.Array:
+def _mean_cross_entropy(targets: jax.Array, log_p: jax.Array) -> jax.Array:
     """Cross entropy [B], mean over pairs of a target view [G, B, K] and another view of `log_p` [V, B, K]."""
     pairs = [(g, v) for g in range(len(targets)) for v in range(len(log_p)) if g != v]
     return -jnp.stack([jnp.sum(targets[g] * log_p[v], axis=-1) for g, v in pairs]).mean(0)
@@ -296,17 +297,17 @@ def _products(a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def _by_rows(
-    losses: Callable[[tuple[jax.Array, ...]], jax.Array], own: tuple[jax.Array, ...], columns: int, block: int | None
+    losses: Callable[[tuple[jax.Array, ...]], jax.Array], arrays: tuple[jax.Array, ...], columns: int, block: int | None
 ) -> jax.Array:
     """`losses` [R] of arrays [R, ...], each held against `columns` others, `block` rows at a time; see `contrast`."""
-    rows = len(own[0])
-    block = min(block or max(AT_ONCE // columns, 1), rows)
+    rows = len(arrays[0])
+    block = min(block or max(MAX_SIMILARITIES // columns, 1), rows)
     if block == rows:
-        return losses(own)
+        return losses(arrays)
     # Rows that fill up the last block ask like any other, and are dropped.
     padding = -rows % block
     blocks = jax.tree.map(
-        lambda x: jnp.pad(x, ((0, padding),) + ((0, 0),) * (x.ndim - 1)).reshape(-1, block, *x.shape[1:]), own
+        lambda x: jnp.pad(x, ((0, padding),) + ((0, 0),) * (x.ndim - 1)).reshape(-1, block, *x.shape[1:]), arrays
     )
     return jax.lax.map(jax.checkpoint(losses), blocks).reshape(-1)[:rows]
 
@@ -335,5 +336,5 @@ def _log_sum_of_batch(x: jax.Array, axis_name: str | None) -> jax.Array:
     """log of the sum of exp over the whole batch, [B, K] to [1, K]."""
     if axis_name is None:
         return jax.nn.logsumexp(x, axis=0, keepdims=True)
-    top = jax.lax.pmax(x.max(0, keepdims=True), axis_name)
-    return top + jnp.log(jax.lax.psum(jnp.exp(x - top).sum(0, keepdims=True), axis_name))
+    maximum = jax.lax.pmax(x.max(0, keepdims=True), axis_name)
+    return maximum + jnp.log(jax.lax.psum(jnp.exp(x - maximum).sum(0, keepdims=True), axis_name))

@@ -22,6 +22,7 @@ kernel_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 dense_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 BatchNorm = partial(nn.BatchNorm, momentum=0.9, epsilon=1e-5)
+"""`flax.linen.BatchNorm` with PyTorch's momentum (0.9 here is 0.1 there) and epsilon."""
 
 
 def conv(features: int, kernel_size: int = 3, strides: int = 1, groups: int = 1, **kwargs: Any) -> nn.Conv:
@@ -44,8 +45,8 @@ def max_pool(x: jax.Array) -> jax.Array:
 
 def norm_relu(norm: nn.Module, x: jax.Array) -> jax.Array:
     """ReLU after a norm: in one go where the norm has a `with_relu`, as oneDNN's has."""
-    together = getattr(norm, "with_relu", None)
-    return nn.relu(norm(x)) if together is None else together(x)
+    fused = getattr(norm, "with_relu", None)
+    return nn.relu(norm(x)) if fused is None else fused(x)
 
 
 class NormAct(nn.Module):
@@ -103,8 +104,11 @@ class DeepStem(nn.Module):
 
 
 ImageNetStem = Stem
+"""The stem for ImageNet: a 7x7 convolution of stride 2, norm, ReLU, max-pool."""
 CifarStem = partial(Stem, kernel_size=3, strides=1, pool=False)
+"""The stem for 32x32 images: a 3x3 convolution of stride 1, norm, ReLU."""
 CifarPreActStem = partial(PreActStem, kernel_size=3, strides=1, pool=False)
+"""The stem of pre-activation nets for 32x32 images: a 3x3 convolution of stride 1."""
 
 
 class Projection(nn.Module):

@@ -26,3 +26,4 @@ def smooth_labels(targets: jax.Array, smoothing: float) -> jax.Array:
 
 
 LOSSES = {"softmax": softmax_cross_entropy, "sigmoid": sigmoid_cross_entropy}
+"""The losses by name: `(logits [B, K], targets [B, K]) -> float32 [B]`."""

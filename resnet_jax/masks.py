@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from resnet_jax.tree import Predicate, PyTree, is_kernel, leaves, map_with_path
+from resnet_jax.tree import Predicate, PyTree, abbreviate, is_kernel, leaves, map_with_path
 
 Scope = Literal["global", "uniform", "erk", "lamp"]
 Share = float | jax.Array
@@ -66,35 +66,43 @@ def make_masks(
     Raises:
       ValueError: a sparsity outside of [0, 1), nothing that is prunable, a structure that does not divide a leaf.
     """
-    chosen = {path: x for path, x in leaves(scores).items() if prunable(path, x)}
-    if not chosen:
-        raise ValueError("nothing to prune: no leaf is prunable")
+    # Check everything that does not depend on values, so that a bad argument fails before anything is traced.
+    candidates = {path: x for path, x in leaves(scores).items() if x.ndim and prunable(path, x)}
+    if not candidates:
+        raise ValueError(
+            "nothing to prune: no leaf is prunable; the default predicate looks for leaves named `kernel`; "
+            f"leaves: {abbreviate(leaves(scores))}"
+        )
     if scope not in get_args(Scope):
         raise ValueError(f"unknown scope {scope!r}; choose one of {', '.join(get_args(Scope))}")
-    shares = dict(sparsity) if isinstance(sparsity, Mapping) else dict.fromkeys(chosen, sparsity)
-    for path in chosen:
+    shares = dict(sparsity) if isinstance(sparsity, Mapping) else dict.fromkeys(candidates, sparsity)
+    for path in candidates:
         if path not in shares:
             raise ValueError(f"no sparsity is given for {path}")
         if not isinstance(shares[path], jax.core.Tracer) and not 0 <= float(shares[path]) < 1:
             raise ValueError(f"sparsity must be in [0, 1), got {shares[path]}")
-    check_structure(chosen, structure)
+    check_structure(candidates, structure)
     kind, *size = structure_of(structure)
     block = size if kind == "block" else (1, 1)
 
-    earlier = {path: m for path, m in leaves(masks).items() if path in chosen and m.ndim} if masks is not None else {}
+    # Rank blocks, not weights: one key for each block, and the lowest key of all for what is pruned already.
+    previous = {} if masks is None else {p: m for p, m in leaves(masks).items() if p in candidates and m.ndim}
     keys = {}
-    for path, x in chosen.items():
-        x = _pooled(jnp.where(earlier.get(path, True), x, 0).astype(jnp.float32), block)
-        alive = _pooled(earlier[path], block) > 0 if path in earlier else True
+    for path, x in candidates.items():
+        x = _block_sums(jnp.where(previous.get(path, True), x, 0).astype(jnp.float32), block)
+        alive = _block_sums(previous[path], block) > 0 if path in previous else True
         keys[path] = sortable(_lamp(x) if scope == "lamp" else x, alive)
 
+    # N:M counts inside each group of inputs; everything else counts over one leaf or over all of them.
     if kind == "n:m":
         kept = {path: _n_of_m(key, shares[path], *size) for path, key in keys.items()}
     else:
-        kept = _kept(keys, {path: chosen[path].shape for path in keys}, sparsity, shares, scope)
-    made = {path: _spread(x, block) & earlier.get(path, True) for path, x in kept.items()}
-    others = jax.tree.map(lambda _: jnp.ones((), bool), scores) if masks is None else masks
-    return map_with_path(lambda path, _, other: made.get(path, other), scores, others)
+        kept = _largest_in_scope(keys, {path: candidates[path].shape for path in keys}, sparsity, shares, scope)
+
+    # Bring blocks back to the weights' shape. Single weights inside a kept block may have been pruned before.
+    new = {path: _repeat_blocks(x, block) & previous.get(path, True) for path, x in kept.items()}
+    default = jax.tree.map(lambda _: jnp.ones((), bool), scores) if masks is None else masks
+    return map_with_path(lambda path, _, mask: new.get(path, mask), scores, default)
 
 
 def structure_of(name: str) -> tuple[str, int, int]:
@@ -105,14 +113,14 @@ def structure_of(name: str) -> tuple[str, int, int]:
     """
     if name == "unstructured":
         return "block", 1, 1
-    if (found := re.fullmatch(r"(\d+):(\d+)", name)) and 0 < int(found[1]) < int(found[2]):
-        return "n:m", int(found[1]), int(found[2])
-    if (found := re.fullmatch(r"(\d+)x(\d+)", name)) and int(found[1]) and int(found[2]):
-        return "block", int(found[1]), int(found[2])
+    if (match := re.fullmatch(r"(\d+):(\d+)", name)) and 0 < int(match[1]) < int(match[2]):
+        return "n:m", int(match[1]), int(match[2])
+    if (match := re.fullmatch(r"(\d+)x(\d+)", name)) and int(match[1]) and int(match[2]):
+        return "block", int(match[1]), int(match[2])
     raise ValueError(f"unknown structure {name!r}: choose unstructured, N:M such as 2:4, or ROWSxCOLUMNS such as 4x1")
 
 
-def check_structure(chosen: Mapping[str, jax.Array], structure: str) -> None:
+def check_structure(arrays: Mapping[str, jax.Array], structure: str) -> None:
     """Refuse a structure that does not divide one of these leaves.
 
     Raises:
@@ -120,7 +128,7 @@ def check_structure(chosen: Mapping[str, jax.Array], structure: str) -> None:
     """
     kind, first, second = structure_of(structure)
     rows, columns = (second, 1) if kind == "n:m" else (first, second)
-    for path, x in chosen.items():
+    for path, x in arrays.items():
         if rows * columns > 1 and (x.ndim < 2 or x.shape[-2] % rows or x.shape[-1] % columns):
             shape = "x".join(map(str, x.shape))
             raise ValueError(f"{structure} does not divide {path} of shape {shape}, whose inputs and outputs come last")
@@ -160,32 +168,32 @@ def largest(keys: Sequence[jax.Array], counts: jax.Array, group: Sequence[int]) 
     sums[list(group), np.arange(len(keys))] = 1
     starts = np.zeros(len(keys), np.uint32)
     for g in range(len(counts)):
-        of = [i for i, own in enumerate(group) if own == g]
-        starts[of] = np.cumsum([0, *(keys[i].size for i in of)])[:-1]
+        members = [i for i, of_key in enumerate(group) if of_key == g]
+        starts[members] = np.cumsum([0, *(keys[i].size for i in members)])[:-1]
     positions = [
         jnp.arange(key.size, dtype=jnp.uint32).reshape(key.shape) + start
         for key, start in zip(keys, starts, strict=True)
     ]
 
-    def counted(tests: list[jax.Array]) -> jax.Array:
+    def group_counts(tests: list[jax.Array]) -> jax.Array:
         return (jnp.asarray(sums) * jnp.stack([test.sum(dtype=jnp.int32) for test in tests])[None]).sum(1)
 
-    def largest_with(enough: Callable[[jax.Array], jax.Array]) -> jax.Array:
-        """The largest uint32 [G] for which `enough` still holds; it must hold up to some value."""
+    def largest_value(condition: Callable[[jax.Array], jax.Array]) -> jax.Array:
+        """The largest uint32 [G] for which `condition` still holds; it must hold up to some value."""
 
         def bit(i: jax.Array, value: jax.Array) -> jax.Array:
             higher = value | (jnp.uint32(1) << (jnp.uint32(31) - i.astype(jnp.uint32)))
-            return jnp.where(enough(higher), higher, value)
+            return jnp.where(condition(higher), higher, value)
 
         return jax.lax.fori_loop(0, 32, bit, jnp.zeros(len(counts), jnp.uint32))
 
-    threshold = largest_with(lambda t: counted([k >= t[g] for k, g in zip(keys, group, strict=True)]) >= counts)
+    threshold = largest_value(lambda t: group_counts([k >= t[g] for k, g in zip(keys, group, strict=True)]) >= counts)
     above = [key > threshold[g] for key, g in zip(keys, group, strict=True)]
     equal = [key == threshold[g] for key, g in zip(keys, group, strict=True)]
-    missing = counts - counted(above)
+    missing = counts - group_counts(above)
     # The last position that may not be taken yet with so many of the equal ones before it.
-    end = largest_with(
-        lambda c: counted([e & (p < c[g]) for e, p, g in zip(equal, positions, group, strict=True)]) <= missing
+    end = largest_value(
+        lambda c: group_counts([e & (p < c[g]) for e, p, g in zip(equal, positions, group, strict=True)]) <= missing
     )
     return [a | (e & (p < end[g])) for a, e, p, g in zip(above, equal, positions, group, strict=True)]
 
@@ -196,7 +204,7 @@ def sortable(x: jax.Array, alive: jax.Array | bool = True) -> jax.Array:
     return jnp.where(alive, jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31)), jnp.uint32(0))
 
 
-def _kept(
+def _largest_in_scope(
     keys: dict[str, jax.Array],
     shapes: dict[str, Sequence[int]],
     sparsity: Share | Mapping[str, Share],
@@ -228,14 +236,14 @@ def _lamp(x: jax.Array) -> jax.Array:
 def _n_of_m(key: jax.Array, sparsity: Share, n: int, m: int) -> jax.Array:
     """True at the largest keys of each m along the last axis but one."""
     groups = jnp.moveaxis(key, -2, -1).reshape(*key.shape[:-2], key.shape[-1], -1, m)
-    ours, others = groups[..., :, None], groups[..., None, :]
+    own, other = groups[..., :, None], groups[..., None, :]
     before = jnp.tril(jnp.ones((m, m), bool), -1).reshape((1,) * (groups.ndim - 1) + (m, m))
-    rank = ((others > ours) | ((others == ours) & before)).sum(-1)
+    rank = ((other > own) | ((other == own) & before)).sum(-1)
     keep = rank < jnp.maximum(n, jnp.round(m * (1 - jnp.asarray(sparsity))))
     return jnp.moveaxis(keep.reshape(*key.shape[:-2], key.shape[-1], -1), -1, -2)
 
 
-def _pooled(x: jax.Array, block: Sequence[int]) -> jax.Array:
+def _block_sums(x: jax.Array, block: Sequence[int]) -> jax.Array:
     """Sums over blocks of the last two axes."""
     rows, columns = block
     if rows * columns == 1:
@@ -244,7 +252,8 @@ def _pooled(x: jax.Array, block: Sequence[int]) -> jax.Array:
     return parts.sum((-3, -1))
 
 
-def _spread(x: jax.Array, block: Sequence[int]) -> jax.Array:
+def _repeat_blocks(x: jax.Array, block: Sequence[int]) -> jax.Array:
+    """The inverse of `_block_sums` for masks: each value repeated over its block."""
     rows, columns = block
     return x if rows * columns == 1 else jnp.repeat(jnp.repeat(x, rows, -2), columns, -1)
 
@@ -262,12 +271,12 @@ def check_masks(masks: PyTree, params: PyTree) -> None:
     Raises:
       ValueError: that, naming the first such leaf.
     """
-    ours, theirs = leaves(params), leaves(masks)
-    for path in sorted(ours.keys() ^ theirs.keys()):
-        raise ValueError(f"masks of another model: {path} is only in the {'model' if path in ours else 'masks'}")
-    for path, mask in theirs.items():
-        if mask.ndim and mask.shape != ours[path].shape:
-            raise ValueError(f"masks of another model: {path} is {mask.shape} there, {ours[path].shape} in the model")
+    arrays, masks = leaves(params), leaves(masks)
+    for path in sorted(arrays.keys() ^ masks.keys()):
+        raise ValueError(f"masks of another model: {path} is only in the {'model' if path in arrays else 'masks'}")
+    for path, mask in masks.items():
+        if mask.ndim and mask.shape != arrays[path].shape:
+            raise ValueError(f"masks of another model: {path} is {mask.shape} there, {arrays[path].shape} in the model")
         if not np.asarray(mask).any():
             raise ValueError(f"nothing would be left of {path}: lower the sparsity, or exclude it")
 
@@ -284,7 +293,7 @@ def unpack(packed: PyTree, params: PyTree) -> PyTree:
       ValueError: a leaf of another size.
     """
 
-    def one(path: str, x: np.ndarray, bits: np.ndarray) -> np.ndarray:
+    def unpack_leaf(path: str, x: np.ndarray, bits: np.ndarray) -> np.ndarray:
         if not bits.ndim:
             return bits
         if bits.size != -(-math.prod(x.shape) // 8):
@@ -293,4 +302,4 @@ def unpack(packed: PyTree, params: PyTree) -> PyTree:
             )
         return np.unpackbits(bits, count=math.prod(x.shape)).astype(bool).reshape(x.shape)
 
-    return map_with_path(one, params, packed)
+    return map_with_path(unpack_leaf, params, packed)

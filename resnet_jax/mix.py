@@ -47,18 +47,18 @@ def mix(
     if not mixup_alpha and not cutmix_alpha:
         return images, labels
     choice_key, key = jax.random.split(key)
-    pasted = jax.random.bernoulli(choice_key) if mixup_alpha and cutmix_alpha else bool(cutmix_alpha)
-    alpha = jnp.where(pasted, cutmix_alpha, mixup_alpha)
-    return _mix(images, labels, _weights(key, images.shape, alpha, pasted), axis_name)
+    use_cutmix = jax.random.bernoulli(choice_key) if mixup_alpha and cutmix_alpha else bool(cutmix_alpha)
+    alpha = jnp.where(use_cutmix, cutmix_alpha, mixup_alpha)
+    return _mix(images, labels, _weights(key, images.shape, alpha, use_cutmix), axis_name)
 
 
-def _weights(key: Key, shape: tuple[int, ...], alpha: jax.Array | float, pasted: jax.Array | bool) -> jax.Array:
-    """Every pixel's own share [H, W, 1]: 0 inside a random box of area 1 - lam if `pasted`, else lam everywhere."""
+def _weights(key: Key, shape: tuple[int, ...], alpha: jax.Array | float, use_cutmix: jax.Array | bool) -> jax.Array:
+    """Every pixel's own share [H, W, 1]: 0 inside a random box of area 1 - lam if `use_cutmix`, else lam everywhere."""
     lam_key, place_key = jax.random.split(key)
     lam = jax.random.beta(lam_key, alpha, alpha, (), jnp.float32)
     height, width = (jnp.floor(length * jnp.sqrt(1 - lam)).astype(jnp.int32) for length in shape[1:3])
     box = random_centred_box(place_key, shape[1], shape[2], height, width)
-    return jnp.where(pasted, 1 - box.astype(jnp.float32), lam)
+    return jnp.where(use_cutmix, 1 - box.astype(jnp.float32), lam)
 
 
 def _mix(

@@ -18,6 +18,7 @@ from resnet_jax.tree import PyTree
 
 AXIS = "data"
 Mode = Literal["jit", "pmap", "shard_map"]
+"""The compilers of a step."""
 
 
 def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -66,7 +67,7 @@ def shard_batch(batch: PyTree, mesh: Mesh, *, mode: Mode = "jit") -> PyTree:
     local = mesh.local_mesh.size
     sharding = batch_sharding(mesh)
 
-    def place(x: Any) -> jax.Array:
+    def lay_out(x: Any) -> jax.Array:
         if x.shape[0] % local:
             raise ValueError(f"a batch of {x.shape[0]} is not divisible by {local} devices")
         if mode == "pmap":
@@ -75,7 +76,7 @@ def shard_batch(batch: PyTree, mesh: Mesh, *, mode: Mode = "jit") -> PyTree:
             return x
         return jax.make_array_from_process_local_data(sharding, np.asarray(x))
 
-    return jax.tree.map(place, batch)
+    return jax.tree.map(lay_out, batch)
 
 
 def compile_step(
@@ -93,13 +94,15 @@ def compile_step(
     same as None. The result's `lower` and `trace` are those of `jax.jit`.
     """
     step = partial(step, axis_name=axis_of(mode))
-    donated = (0,) if donate else ()
+    donate_argnums = (0,) if donate else ()
     if mode == "pmap":
         if compiler_options:
             raise ValueError("pmap takes no compiler options; use mode jit or shard_map")
         local = [d for d in mesh.devices.flat if d.process_index == jax.process_index()]
         devices = local if jax.process_count() == 1 else None
-        return jax.pmap(step, axis_name=AXIS, in_axes=(None, 0), out_axes=None, donate_argnums=donated, devices=devices)
+        return jax.pmap(
+            step, axis_name=AXIS, in_axes=(None, 0), out_axes=None, donate_argnums=donate_argnums, devices=devices
+        )
     if mode == "shard_map":
         specs = (PartitionSpec(), PartitionSpec(AXIS))
         step = jax.shard_map(step, mesh=mesh, in_specs=specs, out_specs=PartitionSpec())
@@ -108,7 +111,7 @@ def compile_step(
         step,
         in_shardings=shardings,
         out_shardings=replicated(mesh),
-        donate_argnums=donated,
+        donate_argnums=donate_argnums,
         compiler_options=compiler_options or None,
     )
 
@@ -122,11 +125,11 @@ def vary(tree: PyTree, axis_name: str | None) -> PyTree:
     if axis_name is None:
         return tree
 
-    def own(x: jax.Array) -> jax.Array:
+    def cast(x: jax.Array) -> jax.Array:
         # Whatever varies already cannot be cast, and need not be.
         return x if axis_name in varying_axes(x) else jax.lax.pcast(x, axis_name, to="varying")
 
-    return jax.tree.map(own, tree)
+    return jax.tree.map(cast, tree)
 
 
 def varying_axes(x: jax.Array) -> frozenset[str]:
@@ -153,11 +156,11 @@ def all_rows(tree: PyTree, axis_name: str | None) -> PyTree:
     """
     if axis_name is None:
         return tree
-    shards, own = jax.lax.axis_size(axis_name), jax.lax.axis_index(axis_name)
+    shards, shard = jax.lax.axis_size(axis_name), jax.lax.axis_index(axis_name)
 
     def rows(x: jax.Array) -> jax.Array:
         zeros = vary(jnp.zeros((shards, *x.shape), x.dtype), axis_name)
-        every = jax.lax.psum(jax.lax.dynamic_update_index_in_dim(zeros, x, own, 0), axis_name)
-        return every.reshape(-1, *x.shape[1:]).astype(x.dtype)
+        whole = jax.lax.psum(jax.lax.dynamic_update_index_in_dim(zeros, x, shard, 0), axis_name)
+        return whole.reshape(-1, *x.shape[1:]).astype(x.dtype)
 
     return jax.tree.map(rows, tree)

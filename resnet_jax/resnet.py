@@ -38,7 +38,7 @@ class Block(nn.Module):
     """What residual blocks have in common: their fields, and the way past them.
 
     `filters` is the stage's nominal width; a block puts out `filters * expansion` channels. `widths` are the output
-    channels of its convolutions in turn, the last one's those of the block, where they are not `own_widths` because
+    channels of its convolutions in turn, the last one's those of the block, where they are not `default_widths` because
     the network has been pruned. The shortcut is a module only where the nominal shape changes: from `in_channels`,
     those of the whole network. `attention()` ends the residual branch; `zero_init` starts it at zero
     (https://arxiv.org/abs/1706.02677).
@@ -58,7 +58,7 @@ class Block(nn.Module):
     expansion = 1
 
     @property
-    def own_widths(self) -> tuple[int, ...]:
+    def default_widths(self) -> tuple[int, ...]:
         """Output channels of each convolution before any pruning."""
         raise NotImplementedError
 
@@ -69,23 +69,23 @@ class Block(nn.Module):
         Raises:
           ValueError: `widths` are not one for each convolution.
         """
-        own = self.own_widths
-        if self.widths is not None and len(self.widths) != len(own):
-            raise ValueError(f"{self.name} has {len(own)} convolutions, got {len(self.widths)} widths for them")
-        return own if self.widths is None else tuple(self.widths)
+        default = self.default_widths
+        if self.widths is not None and len(self.widths) != len(default):
+            raise ValueError(f"{self.name} has {len(default)} convolutions, got {len(self.widths)} widths for them")
+        return default if self.widths is None else tuple(self.widths)
 
     @property
-    def reshapes(self) -> bool:
+    def changes_shape(self) -> bool:
         """Whether the shape changes; a pruned network, where counts may coincide, keeps its shortcuts' kind."""
         return self.strides > 1 or self.in_channels != self.filters * self.expansion
 
-    def past(self, x: jax.Array) -> jax.Array:
+    def apply_shortcut(self, x: jax.Array) -> jax.Array:
         """The shortcut: [B, H, W, C] to [B, H / strides, W / strides, features[-1]]."""
-        if not self.reshapes:
+        if not self.changes_shape:
             return x
         return self.shortcut(self.features[-1], self.strides, conv=self.conv, norm=self.norm, name="shortcut")(x)
 
-    def attend(self, x: jax.Array) -> jax.Array:
+    def apply_attention(self, x: jax.Array) -> jax.Array:
         return x if self.attention is None else self.attention(dtype=x.dtype, name="attention")(x)
 
     @property
@@ -97,7 +97,7 @@ class BasicBlock(Block):
     """Two 3x3 convolutions, https://arxiv.org/abs/1512.03385."""
 
     @property
-    def own_widths(self) -> tuple[int, ...]:
+    def default_widths(self) -> tuple[int, ...]:
         return self.filters, self.filters
 
     @nn.compact
@@ -106,8 +106,8 @@ class BasicBlock(Block):
         y = self.conv(first, 3, self.strides, name="conv1")(x)
         y = norm_relu(self.norm(name="norm1"), y)
         y = self.conv(last, 3, name="conv2")(y)
-        y = self.attend(self.norm(name="norm2", scale_init=self.last_scale)(y))
-        return nn.relu(self.past(x) + self.drop_path(name="drop_path")(y, train=train))
+        y = self.apply_attention(self.norm(name="norm2", scale_init=self.last_scale)(y))
+        return nn.relu(self.apply_shortcut(x) + self.drop_path(name="drop_path")(y, train=train))
 
 
 class Bottleneck(Block):
@@ -123,7 +123,7 @@ class Bottleneck(Block):
     expansion = 4
 
     @property
-    def own_widths(self) -> tuple[int, ...]:
+    def default_widths(self) -> tuple[int, ...]:
         width = self.filters * self.group_width // 64 * self.groups
         return width, width, self.filters * self.expansion
 
@@ -135,8 +135,8 @@ class Bottleneck(Block):
         y = self.conv(middle, 3, self.strides, groups=self.groups, name="conv2")(y)
         y = norm_relu(self.norm(name="norm2"), y)
         y = self.conv(last, 1, name="conv3")(y)
-        y = self.attend(self.norm(name="norm3", scale_init=self.last_scale)(y))
-        return nn.relu(self.past(x) + self.drop_path(name="drop_path")(y, train=train))
+        y = self.apply_attention(self.norm(name="norm3", scale_init=self.last_scale)(y))
+        return nn.relu(self.apply_shortcut(x) + self.drop_path(name="drop_path")(y, train=train))
 
 
 class PreActBlock(Block):
@@ -149,25 +149,25 @@ class PreActBlock(Block):
     kernel_sizes: Sequence[int] = (3, 3)
 
     @property
-    def own_widths(self) -> tuple[int, ...]:
+    def default_widths(self) -> tuple[int, ...]:
         return (self.filters,) * (len(self.kernel_sizes) - 1) + (self.filters * self.expansion,)
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         y = norm_relu(self.norm(name="norm1"), x)
         # A projection starts from the activated input; an identity is taken from before it.
-        skip = self.past(y) if self.reshapes else x
+        skip = self.apply_shortcut(y) if self.changes_shape else x
         last = len(self.kernel_sizes)
         for i, (features, size) in enumerate(zip(self.features, self.kernel_sizes, strict=True), start=1):
-            strides = self.strides if i == self.strided else 1
+            strides = self.strides if i == self.stride_index else 1
             zero = {"kernel_init": nn.initializers.zeros} if self.zero_init and i == last else {}
             y = self.conv(features, size, strides, name=f"conv{i}", **zero)(y)
             if i < last:
                 y = norm_relu(self.norm(name=f"norm{i + 1}"), y)
-        return skip + self.drop_path(name="drop_path")(self.attend(y), train=train)
+        return skip + self.drop_path(name="drop_path")(self.apply_attention(y), train=train)
 
     @property
-    def strided(self) -> int:
+    def stride_index(self) -> int:
         """Which convolution carries the stride: the first 3x3."""
         return list(self.kernel_sizes).index(3) + 1
 
@@ -354,3 +354,4 @@ MODELS: dict[str, ModuleDef] = {
     "wrn_28_10": wide_resnet(28, 10),
     "wrn_40_2": wide_resnet(40, 2),
 }
+"""Published networks by name: callables that take the fields of `ResNet` and return one."""

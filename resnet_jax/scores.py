@@ -25,9 +25,9 @@ Batch = Any
 Loss = Callable[[PyTree, Batch], jax.Array]
 
 # Per-example gradients that are held at once by `fisher`: 512 MiB of float32.
-AT_ONCE = 1 << 27
+MAX_EXAMPLE_GRADIENTS = 1 << 27
 
-SQUARES = "the gradients are not finite, or overflow when squared"
+NON_FINITE_SQUARES = "the gradients are not finite, or overflow when squared"
 
 
 # --- without data -----------------------------------------------------------------------------------------------------
@@ -68,8 +68,8 @@ def synflow(params: PyTree, *, forward: Callable[[PyTree], jax.Array]) -> PyTree
     Raises:
       ValueError: a score is not finite: R grows exponentially with depth.
     """
-    mend = "if the network overflows float32, scale its input and its output down, which scales all scores alike"
-    return _finite(_synflow(params, forward), "synflow", mend)
+    hint = "if the network overflows float32, scale its input and its output down, which scales all scores alike"
+    return _finite(_synflow(params, forward), "synflow", hint)
 
 
 # --- by gradients -----------------------------------------------------------------------------------------------------
@@ -96,7 +96,7 @@ def taylor(params: PyTree, *, loss: Loss, batches: Iterable[Batch]) -> PyTree:
     Raises:
       ValueError: there are no batches, or a score is not finite.
     """
-    return _finite(_mean(_taylor, params, loss, batches), "taylor", SQUARES)
+    return _finite(_mean(_taylor, params, loss, batches), "taylor", NON_FINITE_SQUARES)
 
 
 def fisher(params: PyTree, *, loss: Loss, batches: Iterable[Batch]) -> PyTree:
@@ -108,7 +108,7 @@ def fisher(params: PyTree, *, loss: Loss, batches: Iterable[Batch]) -> PyTree:
     Raises:
       ValueError: there are no batches, or a score is not finite.
     """
-    return _finite(_mean(_fisher, params, loss, batches), "fisher", SQUARES)
+    return _finite(_mean(_fisher, params, loss, batches), "fisher", NON_FINITE_SQUARES)
 
 
 SCORES: dict[str, Callable[..., PyTree]] = {
@@ -120,6 +120,7 @@ SCORES: dict[str, Callable[..., PyTree]] = {
     "norm_scale": norm_scale,
     "synflow": synflow,
 }
+"""The scores by name: `(params, ...) -> scores`; see each for what it takes besides."""
 
 
 def _float32(x: Any) -> jax.Array:
@@ -149,8 +150,8 @@ def _fisher(params: PyTree, batch: Batch, loss: Loss) -> PyTree:
         return jax.tree.map(lambda t, s: t + s.sum(0), total, jax.vmap(score)(block)), None
 
     size = jax.tree.leaves(batch)[0].shape[0]
-    most = max(1, min(size, AT_ONCE // count(params)))
-    block = next(n for n in range(most, 0, -1) if size % n == 0)
+    limit = max(1, min(size, MAX_EXAMPLE_GRADIENTS // count(params)))
+    block = next(n for n in range(limit, 0, -1) if size % n == 0)
     blocks = jax.tree.map(lambda x: x.reshape(size // block, block, *x.shape[1:]), batch)
     # A sum in a scan, and no `lax.map`: that would return every example's scores, and so hold them all.
     zeros = jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), params)
@@ -166,7 +167,7 @@ def _synflow(params: PyTree, forward: Callable[[PyTree], jax.Array]) -> PyTree:
 
 
 @partial(jax.jit, static_argnums=(0, 3))
-def _of_batch(f: Callable[..., PyTree], params: PyTree, batch: Batch, loss: Loss) -> PyTree:
+def _batch_score(f: Callable[..., PyTree], params: PyTree, batch: Batch, loss: Loss) -> PyTree:
     return f(params, batch, loss)
 
 
@@ -175,16 +176,16 @@ def _mean(f: Callable[..., PyTree], params: PyTree, loss: Loss, batches: Iterabl
     total, number = None, 0
     for batch in batches:
         # Added outside of the compiled function: the first batch's sum would be of another sharding than the others'.
-        of_batch = _of_batch(f, params, batch, loss)
-        total = of_batch if total is None else jax.tree.map(jnp.add, total, of_batch)
+        batch_score = _batch_score(f, params, batch, loss)
+        total = batch_score if total is None else jax.tree.map(jnp.add, total, batch_score)
         number += 1
     if total is None:
         raise ValueError("no batches: scores by gradients need at least one")
     return jax.tree.map(lambda t: t / number, total)
 
 
-def _finite(scores: PyTree, name: str, why: str) -> PyTree:
+def _finite(scores: PyTree, name: str, cause: str) -> PyTree:
     """The scores as they are; a NaN among them would be sorted like any number, and the masks be of chance."""
     if not jax.tree.all(jax.tree.map(lambda s: jnp.isfinite(s).all(), scores)):
-        raise ValueError(f"{name}: scores are not finite: {why}")
+        raise ValueError(f"{name}: scores are not finite: {cause}")
     return scores

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from resnet_jax.tree import PyTree, is_head, leaves, map_with_path
+from resnet_jax.tree import PyTree, abbreviate, is_head, leaves, map_with_path
 
 WRAPPERS = ("module.", "model.", "backbone.")
 
@@ -83,12 +83,6 @@ def canonical(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     return {re.sub(r"^(layer\d+\.\d+)\.shortcut\.", r"\1.downsample.", name): x for name, x in names.items()}
 
 
-def some(names: Iterable[str], limit: int = 3) -> str:
-    """`5: a, b, c, ...`."""
-    names = list(names)
-    return f"{len(names)}: {', '.join(names[:limit])}{', ...' if len(names) > limit else ''}"
-
-
 def has_pooled_shortcuts(names: Iterable[str]) -> bool:
     """Whether shortcuts count an average-pool before their convolution, as timm's "D" nets do."""
     return any(re.fullmatch(r"layer\d+\.\d+\.downsample\.2\..+", name) for name in names)
@@ -115,7 +109,7 @@ def from_torch(state_dict: Mapping[str, Any], variables: PyTree, *, new_head: bo
         source = {name: x for name, x in source.items() if not name.startswith("fc.")}
     missing, shapes, used = [], [], set()
 
-    def take(path: str, leaf: Any) -> Any:
+    def load_leaf(path: str, leaf: Any) -> Any:
         _, _, path = path.partition("/")  # the collection
         if new_head and is_head(path, leaf):
             return leaf
@@ -130,13 +124,13 @@ def from_torch(state_dict: Mapping[str, Any], variables: PyTree, *, new_head: bo
             return leaf
         return jnp.array(x, leaf.dtype)  # a copy: PyTorch may go on to change its own
 
-    taken = map_with_path(take, variables)
+    loaded = map_with_path(load_leaf, variables)
     unexpected = [name for name in source if name not in used]
     problems = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
     if any(problems.values()):
-        listed = "; ".join(f"{what} {some(names)}" for what, names in problems.items() if names)
+        listed = "; ".join(f"{kind} {abbreviate(names)}" for kind, names in problems.items() if names)
         raise ValueError(f"the state dict does not fit the model: {listed}")
-    return taken
+    return loaded
 
 
 def to_torch(variables: PyTree) -> dict[str, np.ndarray]:

@@ -1,13 +1,14 @@
 """Pytrees of parameters: paths, selection by predicate, counts, moving averages."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 PyTree = Any
-Predicate = Callable[[str, jax.Array], bool]  # (path, leaf) -> selected
+Predicate = Callable[[str, jax.Array], bool]
+"""Whether a leaf is selected, by its path (`stage1_block1/conv1/kernel`) and its array."""
 
 
 def path_string(path: tuple[Any, ...]) -> str:
@@ -18,6 +19,12 @@ def path_string(path: tuple[Any, ...]) -> str:
 def leaves(tree: PyTree) -> dict[str, Any]:
     """The leaves by their path, in the tree's order."""
     return {path_string(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def abbreviate(names: Iterable[str], limit: int = 3) -> str:
+    """Names for a message: their number and the first `limit`, `5: a, b, c, ...`."""
+    names = list(names)
+    return f"{len(names)}: {', '.join(names[:limit])}{', ...' if len(names) > limit else ''}"
 
 
 def map_with_path(f: Callable[..., Any], tree: PyTree, *rest: PyTree) -> PyTree:

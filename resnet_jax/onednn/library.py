@@ -38,15 +38,15 @@ class Unavailable(RuntimeError):
 
 def call(name: str, results: Sequence[Any], *operands: jax.Array, **numbers: Any) -> Sequence[jax.Array]:
     """What the handler makes of the operands, in the shapes of `results`; `numbers` are NumPy scalars."""
-    found = jax.ffi.ffi_call(_target(name), tuple(results), vmap_method="sequential")(*operands, **numbers)
+    outputs = jax.ffi.ffi_call(_target(name), tuple(results), vmap_method="sequential")(*operands, **numbers)
     # Under shard_map results vary over whatever an operand varies over, which the call itself does not say.
     axes = frozenset().union(*map(varying_axes, operands))
 
-    def varied(y: jax.Array) -> jax.Array:
+    def cast(y: jax.Array) -> jax.Array:
         missing = tuple(axes - varying_axes(y))
         return jax.lax.pcast(y, missing, to="varying") if missing else y
 
-    return [varied(y) for y in found]
+    return [cast(y) for y in outputs]
 
 
 def workspace(name: str, x: jax.Array | jax.ShapeDtypeStruct) -> int:
@@ -79,10 +79,10 @@ def load() -> ctypes.CDLL:
     Raises:
       Unavailable: not Linux, no compiler, no oneDNN, or they do not fit together.
     """
-    found = _loaded()
-    if isinstance(found, Unavailable):
-        raise Unavailable(*found.args)
-    return found
+    result = _load_once()
+    if isinstance(result, Unavailable):
+        raise Unavailable(*result.args)
+    return result
 
 
 def check(dtype: Any) -> None:
@@ -95,7 +95,7 @@ def check(dtype: Any) -> None:
 
 
 @cache
-def _loaded() -> ctypes.CDLL | Unavailable:
+def _load_once() -> ctypes.CDLL | Unavailable:
     """The handlers, or why there are none: that too is found out once."""
     try:
         return _load()
@@ -106,9 +106,9 @@ def _loaded() -> ctypes.CDLL | Unavailable:
 def _load() -> ctypes.CDLL:
     if sys.platform != "linux":
         raise Unavailable("oneDNN's kernels need Linux")
-    include, library = _find()
+    include, library = _find_library()
     try:
-        handlers = ctypes.CDLL(str(_compiled(include, library)))
+        handlers = ctypes.CDLL(str(_compiled_library(include, library)))
     except OSError as error:
         raise Unavailable(f"the compiled handlers.cc cannot be loaded: {error}") from None
     for name in HANDLERS:
@@ -118,7 +118,7 @@ def _load() -> ctypes.CDLL:
     return handlers
 
 
-def _find() -> tuple[Path, Path]:
+def _find_library() -> tuple[Path, Path]:
     """(folder of oneDNN's headers, its library): beside this Python, else the system's."""
     for root in map(Path, (sysconfig.get_path("data"), sys.prefix, "/usr/local", "/usr")):
         include = root / "include"
@@ -128,29 +128,29 @@ def _find() -> tuple[Path, Path]:
             library = root / folder / "libdnnl.so.3"
             if library.is_file():
                 return include, library
-    how = "pip install onednn-cpu-gomp onednn-devel-cpu-gomp" if os.uname().machine == "x86_64" else "conda has onednn"
-    raise Unavailable(f"oneDNN 3 and its headers are not installed: {how}")
+    hint = "pip install onednn-cpu-gomp onednn-devel-cpu-gomp" if os.uname().machine == "x86_64" else "conda has onednn"
+    raise Unavailable(f"oneDNN 3 and its headers are not installed: {hint}")
 
 
-def _compiled(include: Path, library: Path) -> Path:
-    there = library.stat()
-    said: list[Any] = [
+def _compiled_library(include: Path, library: Path) -> Path:
+    stat = library.stat()
+    inputs: list[Any] = [
         SOURCE.read_text(),
         metadata.version("jaxlib"),
         jax.ffi.include_dir(),
         str(include),
         str(library),
     ]
-    said += [there.st_size, there.st_mtime_ns]
-    name = f"onednn-{hashlib.sha256(repr(said).encode()).hexdigest()[:16]}.so"
+    inputs += [stat.st_size, stat.st_mtime_ns]
+    name = f"onednn-{hashlib.sha256(repr(inputs).encode()).hexdigest()[:16]}.so"
     try:
         target = cache_folder() / name
         if not target.exists():
             target.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-                made = Path(scratch) / name
-                _compile(made, include, library)
-                os.replace(made, target)  # in one piece: two processes may both be at it
+                output = Path(scratch) / name
+                _compile(output, include, library)
+                os.replace(output, target)  # in one piece: two processes may both be at it
     except Unavailable:
         raise
     except (OSError, RuntimeError) as error:  # RuntimeError: there is no home
@@ -158,14 +158,14 @@ def _compiled(include: Path, library: Path) -> Path:
     return target
 
 
-def _compile(made: Path, include: Path, library: Path) -> None:
+def _compile(output: Path, include: Path, library: Path) -> None:
     compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX", ""), "c++", "g++", "clang++"))), None)
     if compiler is None:
         raise Unavailable("compiling handlers.cc needs a C++ compiler: install g++, or name one in CXX")
     flags = ["-std=c++17", "-O2", "-w", "-shared", "-fPIC", f"-I{include}", f"-I{jax.ffi.include_dir()}"]
     link = [str(library), f"-Wl,-rpath,{library.parent}"]
-    command = [compiler, *flags, str(SOURCE), *link, "-o", str(made)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        reason = next((line for line in done.stderr.splitlines() if "error" in line), "it does not say why")
+    command = [compiler, *flags, str(SOURCE), *link, "-o", str(output)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode:
+        reason = next((line for line in result.stderr.splitlines() if "error" in line), "it does not say why")
         raise Unavailable(f"{compiler} cannot compile {SOURCE}: {reason}")

@@ -427,7 +427,7 @@ def test_large_batches_go_in_blocks(name, monkeypatch):
         x["negatives"], columns = np.ones((4096, D), np.float32), 4096
 
     def compile_with(at_once):
-        monkeypatch.setattr(c, "AT_ONCE", at_once)
+        monkeypatch.setattr(c, "MAX_SIMILARITIES", at_once)
         gradient = jax.grad(lambda floats: CASES[name].loss({**x, **floats}).mean())
         traced = jax.jit(gradient).trace({k: v for k, v in x.items() if is_float(v)})
         return str(traced.jaxpr), traced.lower().compile().memory_analysis().temp_size_in_bytes
@@ -495,7 +495,7 @@ def test_sinkhorn_of_any_scores(scores, scale):
 def test_center_moves_towards_the_teacher():
     x = draw(CASES["dino"])
     want = 0.9 * x["center"] + 0.1 * x["teacher"].mean((0, 1))
-    np.testing.assert_allclose(c.centered(x["center"], by_view(x["teacher"])), want, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(c.update_center(x["center"], by_view(x["teacher"])), want, rtol=1e-5, atol=1e-7)
 
 
 # ---- modes -----------------------------------------------------------------------------------------------------------
@@ -552,7 +552,7 @@ def remembered(mode, devices):
         codes = c.sinkhorn(batch["student"], axis_name=axis_name)
         new = {
             "queue": c.enqueue(state["queue"], batch["student"], state["step"], axis_name=axis_name),
-            "center": c.centered(state["center"], by_view(batch["teacher"]), axis_name=axis_name),
+            "center": c.update_center(state["center"], by_view(batch["teacher"]), axis_name=axis_name),
             "codes": mean_over(codes.T @ batch["student"] / len(codes), axis_name),
         }
         return new, mean_over(vary(new, axis_name), axis_name)
@@ -610,6 +610,6 @@ def test_live_center_and_assignment():
     x = draw(CASES["dino"], 16)
     loss = torch_contrastive.DINO(torch.tensor(x["center"]))
     loss(*(torch.tensor(x[k]).unbind(1) for k in ("student", "teacher")))
-    assert_near(np.asarray(c.centered(x["center"], by_view(x["teacher"]))), loss.center[0].numpy(), "center")
+    assert_near(np.asarray(c.update_center(x["center"], by_view(x["teacher"]))), loss.center[0].numpy(), "center")
     codes = torch_contrastive.sinkhorn(torch.tensor(x["student"][:, 0]))
     assert_near(np.asarray(c.sinkhorn(x["student"][:, 0])), codes.numpy(), "codes")

@@ -301,10 +301,10 @@ def test_three_modes(mode, images):
 def fresh(monkeypatch, tmp_path):
     """As in a process that has not loaded oneDNN, with an empty cache."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    library._loaded.cache_clear()
+    library._load_once.cache_clear()
     yield tmp_path
     monkeypatch.undo()
-    library._loaded.cache_clear()
+    library._load_once.cache_clear()
 
 
 def test_without_onednn(fresh, monkeypatch):
@@ -335,10 +335,10 @@ def test_compiler_that_fails(fresh, monkeypatch):
 
 @needs_onednn
 def test_compiled_once(fresh, monkeypatch):
-    include, there = library._find()
-    made = library._compiled(include, there)
+    include, there = library._find_library()
+    made = library._compiled_library(include, there)
     assert made.parent == fresh / "resnet-jax"
     monkeypatch.setattr(subprocess, "run", lambda *a, **k: pytest.fail("compiled again"))
     # That the library has been read since is no change.
     os.utime(there, ns=(time.time_ns(), there.stat().st_mtime_ns))
-    assert library._compiled(include, there) == made
+    assert library._compiled_library(include, there) == made

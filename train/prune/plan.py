@@ -70,14 +70,14 @@ def plan_of(config: PruneConfig, dense: Path, *, source: Path | None, before: Pa
         end = max(round(p.end * steps), 1)
         begin = min(round(p.begin * steps), end - 1)
         if p.schedule == "gradual":
-            return sparsity.gradual(in_step(p, model), final=p.final, begin=begin, end=end, every=p.every)
+            return sparsity.gradual(in_step(p, model), final=p.final, begin_step=begin, end_step=end, every=p.every)
         if p.schedule == "acdc":
             begin = max(begin, 1)  # schedules look at the masks after a step
-            return sparsity.alternating(in_step(p, model), final=p.final, begin=begin, end=end, every=p.every)
+            return sparsity.alternating(in_step(p, model), final=p.final, begin_step=begin, end_step=end, every=p.every)
         if p.schedule in ("rigl", "set"):
             grow = "gradient" if p.schedule == "rigl" else "random"
             prunable = kernels_except(p.exclude)
-            return sparsity.rigl(end=end, every=p.every, fraction=p.fraction, grow=grow, prunable=prunable)
+            return sparsity.rigl(end_step=end, every=p.every, fraction=p.fraction, grow=grow, prunable=prunable)
         return None
 
     def begin(state: TrainState, setup: Setup) -> TrainState:
