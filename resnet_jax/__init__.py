@@ -1,7 +1,7 @@
 """ResNets in JAX/Flax as pure functions: models, augmentations, losses, masks, and one step for three compilers.
 
-The names of `__all__` are the public interface. What shares its name with something common is reached through its
-module: `mix.mix`, `scores.random`, `contrastive.cosine`, `masks.pack`, and the oneDNN kernels in `resnet_jax.onednn`.
+The names in `__all__` are the public interface. Names that would be ambiguous here stay in their modules, such as
+`mix.mix`, `scores.random`, `contrastive.cosine` and `masks.pack`; so do the oneDNN kernels in `resnet_jax.onednn`.
 """
 
 from resnet_jax.augment import (

@@ -1,8 +1,8 @@
 """Random image augmentation as pure functions `(key, image) -> image`.
 
-An image is float32 [H, W, C] in [0, 1] (until `normalize`), a key is a typed `jax.random.key`. A factory takes the
-hyper-parameters and returns such a function, so they compose, and run under jit, vmap, grad and shard_map alike.
-Shapes are static. Resampling weights sum to one only up to rounding: values may leave [0, 1] by about 1e-6.
+An image is float32 [H, W, C] in [0, 1] (until `normalize`), and a key is a typed `jax.random.key`. Each factory takes
+hyperparameters and returns such a function; the functions compose and work under jit, vmap, grad and shard_map. Shapes
+are static. Resampling weights sum to one only up to rounding, so values may leave [0, 1] by about 1e-6.
 """
 
 import math
@@ -33,13 +33,13 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 def identity(key: Key, image: Image) -> Image:
-    """Return the image [H, W, C] as it is."""
+    """Return the image [H, W, C] unchanged."""
     del key
     return image
 
 
 def compose(*augments: Augment) -> Augment:
-    """Apply the augmentations in turn; the i-th draws from `fold_in(key, i)`, so appending changes no other."""
+    """Apply the augmentations in order; the i-th draws from `fold_in(key, i)`, so appending keeps earlier draws."""
 
     def augment(key: Key, image: Image) -> Image:
         for position, step in enumerate(augments):
@@ -50,7 +50,7 @@ def compose(*augments: Augment) -> Augment:
 
 
 def randomly(augment: Augment, p: float = 0.5) -> Augment:
-    """Apply a shape-preserving augmentation with probability `p`, else return the image; both are always computed."""
+    """Apply a shape-preserving augmentation with probability `p`; both outcomes are always computed."""
 
     def augment_or_keep(key: Key, image: Image) -> Image:
         gate, inner = jax.random.split(key)
@@ -60,7 +60,7 @@ def randomly(augment: Augment, p: float = 0.5) -> Augment:
 
 
 def choose(*augments: Augment) -> Augment:
-    """Apply one of the augmentations, drawn uniformly; all must return one shape, and under vmap all are computed."""
+    """Apply one augmentation, drawn uniformly; all must return the same shape, and under vmap all are computed."""
 
     def augment(key: Key, image: Image) -> Image:
         pick, inner = jax.random.split(key)
@@ -70,9 +70,14 @@ def choose(*augments: Augment) -> Augment:
 
 
 def augment_batch(augment: Augment, keys: Key, images: jax.Array) -> jax.Array:
-    """Augment every image with its own key.
+    """Augment each image with its own key.
 
-    keys [B]; images [B, H, W, C], uint8 (scaled to float32 in [0, 1] here) or float32 (used as it is), else TypeError.
+    Args:
+      keys: typed keys [B].
+      images: [B, H, W, C]; uint8 is scaled to float32 in [0, 1], float32 is used as is.
+
+    Raises:
+      TypeError: the images have a different dtype.
     """
     if images.dtype == jnp.uint8:
         images = images.astype(jnp.float32) / 255
@@ -82,9 +87,10 @@ def augment_batch(augment: Augment, keys: Key, images: jax.Array) -> jax.Array:
 
 
 def preprocess_batch(augment: Augment, images: jax.Array) -> jax.Array:
-    """Apply a deterministic augmentation, such as evaluation preprocessing, to images [B, H, W, C] as `augment_batch`.
+    """Apply a deterministic augmentation, such as evaluation preprocessing, to images [B, H, W, C] without keys.
 
-    The result is the same in every call: should the augmentation draw, image i draws from `fold_in(key(0), i)`.
+    Images are scaled as in `augment_batch`. If the augmentation does draw, image i draws from `fold_in(key(0), i)`, so
+    the result is the same in every call.
     """
     return augment_batch(augment, example_keys(jax.random.key(0), jnp.arange(len(images))), images)
 
@@ -93,7 +99,7 @@ def preprocess_batch(augment: Augment, images: jax.Array) -> jax.Array:
 
 
 def normalize(mean: float | Sequence[float] = IMAGENET_MEAN, std: float | Sequence[float] = IMAGENET_STD) -> Augment:
-    """Return `(image - mean) / std`; `mean` and `std` are scalars or one number per channel, for images in [0, 1]."""
+    """Return `(image - mean) / std` for images in [0, 1]; `mean` and `std` are scalars or one value per channel."""
     centre, scale = (np.asarray(value, np.float32).reshape(1, 1, -1) for value in (mean, std))
 
     def augment(key: Key, image: Image) -> Image:
@@ -106,7 +112,7 @@ def normalize(mean: float | Sequence[float] = IMAGENET_MEAN, std: float | Sequen
 
 
 def random_crop(padding: int = 4, *, mode: str = "constant") -> Augment:
-    """Pad by `padding` pixels on every side (`mode`: "constant" = zeros, or "reflect") and crop [H, W, C] at random."""
+    """Pad each side by `padding` pixels (`mode` "constant" means zeros, or "reflect"), then crop [H, W, C] randomly."""
     if mode not in ("constant", "reflect"):
         raise ValueError(f"mode must be 'constant' or 'reflect', got {mode!r}")
 
@@ -119,18 +125,18 @@ def random_crop(padding: int = 4, *, mode: str = "constant") -> Augment:
 
 
 def random_flip(p: float = 0.5) -> Augment:
-    """Mirror the image [H, W, C] left to right with probability `p`."""
+    """Flip the image [H, W, C] horizontally with probability `p`."""
     return randomly(lambda key, image: image[:, ::-1], p)
 
 
 def center_crop(size: Size) -> Augment:
-    """Cut the central `size` (int or (h, w)) out of [H, W, C]; ValueError if the image is smaller."""
+    """Crop the center of [H, W, C] to `size` (int or (h, w)); ValueError if the image is smaller."""
     height, width = _pair(size)
 
     def augment(key: Key, image: Image) -> Image:
         del key
         if height > image.shape[0] or width > image.shape[1]:
-            raise ValueError(f"cannot cut {height}x{width} out of an image of shape {image.shape}")
+            raise ValueError(f"cannot crop {height}x{width} from an image of shape {image.shape}")
         top, left = round((image.shape[0] - height) / 2), round((image.shape[1] - width) / 2)
         return image[top : top + height, left : left + width]
 
@@ -138,7 +144,7 @@ def center_crop(size: Size) -> Augment:
 
 
 def resize(size: Size, *, antialias: bool = True) -> Augment:
-    """Resample [H, W, C] bilinearly to `size` (int = square, or (h, w)); `antialias` averages when shrinking."""
+    """Resample [H, W, C] bilinearly to `size` (int for a square, or (h, w)); `antialias` averages when downsampling."""
     height, width = _pair(size)
 
     def augment(key: Key, image: Image) -> Image:
@@ -157,10 +163,11 @@ def random_resized_crop(
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
     antialias: bool = False,
 ) -> Augment:
-    """Cut a random box and resample it bilinearly to `size` (int or (h, w)), https://arxiv.org/abs/1409.4842.
+    """Crop a random box and resample it bilinearly to `size` (int or (h, w)): https://arxiv.org/abs/1409.4842.
 
-    The box has a share of the area uniform in `scale` and a log-uniform width:height in `ratio`; after ten misfits it
-    is the largest central box that keeps `ratio`, as in torchvision. Without `antialias` shrinking skips pixels.
+    The box covers a fraction of the area uniform in `scale`, with an aspect ratio (width:height) log-uniform in
+    `ratio`. If none of ten draws fits, it is the largest central box that respects `ratio`, as in torchvision. Without
+    `antialias`, downsampling skips pixels.
     """
     height, width = _pair(size)
 
@@ -193,7 +200,7 @@ def _uniform(key: Key, shape: tuple[int, ...], low: ArrayLike, high: ArrayLike) 
 def _random_box(
     key: Key, rows: int, columns: int, scale: tuple[float, float], ratio: tuple[float, float]
 ) -> tuple[jax.Array, ...]:
-    """Draw ten boxes and keep the first that fits: height, width, top, left (whole numbers, float32) and `fits`."""
+    """Draw ten boxes and return the first that fits: height, width, top, left (whole numbers, float32) and `fits`."""
     area_key, ratio_key, place_key = jax.random.split(key, 3)
     area = rows * columns * _uniform(area_key, (10,), *scale)
     aspect = jnp.exp(_uniform(ratio_key, (10,), math.log(ratio[0]), math.log(ratio[1])))
@@ -207,18 +214,18 @@ def _random_box(
 
 
 def _resampling(length: int, start: jax.Array | float, extent: jax.Array | float, size: int, antialias: bool):
-    """Matrix [size, length] that resamples the pixels [start, start + extent) bilinearly to `size`; rows sum to one."""
+    """Return a matrix [size, length] that resamples pixels [start, start + extent) bilinearly; rows sum to one."""
     step = extent / size
     centre = (start + (jnp.arange(size, dtype=jnp.float32) + 0.5) * step - 0.5)[:, None]
     pixel = jnp.arange(length, dtype=jnp.float32)[None]
     weights = jnp.maximum(0.0, 1 - jnp.abs(pixel - centre) / (jnp.maximum(step, 1.0) if antialias else 1.0))
-    # Dropping the pixels outside and dividing by the rest equals repeating the edge of the box.
+    # Dropping pixels outside the box and renormalizing is the same as repeating its edge.
     weights = jnp.where((pixel >= start) & (pixel < start + extent), weights, 0.0)
     return weights / jnp.sum(weights, axis=1, keepdims=True)
 
 
 def _resample(image: Image, rows: jax.Array, columns: jax.Array) -> Image:
-    # The accelerators' default precision would round the pixels to 8 bits of mantissa.
+    # The default precision on accelerators would round pixels to 8 bits of mantissa.
     image = jnp.einsum("xw,hwc->xhc", columns, image, precision="highest")
     return jnp.einsum("yh,xhc->yxc", rows, image, precision="highest")
 
@@ -227,9 +234,9 @@ def _resample(image: Image, rows: jax.Array, columns: jax.Array) -> Image:
 
 
 def cutout(size: Size = 16, *, p: float = 1.0, fill: float = 0.0) -> Augment:
-    """Fill a box of `size` (int or (h, w)) around a random pixel, clipped at the border, with probability `p`.
+    """With probability `p`, fill a box of `size` (int or (h, w)) around a random pixel, clipped at the border.
 
-    https://arxiv.org/abs/1708.04552; apply after `normalize` to fill with the mean, as the paper does.
+    https://arxiv.org/abs/1708.04552. Apply it after `normalize` to fill with the mean, as the paper does.
     """
     height, width = _pair(size)
 
@@ -246,9 +253,10 @@ def random_erasing(
     ratio: tuple[float, float] = (0.3, 3.3),
     value: float = 0.0,
 ) -> Augment:
-    """Fill a random box that lies inside the image, of area share `scale` and log-uniform width:height `ratio`.
+    """With probability `p`, fill a random box inside the image: https://arxiv.org/abs/1708.04896.
 
-    https://arxiv.org/abs/1708.04896; nothing is erased if none of ten boxes fits.
+    The box covers a fraction of the area uniform in `scale`, with an aspect ratio (width:height) log-uniform in
+    `ratio`. Nothing is erased if none of ten draws fits.
     """
 
     def augment(key: Key, image: Image) -> Image:
@@ -260,25 +268,28 @@ def random_erasing(
 
 
 def _box(rows: int, columns: int, height, width, top, left) -> jax.Array:
-    """Boolean [rows, columns, 1], True inside the box."""
+    """Return a boolean [rows, columns, 1] that is True inside the box."""
     y, x = jnp.arange(rows)[:, None, None], jnp.arange(columns)[None, :, None]
     return (y >= top) & (y < top + height) & (x >= left) & (x < left + width)
 
 
 def random_centred_box(key: Key, rows: int, columns: int, height: Any, width: Any) -> jax.Array:
-    """Boolean [rows, columns, 1], True in a box of `height` x `width` pixels around a random one, cut at the border."""
+    """Return a boolean [rows, columns, 1], True in a `height` x `width` box around a random pixel, clipped."""
     y, x = jax.random.randint(key, (2,), 0, np.array([rows, columns]))
     return _box(rows, columns, height, width, y - height // 2, x - width // 2)
 
 
-# --- colour -----------------------------------------------------------------------------------------------------------
+# --- color ------------------------------------------------------------------------------------------------------------
 
 
 def color_jitter(brightness: float = 0.4, contrast: float = 0.4, saturation: float = 0.4, hue: float = 0.1) -> Augment:
-    """Change brightness, contrast, saturation and hue in random order, as torchvision's ColorJitter.
+    """Jitter brightness, contrast, saturation and hue in random order, like torchvision's ColorJitter.
 
-    Factors are uniform in [max(0, 1 - s), 1 + s], the hue shift in [-hue, hue] turns, hue <= 0.5. C is 3, or 1
-    (brightness and contrast only). Every one of the 24 orders is equally likely.
+    Factors are uniform in [max(0, 1 - strength), 1 + strength]; the hue shift is uniform in [-hue, hue] turns, with
+    hue <= 0.5. C is 3, or 1 (brightness and contrast only). All 24 orders are equally likely.
+
+    Raises:
+      ValueError: a strength is negative, or `hue` exceeds 0.5.
     """
     if min(brightness, contrast, saturation, hue) < 0 or hue > 0.5:
         raise ValueError("strengths must not be negative, and hue must not exceed 0.5")
@@ -292,9 +303,9 @@ def color_jitter(brightness: float = 0.4, contrast: float = 0.4, saturation: flo
         turn = jax.random.randint(turn_key, (), 0, 4) if shifts_hue else 3
         planes = [image[..., channel] for channel in range(image.shape[-1])]
 
-        # Brightness, contrast and saturation all blend the image with another: one formula serves any order. The hue
-        # shift comes after `turn` of them: they run before and after it, with factor 1 where it is not their turn.
-        # Without the barriers XLA recomputes every blend for each of its readers, four times slower on a CPU.
+        # Brightness, contrast and saturation all blend the image with a target, so one formula covers any order. The
+        # hue shift follows `turn` of them: all three run before and after it, with factor 1 on the inactive side.
+        # Without the barriers XLA recomputes each blend for every consumer, which is four times slower on a CPU.
         def blend_planes(planes: list[jax.Array], op: jax.Array, factor: jax.Array) -> list[jax.Array]:
             gray = _weighted_sum(planes)
             target = jnp.where(op == 0, 0.0, jnp.where(op == 1, jnp.mean(gray), gray))
@@ -312,19 +323,23 @@ def color_jitter(brightness: float = 0.4, contrast: float = 0.4, saturation: flo
 
 
 def grayscale(p: float = 0.2) -> Augment:
-    """Replace all three channels by the luma (0.2989, 0.587, 0.114) with probability `p`; C = 1 passes unchanged."""
+    """With probability `p`, replace all three channels by the luma (0.2989, 0.587, 0.114); C = 1 stays unchanged."""
     return randomly(lambda key, image: jnp.broadcast_to(luma(image), image.shape), p)
 
 
 def solarize(threshold: float = 0.5, *, p: float = 0.2) -> Augment:
-    """Invert every value that is at least `threshold` (in [0, 1]), with probability `p`."""
+    """With probability `p`, invert every value that is at least `threshold` (in [0, 1])."""
     return randomly(lambda key, image: invert_above(image, threshold), p)
 
 
 def gaussian_blur(sigma: tuple[float, float] = (0.1, 2.0), *, kernel_size: int | None = None) -> Augment:
-    """Blur [H, W, C] with a standard deviation uniform in `sigma` (pixels), reflected at the border.
+    """Blur [H, W, C] with a Gaussian of standard deviation uniform in `sigma` (pixels), reflecting at the border.
 
-    `kernel_size` is odd; by default about a tenth of the image's height, and at least 3 (https://arxiv.org/abs/2002.05709).
+    `kernel_size` is odd; by default it is about a tenth of the image height and at least 3, as in
+    https://arxiv.org/abs/2002.05709.
+
+    Raises:
+      ValueError: `kernel_size` is even.
     """
     if kernel_size is not None and kernel_size % 2 == 0:
         raise ValueError(f"kernel_size must be odd, got {kernel_size}")
@@ -343,9 +358,9 @@ def gaussian_blur(sigma: tuple[float, float] = (0.1, 2.0), *, kernel_size: int |
 
 
 def is_colour(image: Image) -> bool:
-    """Whether the image has three channels rather than one; ValueError for any other number."""
+    """Return whether the image has three channels rather than one; ValueError for any other number."""
     if image.shape[-1] not in (1, 3):
-        raise ValueError(f"a colour operation takes 1 or 3 channels, got an image of shape {image.shape}")
+        raise ValueError(f"color operations take 1 or 3 channels, got an image of shape {image.shape}")
     return image.shape[-1] == 3
 
 
@@ -354,7 +369,7 @@ def _weighted_sum(planes: Sequence[jax.Array]) -> jax.Array:
 
 
 def luma(image: Image) -> jax.Array:
-    """Luma (0.2989, 0.587, 0.114) of an image with 1 or 3 channels, [H, W, 1]."""
+    """Return the luma (0.2989, 0.587, 0.114) of an image with 1 or 3 channels, [H, W, 1]."""
     return _weighted_sum([image[..., channel : channel + 1] for channel in range(3 if is_colour(image) else 1)])
 
 
@@ -372,7 +387,7 @@ def _shift_hue(planes: Sequence[jax.Array], turns: jax.Array) -> list[jax.Array]
     red, green, blue = planes
     value = jnp.maximum(jnp.maximum(red, green), blue)
     chroma = value - jnp.minimum(jnp.minimum(red, green), blue)
-    # Not `value == red`: a compiler that computes `red` twice may round it in two ways.
+    # Not `value == red`: a compiler that computes `red` twice may round it differently each time.
     is_red, is_green = (red >= green) & (red >= blue), green >= blue
     offset = jnp.where(is_red, green - blue, jnp.where(is_green, blue - red, red - green))
     sector = jnp.where(is_red, 0.0, jnp.where(is_green, 2.0, 4.0))

@@ -1,4 +1,4 @@
-"""RandAugment and TrivialAugment: random operations of one table, each at a strength that is set or drawn."""
+"""RandAugment and TrivialAugment: random operations from one table, at a fixed or random strength."""
 
 import jax
 import jax.numpy as jnp
@@ -7,8 +7,8 @@ import numpy as np
 from resnet_jax.augment import Augment, Image, blend, invert_above, is_colour, luma
 from resnet_jax.keys import Key
 
-# The largest strength of every operation: shear (pixels per pixel), shift (pixels), rotation (degrees), change of a
-# blending factor, bits dropped, lowering of the threshold. RandAugment's shifts are shares of the image's side.
+# Maximum strength of each operation: shear (pixels per pixel), translation (pixels), rotation (degrees), change of the
+# blending factor, bits dropped, decrease of the threshold. RandAugment translates by fractions of the image size.
 _WIDE = {
     "identity": 0.0, "shear_x": 0.99, "shear_y": 0.99, "translate_x": 32.0, "translate_y": 32.0, "rotate": 135.0,
     "brightness": 0.99, "color": 0.99, "contrast": 0.99, "sharpness": 0.99,
@@ -26,9 +26,9 @@ _FAMILY = np.array([0, 1, 1, 1, 1, 1, 2, 2, 2, 2, 3, 4, 5, 6])  # index into the
 def trivial_augment(*, num_bins: int = 31, fill: float = 0.0) -> Augment:
     """Apply one of 14 operations at one of `num_bins` strengths, both drawn uniformly (TrivialAugmentWide).
 
-    https://arxiv.org/abs/2103.10158, ranges as in torchvision. C is 1 or 3. Geometry takes the nearest pixel, `fill`
-    beyond the border; posterize and equalize round to 8 bits and have no gradient. Under vmap every family of
-    operations is computed for every image.
+    https://arxiv.org/abs/2103.10158, with torchvision's ranges. C is 1 or 3. Geometric operations use the nearest
+    pixel, and `fill` outside the image; posterize and equalize round to 8 bits and have no gradient. Under vmap, every
+    family of operations is computed for every image.
     """
 
     def augment(key: Key, image: Image) -> Image:
@@ -42,7 +42,7 @@ def trivial_augment(*, num_bins: int = 31, fill: float = 0.0) -> Augment:
 def rand_augment(num_ops: int = 2, magnitude: int = 9, *, num_bins: int = 31, fill: float = 0.0) -> Augment:
     """Apply `num_ops` of 14 operations, drawn uniformly, at strength `magnitude` in [0, num_bins) (RandAugment).
 
-    https://arxiv.org/abs/1909.13719, ranges as in torchvision. C is 1 or 3. Otherwise as `trivial_augment`.
+    https://arxiv.org/abs/1909.13719, with torchvision's ranges. C is 1 or 3. The rest is as in `trivial_augment`.
     """
 
     def augment(key: Key, image: Image) -> Image:
@@ -64,7 +64,7 @@ def _random_op(key: Key, image: Image, maxima: dict[str, float], level: jax.Arra
 
 
 def _apply_op(image: Image, op: jax.Array, strength: jax.Array, fill: float = 0.0) -> Image:
-    """Apply operation number `op` of `_OPS`; families share one computation, because vmap computes every branch."""
+    """Apply operation number `op` of `_OPS`; a family shares one computation because vmap computes every branch."""
     is_colour(image)
     image = jnp.asarray(image)
     families = (
@@ -80,7 +80,7 @@ def _apply_op(image: Image, op: jax.Array, strength: jax.Array, fill: float = 0.
 
 
 def _warp(image: Image, op: jax.Array, strength: jax.Array, fill: float) -> Image:
-    """Shear about the top left corner, shift, or rotate about the centre: one affine map from output to input."""
+    """Shear about the top left corner, translate, or rotate about the center: one affine map from output to input."""
 
     def for_op(name: str, value: jax.Array) -> jax.Array:
         return jnp.where(op == _OPS.index(name), value, 0.0)
@@ -105,7 +105,7 @@ def _enhance(image: Image, op: jax.Array, factor: jax.Array) -> Image:
 
 
 def _smooth(image: Image) -> Image:
-    """The 3x3 filter [[1, 1, 1], [1, 5, 1], [1, 1, 1]] / 13; the border keeps its values."""
+    """Apply the 3x3 filter [[1, 1, 1], [1, 5, 1], [1, 1, 1]] / 13; the border stays unchanged."""
     if min(image.shape[:2]) < 3:
         return image
     rows = image[:-2] + image[1:-1] + image[2:]

@@ -1,7 +1,8 @@
-"""When masks change: schedules around a train step, each a pure `(step, params, grads, masks, key) -> masks`.
+"""Mask schedules: when masks change in training, each a pure function `(step, params, grads, masks, key) -> masks`.
 
-A schedule runs inside the compiled step and is traced once: between its dates it costs a comparison. `step` counts the
-updates done; `grads` are those of all weights, pruned ones too; `masks` are the present ones, which `params` obey.
+A schedule runs inside the compiled step and is traced once; in steps that change nothing it costs a comparison. `step`
+is the number of updates done, `grads` include those of pruned weights, and `masks` are the current ones, already
+applied to `params`.
 """
 
 from collections.abc import Callable
@@ -16,17 +17,17 @@ from resnet_jax.tree import Predicate, PyTree, abbreviate, is_kernel, leaves, ma
 
 
 class MaskSchedule(Protocol):
-    """A schedule: see the module."""
+    """Pure function `(step, params, grads, masks, key) -> masks`; see the module."""
 
     def __call__(self, step: jax.Array, params: PyTree, grads: PyTree, masks: PyTree, key: jax.Array) -> PyTree: ...
 
 
 MaskFn = Callable[[PyTree, PyTree, PyTree, jax.Array, jax.Array], PyTree]
-"""`(params, grads, masks, key, sparsity) -> masks`: scores, then `make_masks` or `channel_masks`."""
+"""`(params, grads, masks, key, sparsity) -> masks`: computes scores, then calls `make_masks` or `channel_masks`."""
 
 
 def cubic_sparsity(step: jax.Array, *, begin_step: int, end_step: int, final: float, initial: float = 0.0) -> jax.Array:
-    """From `initial` at `begin_step` to `final` at `end_step`, fast at first: https://arxiv.org/abs/1710.01878."""
+    """Interpolate from `initial` at `begin_step` to `final` at `end_step`, fast at first: https://arxiv.org/abs/1710.01878."""
     progress = jnp.clip((step - begin_step) / max(end_step - begin_step, 1), 0.0, 1.0)
     return final + (initial - final) * (1 - progress) ** 3
 
@@ -34,7 +35,7 @@ def cubic_sparsity(step: jax.Array, *, begin_step: int, end_step: int, final: fl
 def gradual(
     mask_fn: MaskFn, *, final: float, begin_step: int, end_step: int, every: int, initial: float = 0.0
 ) -> MaskSchedule:
-    """Prune more and more: every `every` steps from `begin_step`, and for the last time at `end_step`.
+    """Prune gradually, every `every` steps from `begin_step` and for the last time at `end_step`.
 
     The sparsity follows `cubic_sparsity`: https://arxiv.org/abs/1710.01878.
     """
@@ -48,9 +49,10 @@ def gradual(
 
 
 def alternating(mask_fn: MaskFn, *, final: float, begin_step: int, end_step: int, every: int) -> MaskSchedule:
-    """AC/DC: pruned and dense for `every` steps each, from `begin_step` (1 or later); pruned for good at `end_step`.
+    """Alternate between sparse and dense phases of `every` steps (AC/DC): https://arxiv.org/abs/2106.12379.
 
-    https://arxiv.org/abs/2106.12379. Dense phases free every weight that has a mask, whatever pruned it.
+    The first sparse phase begins at `begin_step` (1 or later); from `end_step` on, the network stays sparse. A dense
+    phase frees all weights that have a mask, whatever pruned them.
     """
 
     def remask(step: jax.Array, params: PyTree, grads: PyTree, masks: PyTree, key: jax.Array) -> PyTree:
@@ -71,16 +73,16 @@ def alternating(mask_fn: MaskFn, *, final: float, begin_step: int, end_step: int
 def rigl(
     *, end_step: int, every: int, fraction: float = 0.3, grow: str = "gradient", prunable: Predicate = is_kernel
 ) -> MaskSchedule:
-    """Drop the smallest weights of each leaf and grow as many others, every `every` steps until `end_step`.
+    """Drop the smallest weights of each leaf and grow the same number elsewhere, every `every` steps until `end_step`.
 
     Args:
-      fraction: share of a leaf's weights replaced at first, in (0, 1); it falls to 0 at `end_step` by a cosine.
-      grow: `gradient`, where the gradient is largest: RigL, https://arxiv.org/abs/1911.11134; or `random`: SET,
-        https://arxiv.org/abs/1707.04780. What grows starts at zero; what is dropped does not return in the same update.
-      prunable: the leaves in which weights move; other masks stay.
+      fraction: the fraction of a leaf's weights replaced at first, in (0, 1); it decays to 0 at `end_step` by a cosine.
+      grow: `gradient` grows where the gradient is largest (RigL, https://arxiv.org/abs/1911.11134), `random` anywhere
+        (SET, https://arxiv.org/abs/1707.04780). New weights start at zero; dropped ones do not return in that update.
+      prunable: the leaves whose weights move; other masks stay unchanged.
 
-    Raises (when called):
-      ValueError: no such leaf has a mask.
+    Raises:
+      ValueError: `grow` is unknown; or, when the schedule is called, no prunable leaf has a mask.
     """
     if grow not in ("gradient", "random"):
         raise ValueError(f"unknown growth {grow!r}; choose gradient or random")
@@ -114,11 +116,11 @@ def _replace(
 ) -> PyTree:
     weights = leaves(params)
     growth_scores = leaves(grads if grow == "gradient" else random(params, key=key))
-    # As many weights grow in a leaf as are dropped from it, at most as many as it has free places.
+    # A leaf grows as many weights as it drops, limited by the number of pruned ones.
     active = jnp.stack([m.sum(dtype=jnp.int32) for m in movable.values()])
     free = jnp.array([m.size for m in movable.values()], jnp.int32) - active
     count = jnp.minimum(jnp.floor(share * active).astype(jnp.int32), free)
-    # What is dropped is still masked in here, so that it cannot grow back in the same update.
+    # Growth ranks only weights that were pruned before, so dropped weights cannot return in the same update.
     each = list(range(len(movable)))
     kept = largest([sortable(jnp.abs(weights[path]), m) for path, m in movable.items()], active - count, each)
     grown = largest([sortable(jnp.abs(growth_scores[path]), ~m) for path, m in movable.items()], count, each)

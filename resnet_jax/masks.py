@@ -1,7 +1,7 @@
-"""Masks over parameters: boolean trees shaped like them, with a 0-d True where a leaf is never pruned.
+"""Masks over parameters: boolean trees with their structure, and a 0-d True for each leaf that is never pruned.
 
-Scores in (`resnet_jax.scores`), masks out: `make_masks` works on any tree of parameters, keeps exact numbers (of equal
-scores the earlier), and takes a traced sparsity, so that a schedule (`resnet_jax.mask_schedules`) compiles once.
+`make_masks` turns scores (`resnet_jax.scores`) into masks. It works on any parameter tree, prunes exact counts (ties
+keep the lower index), and takes a traced sparsity, so that a schedule (`resnet_jax.mask_schedules`) compiles once.
 """
 
 import math
@@ -20,22 +20,22 @@ Share = float | jax.Array
 
 
 def no_masks(params: PyTree) -> PyTree:
-    """Masks that keep everything: 0-d True for every leaf, which costs nothing to hold or to apply."""
+    """Return masks that keep everything: 0-d True for each leaf, which is free to store and to apply."""
     return jax.tree.map(lambda _: jnp.ones((), bool), params)
 
 
 def full_masks(params: PyTree, prunable: Predicate = is_kernel) -> PyTree:
-    """Masks that keep everything and can prune what is `prunable`: True in its shape, 0-d True elsewhere."""
+    """Return masks that keep everything: True in the shape of each `prunable` leaf, 0-d True elsewhere."""
     return map_with_path(lambda path, x: jnp.ones(x.shape if prunable(path, x) else (), bool), params)
 
 
 def apply_masks(params: PyTree, masks: PyTree) -> PyTree:
-    """Zero where a mask is False; shapes and dtypes stay."""
+    """Set parameters to zero where a mask is False; shapes and dtypes are unchanged."""
     return jax.tree.map(lambda p, m: jnp.where(m, p, jnp.zeros((), p.dtype)), params, masks)
 
 
 def kernels_except(patterns: Sequence[str]) -> Predicate:
-    """A predicate: kernels (`is_kernel`) whose path matches none of these regular expressions (`re.search`)."""
+    """Return a predicate for kernels (`is_kernel`) whose path matches none of the regular expressions (`re.search`)."""
     return lambda path, leaf: is_kernel(path, leaf) and not any(re.search(pattern, path) for pattern in patterns)
 
 
@@ -48,25 +48,25 @@ def make_masks(
     structure: str = "unstructured",
     masks: PyTree | None = None,
 ) -> PyTree:
-    """Masks that keep the highest scores.
+    """Return masks that keep the highest scores.
 
     Args:
-      scores: a tree like the parameters', real values, higher is more important.
-      sparsity: the share of what is prunable to remove, in [0, 1), may be traced; or a share for each prunable path,
-        which then hold instead of a scope.
-      prunable: which leaves.
-      scope: `global`, one ranking over all leaves; `uniform`, the same share of every leaf; `erk`, shares by the
-        Erdos-Renyi-kernel rule (https://arxiv.org/abs/1911.11134); `lamp`, one ranking of scores made comparable
-        between leaves (https://arxiv.org/abs/2010.07611).
-      structure: `unstructured`; `N:M`, at least N of each M inputs kept, in groups along the last axis but one; or
-        `RxC`, blocks of R inputs by C outputs (the last two axes), scored by their sums. N:M knows no scope: it keeps
-        max(N, round(M * (1 - sparsity))) in every group.
-      masks: earlier masks, whose pruned weights stay pruned and count as pruned.
+      scores: a tree with the structure of the parameters; real values, higher means more important.
+      sparsity: the fraction of prunable weights to remove, in [0, 1), may be traced; or a fraction for each prunable
+        path, which replaces the scope.
+      prunable: the leaves to prune; scalars are never pruned.
+      scope: `global` ranks all leaves together; `uniform` removes the same fraction of each leaf; `erk` sets fractions
+        by the Erdos-Renyi-kernel rule (https://arxiv.org/abs/1911.11134); `lamp` ranks all leaves together after
+        making their scores comparable (https://arxiv.org/abs/2010.07611).
+      structure: `unstructured`; `N:M` keeps at least N of every M inputs, in groups along the second to last axis;
+        `RxC` prunes blocks of R inputs by C outputs (the last two axes), scored by their sums. N:M ignores the scope
+        and keeps max(N, round(M * (1 - sparsity))) in each group.
+      masks: previous masks; the weights they prune stay pruned and count as pruned.
 
     Raises:
-      ValueError: a sparsity outside of [0, 1), nothing that is prunable, a structure that does not divide a leaf.
+      ValueError: a sparsity is outside [0, 1), no leaf is prunable, or the structure does not divide a leaf.
     """
-    # Check everything that does not depend on values, so that a bad argument fails before anything is traced.
+    # Validate at trace time: none of these checks depends on the scores' values.
     candidates = {path: x for path, x in leaves(scores).items() if x.ndim and prunable(path, x)}
     if not candidates:
         raise ValueError(
@@ -85,7 +85,7 @@ def make_masks(
     kind, *size = structure_of(structure)
     block = size if kind == "block" else (1, 1)
 
-    # Rank blocks, not weights: one key for each block, and the lowest key of all for what is pruned already.
+    # Compute one sort key per block (a single weight if unstructured); blocks that are already pruned get the lowest.
     previous = {} if masks is None else {p: m for p, m in leaves(masks).items() if p in candidates and m.ndim}
     keys = {}
     for path, x in candidates.items():
@@ -93,23 +93,23 @@ def make_masks(
         alive = _block_sums(previous[path], block) > 0 if path in previous else True
         keys[path] = sortable(_lamp(x) if scope == "lamp" else x, alive)
 
-    # N:M counts inside each group of inputs; everything else counts over one leaf or over all of them.
+    # N:M selects within each group of inputs; the other structures select within a leaf or over all leaves.
     if kind == "n:m":
         kept = {path: _n_of_m(key, shares[path], *size) for path, key in keys.items()}
     else:
         kept = _largest_in_scope(keys, {path: candidates[path].shape for path in keys}, sparsity, shares, scope)
 
-    # Bring blocks back to the weights' shape. Single weights inside a kept block may have been pruned before.
+    # Expand blocks to weights; single weights inside a kept block may have been pruned before.
     new = {path: _repeat_blocks(x, block) & previous.get(path, True) for path, x in kept.items()}
     default = jax.tree.map(lambda _: jnp.ones((), bool), scores) if masks is None else masks
     return map_with_path(lambda path, _, mask: new.get(path, mask), scores, default)
 
 
 def structure_of(name: str) -> tuple[str, int, int]:
-    """(`n:m`, N, M) or (`block`, rows, columns) for the name of a structure; `unstructured` are blocks of one.
+    """Parse the name of a structure: (`n:m`, N, M), or (`block`, rows, columns), which are 1, 1 if unstructured.
 
     Raises:
-      ValueError: no such structure.
+      ValueError: the structure is unknown.
     """
     if name == "unstructured":
         return "block", 1, 1
@@ -121,24 +121,24 @@ def structure_of(name: str) -> tuple[str, int, int]:
 
 
 def check_structure(arrays: Mapping[str, jax.Array], structure: str) -> None:
-    """Refuse a structure that does not divide one of these leaves.
+    """Check that a structure divides each of these leaves.
 
     Raises:
-      ValueError: that, naming the leaf.
+      ValueError: it does not; the message names the leaf.
     """
     kind, first, second = structure_of(structure)
     rows, columns = (second, 1) if kind == "n:m" else (first, second)
     for path, x in arrays.items():
         if rows * columns > 1 and (x.ndim < 2 or x.shape[-2] % rows or x.shape[-1] % columns):
             shape = "x".join(map(str, x.shape))
-            raise ValueError(f"{structure} does not divide {path} of shape {shape}, whose inputs and outputs come last")
+            raise ValueError(f"{structure} does not divide {path} of shape {shape} (inputs, outputs last)")
 
 
 def erk_shares(shapes: Sequence[Sequence[int]], sparsity: Share) -> jax.Array:
-    """The share to remove of each leaf, float32 [L]: Erdos-Renyi-kernel, https://arxiv.org/abs/1911.11134.
+    """Return the sparsity of each leaf, float32 [L], by the Erdos-Renyi-kernel rule: https://arxiv.org/abs/1911.11134.
 
-    A leaf's density is proportional to (sum of its dimensions) / (their product), at most 1, so that all leaves
-    together keep the share `1 - sparsity`.
+    The density of a leaf is proportional to (sum of its dimensions) / (their product), at most 1, and all leaves
+    together have density `1 - sparsity`.
     """
     sizes = jnp.array([math.prod(shape) for shape in shapes], jnp.float32)
     raw = jnp.array([sum(shape) / math.prod(shape) for shape in shapes], jnp.float32)
@@ -148,22 +148,24 @@ def erk_shares(shapes: Sequence[Sequence[int]], sparsity: Share) -> jax.Array:
         rest = jnp.where(dense, 0, raw * sizes).sum()
         return jnp.where(dense, 1.0, raw * (target - jnp.where(dense, sizes, 0).sum()) / jnp.maximum(rest, 1e-9))
 
-    # Whoever would be more than dense is dense, which leaves more to the others: at most L rounds of it.
+    # Clamp layers whose density exceeds 1 and redistribute; this converges in at most L rounds.
     start = jnp.zeros(len(shapes), bool)
     dense = jax.lax.fori_loop(0, len(shapes), lambda _, dense: dense | (density(dense) > 1), start)
     return 1 - density(dense)
 
 
 def largest(keys: Sequence[jax.Array], counts: jax.Array, group: Sequence[int]) -> list[jax.Array]:
-    """Boolean arrays that are True at the `counts[g]` largest keys of each group of arrays; the earlier of equal ones.
+    """Return boolean arrays that are True at the `counts[g]` largest keys of each group; ties keep the lower index.
 
-    By bisection over the bits of keys, then of positions: passes that count, no sort, and counts may be traced.
+    Bisects over the bits of the keys, then of the positions. Each pass only counts, so nothing is sorted and `counts`
+    may be traced.
 
     Args:
       keys: uint32 arrays of any shape.
       counts: int32 [G].
-      group: which group, in [0, G), each array belongs to.
+      group: the group, in [0, G), of each array.
     """
+    # Number the elements of each group consecutively over its arrays: positions break ties.
     sums = np.zeros((len(counts), len(keys)), np.int32)
     sums[list(group), np.arange(len(keys))] = 1
     starts = np.zeros(len(keys), np.uint32)
@@ -179,7 +181,7 @@ def largest(keys: Sequence[jax.Array], counts: jax.Array, group: Sequence[int]) 
         return (jnp.asarray(sums) * jnp.stack([test.sum(dtype=jnp.int32) for test in tests])[None]).sum(1)
 
     def largest_value(condition: Callable[[jax.Array], jax.Array]) -> jax.Array:
-        """The largest uint32 [G] for which `condition` still holds; it must hold up to some value."""
+        """Return the largest uint32 [G] that satisfies `condition`, which must hold up to some value and not beyond."""
 
         def bit(i: jax.Array, value: jax.Array) -> jax.Array:
             higher = value | (jnp.uint32(1) << (jnp.uint32(31) - i.astype(jnp.uint32)))
@@ -187,11 +189,12 @@ def largest(keys: Sequence[jax.Array], counts: jax.Array, group: Sequence[int]) 
 
         return jax.lax.fori_loop(0, 32, bit, jnp.zeros(len(counts), jnp.uint32))
 
+    # Everything above the threshold is kept; ties at the threshold fill the remaining places.
     threshold = largest_value(lambda t: group_counts([k >= t[g] for k, g in zip(keys, group, strict=True)]) >= counts)
     above = [key > threshold[g] for key, g in zip(keys, group, strict=True)]
     equal = [key == threshold[g] for key, g in zip(keys, group, strict=True)]
     missing = counts - group_counts(above)
-    # The last position that may not be taken yet with so many of the equal ones before it.
+    # Largest cutoff that admits at most `missing` tied entries.
     end = largest_value(
         lambda c: group_counts([e & (p < c[g]) for e, p, g in zip(equal, positions, group, strict=True)]) <= missing
     )
@@ -199,7 +202,7 @@ def largest(keys: Sequence[jax.Array], counts: jax.Array, group: Sequence[int]) 
 
 
 def sortable(x: jax.Array, alive: jax.Array | bool = True) -> jax.Array:
-    """uint32 in the order of float32 values, for `largest`; 0, below all of them, where `alive` is False."""
+    """Map float32 values to uint32 keys in the same order, for `largest`; 0, below all others, where not `alive`."""
     bits = jax.lax.bitcast_convert_type(jnp.where(x == 0, 0.0, x.astype(jnp.float32)), jnp.uint32)  # -0 is 0
     return jnp.where(alive, jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31)), jnp.uint32(0))
 
@@ -224,9 +227,9 @@ def _largest_in_scope(
 
 
 def _lamp(x: jax.Array) -> jax.Array:
-    """Squares over the sum of all squares that are not smaller, https://arxiv.org/abs/2010.07611."""
-    x = jnp.ldexp(x, -jnp.frexp(jnp.abs(x).max())[1])  # a power of two, so that squares neither vanish nor overflow
-    # Ascending; of equal ones the later first, so that the earlier is kept.
+    """Divide squared scores by the sum of all squares that are not smaller: https://arxiv.org/abs/2010.07611."""
+    x = jnp.ldexp(x, -jnp.frexp(jnp.abs(x).max())[1])  # a power of two: squares neither underflow nor overflow
+    # Ascending, with ties in descending index so that the lower index is kept.
     order = x.size - 1 - jnp.argsort(x.ravel()[::-1], stable=True)
     squares = jnp.square(x.ravel()[order])
     rest = jnp.cumsum(squares[::-1])[::-1]
@@ -234,7 +237,7 @@ def _lamp(x: jax.Array) -> jax.Array:
 
 
 def _n_of_m(key: jax.Array, sparsity: Share, n: int, m: int) -> jax.Array:
-    """True at the largest keys of each m along the last axis but one."""
+    """Return True at the largest keys of each group of m along the second to last axis."""
     groups = jnp.moveaxis(key, -2, -1).reshape(*key.shape[:-2], key.shape[-1], -1, m)
     own, other = groups[..., :, None], groups[..., None, :]
     before = jnp.tril(jnp.ones((m, m), bool), -1).reshape((1,) * (groups.ndim - 1) + (m, m))
@@ -244,7 +247,7 @@ def _n_of_m(key: jax.Array, sparsity: Share, n: int, m: int) -> jax.Array:
 
 
 def _block_sums(x: jax.Array, block: Sequence[int]) -> jax.Array:
-    """Sums over blocks of the last two axes."""
+    """Sum over blocks of the last two axes."""
     rows, columns = block
     if rows * columns == 1:
         return x
@@ -253,44 +256,45 @@ def _block_sums(x: jax.Array, block: Sequence[int]) -> jax.Array:
 
 
 def _repeat_blocks(x: jax.Array, block: Sequence[int]) -> jax.Array:
-    """The inverse of `_block_sums` for masks: each value repeated over its block."""
+    """Repeat each value over its block, which brings masks of blocks to the shape of the weights."""
     rows, columns = block
     return x if rows * columns == 1 else jnp.repeat(jnp.repeat(x, rows, -2), columns, -1)
 
 
 def sparsity_of(masks: PyTree) -> jax.Array:
-    """The share of prunable weights that masks prune, float32 scalar in [0, 1]; 0 where nothing is prunable."""
+    """Return the fraction of prunable weights that are pruned, a float32 scalar in [0, 1]; 0 if none is prunable."""
     prunable = [m for m in jax.tree.leaves(masks) if m.ndim]
     size = sum(m.size for m in prunable)
     return jnp.asarray(sum((~m).sum(dtype=jnp.float32) for m in prunable) / size if size else 0.0, jnp.float32)
 
 
 def check_masks(masks: PyTree, params: PyTree) -> None:
-    """Refuse masks that are not these parameters', or that leave nothing of a leaf.
+    """Check that masks fit these parameters and leave something of each leaf.
 
     Raises:
-      ValueError: that, naming the first such leaf.
+      ValueError: they do not; the message names the first such leaf.
     """
     arrays, masks = leaves(params), leaves(masks)
     for path in sorted(arrays.keys() ^ masks.keys()):
-        raise ValueError(f"masks of another model: {path} is only in the {'model' if path in arrays else 'masks'}")
+        place = "model" if path in arrays else "masks"
+        raise ValueError(f"the masks come from a different model: {path} is only in the {place}")
     for path, mask in masks.items():
         if mask.ndim and mask.shape != arrays[path].shape:
-            raise ValueError(f"masks of another model: {path} is {mask.shape} there, {arrays[path].shape} in the model")
+            raise ValueError(f"the masks come from a different model: {path} is {mask.shape}, not {arrays[path].shape}")
         if not np.asarray(mask).any():
             raise ValueError(f"nothing would be left of {path}: lower the sparsity, or exclude it")
 
 
 def pack(masks: PyTree) -> PyTree:
-    """Eight masks' values a byte, NumPy uint8 [ceil(size / 8)] leaves; a 0-d leaf stays as it is. On the host."""
+    """Pack masks into bits on the host: NumPy uint8 [ceil(size / 8)] leaves; 0-d leaves stay as they are."""
     return jax.tree.map(lambda m: np.packbits(np.asarray(m)) if m.ndim else np.asarray(m), masks)
 
 
 def unpack(packed: PyTree, params: PyTree) -> PyTree:
-    """The inverse of `pack`, given arrays (or their shapes) that the masks belong to.
+    """Invert `pack`, given the arrays (or shapes) that the masks belong to.
 
     Raises:
-      ValueError: a leaf of another size.
+      ValueError: a leaf has a different size.
     """
 
     def unpack_leaf(path: str, x: np.ndarray, bits: np.ndarray) -> np.ndarray:
@@ -298,7 +302,7 @@ def unpack(packed: PyTree, params: PyTree) -> PyTree:
             return bits
         if bits.size != -(-math.prod(x.shape) // 8):
             raise ValueError(
-                f"masks of another model: {path} has {bits.size * 8} bits for {math.prod(x.shape)} weights"
+                f"the masks come from a different model: {path} has {bits.size * 8} bits, not {math.prod(x.shape)}"
             )
         return np.unpackbits(bits, count=math.prod(x.shape)).astype(bool).reshape(x.shape)
 

@@ -1,7 +1,7 @@
-"""Residual networks as pure Flax modules, and the table of published ones.
+"""Residual networks as pure Flax modules, and a table of published ones.
 
-`MODELS["resnet50"](num_classes=1000)` is a `ResNet` whose parameter count and logits equal torchvision's (V1.5) for the
-same weights. Everything that varies between members of the family is a block, a stem, a shortcut or an integer.
+`MODELS["resnet50"](num_classes=1000)` is a `ResNet` whose parameter count and, given the same weights, logits equal
+torchvision's (V1.5). Members of the family differ only in blocks, stems, shortcuts and integers.
 """
 
 from collections.abc import Sequence
@@ -35,13 +35,14 @@ from resnet_jax.layers import (
 
 
 class Block(nn.Module):
-    """What residual blocks have in common: their fields, and the way past them.
+    """Base class of residual blocks: shared fields and the shortcut.
 
-    `filters` is the stage's nominal width; a block puts out `filters * expansion` channels. `widths` are the output
-    channels of its convolutions in turn, the last one's those of the block, where they are not `default_widths` because
-    the network has been pruned. The shortcut is a module only where the nominal shape changes: from `in_channels`,
-    those of the whole network. `attention()` ends the residual branch; `zero_init` starts it at zero
-    (https://arxiv.org/abs/1706.02677).
+    Attributes:
+      filters: nominal width of the stage; a block outputs `filters * expansion` channels.
+      in_channels: input channels before any pruning; with `strides` they decide whether the shortcut is a module.
+      attention: module at the end of the residual branch, or None.
+      zero_init: start the residual branch at zero, https://arxiv.org/abs/1706.02677.
+      widths: output channels of each convolution in order, if pruning has changed them from `default_widths`.
     """
 
     filters: int
@@ -59,7 +60,7 @@ class Block(nn.Module):
 
     @property
     def default_widths(self) -> tuple[int, ...]:
-        """Output channels of each convolution before any pruning."""
+        """Output channels of each convolution before pruning."""
         raise NotImplementedError
 
     @property
@@ -67,7 +68,7 @@ class Block(nn.Module):
         """Output channels of each convolution.
 
         Raises:
-          ValueError: `widths` are not one for each convolution.
+          ValueError: `widths` does not have one entry per convolution.
         """
         default = self.default_widths
         if self.widths is not None and len(self.widths) != len(default):
@@ -76,11 +77,11 @@ class Block(nn.Module):
 
     @property
     def changes_shape(self) -> bool:
-        """Whether the shape changes; a pruned network, where counts may coincide, keeps its shortcuts' kind."""
+        """Whether the shape changes before pruning; a pruned network keeps the kind of its shortcuts."""
         return self.strides > 1 or self.in_channels != self.filters * self.expansion
 
     def apply_shortcut(self, x: jax.Array) -> jax.Array:
-        """The shortcut: [B, H, W, C] to [B, H / strides, W / strides, features[-1]]."""
+        """Apply the shortcut, [B, H, W, C] to [B, H / strides, W / strides, features[-1]]."""
         if not self.changes_shape:
             return x
         return self.shortcut(self.features[-1], self.strides, conv=self.conv, norm=self.norm, name="shortcut")(x)
@@ -111,9 +112,9 @@ class BasicBlock(Block):
 
 
 class Bottleneck(Block):
-    """1x1, 3x3, 1x1 with the stride on the 3x3: "V1.5", as torchvision's.
+    """1x1, 3x3 and 1x1 convolutions with the stride on the 3x3 ("V1.5"), like torchvision.
 
-    `groups` and `group_width` make it ResNeXt (https://arxiv.org/abs/1611.05431) or a wide ResNet
+    `groups` and `group_width` turn it into ResNeXt (https://arxiv.org/abs/1611.05431) or a wide ResNet
     (https://arxiv.org/abs/1605.07146): the 3x3 has `filters * group_width / 64 * groups` channels.
     """
 
@@ -140,9 +141,9 @@ class Bottleneck(Block):
 
 
 class PreActBlock(Block):
-    """Norm and ReLU before each convolution, nothing after the sum, https://arxiv.org/abs/1603.05027.
+    """Norm and ReLU before each convolution, and nothing after the sum: https://arxiv.org/abs/1603.05027.
 
-    A convolution ends the branch, so `zero_init` zeroes its kernel: a zero scale before a ReLU would never move.
+    The branch ends in a convolution: `zero_init` zeroes its kernel, as a zero scale before a ReLU gets no gradient.
     """
 
     shortcut: ModuleDef = PlainProjection
@@ -155,7 +156,7 @@ class PreActBlock(Block):
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         y = norm_relu(self.norm(name="norm1"), x)
-        # A projection starts from the activated input; an identity is taken from before it.
+        # A projection takes the activated input; an identity takes the input itself.
         skip = self.apply_shortcut(y) if self.changes_shape else x
         last = len(self.kernel_sizes)
         for i, (features, size) in enumerate(zip(self.features, self.kernel_sizes, strict=True), start=1):
@@ -168,12 +169,12 @@ class PreActBlock(Block):
 
     @property
     def stride_index(self) -> int:
-        """Which convolution carries the stride: the first 3x3."""
+        """Number of the convolution that has the stride, counted from 1: the first 3x3."""
         return list(self.kernel_sizes).index(3) + 1
 
 
 class PreActBottleneck(PreActBlock):
-    """The pre-activation bottleneck, https://arxiv.org/abs/1603.05027, with the stride on the 3x3."""
+    """Pre-activation bottleneck with the stride on the 3x3, https://arxiv.org/abs/1603.05027."""
 
     kernel_sizes: Sequence[int] = (1, 3, 1)
 
@@ -181,41 +182,42 @@ class PreActBottleneck(PreActBlock):
 
 
 def split_widths(widths: Sequence[int] | None, blocks: int) -> tuple[int | None, list[Sequence[int] | None]]:
-    """The stem's part of `ResNet.widths` and each block's; None where they are the model's own.
+    """Split `ResNet.widths` into the stem's and each block's; None stands for the default widths.
 
     Raises:
-      ValueError: they cannot be one of the stem and as many of each block.
+      ValueError: the number of widths is not one for the stem plus the same number for each block.
     """
     if widths is None:
         return None, [None] * blocks
     each, rest = divmod(len(widths) - 1, blocks)
     if each < 1 or rest:
-        raise ValueError(f"widths are one of the stem and as many of each of {blocks} blocks, got {len(widths)}")
+        raise ValueError(f"widths: 1 for the stem and the same number for each of {blocks} blocks, got {len(widths)}")
     return widths[0], [widths[i : i + each] for i in range(1, len(widths), each)]
 
 
 class ResNet(nn.Module):
-    """A residual network: images [B, H, W, C] to float32 logits [B, num_classes], or features if that is None.
+    """Residual network: images [B, H, W, C] to float32 logits [B, num_classes], or to features if that is None.
 
-    Images are float, normalised. Parameters, batch statistics, pooling and head are float32; convolutions compute in
+    Images are float and normalized. Parameters, batch statistics, pooling and head are float32; convolutions compute in
     `dtype`. `train=True` uses and updates batch statistics (`mutable=["batch_stats"]`) and, with `drop_path` > 0,
     draws from `rngs={"drop_path": key}`.
 
     Attributes:
-      stage_sizes: blocks in each stage; every stage after the first halves the resolution.
+      stage_sizes: number of blocks per stage; each stage after the first halves the resolution.
       block: a `Block`, or a `functools.partial` of one.
-      num_classes: size of the head; None ends at the pooled features [B, C].
-      width: channels of the first stage, doubled by each further one.
-      stem: `ImageNetStem`, `CifarStem`, `DeepStem`, ...; `stem_width` are its channels, `width` if None.
-      final: what follows the last stage: `NormAct` in pre-activation nets.
-      drop_path: stochastic depth of the last block, in [0, 1); it grows linearly from 0 at the first.
+      num_classes: output size of the head; None returns the pooled features [B, C].
+      width: channels of the first stage; each further stage doubles them.
+      stem: `ImageNetStem`, `CifarStem`, `DeepStem`, ...
+      stem_width: channels of the stem; None means `width`.
+      final: module after the last stage, `NormAct` in pre-activation networks.
+      drop_path: drop rate of the last block, in [0, 1), for stochastic depth; it grows linearly from 0 at the first.
       zero_init: start each residual branch at zero.
-      dtype: of convolutions, norms and activations.
-      axis_name: the axis that the batch is split over under `pmap` or `shard_map`; None under `jit`.
-      sync_bn: statistics over the whole batch, or (False; not under `jit`) over each shard's own part of it.
-      conv, norm, max_pool: the kernels, for those who bring their own, as `resnet_jax.onednn` does.
-      widths: output channels of each convolution in turn (the stem, then each block's), where a pruned network's are
-        not the model's own. A shortcut's follow the block's last; `resnet_jax.channels.compact` sets them.
+      dtype: dtype of convolutions, norms and activations.
+      axis_name: axis over which the batch is split under `pmap` or `shard_map`; None under `jit`.
+      sync_bn: compute statistics over the whole batch; False (no effect under `jit`) computes them per shard.
+      conv, norm, max_pool: kernels; `resnet_jax.onednn` provides others.
+      widths: output channels of each convolution in order (the stem, then each block), for a pruned network. A shortcut
+        has those of its block's last convolution. `resnet_jax.channels.compact` sets them.
     """
 
     stage_sizes: Sequence[int]
@@ -237,10 +239,13 @@ class ResNet(nn.Module):
 
     @nn.compact
     def maps(self, images: jax.Array, *, train: bool = False) -> dict[str, jax.Array]:
-        """Every level of the network: `stem`, `stage1`.. [B, H, W, C], `pooled` [B, C] and, with a head, `logits`.
+        """Return all levels of the network: `stem`, `stage1`, ... [B, H, W, C], `pooled` [B, C] and `logits` if any.
 
-        For detection and explanation: `model.apply(variables, images, method="maps")`. What is not used is not
-        computed under `jit`.
+        Use it for detection or explanation: `model.apply(variables, images, method="maps")`. Under `jit`, unused levels
+        are not computed.
+
+        Raises:
+          ValueError: `drop_path` is out of range, or `widths` does not fit the network.
         """
         if not 0 <= self.drop_path < 1:
             raise ValueError(f"drop_path must be in [0, 1), got {self.drop_path}")
@@ -283,12 +288,12 @@ class ResNet(nn.Module):
         return levels
 
     def __call__(self, images: jax.Array, *, train: bool = False) -> jax.Array:
-        """Logits [B, num_classes], or pooled features [B, C] where `num_classes` is None; float32."""
+        """Return float32 logits [B, num_classes], or pooled features [B, C] if `num_classes` is None."""
         levels = self.maps(images, train=train)
         return levels["pooled" if self.num_classes is None else "logits"]
 
 
-# Blocks of the four-stage nets by depth, https://arxiv.org/abs/1512.03385 table 1.
+# Stage sizes and blocks of four-stage networks by depth, https://arxiv.org/abs/1512.03385 table 1.
 STAGES: dict[int, tuple[tuple[int, ...], ModuleDef]] = {
     18: ((2, 2, 2, 2), BasicBlock),
     34: ((3, 4, 6, 3), BasicBlock),
@@ -305,7 +310,7 @@ CIFAR_DEPTHS = (8, 20, 32, 44, 56, 110)
 
 
 def wide_resnet(depth: int, factor: int) -> ModuleDef:
-    """WRN-`depth`-`factor` for 32x32 images, https://arxiv.org/abs/1605.07146."""
+    """Return WRN-`depth`-`factor` for 32x32 images, https://arxiv.org/abs/1605.07146."""
     return partial(
         cifar_preact, stage_sizes=((depth - 4) // 6,) * 3, block=PreActBlock, width=16 * factor, stem_width=16
     )
@@ -354,4 +359,4 @@ MODELS: dict[str, ModuleDef] = {
     "wrn_28_10": wide_resnet(28, 10),
     "wrn_40_2": wide_resnet(40, 2),
 }
-"""Published networks by name: callables that take the fields of `ResNet` and return one."""
+"""Published networks by name: callables that take fields of `ResNet` as keywords and return a `ResNet`."""

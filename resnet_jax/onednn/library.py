@@ -1,4 +1,4 @@
-"""oneDNN itself: where it is installed, its handlers compiled once and told to XLA."""
+"""Find oneDNN, compile its handlers once, and register them with XLA."""
 
 import ctypes
 import hashlib
@@ -37,9 +37,9 @@ class Unavailable(RuntimeError):
 
 
 def call(name: str, results: Sequence[Any], *operands: jax.Array, **numbers: Any) -> Sequence[jax.Array]:
-    """What the handler makes of the operands, in the shapes of `results`; `numbers` are NumPy scalars."""
+    """Call a handler; `results` are the shapes of its results, `numbers` its attributes as NumPy scalars."""
     outputs = jax.ffi.ffi_call(_target(name), tuple(results), vmap_method="sequential")(*operands, **numbers)
-    # Under shard_map results vary over whatever an operand varies over, which the call itself does not say.
+    # Under shard_map, results vary over all axes of the operands, which the FFI call does not declare.
     axes = frozenset().union(*map(varying_axes, operands))
 
     def cast(y: jax.Array) -> jax.Array:
@@ -50,10 +50,10 @@ def call(name: str, results: Sequence[Any], *operands: jax.Array, **numbers: Any
 
 
 def workspace(name: str, x: jax.Array | jax.ShapeDtypeStruct) -> int:
-    """Bytes that oneDNN keeps from the forward pass of `norm` or `max_pool` over images [B, H, W, C].
+    """Return the bytes that oneDNN stores for the backward pass of `norm` or `max_pool` over images [B, H, W, C].
 
     Raises:
-      Unavailable: it has none for their dtype on this processor.
+      Unavailable: oneDNN does not support their dtype on this processor.
     """
     size = getattr(load(), f"{name}_workspace")(*x.shape, x.dtype == jnp.bfloat16)
     if size < 0:
@@ -62,22 +62,22 @@ def workspace(name: str, x: jax.Array | jax.ShapeDtypeStruct) -> int:
 
 
 def _target(name: str) -> str:
-    """The name that XLA knows a handler by."""
+    """Return the name of a handler in XLA."""
     return f"resnet_jax_onednn_{name}"
 
 
 def cache_folder() -> Path:
-    """Where this project keeps what it can make again: XDG_CACHE_HOME, or ~/.cache, and in it resnet-jax."""
+    """Return the folder for files that can be rebuilt: resnet-jax in XDG_CACHE_HOME, or in ~/.cache."""
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "resnet-jax"
 
 
 def load() -> ctypes.CDLL:
-    """Compile `handlers.cc` unless that is done, and tell XLA of its handlers; the kernels call it where needed.
+    """Compile `handlers.cc` if necessary and register its handlers with XLA; the kernels call this themselves.
 
     The compiled file, 150 KB, is kept in `cache_folder()`.
 
     Raises:
-      Unavailable: not Linux, no compiler, no oneDNN, or they do not fit together.
+      Unavailable: this is not Linux, the compiler or oneDNN is missing, or they are incompatible.
     """
     result = _load_once()
     if isinstance(result, Unavailable):
@@ -86,7 +86,7 @@ def load() -> ctypes.CDLL:
 
 
 def check(dtype: Any) -> None:
-    """Make sure that oneDNN can be used, and for arrays of this dtype.
+    """Check that oneDNN can be used for arrays of this dtype.
 
     Raises:
       Unavailable: it cannot.
@@ -96,7 +96,7 @@ def check(dtype: Any) -> None:
 
 @cache
 def _load_once() -> ctypes.CDLL | Unavailable:
-    """The handlers, or why there are none: that too is found out once."""
+    """Return the handlers, or the error; failures are cached too."""
     try:
         return _load()
     except Unavailable as error:
@@ -105,12 +105,12 @@ def _load_once() -> ctypes.CDLL | Unavailable:
 
 def _load() -> ctypes.CDLL:
     if sys.platform != "linux":
-        raise Unavailable("oneDNN's kernels need Linux")
+        raise Unavailable("the oneDNN kernels need Linux")
     include, library = _find_library()
     try:
         handlers = ctypes.CDLL(str(_compiled_library(include, library)))
     except OSError as error:
-        raise Unavailable(f"the compiled handlers.cc cannot be loaded: {error}") from None
+        raise Unavailable(f"cannot load the compiled handlers.cc: {error}") from None
     for name in HANDLERS:
         jax.ffi.register_ffi_target(_target(name), jax.ffi.pycapsule(getattr(handlers, name)), platform="cpu")
     for size in (handlers.norm_workspace, handlers.max_pool_workspace):
@@ -119,7 +119,7 @@ def _load() -> ctypes.CDLL:
 
 
 def _find_library() -> tuple[Path, Path]:
-    """(folder of oneDNN's headers, its library): beside this Python, else the system's."""
+    """Return (folder of oneDNN's headers, its library) from this Python's environment or the system."""
     for root in map(Path, (sysconfig.get_path("data"), sys.prefix, "/usr/local", "/usr")):
         include = root / "include"
         if not (include / "oneapi" / "dnnl" / "dnnl.hpp").is_file():
@@ -128,7 +128,7 @@ def _find_library() -> tuple[Path, Path]:
             library = root / folder / "libdnnl.so.3"
             if library.is_file():
                 return include, library
-    hint = "pip install onednn-cpu-gomp onednn-devel-cpu-gomp" if os.uname().machine == "x86_64" else "conda has onednn"
+    hint = "pip install onednn-cpu-gomp onednn-devel-cpu-gomp" if os.uname().machine == "x86_64" else "see conda-forge"
     raise Unavailable(f"oneDNN 3 and its headers are not installed: {hint}")
 
 
@@ -150,22 +150,22 @@ def _compiled_library(include: Path, library: Path) -> Path:
             with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
                 output = Path(scratch) / name
                 _compile(output, include, library)
-                os.replace(output, target)  # in one piece: two processes may both be at it
+                os.replace(output, target)  # atomic: two processes may compile at the same time
     except Unavailable:
         raise
-    except (OSError, RuntimeError) as error:  # RuntimeError: there is no home
-        raise Unavailable(f"cannot keep the compiled handlers.cc: {error}") from None
+    except (OSError, RuntimeError) as error:  # RuntimeError: no home directory
+        raise Unavailable(f"cannot store the compiled handlers.cc: {error}") from None
     return target
 
 
 def _compile(output: Path, include: Path, library: Path) -> None:
     compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX", ""), "c++", "g++", "clang++"))), None)
     if compiler is None:
-        raise Unavailable("compiling handlers.cc needs a C++ compiler: install g++, or name one in CXX")
+        raise Unavailable("compiling handlers.cc needs a C++ compiler: install g++, or set CXX")
     flags = ["-std=c++17", "-O2", "-w", "-shared", "-fPIC", f"-I{include}", f"-I{jax.ffi.include_dir()}"]
     link = [str(library), f"-Wl,-rpath,{library.parent}"]
     command = [compiler, *flags, str(SOURCE), *link, "-o", str(output)]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode:
-        reason = next((line for line in result.stderr.splitlines() if "error" in line), "it does not say why")
+        reason = next((line for line in result.stderr.splitlines() if "error" in line), "unknown error")
         raise Unavailable(f"{compiler} cannot compile {SOURCE}: {reason}")

@@ -460,7 +460,7 @@ def test_queue_holds_the_last_batches_in_turn():
 
 
 def test_queue_that_batches_do_not_fill():
-    with pytest.raises(ValueError, match="a queue of 10 is no multiple of a batch of 4"):
+    with pytest.raises(ValueError, match="the queue size 10 is not a multiple of the batch size 4"):
         c.enqueue(jnp.zeros((10, D)), jnp.zeros((4, D)), jnp.int32(0))
 
 
@@ -590,7 +590,7 @@ TWINS = {
 @pytest.mark.parametrize("name", TWINS)
 def test_live_twins(name):
     torch = pytest.importorskip("torch")
-    from tests import torch_contrastive
+    from tests.reference import torch_contrastive
 
     x = draw(CASES[name], 16)
     losses, gradients = ours(name, x, np.ones(16, np.float32))
@@ -605,7 +605,7 @@ def test_live_twins(name):
 
 def test_live_center_and_assignment():
     torch = pytest.importorskip("torch")
-    from tests import torch_contrastive
+    from tests.reference import torch_contrastive
 
     x = draw(CASES["dino"], 16)
     loss = torch_contrastive.DINO(torch.tensor(x["center"]))

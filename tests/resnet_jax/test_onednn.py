@@ -150,8 +150,8 @@ def test_forward_mode_is_refused():
         (lambda x, w: (x.astype(jnp.float16), w.astype(jnp.float16)), TypeError, "float32 or bfloat16, got float16"),
         (lambda x, w: (x, w.astype(jnp.bfloat16)), TypeError, "got float32 images and a bfloat16 kernel"),
         (lambda x, w: (x[..., :4], w), ValueError, "4 channels in 1 groups do not fit"),
-        (lambda x, w: (x[0], w), ValueError, "cannot be convolved"),
-        (lambda x, w: (x[:0], w), ValueError, "cannot be convolved"),
+        (lambda x, w: (x[0], w), ValueError, "cannot convolve images of shape"),
+        (lambda x, w: (x[:0], w), ValueError, "cannot convolve images of shape"),
     ],
 )
 def test_operands_that_do_not_fit(change, error, message):
