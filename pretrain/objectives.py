@@ -164,7 +164,8 @@ def queue_of_projections(views: Views, *, axis_name: str | None = None) -> Memor
 
 def moving_center(views: Views, *, center_momentum: float = 0.9, axis_name: str | None = None) -> Memory:
     """The center moved towards the mean of the target's scores."""
-    center = c.centered(views.memory["center"], views.target["scores"], momentum=center_momentum, axis_name=axis_name)
+    scores = views.target["scores"]
+    center = c.update_center(views.memory["center"], scores, momentum=center_momentum, axis_name=axis_name)
     return {"center": center}
 
 
@@ -271,3 +272,4 @@ OBJECTIVES: dict[str, Objective] = {
         evaluate_target=True,
     ),
 }
+"""The methods by name."""

@@ -1,10 +1,10 @@
-"""Structured pruning of a `ResNet`: which channels go together, masks over whole channels, and the smaller network.
+"""Channel pruning of a `ResNet`: groups of coupled channels, masks over whole channels, and the smaller network.
 
-A channel is carried by many leaves: a convolution puts it out, a norm scales and shifts it, others take it in; the
-channels of a residual stream are tied over all blocks that add to it (https://arxiv.org/abs/2301.12900). A mask that
-is False wherever a channel is carried, norms' biases included, leaves that channel at exactly 0 behind the norm, so
-`compact` cuts it out without changing the network's output. Grouped convolutions' channels are not pruned, nor are
-streams whose width something else depends on: squeeze-excite's, and a `DeepStem`'s.
+Many leaves carry a channel: one convolution produces it, a norm scales and shifts it, and others consume it. The
+channels of a residual stream are shared by all blocks that add to it (https://arxiv.org/abs/2301.12900). When a mask is
+False wherever a channel is carried, including the norms' biases, that channel is exactly 0 after the norm, so `compact`
+can remove it without changing the output. Channels of grouped convolutions are not pruned, nor are streams that
+determine the width of another layer (squeeze-excite, `DeepStem`).
 """
 
 import operator
@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from resnet_jax.masks import check_masks, largest, sortable
+from resnet_jax.masks import apply_masks, check_masks, largest, sortable
 from resnet_jax.resnet import PreActBlock, ResNet
 from resnet_jax.tree import PyTree, leaves, map_with_path
 
@@ -29,9 +29,9 @@ Scope = Literal["uniform", "global"]
 
 @dataclass(frozen=True)
 class Member:
-    """A range of a leaf that carries a group's channels: `[offset, offset + size)` along `axis` of the leaf at `path`.
+    """Slice of a leaf that carries a group's channels: `[offset, offset + size)` along `axis` of the leaf at `path`.
 
-    `scored` leaves count in a channel's score: kernels that put it out, and scales of its norms.
+    `scored` members count in a channel's score: the kernels that produce it and the scales of its norms.
     """
 
     path: str
@@ -42,9 +42,9 @@ class Member:
 
 @dataclass(frozen=True)
 class ChannelGroup:
-    """Channels [size] that are kept or removed, each together with all leaves that carry it.
+    """Channels [size] that can be kept or removed one by one, and all leaves that carry them.
 
-    `copies` is 2 where channel i stands for a pair of them, else 1.
+    `copies` is 2 if channel i stands for a pair of channels, else 1.
     """
 
     name: str
@@ -54,10 +54,10 @@ class ChannelGroup:
 
 
 def widths_of(model: ResNet, params: PyTree) -> tuple[int, ...]:
-    """Output channels of each convolution of these parameters: what `ResNet.widths` is for them.
+    """Return the output channels of each convolution, the `ResNet.widths` of these parameters.
 
     Raises:
-      ValueError: the parameters have no such stem or block.
+      ValueError: the parameters lack the stem or a block of the model.
     """
     flat = leaves(params)
     widths = [flat[_kernels(flat, "stem")[-1]].shape[-1]]
@@ -67,22 +67,24 @@ def widths_of(model: ResNet, params: PyTree) -> tuple[int, ...]:
 
 
 def channel_groups(model: ResNet, params: PyTree) -> tuple[ChannelGroup, ...]:
-    """The groups of channels that can be pruned.
+    """Return the groups of channels that can be pruned.
 
-    Inside of a block they are named after the convolution that puts them out: `stage1_block1/conv1`. `stream2` is the
-    residual stream of the second stage, `stem` the stem's output where stage 1 does not start with an identity.
+    Groups inside a block are named after the convolution that produces them, such as `stage1_block1/conv1`. `stream2`
+    is the residual stream of the second stage; `stem` is the output of the stem unless stage 1 begins with an identity.
 
-    With the shortcut `ZeroPad` a stage's channels go on through all later ones, and `stream2` are those that the second
-    stage adds: equally many below and above the earlier ones. They are pruned as pairs, the i-th below with the i-th
-    above, so that equally many are left and the shortcut's padding stays right.
+    With the `ZeroPad` shortcut, the channels of a stage continue through all later stages, and `stream2` are the
+    channels added by the second stage, half below and half above the previous ones. They are pruned as pairs, the i-th
+    below with the i-th above, so that both halves stay equal and the shortcut's padding stays valid.
 
     Args:
-      model: a `ResNet` of the blocks in `resnet_jax.resnet`, pruned before or not.
+      model: a `ResNet` with blocks from `resnet_jax.resnet`, dense or already compacted.
       params: its parameters, or their shapes.
 
     Raises:
-      ValueError: the parameters have no such stem or block.
+      ValueError: the parameters lack the stem or a block of the model.
     """
+    # Walk the network from input to output and collect the members of each group by name. `stream` names the groups
+    # that make up the current residual stream, from first channel to last; groups in `fixed` cannot be pruned.
     flat = leaves(params)
     block_class: Any = getattr(model.block, "func", model.block)
     preact = issubclass(block_class, PreActBlock)
@@ -90,80 +92,85 @@ def channel_groups(model: ResNet, params: PyTree) -> tuple[ChannelGroup, ...]:
     sizes: dict[str, int] = {}
     fixed: set[str] = set()
 
-    def carry(groups: Sequence[str], path: str, axis: int, *, scored: bool = False) -> None:
+    def add(groups: Sequence[str], path: str, axis: int, *, scored: bool = False) -> None:
         offset = 0
         for name in groups if path in flat else ():
             members[name].append(Member(path, axis, offset, scored))
             offset += sizes[name]
 
-    def carry_norm(groups: Sequence[str], module: str) -> None:
-        carry(groups, f"{module}/scale", 0, scored=True)
-        carry(groups, f"{module}/bias", 0)
+    def add_norm(groups: Sequence[str], module: str) -> None:
+        add(groups, f"{module}/scale", 0, scored=True)
+        add(groups, f"{module}/bias", 0)
 
+    # The stem produces the first stream, which stage 1 shares if its first block has an identity shortcut.
     stem = _kernels(flat, "stem")[-1]
     channels = flat[stem].shape[-1]
     first = _kernels(flat, "stage1_block1")[-1]
     tied = "stage1_block1/shortcut/conv/kernel" not in flat and flat[first].shape[-1] == channels
-    stream = ["stream1" if tied else "stem"]  # the groups that make it up, from the first channel to the last
+    stream = ["stream1" if tied else "stem"]
     sizes[stream[0]] = channels
     if stem != "stem/conv/kernel":
-        fixed |= {*stream}  # the inner width of a `DeepStem` is half of its output's
-    carry(stream, stem, 3, scored=True)
-    carry_norm(stream, "stem/norm")
+        fixed |= {*stream}  # the inner width of a `DeepStem` is half its output width
+    add(stream, stem, 3, scored=True)
+    add_norm(stream, "stem/norm")
 
     for stage, block in _blocks(model):
+        # The first convolution and the shortcut consume the stream.
         kernels = _kernels(flat, block)
-        # Norms belong to a convolution's input in pre-activation blocks, to its output in the others.
+        # A norm belongs to the input of a convolution in pre-activation blocks, and to its output in others.
         norms = [f"{block}/norm{i}" for i in range(1, len(kernels) + 1)]
         if preact:
-            carry_norm(stream, norms[0])
-        carry(stream, kernels[0], 2)
-        carry(stream, f"{block}/shortcut/conv/kernel", 2)
+            add_norm(stream, norms[0])
+        add(stream, kernels[0], 2)
+        add(stream, f"{block}/shortcut/conv/kernel", 2)
 
-        # A group of a grouped convolution sees its own inputs alone: removing channels would change who sees what.
+        # Each output of a grouped convolution sees only its own group of inputs; removing channels would regroup them.
         pairs = list(pairwise(kernels))
         grouped = any(flat[kernel].shape[3] != flat[consumer].shape[2] for kernel, consumer in pairs)
         for i, (kernel, consumer) in enumerate(() if grouped else pairs):
             name = kernel.removesuffix("/kernel")
             sizes[name] = flat[kernel].shape[3]
-            carry([name], kernel, 3, scored=True)
-            carry_norm([name], norms[i + 1] if preact else norms[i])
-            carry([name], consumer, 2)
+            add([name], kernel, 3, scored=True)
+            add_norm([name], norms[i + 1] if preact else norms[i])
+            add([name], consumer, 2)
 
+        # The shortcut determines the block's output stream: a projection starts a new one, zero-padding widens it.
         missing = flat[kernels[-1]].shape[3] - sum(sizes[name] for name in stream)
         name = f"stream{stage}"
         if f"{block}/shortcut/conv/kernel" in flat:
             stream = [name]
             sizes[name] = flat[kernels[-1]].shape[3]
         elif missing:
-            # The odd channel, if any, is the highest, which the padding would still be right about.
+            # The odd channel, if any, is the last one, where the shortcut pads one channel more.
             odd = f"{name}_odd"
             sizes[name], sizes[odd] = missing // 2, missing % 2
             fixed.add(odd)
             stream = [name, *stream, name, odd]
-        carry(stream, kernels[-1], 3, scored=True)
-        carry(stream, f"{block}/shortcut/conv/kernel", 3, scored=True)
-        carry_norm(stream, f"{block}/shortcut/norm")
+        # The last convolution and the shortcut both produce the output stream.
+        add(stream, kernels[-1], 3, scored=True)
+        add(stream, f"{block}/shortcut/conv/kernel", 3, scored=True)
+        add_norm(stream, f"{block}/shortcut/norm")
         if not preact:
-            carry_norm(stream, norms[-1])
+            add_norm(stream, norms[-1])
         if any(path.startswith(f"{block}/attention/") for path in flat):
-            fixed |= {*stream}  # the inner width of squeeze-excite is a fraction of the stream's
+            fixed |= {*stream}  # the inner width of squeeze-excite is a fraction of the stream's width
 
-    carry_norm(stream, "final/norm")
-    carry(stream, "head/kernel", 0)
+    # The final norm and the head consume the last stream.
+    add_norm(stream, "final/norm")
+    add(stream, "head/kernel", 0)
     if model.num_classes is None:
-        fixed |= {*stream}  # these features are the output
+        fixed |= {*stream}  # the features are the output
     return tuple(
-        ChannelGroup(name, sizes[name], 2 if stream.count(name) == 2 else 1, tuple(of))
-        for name, of in members.items()
+        ChannelGroup(name, sizes[name], 2 if stream.count(name) == 2 else 1, tuple(group_members))
+        for name, group_members in members.items()
         if name not in fixed
     )
 
 
 def channel_scores(scores: PyTree, groups: Sequence[ChannelGroup]) -> dict[str, jax.Array]:
-    """A score for each channel, float32 [size] by the group's name: the sum over what is `scored` of it.
+    """Sum the scores of each channel over the `scored` members of its group; float32 [size] by group name.
 
-    `scores` is a tree like the parameters', non-negative, as of `resnet_jax.scores`.
+    `scores` is a non-negative tree with the structure of the parameters, as from `resnet_jax.scores`.
     """
     flat = leaves(scores)
     return {
@@ -185,26 +192,26 @@ def channel_masks(
     round_to: int = 8,
     masks: PyTree | None = None,
 ) -> PyTree:
-    """Masks that keep the channels of the highest scores, of equal ones the earlier.
+    """Return masks that keep the channels with the highest scores; ties keep the lower index.
 
-    A group is left with a multiple of `round_to` channels, at least one: the nearest, of two the larger, or with all of
-    them where that is nearer still.
+    The number of channels left in a group is rounded to the nearest multiple of `round_to` (ties round up), at least
+    one multiple, or to all channels if that is nearer.
 
     Args:
-      scores: of `channel_scores`, non-negative [size] for each group.
-      sparsity: the share of channels to remove, in [0, 1); may be traced.
-      groups: of `channel_groups`, or some of them: the rest is kept.
+      scores: non-negative [size] for each group, from `channel_scores`.
+      sparsity: the fraction of channels to remove, in [0, 1); may be traced.
+      groups: all or some groups from `channel_groups`; channels of others are kept.
       params: the parameters, or their shapes.
-      scope: `uniform`, the same share of each group; `global`, one ranking of all groups' scores, each group's divided
-        by their mean, in which a pair counts as one.
+      scope: `uniform` removes the same fraction of each group; `global` ranks all groups together, after dividing the
+        scores of a group by their mean, and counts a pair as one channel.
       round_to: at least 1.
-      masks: earlier masks, whose removed channels stay removed and count as removed.
+      masks: previous masks; the channels they remove stay removed and count as removed.
 
     Returns:
-      A tree like `params`: bool in the shape of each leaf that carries one of the groups, 0-d True elsewhere.
+      A tree with the structure of `params`: bool in the shape of each leaf that carries a group, 0-d True elsewhere.
 
     Raises:
-      ValueError: no groups, an unknown scope, a sparsity or a multiple out of range.
+      ValueError: there are no groups, the scope is unknown, or `sparsity` or `round_to` is out of range.
     """
     if not groups:
         raise ValueError("no channels to prune: the model has no such groups")
@@ -215,51 +222,55 @@ def channel_masks(
     if round_to < 1:
         raise ValueError(f"round_to must be at least 1, got {round_to}")
 
+    # Channels that are already removed rank below all others, whatever their scores.
     alive = {group.name: True for group in groups} if masks is None else kept_channels(masks, groups)
     keys = []
     for group in groups:
         x = jnp.where(alive[group.name], scores[group.name].astype(jnp.float32), 0)
-        # Removed channels count in the mean, as 0, so that pruning in steps ends about where pruning at once does.
+        # Removed channels count in the mean as 0, so that gradual and one-shot pruning give about the same result.
         mean = x.mean() if scope == "global" else 1.0
         keys.append(sortable(x / jnp.maximum(mean, jnp.finfo(jnp.float32).tiny), alive[group.name]))
 
+    # Target number of channels per group: a fixed fraction, or the channels it has among the best overall.
     sizes = np.array([group.size for group in groups], np.float32)
     share = 1 - jnp.asarray(sparsity, jnp.float32)
-    wanted = share * sizes
+    targets = share * sizes
     if scope == "global":
         best = largest(keys, jnp.round(share * sizes.sum())[None].astype(jnp.int32), [0] * len(groups))
-        wanted = jnp.stack([x.sum() for x in best]).astype(jnp.float32)
+        targets = jnp.stack([x.sum() for x in best]).astype(jnp.float32)
+    # Round to multiples, or to all channels if that is nearer; a pair counts as two channels.
     steps = np.array([round_to // gcd(round_to, group.copies) for group in groups], np.float32)
-    # 1 - sparsity is not exact in float32: what is a half but for that counts as one.
-    multiples = jnp.maximum(jnp.floor(wanted / steps + 0.5001), 1) * steps
-    counts = jnp.where(sizes - wanted < jnp.abs(multiples - wanted), sizes, multiples).astype(jnp.int32)
+    # 1 - sparsity is inexact in float32, so allow for a small error where a half rounds up.
+    multiples = jnp.maximum(jnp.floor(targets / steps + 0.5001), 1) * steps
+    counts = jnp.where(sizes - targets < jnp.abs(multiples - targets), sizes, multiples).astype(jnp.int32)
     kept = largest(keys, counts, list(range(len(groups))))
-    return _spread({group.name: k & alive[group.name] for group, k in zip(groups, kept, strict=True)}, groups, params)
+    return _masks_of({group.name: k & alive[group.name] for group, k in zip(groups, kept, strict=True)}, groups, params)
 
 
 def kept_channels(masks: PyTree, groups: Sequence[ChannelGroup]) -> dict[str, Any]:
-    """Which channels are kept, bool [size] by the group's name: those that a mask leaves a single weight of."""
+    """Return which channels are kept, bool [size] by group name: those with at least one weight left."""
     flat = leaves(masks)
     kept: dict[str, Any] = {}
     for group in groups:
-        # A 0-d True, of a head that was made anew for one, says nothing: what is pruned before it reaches it as 0.
-        told = [_along(flat[m.path], m, group.size, "any") for m in group.members if flat[m.path].ndim]
-        kept[group.name] = reduce(operator.or_, told) if told else np.ones(group.size, bool)
+        # Ignore 0-d masks, as of a new head: a removed channel reaches that leaf as 0 in any case.
+        partial_masks = [_along(flat[m.path], m, group.size, "any") for m in group.members if flat[m.path].ndim]
+        kept[group.name] = reduce(operator.or_, partial_masks) if partial_masks else np.ones(group.size, bool)
     return kept
 
 
 def compact(model: ResNet, variables: PyTree, masks: PyTree) -> tuple[ResNet, PyTree]:
-    """The network without the channels that the masks remove: a model with its `widths`, and its variables.
+    """Remove the channels that the masks remove: return a model with smaller `widths`, and its variables.
 
-    Its outputs are those of the masked network. Channels that are masked in part stay, masked. On the host.
+    The outputs equal those of the masked network. Partially masked channels stay, with their masks applied. Runs on the
+    host.
 
     Args:
-      model: a `ResNet`, pruned before or not.
-      variables: its parameters, and whatever else there is, such as `batch_stats`.
-      masks: a tree like the parameters', of `channel_masks` or others.
+      model: a `ResNet`, dense or already compacted.
+      variables: `params` and any other collections, such as `batch_stats`.
+      masks: a tree with the structure of the parameters, from `channel_masks` or elsewhere.
 
     Raises:
-      ValueError: masks of another model, or ones that keep no channel of a group.
+      ValueError: the masks come from a different model, or keep no channel of a group.
     """
     params = variables["params"]
     check_masks(masks, params)
@@ -269,18 +280,18 @@ def compact(model: ResNet, variables: PyTree, masks: PyTree) -> tuple[ResNet, Py
     for name, channels in kept.items():
         if not channels.any():
             raise ValueError(f"no channel would be left of {name}: lower the sparsity, or exclude it")
-    spread = jax.jit(lambda kept: _spread(kept, groups, params))(kept)
-    whole = {path: np.asarray(mask) for path, mask in leaves(spread).items()}
+    whole_channels = jax.jit(lambda kept: _masks_of(kept, groups, params))(kept)
+    masked = jax.jit(apply_masks)(params, masks)
+    masks_by_path = {path: np.asarray(mask) for path, mask in leaves(whole_channels).items()}
 
     def cut(path: str, x: Any) -> jax.Array:
-        x = np.asarray(x)
-        for axis in range(whole[path].ndim) if path in whole else ():
-            x = np.compress(whole[path].any(_others(whole[path].ndim, axis)), x, axis)
+        x, mask = np.asarray(x), masks_by_path.get(path, np.ones((), bool))
+        for axis in range(mask.ndim):
+            x = np.compress(mask.any(_other_axes(mask.ndim, axis)), x, axis)
         return jnp.asarray(x)
 
-    masked = jax.tree.map(lambda x, mask: np.where(mask, x, np.zeros((), x.dtype)), params, masks)
     small = {
-        # Statistics are of the same channels as the scale beside them.
+        # Statistics have the same channels as the scale of the same norm.
         name: map_with_path(lambda path, x: cut(f"{path.rpartition('/')[0]}/scale", x), tree)
         for name, tree in variables.items()
     } | {"params": map_with_path(cut, masked)}
@@ -288,7 +299,7 @@ def compact(model: ResNet, variables: PyTree, masks: PyTree) -> tuple[ResNet, Py
 
 
 def _blocks(model: ResNet) -> list[tuple[int, str]]:
-    """(stage, name) of each block, in order."""
+    """Return (stage, name) of each block, in order."""
     return [
         (stage, f"stage{stage}_block{block}")
         for stage, size in enumerate(model.stage_sizes, start=1)
@@ -297,26 +308,26 @@ def _blocks(model: ResNet) -> list[tuple[int, str]]:
 
 
 def _kernels(flat: dict[str, Any], module: str) -> list[str]:
-    """Paths of a stem's or a block's own convolutions, in order."""
+    """Return the paths of the kernels in a stem or block, without the shortcut, in order."""
     names = [f"{module}/conv/kernel", *(f"{module}/conv{i}/kernel" for i in range(1, 10))]
-    found = [name for name in names if name in flat]
-    if not found:
-        raise ValueError(f"the parameters have no convolution in {module}: are they another model's?")
-    return found
+    paths = [name for name in names if name in flat]
+    if not paths:
+        raise ValueError(f"the parameters have no convolution in {module}: they come from a different model")
+    return paths
 
 
-def _others(ndim: int, axis: int) -> tuple[int, ...]:
+def _other_axes(ndim: int, axis: int) -> tuple[int, ...]:
     return tuple(other for other in range(ndim) if other != axis)
 
 
 def _along(x: Any, member: Member, size: int, reduce: Literal["sum", "any"]) -> Any:
-    """A leaf, NumPy's or JAX's, reduced over all but the channels of a member: [size]."""
-    reduced = getattr(x, reduce)(_others(x.ndim, member.axis))
+    """Reduce a NumPy or JAX leaf over everything except the channels of a member: [size]."""
+    reduced = getattr(x, reduce)(_other_axes(x.ndim, member.axis))
     return reduced[member.offset : member.offset + size]
 
 
-def _spread(kept: dict[str, jax.Array], groups: Sequence[ChannelGroup], params: PyTree) -> PyTree:
-    """Masks that are False wherever a channel that is not `kept` is carried."""
+def _masks_of(kept: dict[str, jax.Array], groups: Sequence[ChannelGroup], params: PyTree) -> PyTree:
+    """Return masks that are False wherever a leaf carries a channel that is not `kept`."""
     shapes = {path: leaf.shape for path, leaf in leaves(params).items()}
     axes: dict[tuple[str, int], jax.Array] = {}
     for group in groups:

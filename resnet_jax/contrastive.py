@@ -1,11 +1,11 @@
 """Losses of self-supervised learning, as plain functions of embeddings.
 
-Embeddings are float [B, D], one row an example; several views of the same examples are [V, B, D]. Everything is
-computed in float32 whatever their dtype, and with full precision of the products. Where a loss is a mean over examples
-it is returned for each of them, [B]; losses of a whole batch's statistics are scalars.
+Embeddings are float [B, D] with one row per example; several views of the same examples are [V, B, D]. Whatever their
+dtype, losses are computed in float32 with full-precision products. Losses that average over examples are returned per
+example, [B]; losses on statistics of the whole batch are scalars.
 
-With `axis_name` the batch is split over that axis (`pmap`, `shard_map`) and all shards' embeddings take part: the mean
-over shards is then the loss of the whole batch, and the mean of the shards' gradients is its gradient.
+With `axis_name` the batch is split over that axis (`pmap`, `shard_map`) and the embeddings of all shards take part: the
+mean over shards is the loss of the whole batch, and the mean of the shards' gradients is its gradient.
 """
 
 from collections.abc import Callable
@@ -16,21 +16,21 @@ import jax.numpy as jnp
 from resnet_jax.keys import example_index
 from resnet_jax.parallel import all_rows, mean_over, vary
 
-# Similarities that are held at once, 16 MiB of float32: beyond it `contrast` goes row block by row block.
-AT_ONCE = 1 << 22
+# Similarities held at once, 16 MiB of float32; `contrast` computes larger matrices in blocks of rows.
+MAX_SIMILARITIES = 1 << 22
 
 
-# --- one against the others -------------------------------------------------------------------------------------------
+# --- contrastive losses -----------------------------------------------------------------------------------------------
 
 
 def nt_xent(
     *views: jax.Array, temperature: float = 0.5, axis_name: str | None = None, block: int | None = None
 ) -> jax.Array:
-    """SimCLR's loss in nats, float32 [B], of two or more views' embeddings [B, D]: https://arxiv.org/abs/2002.05709.
+    """Return the SimCLR loss in nats, float32 [B], of two or more views [B, D]: https://arxiv.org/abs/2002.05709.
 
-    Each view is asked for its twin among all the other embeddings by cosine similarity / `temperature` (> 0); an
-    example's loss is the mean over its views, and with three or more of them over a view's twins. `block`: see
-    `contrast`.
+    For each view, classify its positive among all other embeddings by cosine similarity / `temperature` (> 0). The loss
+    of an example is the mean over its views and, with three or more views, over the positives of a view. See `contrast`
+    for `block`.
     """
     index = example_index(views[0].shape[0], axis_name)
     return sup_con(jnp.stack(views), index, temperature=temperature, axis_name=axis_name, block=block)
@@ -44,18 +44,18 @@ def sup_con(
     axis_name: str | None = None,
     block: int | None = None,
 ) -> jax.Array:
-    """SupCon's loss L_out in nats, float32 [B], of embeddings [V, B, D]: https://arxiv.org/abs/2004.11362.
+    """Return the SupCon loss L_out in nats, float32 [B], of embeddings [V, B, D]: https://arxiv.org/abs/2004.11362.
 
-    All views of all examples with the same label, int [B], are positives of one another.
+    All views of all examples with the same label, int [B], are positives of each other. See `contrast` for `block`.
     """
     count, size = views.shape[:2]
-    every, every_label = _gather(unit(views), axis_name, axis=1), _gather(labels, axis_name)
-    total = every.shape[1]
+    keys, key_labels = _gather(unit(views), axis_name, axis=1), _gather(labels, axis_name)
+    total = keys.shape[1]
     rows = jnp.arange(count)[:, None] * total + example_index(size, axis_name)[None]
     losses = contrast(
         unit(views).reshape(count * size, -1),
-        every.reshape(count * total, -1),
-        groups=(jnp.tile(labels, count), jnp.tile(every_label, count)),
+        keys.reshape(count * total, -1),
+        groups=(jnp.tile(labels, count), jnp.tile(key_labels, count)),
         places=(rows.reshape(-1), jnp.arange(count * total)),
         temperature=temperature,
         block=block,
@@ -72,21 +72,20 @@ def info_nce(
     axis_name: str | None = None,
     block: int | None = None,
 ) -> jax.Array:
-    """InfoNCE in nats, float32 [B]: each query [B, D] is asked for its own key [B, D], by cosine / `temperature`.
+    """Return InfoNCE in nats, float32 [B]: classify the key [B, D] of each query [B, D] by cosine / `temperature`.
 
-    Among the other keys of the whole batch, as in MoCo v3 (https://arxiv.org/abs/2104.02057), or, where they are given,
-    among `negatives` [K, D] alone, as in MoCo (https://arxiv.org/abs/1911.05722).
+    The negatives are the other keys of the whole batch, as in MoCo v3 (https://arxiv.org/abs/2104.02057), or
+    `negatives` [K, D] alone if given, as in MoCo (https://arxiv.org/abs/1911.05722). See `contrast` for `block`.
     """
     queries, keys = unit(queries), unit(keys)
-    own = example_index(len(queries), axis_name)
     if negatives is None:
-        every = _gather(keys, axis_name)
-        groups = own, jnp.arange(len(every))
-        return contrast(queries, every, groups=groups, temperature=temperature, block=block)
+        all_keys = _gather(keys, axis_name)
+        groups = example_index(len(queries), axis_name), jnp.arange(len(all_keys))
+        return contrast(queries, all_keys, groups=groups, temperature=temperature, block=block)
     negatives = unit(negatives)
 
-    def losses(own: tuple[jax.Array, ...]) -> jax.Array:
-        queries, keys = own
+    def losses(rows: tuple[jax.Array, ...]) -> jax.Array:
+        queries, keys = rows
         positive = jnp.sum(queries * keys, axis=-1) / temperature
         negative = _products(queries, negatives) / temperature
         return jax.nn.logsumexp(jnp.concatenate([positive[:, None], negative], axis=1), axis=1) - positive
@@ -103,63 +102,64 @@ def contrast(
     temperature: float,
     block: int | None = None,
 ) -> jax.Array:
-    """Cross entropy of finding the keys [C, D] of a query's own group among all keys, float32 nats for each query [R].
+    """Return the cross entropy of each query [R, D] against the keys [C, D] of its group, float32 nats [R].
 
-    Similarities are plain products: normalise first. `groups` are int [R] and [C]; with `places`, int [R] and [C], a
-    query never meets the key of its own place. The loss of a query whose group has no key is 0.
+    Similarities are plain products, so normalize first. The loss is 0 for a query whose group has no keys.
 
     Args:
-      block: rows of the similarity matrix at a time, in the gradient too; None takes all R at once while R x C is at
-        most `AT_ONCE`, and as many as fit into that beyond. The value does not depend on it.
+      groups: int [R] and [C], the groups of queries and keys.
+      places: int [R] and [C]; a query ignores the key of its own place.
+      block: rows of the similarity matrix computed at once, in the gradient too. None means all R if R x C is at most
+        `MAX_SIMILARITIES`, otherwise as many as fit into that. The value does not depend on it.
     """
-    own = (queries, groups[0], groups[0] if places is None else places[0])
+    rows = (queries, groups[0], groups[0] if places is None else places[0])
 
-    def losses(own: tuple[jax.Array, ...]) -> jax.Array:
-        queries, group, place = own
+    def losses(rows: tuple[jax.Array, ...]) -> jax.Array:
+        queries, group, place = rows
         logits = _products(queries, keys) / temperature
         positive = group[:, None] == groups[1][None]
         if places is not None:
-            itself = place[:, None] == places[1][None]
-            logits, positive = jnp.where(itself, -jnp.inf, logits), positive & ~itself
+            same_place = place[:, None] == places[1][None]
+            logits, positive = jnp.where(same_place, -jnp.inf, logits), positive & ~same_place
         number = positive.sum(1)
-        found = jnp.where(positive, logits, 0.0).sum(1) / jnp.maximum(number, 1)
-        return jnp.where(number > 0, jax.nn.logsumexp(logits, axis=1) - found, 0.0)
+        mean_logit = jnp.where(positive, logits, 0.0).sum(1) / jnp.maximum(number, 1)
+        return jnp.where(number > 0, jax.nn.logsumexp(logits, axis=1) - mean_logit, 0.0)
 
-    return _by_rows(losses, own, len(keys), block)
+    return _by_rows(losses, rows, len(keys), block)
 
 
 def nearest(queries: jax.Array, bank: jax.Array) -> jax.Array:
-    """The row of `bank` [K, D] that is most similar to each query [B, D] by cosine, [B, D]."""
+    """Return the row of `bank` [K, D] with the highest cosine similarity to each query [B, D], [B, D]."""
     return bank[jnp.argmax(_products(unit(queries), unit(bank)), axis=1)]
 
 
 def enqueue(queue: jax.Array, embeddings: jax.Array, step: jax.Array, *, axis_name: str | None = None) -> jax.Array:
-    """The queue [K, D] with the whole batch's embeddings [B, D], normalised, in place of its oldest.
+    """Replace the oldest rows of the queue [K, D] by the normalized embeddings [B, D] of the whole batch.
 
-    K is a multiple of the whole batch; where the oldest are follows from the number of the step.
+    The position of the oldest rows follows from `step`.
 
     Raises:
-      ValueError: it is not.
+      ValueError: K is not a multiple of the size of the whole batch.
     """
-    every = all_rows(unit(embeddings), axis_name)
-    if len(queue) % len(every):
-        raise ValueError(f"a queue of {len(queue)} is no multiple of a batch of {len(every)}")
-    start = step % (len(queue) // len(every)) * len(every)
-    return jax.lax.dynamic_update_slice_in_dim(queue, every, start, axis=0)
+    rows = all_rows(unit(embeddings), axis_name)
+    if len(queue) % len(rows):
+        raise ValueError(f"the queue size {len(queue)} is not a multiple of the batch size {len(rows)}")
+    start = step % (len(queue) // len(rows)) * len(rows)
+    return jax.lax.dynamic_update_slice_in_dim(queue, rows, start, axis=0)
 
 
-# --- towards a target -------------------------------------------------------------------------------------------------
+# --- loss against a target --------------------------------------------------------------------------------------------
 
 
 def cosine(a: jax.Array, b: jax.Array) -> jax.Array:
-    """Cosine similarity of the rows of [..., D], float32 [...]; rows of length 0 are similar to nothing."""
+    """Return the cosine similarity of the rows of [..., D], float32 [...]; it is 0 for rows of length 0."""
     return jnp.sum(unit(a) * unit(b), axis=-1)
 
 
 def byol(predictions: jax.Array, targets: jax.Array) -> jax.Array:
-    """Squared distance of normalised predictions and targets, `2 - 2 cos`, [..., D] to [...].
+    """Return the squared distance of normalized predictions and targets, `2 - 2 cos`, [..., D] to [...].
 
-    https://arxiv.org/abs/2006.07733; no gradient flows into the targets.
+    https://arxiv.org/abs/2006.07733. No gradient flows into the targets.
     """
     return 2 - 2 * cosine(predictions, jax.lax.stop_gradient(targets))
 
@@ -168,9 +168,10 @@ def byol(predictions: jax.Array, targets: jax.Array) -> jax.Array:
 
 
 def barlow_twins(a: jax.Array, b: jax.Array, *, redundancy: float = 0.0051, axis_name: str | None = None) -> jax.Array:
-    """Distance of two views' cross-correlation [D, D] from the identity, off the diagonal times `redundancy`.
+    """Return the squared distance between the cross-correlation [D, D] of two views [B, D] and the identity, a scalar.
 
-    https://arxiv.org/abs/2103.03230. Each dimension is first brought to mean 0 and variance 1 (+ 1e-5) over the batch.
+    https://arxiv.org/abs/2103.03230. Off-diagonal terms are weighted by `redundancy`. Each dimension is standardized
+    over the batch first, with 1e-5 added to the variance.
     """
 
     def standard(x: jax.Array) -> jax.Array:
@@ -192,10 +193,10 @@ def vicreg(
     covariance: float = 1.0,
     axis_name: str | None = None,
 ) -> jax.Array:
-    """Invariance of two views, variance of at least 1 in every dimension, no covariance between dimensions.
+    """Return the VICReg loss of two views [B, D], a scalar: https://arxiv.org/abs/2105.04906.
 
-    https://arxiv.org/abs/2105.04906, the terms weighted as named: mean squared distance; the mean of how far each
-    standard deviation (of variance + 1e-4) falls short of 1; squared covariances, summed over pairs, divided by D.
+    The weighted terms are: `invariance`, the mean squared distance; `variance`, the mean shortfall of each standard
+    deviation (of variance + 1e-4) below 1; `covariance`, the squared covariances summed over pairs and divided by D.
     """
     a, b = a.astype(jnp.float32), b.astype(jnp.float32)
 
@@ -204,12 +205,12 @@ def vicreg(
         x = x - _batch_mean(x, axis_name)
         moments = _moments(x, x, axis_name) * (total / max(total - 1, 1))
         diagonal = jnp.diagonal(moments)
-        short = jax.nn.relu(1 - jnp.sqrt(diagonal + 1e-4)).mean()
-        return short, _off_diagonal(moments) / x.shape[1]
+        shortfall = jax.nn.relu(1 - jnp.sqrt(diagonal + 1e-4)).mean()
+        return shortfall, _off_diagonal(moments) / x.shape[1]
 
-    (short_a, off_a), (short_b, off_b) = spread(a), spread(b)
+    (shortfall_a, off_a), (shortfall_b, off_b) = spread(a), spread(b)
     distance = _batch_mean(jnp.square(a - b), axis_name).mean()
-    return invariance * distance + variance * (short_a + short_b) / 2 + covariance * (off_a + off_b)
+    return invariance * distance + variance * (shortfall_a + shortfall_b) / 2 + covariance * (off_a + off_b)
 
 
 # --- prototypes -------------------------------------------------------------------------------------------------------
@@ -218,12 +219,13 @@ def vicreg(
 def sinkhorn(
     scores: jax.Array, *, epsilon: float = 0.05, iterations: int = 3, axis_name: str | None = None
 ) -> jax.Array:
-    """Soft assignment [B, K] of examples to prototypes that uses all of them equally: https://arxiv.org/abs/2006.09882.
+    """Assign examples softly to prototypes so that all are used equally: https://arxiv.org/abs/2006.09882.
 
-    Of scores [B, K] / `epsilon`; rows sum to 1. No gradient flows through it.
+    Takes scores [B, K], which are divided by `epsilon`, and returns float32 [B, K] with rows that sum to 1. No gradient
+    flows through it.
     """
     scores = jax.lax.stop_gradient(scores).astype(jnp.float32) / epsilon
-    # In logarithms: of exp(score / 0.05) little is left when it underflows.
+    # In log space: exp(score / 0.05) underflows.
     for _ in range(iterations):
         scores = scores - _log_sum_of_batch(scores, axis_name)
         scores = jax.nn.log_softmax(scores, axis=1)
@@ -239,13 +241,14 @@ def swav(
     iterations: int = 3,
     axis_name: str | None = None,
 ) -> jax.Array:
-    """SwAV's loss in nats, float32 [B]: every view predicts the others' assignments: https://arxiv.org/abs/2006.09882.
+    """Return the SwAV loss in nats, float32 [B]: each view predicts the assignments of the others.
 
-    `scores` [V, B, K] are cosines of embeddings and prototypes. The first `assigned` views, the large ones, are
-    assigned by `sinkhorn`; the loss is the mean over pairs of an assigned view and another.
+    https://arxiv.org/abs/2006.09882. `scores` [V, B, K] are cosines of embeddings and prototypes. The first `assigned`
+    views, the large crops, are assigned by `sinkhorn`; the loss is the mean over pairs of one of these and a different
+    view.
     """
     codes = [sinkhorn(s, epsilon=epsilon, iterations=iterations, axis_name=axis_name) for s in scores[:assigned]]
-    return _crossed(jnp.stack(codes), jax.nn.log_softmax(scores.astype(jnp.float32) / temperature))
+    return _mean_cross_entropy(jnp.stack(codes), jax.nn.log_softmax(scores.astype(jnp.float32) / temperature))
 
 
 def dino(
@@ -256,84 +259,88 @@ def dino(
     temperature: float = 0.1,
     teacher_temperature: float = 0.04,
 ) -> jax.Array:
-    """DINO's loss in nats, float32 [B]: the student's views predict the teacher's others: https://arxiv.org/abs/2104.14294.
+    """Return the DINO loss in nats, float32 [B]: each student view predicts the teacher on different views.
+
+    https://arxiv.org/abs/2104.14294.
 
     Args:
       student: scores [V, B, K], the teacher's views first.
-      teacher: scores [G, B, K] of the large views; no gradient flows into them.
-      center: [K], subtracted from the teacher's; no gradient flows into it. See `centered`.
+      teacher: scores [G, B, K] of the large crops; no gradient flows into them.
+      center: [K], subtracted from the teacher's scores; no gradient flows into it. See `update_center`.
     """
     targets = jax.nn.softmax((teacher.astype(jnp.float32) - center[None, None]) / teacher_temperature)
-    return _crossed(jax.lax.stop_gradient(targets), jax.nn.log_softmax(student.astype(jnp.float32) / temperature))
+    return _mean_cross_entropy(
+        jax.lax.stop_gradient(targets), jax.nn.log_softmax(student.astype(jnp.float32) / temperature)
+    )
 
 
-def centered(
+def update_center(
     center: jax.Array, teacher: jax.Array, *, momentum: float = 0.9, axis_name: str | None = None
 ) -> jax.Array:
-    """DINO's next center [K]: a moving average of the mean of the teacher's scores [G, B, K] over the whole batch."""
+    """Update DINO's center [K], a moving average of the teacher's mean scores [G, B, K] over the whole batch."""
     mean = mean_over(teacher.astype(jnp.float32).mean((0, 1)), axis_name)
     return momentum * center + (1 - momentum) * mean
 
 
-def _crossed(targets: jax.Array, log_p: jax.Array) -> jax.Array:
-    """Cross entropy [B], mean over pairs of a target view [G, B, K] and another view of `log_p` [V, B, K]."""
+def _mean_cross_entropy(targets: jax.Array, log_p: jax.Array) -> jax.Array:
+    """Average the cross entropy [B] over pairs of a target view [G, B, K] and a different view of `log_p` [V, B, K]."""
     pairs = [(g, v) for g in range(len(targets)) for v in range(len(log_p)) if g != v]
     return -jnp.stack([jnp.sum(targets[g] * log_p[v], axis=-1) for g, v in pairs]).mean(0)
 
 
-# --- pieces -----------------------------------------------------------------------------------------------------------
+# --- details ----------------------------------------------------------------------------------------------------------
 
 
 def unit(x: jax.Array) -> jax.Array:
-    """Rows of [..., D] at length 1, float32; those of length 0 stay, with a finite gradient."""
+    """Normalize the rows of [..., D] to length 1, float32; rows of length 0 stay 0, with a finite gradient."""
     x = x.astype(jnp.float32)
     return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(jnp.square(x), axis=-1, keepdims=True), 1e-12))
 
 
 def _products(a: jax.Array, b: jax.Array) -> jax.Array:
-    """[R, D] and [C, D] to [R, C]: the accelerators' default precision would round to 8 bits of mantissa."""
+    """Multiply [R, D] by [C, D] to [R, C]; the default precision on accelerators would round to 8 bits of mantissa."""
     return jnp.matmul(a, b.T, precision="highest")
 
 
 def _by_rows(
-    losses: Callable[[tuple[jax.Array, ...]], jax.Array], own: tuple[jax.Array, ...], columns: int, block: int | None
+    losses: Callable[[tuple[jax.Array, ...]], jax.Array], arrays: tuple[jax.Array, ...], columns: int, block: int | None
 ) -> jax.Array:
-    """`losses` [R] of arrays [R, ...], each held against `columns` others, `block` rows at a time; see `contrast`."""
-    rows = len(own[0])
-    block = min(block or max(AT_ONCE // columns, 1), rows)
+    """Compute `losses` [R] of arrays [R, ...], each against `columns` others, in blocks of rows; see `contrast`."""
+    rows = len(arrays[0])
+    block = min(block or max(MAX_SIMILARITIES // columns, 1), rows)
     if block == rows:
-        return losses(own)
-    # Rows that fill up the last block ask like any other, and are dropped.
+        return losses(arrays)
+    # Padding rows in the last block are computed and then discarded.
     padding = -rows % block
     blocks = jax.tree.map(
-        lambda x: jnp.pad(x, ((0, padding),) + ((0, 0),) * (x.ndim - 1)).reshape(-1, block, *x.shape[1:]), own
+        lambda x: jnp.pad(x, ((0, padding),) + ((0, 0),) * (x.ndim - 1)).reshape(-1, block, *x.shape[1:]), arrays
     )
     return jax.lax.map(jax.checkpoint(losses), blocks).reshape(-1)[:rows]
 
 
 def _gather(x: jax.Array, axis_name: str | None, *, axis: int = 0) -> jax.Array:
-    """All shards' parts of the batch, whose gradient each shard then sends to all."""
+    """Gather the whole batch; in the gradient, each shard sends its part to all others."""
     return x if axis_name is None else jax.lax.all_gather(x, axis_name, axis=axis, tiled=True)
 
 
 def _batch_mean(x: jax.Array, axis_name: str | None) -> jax.Array:
-    """The mean [1, D] over the whole batch of [B, D], whose gradient each shard then sends to all."""
+    """Average [B, D] over the whole batch, [1, D]; in the gradient, each shard sends its part to all others."""
     return vary(mean_over(x.mean(0, keepdims=True), axis_name), axis_name)
 
 
 def _moments(a: jax.Array, b: jax.Array, axis_name: str | None) -> jax.Array:
-    """Mean products [D, D] over the whole batch."""
+    """Average products over the whole batch, [D, D]."""
     return vary(mean_over(jnp.matmul(a.T, b, precision="highest") / len(a), axis_name), axis_name)
 
 
 def _off_diagonal(x: jax.Array) -> jax.Array:
-    """Sum of squares of [D, D] without the diagonal, which taken off afterwards would leave its rounding errors."""
+    """Sum the squares of [D, D] without the diagonal; subtracting it afterwards would leave rounding errors."""
     return jnp.sum(jnp.square(jnp.where(jnp.eye(len(x), dtype=bool), 0.0, x)))
 
 
 def _log_sum_of_batch(x: jax.Array, axis_name: str | None) -> jax.Array:
-    """log of the sum of exp over the whole batch, [B, K] to [1, K]."""
+    """Compute the log of the sum of exp over the whole batch, [B, K] to [1, K]."""
     if axis_name is None:
         return jax.nn.logsumexp(x, axis=0, keepdims=True)
-    top = jax.lax.pmax(x.max(0, keepdims=True), axis_name)
-    return top + jnp.log(jax.lax.psum(jnp.exp(x - top).sum(0, keepdims=True), axis_name))
+    maximum = jax.lax.pmax(x.max(0, keepdims=True), axis_name)
+    return maximum + jnp.log(jax.lax.psum(jnp.exp(x - maximum).sum(0, keepdims=True), axis_name))

@@ -1,4 +1,4 @@
-"""Random keys: derived from the run's key, the step and the example, never stored back."""
+"""Random keys, derived from the run's key, the step and the example; never written back to the state."""
 
 import jax
 import jax.numpy as jnp
@@ -7,20 +7,20 @@ Key = jax.Array  # a typed key, `jax.random.key(seed)`
 
 
 def step_key(key: Key, step: jax.Array) -> Key:
-    """The key of one step: the same whatever ran before it, so that a resumed run draws what the first would have."""
+    """Return the key of one step; it depends on the step alone, so a resumed run draws the same numbers."""
     return jax.random.fold_in(key, step)
 
 
 def example_index(count: int, axis_name: str | None = None) -> jax.Array:
-    """Global indices, int32 [count], of the `count` examples of a batch that this shard holds.
+    """Return the global indices, int32 [count], of the `count` examples of the batch on this shard.
 
-    Without `axis_name` the batch is whole, so they are 0..count-1. Under `pmap` or `shard_map` shard `d` holds
-    `d * count` and the `count - 1` that follow.
+    Without `axis_name` the batch is whole and the indices are 0..count-1. Under `pmap` or `shard_map`, those of shard
+    `d` start at `d * count`.
     """
     start = 0 if axis_name is None else jax.lax.axis_index(axis_name) * count
     return start + jnp.arange(count, dtype=jnp.int32)
 
 
 def example_keys(key: Key, index: jax.Array) -> Key:
-    """One key for each global example index: [B] keys, equal on one device and on eight."""
+    """Return one key per global example index, [B]; keys are the same on one device or many."""
     return jax.vmap(lambda i: jax.random.fold_in(key, i))(index)

@@ -1,6 +1,6 @@
-"""Parts of a ResNet: convolution, norm, stems, shortcuts, attention, stochastic depth.
+"""Building blocks of a ResNet: convolution, norm, stems, shortcuts, attention, stochastic depth.
 
-Each is chosen by handing the class (or a `functools.partial` of it) to `ResNet`; none has a switch for another.
+Pass a class (or a `functools.partial` of one) to `ResNet` to choose it; no class has flags that select a variant.
 """
 
 from collections.abc import Callable
@@ -15,17 +15,18 @@ from resnet_jax.keys import example_index, example_keys
 
 ModuleDef = Callable[..., Any]
 
-# He et al. 2015, https://arxiv.org/abs/1502.01852, in the fan-out form of torchvision.
+# He et al. 2015, https://arxiv.org/abs/1502.01852, in torchvision's fan-out form.
 kernel_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
-# Uniform in +-1/sqrt(fan_in), torch.nn.Linear's.
+# Uniform in +-1/sqrt(fan_in), like torch.nn.Linear.
 dense_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 BatchNorm = partial(nn.BatchNorm, momentum=0.9, epsilon=1e-5)
+"""`flax.linen.BatchNorm` with PyTorch's epsilon and momentum (0.9 here is 0.1 in PyTorch)."""
 
 
 def conv(features: int, kernel_size: int = 3, strides: int = 1, groups: int = 1, **kwargs: Any) -> nn.Conv:
-    """A square convolution without bias, padded as torchvision does (XLA's "SAME" differs where `strides` > 1)."""
+    """Build a square convolution without bias, padded like torchvision (XLA's "SAME" differs where `strides` > 1)."""
     pad = (kernel_size - 1) // 2
     options: dict[str, Any] = {"padding": ((pad, pad), (pad, pad)), "use_bias": False, "kernel_init": kernel_init}
     return nn.Conv(
@@ -38,18 +39,18 @@ def conv(features: int, kernel_size: int = 3, strides: int = 1, groups: int = 1,
 
 
 def max_pool(x: jax.Array) -> jax.Array:
-    """3x3 max-pool of stride 2 with padding 1, [B, H, W, C] to [B, ceil(H / 2), ceil(W / 2), C]."""
+    """Max-pool 3x3 with stride 2 and padding 1, [B, H, W, C] to [B, ceil(H / 2), ceil(W / 2), C]."""
     return nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
 
 
 def norm_relu(norm: nn.Module, x: jax.Array) -> jax.Array:
-    """ReLU after a norm: in one go where the norm has a `with_relu`, as oneDNN's has."""
-    together = getattr(norm, "with_relu", None)
-    return nn.relu(norm(x)) if together is None else together(x)
+    """Apply a norm, then ReLU; fused if the norm provides `with_relu`, as oneDNN's does."""
+    fused = getattr(norm, "with_relu", None)
+    return nn.relu(norm(x)) if fused is None else fused(x)
 
 
 class NormAct(nn.Module):
-    """Norm, then ReLU: the end of a pre-activation trunk."""
+    """Norm and ReLU, which end the trunk of a pre-activation network."""
 
     norm: ModuleDef
 
@@ -59,7 +60,7 @@ class NormAct(nn.Module):
 
 
 class Stem(nn.Module):
-    """One convolution, norm and ReLU, then a max-pool: 7x7 of stride 2 as in He et al. 2015."""
+    """Convolution (7x7 with stride 2 as in He et al. 2015), norm, ReLU and, if `pool`, max-pool."""
 
     features: int
     conv: ModuleDef
@@ -77,7 +78,7 @@ class Stem(nn.Module):
 
 
 class PreActStem(Stem):
-    """The convolution alone (then max-pool): the first pre-activation block brings norm and ReLU."""
+    """Convolution and, if `pool`, max-pool; norm and ReLU belong to the first pre-activation block."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -86,7 +87,7 @@ class PreActStem(Stem):
 
 
 class DeepStem(nn.Module):
-    """Three 3x3 convolutions, then a max-pool: the "C" and "D" stem, https://arxiv.org/abs/1812.01187."""
+    """Three 3x3 convolutions, then max-pool: the stem of ResNet-C and -D, https://arxiv.org/abs/1812.01187."""
 
     features: int
     conv: ModuleDef
@@ -103,12 +104,15 @@ class DeepStem(nn.Module):
 
 
 ImageNetStem = Stem
+"""Stem for ImageNet: 7x7 convolution with stride 2, norm, ReLU, max-pool."""
 CifarStem = partial(Stem, kernel_size=3, strides=1, pool=False)
+"""Stem for 32x32 images: 3x3 convolution with stride 1, norm, ReLU."""
 CifarPreActStem = partial(PreActStem, kernel_size=3, strides=1, pool=False)
+"""Stem of pre-activation networks for 32x32 images: 3x3 convolution with stride 1."""
 
 
 class Projection(nn.Module):
-    """1x1 convolution and norm where the shape changes: shortcut "B" of https://arxiv.org/abs/1512.03385."""
+    """1x1 convolution and norm: shortcut B of https://arxiv.org/abs/1512.03385."""
 
     features: int
     strides: int
@@ -122,14 +126,14 @@ class Projection(nn.Module):
 
 
 class PooledProjection(Projection):
-    """Average-pool, then a 1x1 convolution of stride 1: the "D" shortcut, https://arxiv.org/abs/1812.01187."""
+    """Average-pool, then 1x1 convolution with stride 1 and norm: shortcut of ResNet-D, https://arxiv.org/abs/1812.01187."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         if self.strides > 1:
             window = (self.strides, self.strides)
             height, width = (-size % self.strides for size in x.shape[1:3])
-            # An odd edge is averaged over the pixels that exist, as PyTorch's ceil_mode does.
+            # At an odd edge, average over the pixels that exist, like PyTorch's ceil_mode.
             padding = ((0, height), (0, width))
             x = nn.avg_pool(x, window, strides=window, padding=padding, count_include_pad=False)
         x = self.conv(self.features, 1, 1, name="conv")(x)
@@ -137,7 +141,7 @@ class PooledProjection(Projection):
 
 
 class PlainProjection(Projection):
-    """1x1 convolution alone: the shortcut of pre-activation blocks, https://arxiv.org/abs/1603.05027."""
+    """1x1 convolution without norm: shortcut of pre-activation blocks, https://arxiv.org/abs/1603.05027."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -145,7 +149,7 @@ class PlainProjection(Projection):
 
 
 class ZeroPad(Projection):
-    """Subsample and pad channels with zeros, no parameters: shortcut "A" of https://arxiv.org/abs/1512.03385."""
+    """Subsample and zero-pad the channels, without parameters: shortcut A of https://arxiv.org/abs/1512.03385."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -155,7 +159,7 @@ class ZeroPad(Projection):
 
 
 class SqueezeExcite(nn.Module):
-    """Channels reweighted by a gate on their means, https://arxiv.org/abs/1709.01507. [B, H, W, C] to the same."""
+    """Scale channels by a gate computed from their means, [B, H, W, C]: https://arxiv.org/abs/1709.01507."""
 
     reduction: int = 16
     dtype: Any = jnp.float32
@@ -170,10 +174,10 @@ class SqueezeExcite(nn.Module):
 
 
 class DropPath(nn.Module):
-    """Stochastic depth, https://arxiv.org/abs/1603.09382: a residual branch is dropped for single examples.
+    """Stochastic depth: drop a residual branch per example with probability `rate`, https://arxiv.org/abs/1603.09382.
 
-    Kept branches are divided by the probability of keeping them. Drawn from the `drop_path` key by global example
-    index, so that one device and eight drop the same.
+    Branches that are kept are divided by the probability of keeping them. Draws come from the `drop_path` key and the
+    global example index, so they are the same on one device or many.
     """
 
     rate: float

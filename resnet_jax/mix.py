@@ -1,7 +1,7 @@
-"""Mixing examples of a batch: mixup and cutmix, the same on one device and on many.
+"""Mixup and cutmix over a batch, with the same result on one device or many.
 
-The partner of global example i is example B - 1 - i: batches are shuffled, so it is a random one, and shards find it
-with a single exchange.
+The partner of global example i is example B - 1 - i: since batches are shuffled the partner is random, and shards
+exchange partners in a single permutation.
 """
 
 import jax
@@ -14,11 +14,17 @@ from resnet_jax.keys import Key
 def mixup(
     key: Key, images: jax.Array, labels: jax.Array, *, alpha: float = 0.2, axis_name: str | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """Mix every example with its partner: `lam * x + (1 - lam) * partner`, one lam ~ Beta(alpha, alpha) per batch.
+    """Mix each example with its partner: `lam * x + (1 - lam) * partner`, one lam ~ Beta(alpha, alpha) per batch.
 
-    images float [B, H, W, C], labels float [B, K]; https://arxiv.org/abs/1710.09412. The partner of global example i is
-    B - 1 - i, so shuffled batches have random partners. With `axis_name` the batch is split over that axis, and the
-    same key on all devices gives what one device would.
+    https://arxiv.org/abs/1710.09412. With `axis_name` the batch is split over that axis; with the same key on all
+    devices the result equals that of one device.
+
+    Args:
+      images: float [B, H, W, C].
+      labels: float [B, K], one-hot or soft.
+
+    Raises:
+      TypeError: images or labels are integers.
     """
     return _mix(images, labels, _weights(key, images.shape, alpha, False), axis_name)
 
@@ -26,10 +32,10 @@ def mixup(
 def cutmix(
     key: Key, images: jax.Array, labels: jax.Array, *, alpha: float = 1.0, axis_name: str | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """Paste one random box of the partner's image, and mix the labels by the box's exact area after clipping.
+    """Paste a random box of the partner's image, and mix labels by the box's exact area after clipping.
 
-    Shapes, partners and `axis_name` as in `mixup`; the box covers a share of about 1 - lam, lam ~ Beta(alpha, alpha);
-    https://arxiv.org/abs/1905.04899.
+    https://arxiv.org/abs/1905.04899. Arguments are as in `mixup`. The box covers about 1 - lam of the image, with
+    lam ~ Beta(alpha, alpha).
     """
     return _mix(images, labels, _weights(key, images.shape, alpha, True), axis_name)
 
@@ -43,28 +49,28 @@ def mix(
     cutmix_alpha: float = 1.0,
     axis_name: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Apply `mixup` or `cutmix` to the batch, each with probability 1/2; an alpha of 0 (a static number) is off."""
+    """Apply `mixup` or `cutmix` to the batch, each with probability 1/2; an alpha of 0 (static) turns that one off."""
     if not mixup_alpha and not cutmix_alpha:
         return images, labels
     choice_key, key = jax.random.split(key)
-    pasted = jax.random.bernoulli(choice_key) if mixup_alpha and cutmix_alpha else bool(cutmix_alpha)
-    alpha = jnp.where(pasted, cutmix_alpha, mixup_alpha)
-    return _mix(images, labels, _weights(key, images.shape, alpha, pasted), axis_name)
+    use_cutmix = jax.random.bernoulli(choice_key) if mixup_alpha and cutmix_alpha else bool(cutmix_alpha)
+    alpha = jnp.where(use_cutmix, cutmix_alpha, mixup_alpha)
+    return _mix(images, labels, _weights(key, images.shape, alpha, use_cutmix), axis_name)
 
 
-def _weights(key: Key, shape: tuple[int, ...], alpha: jax.Array | float, pasted: jax.Array | bool) -> jax.Array:
-    """Every pixel's own share [H, W, 1]: 0 inside a random box of area 1 - lam if `pasted`, else lam everywhere."""
+def _weights(key: Key, shape: tuple[int, ...], alpha: jax.Array | float, use_cutmix: jax.Array | bool) -> jax.Array:
+    """Return pixel weights [H, W, 1]: 0 inside a random box of area 1 - lam if `use_cutmix`, else lam everywhere."""
     lam_key, place_key = jax.random.split(key)
     lam = jax.random.beta(lam_key, alpha, alpha, (), jnp.float32)
     height, width = (jnp.floor(length * jnp.sqrt(1 - lam)).astype(jnp.int32) for length in shape[1:3])
     box = random_centred_box(place_key, shape[1], shape[2], height, width)
-    return jnp.where(pasted, 1 - box.astype(jnp.float32), lam)
+    return jnp.where(use_cutmix, 1 - box.astype(jnp.float32), lam)
 
 
 def _mix(
     images: jax.Array, labels: jax.Array, weights: jax.Array, axis_name: str | None
 ) -> tuple[jax.Array, jax.Array]:
-    """Blend with the partners, the images by `weights` [H, W, 1] and the labels by their mean."""
+    """Blend with the partners: images by `weights` [H, W, 1], labels by their mean."""
     if not (jnp.issubdtype(images.dtype, jnp.floating) and jnp.issubdtype(labels.dtype, jnp.floating)):
         raise TypeError(f"images and labels must be floating (labels one-hot or soft): {images.dtype}, {labels.dtype}")
 

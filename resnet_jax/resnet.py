@@ -1,7 +1,7 @@
-"""Residual networks as pure Flax modules, and the table of published ones.
+"""Residual networks as pure Flax modules, and a table of published ones.
 
-`MODELS["resnet50"](num_classes=1000)` is a `ResNet` whose parameter count and logits equal torchvision's (V1.5) for the
-same weights. Everything that varies between members of the family is a block, a stem, a shortcut or an integer.
+`MODELS["resnet50"](num_classes=1000)` is a `ResNet` whose parameter count and, given the same weights, logits equal
+torchvision's (V1.5). Members of the family differ only in blocks, stems, shortcuts and integers.
 """
 
 from collections.abc import Sequence
@@ -35,13 +35,14 @@ from resnet_jax.layers import (
 
 
 class Block(nn.Module):
-    """What residual blocks have in common: their fields, and the way past them.
+    """Base class of residual blocks: shared fields and the shortcut.
 
-    `filters` is the stage's nominal width; a block puts out `filters * expansion` channels. `widths` are the output
-    channels of its convolutions in turn, the last one's those of the block, where they are not `own_widths` because
-    the network has been pruned. The shortcut is a module only where the nominal shape changes: from `in_channels`,
-    those of the whole network. `attention()` ends the residual branch; `zero_init` starts it at zero
-    (https://arxiv.org/abs/1706.02677).
+    Attributes:
+      filters: nominal width of the stage; a block outputs `filters * expansion` channels.
+      in_channels: input channels before any pruning; with `strides` they decide whether the shortcut is a module.
+      attention: module at the end of the residual branch, or None.
+      zero_init: start the residual branch at zero, https://arxiv.org/abs/1706.02677.
+      widths: output channels of each convolution in order, if pruning has changed them from `default_widths`.
     """
 
     filters: int
@@ -58,8 +59,8 @@ class Block(nn.Module):
     expansion = 1
 
     @property
-    def own_widths(self) -> tuple[int, ...]:
-        """Output channels of each convolution before any pruning."""
+    def default_widths(self) -> tuple[int, ...]:
+        """Output channels of each convolution before pruning."""
         raise NotImplementedError
 
     @property
@@ -67,25 +68,25 @@ class Block(nn.Module):
         """Output channels of each convolution.
 
         Raises:
-          ValueError: `widths` are not one for each convolution.
+          ValueError: `widths` does not have one entry per convolution.
         """
-        own = self.own_widths
-        if self.widths is not None and len(self.widths) != len(own):
-            raise ValueError(f"{self.name} has {len(own)} convolutions, got {len(self.widths)} widths for them")
-        return own if self.widths is None else tuple(self.widths)
+        default = self.default_widths
+        if self.widths is not None and len(self.widths) != len(default):
+            raise ValueError(f"{self.name} has {len(default)} convolutions, got {len(self.widths)} widths for them")
+        return default if self.widths is None else tuple(self.widths)
 
     @property
-    def reshapes(self) -> bool:
-        """Whether the shape changes; a pruned network, where counts may coincide, keeps its shortcuts' kind."""
+    def changes_shape(self) -> bool:
+        """Whether the shape changes before pruning; a pruned network keeps the kind of its shortcuts."""
         return self.strides > 1 or self.in_channels != self.filters * self.expansion
 
-    def past(self, x: jax.Array) -> jax.Array:
-        """The shortcut: [B, H, W, C] to [B, H / strides, W / strides, features[-1]]."""
-        if not self.reshapes:
+    def apply_shortcut(self, x: jax.Array) -> jax.Array:
+        """Apply the shortcut, [B, H, W, C] to [B, H / strides, W / strides, features[-1]]."""
+        if not self.changes_shape:
             return x
         return self.shortcut(self.features[-1], self.strides, conv=self.conv, norm=self.norm, name="shortcut")(x)
 
-    def attend(self, x: jax.Array) -> jax.Array:
+    def apply_attention(self, x: jax.Array) -> jax.Array:
         return x if self.attention is None else self.attention(dtype=x.dtype, name="attention")(x)
 
     @property
@@ -97,7 +98,7 @@ class BasicBlock(Block):
     """Two 3x3 convolutions, https://arxiv.org/abs/1512.03385."""
 
     @property
-    def own_widths(self) -> tuple[int, ...]:
+    def default_widths(self) -> tuple[int, ...]:
         return self.filters, self.filters
 
     @nn.compact
@@ -106,14 +107,14 @@ class BasicBlock(Block):
         y = self.conv(first, 3, self.strides, name="conv1")(x)
         y = norm_relu(self.norm(name="norm1"), y)
         y = self.conv(last, 3, name="conv2")(y)
-        y = self.attend(self.norm(name="norm2", scale_init=self.last_scale)(y))
-        return nn.relu(self.past(x) + self.drop_path(name="drop_path")(y, train=train))
+        y = self.apply_attention(self.norm(name="norm2", scale_init=self.last_scale)(y))
+        return nn.relu(self.apply_shortcut(x) + self.drop_path(name="drop_path")(y, train=train))
 
 
 class Bottleneck(Block):
-    """1x1, 3x3, 1x1 with the stride on the 3x3: "V1.5", as torchvision's.
+    """1x1, 3x3 and 1x1 convolutions with the stride on the 3x3 ("V1.5"), like torchvision.
 
-    `groups` and `group_width` make it ResNeXt (https://arxiv.org/abs/1611.05431) or a wide ResNet
+    `groups` and `group_width` turn it into ResNeXt (https://arxiv.org/abs/1611.05431) or a wide ResNet
     (https://arxiv.org/abs/1605.07146): the 3x3 has `filters * group_width / 64 * groups` channels.
     """
 
@@ -123,7 +124,7 @@ class Bottleneck(Block):
     expansion = 4
 
     @property
-    def own_widths(self) -> tuple[int, ...]:
+    def default_widths(self) -> tuple[int, ...]:
         width = self.filters * self.group_width // 64 * self.groups
         return width, width, self.filters * self.expansion
 
@@ -135,45 +136,45 @@ class Bottleneck(Block):
         y = self.conv(middle, 3, self.strides, groups=self.groups, name="conv2")(y)
         y = norm_relu(self.norm(name="norm2"), y)
         y = self.conv(last, 1, name="conv3")(y)
-        y = self.attend(self.norm(name="norm3", scale_init=self.last_scale)(y))
-        return nn.relu(self.past(x) + self.drop_path(name="drop_path")(y, train=train))
+        y = self.apply_attention(self.norm(name="norm3", scale_init=self.last_scale)(y))
+        return nn.relu(self.apply_shortcut(x) + self.drop_path(name="drop_path")(y, train=train))
 
 
 class PreActBlock(Block):
-    """Norm and ReLU before each convolution, nothing after the sum, https://arxiv.org/abs/1603.05027.
+    """Norm and ReLU before each convolution, and nothing after the sum: https://arxiv.org/abs/1603.05027.
 
-    A convolution ends the branch, so `zero_init` zeroes its kernel: a zero scale before a ReLU would never move.
+    The branch ends in a convolution: `zero_init` zeroes its kernel, as a zero scale before a ReLU gets no gradient.
     """
 
     shortcut: ModuleDef = PlainProjection
     kernel_sizes: Sequence[int] = (3, 3)
 
     @property
-    def own_widths(self) -> tuple[int, ...]:
+    def default_widths(self) -> tuple[int, ...]:
         return (self.filters,) * (len(self.kernel_sizes) - 1) + (self.filters * self.expansion,)
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         y = norm_relu(self.norm(name="norm1"), x)
-        # A projection starts from the activated input; an identity is taken from before it.
-        skip = self.past(y) if self.reshapes else x
+        # A projection takes the activated input; an identity takes the input itself.
+        skip = self.apply_shortcut(y) if self.changes_shape else x
         last = len(self.kernel_sizes)
         for i, (features, size) in enumerate(zip(self.features, self.kernel_sizes, strict=True), start=1):
-            strides = self.strides if i == self.strided else 1
+            strides = self.strides if i == self.stride_index else 1
             zero = {"kernel_init": nn.initializers.zeros} if self.zero_init and i == last else {}
             y = self.conv(features, size, strides, name=f"conv{i}", **zero)(y)
             if i < last:
                 y = norm_relu(self.norm(name=f"norm{i + 1}"), y)
-        return skip + self.drop_path(name="drop_path")(self.attend(y), train=train)
+        return skip + self.drop_path(name="drop_path")(self.apply_attention(y), train=train)
 
     @property
-    def strided(self) -> int:
-        """Which convolution carries the stride: the first 3x3."""
+    def stride_index(self) -> int:
+        """Number of the convolution that has the stride, counted from 1: the first 3x3."""
         return list(self.kernel_sizes).index(3) + 1
 
 
 class PreActBottleneck(PreActBlock):
-    """The pre-activation bottleneck, https://arxiv.org/abs/1603.05027, with the stride on the 3x3."""
+    """Pre-activation bottleneck with the stride on the 3x3, https://arxiv.org/abs/1603.05027."""
 
     kernel_sizes: Sequence[int] = (1, 3, 1)
 
@@ -181,41 +182,42 @@ class PreActBottleneck(PreActBlock):
 
 
 def split_widths(widths: Sequence[int] | None, blocks: int) -> tuple[int | None, list[Sequence[int] | None]]:
-    """The stem's part of `ResNet.widths` and each block's; None where they are the model's own.
+    """Split `ResNet.widths` into the stem's and each block's; None stands for the default widths.
 
     Raises:
-      ValueError: they cannot be one of the stem and as many of each block.
+      ValueError: the number of widths is not one for the stem plus the same number for each block.
     """
     if widths is None:
         return None, [None] * blocks
     each, rest = divmod(len(widths) - 1, blocks)
     if each < 1 or rest:
-        raise ValueError(f"widths are one of the stem and as many of each of {blocks} blocks, got {len(widths)}")
+        raise ValueError(f"widths: 1 for the stem and the same number for each of {blocks} blocks, got {len(widths)}")
     return widths[0], [widths[i : i + each] for i in range(1, len(widths), each)]
 
 
 class ResNet(nn.Module):
-    """A residual network: images [B, H, W, C] to float32 logits [B, num_classes], or features if that is None.
+    """Residual network: images [B, H, W, C] to float32 logits [B, num_classes], or to features if that is None.
 
-    Images are float, normalised. Parameters, batch statistics, pooling and head are float32; convolutions compute in
+    Images are float and normalized. Parameters, batch statistics, pooling and head are float32; convolutions compute in
     `dtype`. `train=True` uses and updates batch statistics (`mutable=["batch_stats"]`) and, with `drop_path` > 0,
     draws from `rngs={"drop_path": key}`.
 
     Attributes:
-      stage_sizes: blocks in each stage; every stage after the first halves the resolution.
+      stage_sizes: number of blocks per stage; each stage after the first halves the resolution.
       block: a `Block`, or a `functools.partial` of one.
-      num_classes: size of the head; None ends at the pooled features [B, C].
-      width: channels of the first stage, doubled by each further one.
-      stem: `ImageNetStem`, `CifarStem`, `DeepStem`, ...; `stem_width` are its channels, `width` if None.
-      final: what follows the last stage: `NormAct` in pre-activation nets.
-      drop_path: stochastic depth of the last block, in [0, 1); it grows linearly from 0 at the first.
+      num_classes: output size of the head; None returns the pooled features [B, C].
+      width: channels of the first stage; each further stage doubles them.
+      stem: `ImageNetStem`, `CifarStem`, `DeepStem`, ...
+      stem_width: channels of the stem; None means `width`.
+      final: module after the last stage, `NormAct` in pre-activation networks.
+      drop_path: drop rate of the last block, in [0, 1), for stochastic depth; it grows linearly from 0 at the first.
       zero_init: start each residual branch at zero.
-      dtype: of convolutions, norms and activations.
-      axis_name: the axis that the batch is split over under `pmap` or `shard_map`; None under `jit`.
-      sync_bn: statistics over the whole batch, or (False; not under `jit`) over each shard's own part of it.
-      conv, norm, max_pool: the kernels, for those who bring their own, as `resnet_jax.onednn` does.
-      widths: output channels of each convolution in turn (the stem, then each block's), where a pruned network's are
-        not the model's own. A shortcut's follow the block's last; `resnet_jax.channels.compact` sets them.
+      dtype: dtype of convolutions, norms and activations.
+      axis_name: axis over which the batch is split under `pmap` or `shard_map`; None under `jit`.
+      sync_bn: compute statistics over the whole batch; False (no effect under `jit`) computes them per shard.
+      conv, norm, max_pool: kernels; `resnet_jax.onednn` provides others.
+      widths: output channels of each convolution in order (the stem, then each block), for a pruned network. A shortcut
+        has those of its block's last convolution. `resnet_jax.channels.compact` sets them.
     """
 
     stage_sizes: Sequence[int]
@@ -237,10 +239,13 @@ class ResNet(nn.Module):
 
     @nn.compact
     def maps(self, images: jax.Array, *, train: bool = False) -> dict[str, jax.Array]:
-        """Every level of the network: `stem`, `stage1`.. [B, H, W, C], `pooled` [B, C] and, with a head, `logits`.
+        """Return all levels of the network: `stem`, `stage1`, ... [B, H, W, C], `pooled` [B, C] and `logits` if any.
 
-        For detection and explanation: `model.apply(variables, images, method="maps")`. What is not used is not
-        computed under `jit`.
+        Use it for detection or explanation: `model.apply(variables, images, method="maps")`. Under `jit`, unused levels
+        are not computed.
+
+        Raises:
+          ValueError: `drop_path` is out of range, or `widths` does not fit the network.
         """
         if not 0 <= self.drop_path < 1:
             raise ValueError(f"drop_path must be in [0, 1), got {self.drop_path}")
@@ -283,12 +288,12 @@ class ResNet(nn.Module):
         return levels
 
     def __call__(self, images: jax.Array, *, train: bool = False) -> jax.Array:
-        """Logits [B, num_classes], or pooled features [B, C] where `num_classes` is None; float32."""
+        """Return float32 logits [B, num_classes], or pooled features [B, C] if `num_classes` is None."""
         levels = self.maps(images, train=train)
         return levels["pooled" if self.num_classes is None else "logits"]
 
 
-# Blocks of the four-stage nets by depth, https://arxiv.org/abs/1512.03385 table 1.
+# Stage sizes and blocks of four-stage networks by depth, https://arxiv.org/abs/1512.03385 table 1.
 STAGES: dict[int, tuple[tuple[int, ...], ModuleDef]] = {
     18: ((2, 2, 2, 2), BasicBlock),
     34: ((3, 4, 6, 3), BasicBlock),
@@ -305,7 +310,7 @@ CIFAR_DEPTHS = (8, 20, 32, 44, 56, 110)
 
 
 def wide_resnet(depth: int, factor: int) -> ModuleDef:
-    """WRN-`depth`-`factor` for 32x32 images, https://arxiv.org/abs/1605.07146."""
+    """Return WRN-`depth`-`factor` for 32x32 images, https://arxiv.org/abs/1605.07146."""
     return partial(
         cifar_preact, stage_sizes=((depth - 4) // 6,) * 3, block=PreActBlock, width=16 * factor, stem_width=16
     )
@@ -354,3 +359,4 @@ MODELS: dict[str, ModuleDef] = {
     "wrn_28_10": wide_resnet(28, 10),
     "wrn_40_2": wide_resnet(40, 2),
 }
+"""Published networks by name: callables that take fields of `ResNet` as keywords and return a `ResNet`."""

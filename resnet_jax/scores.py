@@ -1,14 +1,14 @@
-"""Pruning scores: how much each parameter matters, larger is more important; masks keep the largest.
+"""Pruning scores: how important each parameter is; masks keep the largest.
 
-Scores are a tree shaped like `params`, any pytree of float arrays, and float32 whatever its dtypes. Those that look at
-data take
+Scores are a float32 tree with the structure of `params`, which may be any tree of float arrays. Scores that use data
+take
 
-- `loss(params, batch)`, the per-example losses, float32 [B];
-- `batches`, a finite iterable of pytrees of arrays [B, ...]. Batches weigh the same; one of another shape is traced
-  anew.
+- `loss(params, batch)`, which returns per-example losses, float32 [B];
+- `batches`, a finite iterable of trees of arrays [B, ...]. All batches have equal weight; each new shape is traced
+  again.
 
-`loss` and `forward` are pure and are traced once for as long as the same function is handed over, in later calls too:
-pruning in rounds compiles once, and what such a function closes over must not change between them.
+`loss` and `forward` must be pure. Passing the same function object again, also in later calls, reuses its compiled
+code, so iterative pruning compiles once; values that such a function closes over must not change between calls.
 """
 
 from collections.abc import Callable, Iterable
@@ -24,31 +24,31 @@ from resnet_jax.tree import PyTree, count, map_with_path
 Batch = Any
 Loss = Callable[[PyTree, Batch], jax.Array]
 
-# Per-example gradients that are held at once by `fisher`: 512 MiB of float32.
-AT_ONCE = 1 << 27
+# Numbers in the per-example gradients that `fisher` holds at once: 512 MiB of float32.
+MAX_EXAMPLE_GRADIENTS = 1 << 27
 
-SQUARES = "the gradients are not finite, or overflow when squared"
+NON_FINITE_SQUARES = "the gradients are not finite, or overflow when squared"
 
 
 # --- without data -----------------------------------------------------------------------------------------------------
 
 
 def magnitude(params: PyTree) -> PyTree:
-    """The absolute value of each weight, in [0, inf): https://arxiv.org/abs/1506.02626."""
+    """Score by the absolute value of each weight, in [0, inf): https://arxiv.org/abs/1506.02626."""
     return jax.tree.map(lambda w: jnp.abs(_float32(w)), params)
 
 
 def random(params: PyTree, *, key: Key) -> PyTree:
-    """Uniform in [0, 1), the control that any other score has to beat; each leaf draws by its place in the tree."""
+    """Score uniformly at random in [0, 1), a baseline for all other scores; leaf i draws from `fold_in(key, i)`."""
     leaves, structure = jax.tree.flatten(params)
     draws = [jax.random.uniform(jax.random.fold_in(key, i), jnp.shape(leaf)) for i, leaf in enumerate(leaves)]
     return jax.tree.unflatten(structure, draws)
 
 
 def norm_scale(params: PyTree) -> PyTree:
-    """Network slimming: the absolute value of leaves named `scale`, 0 elsewhere: https://arxiv.org/abs/1708.06519.
+    """Score leaves named `scale` by their absolute value, others by 0 (network slimming): https://arxiv.org/abs/1708.06519.
 
-    For pruning channels, where the scores of all that belongs to one are summed.
+    This is meant for pruning channels, where scores are summed over the leaves that carry a channel.
     """
 
     def score(path: str, w: jax.Array) -> jax.Array:
@@ -59,24 +59,26 @@ def norm_scale(params: PyTree) -> PyTree:
 
 
 def synflow(params: PyTree, *, forward: Callable[[PyTree], jax.Array]) -> PyTree:
-    """Synaptic flow, `|w dR/dw|` with `R = sum(forward(|params|))`, in [0, inf): https://arxiv.org/abs/2006.05467.
+    """Score by synaptic flow, `|w dR/dw|` with `R = sum(forward(|params|))`, in [0, inf): https://arxiv.org/abs/2006.05467.
 
-    `forward(params)` is the network's output for an input of ones, with norms that do nothing and without biases: then
-    the scores of every layer that all of the signal passes sum to R. The paper prunes in 100 rounds, as one round to a
-    high sparsity can empty a layer.
+    `forward(params)` returns the output for an input of ones, with norms that do nothing and without biases. Then the
+    scores of each layer that carries the whole signal sum to R. The paper prunes in 100 rounds, since a single round to
+    high sparsity can remove a whole layer.
 
     Raises:
-      ValueError: a score is not finite: R grows exponentially with depth.
+      ValueError: a score is not finite; R grows exponentially with depth.
     """
-    mend = "if the network overflows float32, scale its input and its output down, which scales all scores alike"
-    return _finite(_synflow(params, forward), "synflow", mend)
+    hint = "if the network overflows float32, scale its input and its output down, which scales all scores equally"
+    return _finite(_synflow(params, forward), "synflow", hint)
 
 
-# --- by gradients -----------------------------------------------------------------------------------------------------
+# --- with gradients ---------------------------------------------------------------------------------------------------
 
 
 def snip(params: PyTree, *, loss: Loss, batches: Iterable[Batch]) -> PyTree:
-    """SNIP's connection sensitivity, `|g w|` of the mean gradient g, as parts of 1: https://arxiv.org/abs/1810.02340.
+    """Score by connection sensitivity, `|g w|` of the mean gradient g, normalized to sum to 1 (SNIP).
+
+    https://arxiv.org/abs/1810.02340.
 
     Raises:
       ValueError: there are no batches, or a score is not finite.
@@ -89,26 +91,27 @@ def snip(params: PyTree, *, loss: Loss, batches: Iterable[Batch]) -> PyTree:
 
 
 def taylor(params: PyTree, *, loss: Loss, batches: Iterable[Batch]) -> PyTree:
-    """First-order Taylor expansion: the mean over batches of `(g w)^2`, in [0, inf): https://arxiv.org/abs/1906.10771.
+    """Score by first-order Taylor expansion, the mean over batches of `(g w)^2`, in [0, inf).
 
-    The square of how a batch's mean loss would change if the weight were 0, to first order.
+    https://arxiv.org/abs/1906.10771. To first order, `(g w)^2` is the squared change of a batch's mean loss when the
+    weight is set to 0.
 
     Raises:
       ValueError: there are no batches, or a score is not finite.
     """
-    return _finite(_mean(_taylor, params, loss, batches), "taylor", SQUARES)
+    return _finite(_mean(_taylor, params, loss, batches), "taylor", NON_FINITE_SQUARES)
 
 
 def fisher(params: PyTree, *, loss: Loss, batches: Iterable[Batch]) -> PyTree:
-    """Fisher pruning: `w^2` times the diagonal of the empirical Fisher, in [0, inf): https://arxiv.org/abs/1801.05787.
+    """Score by `w^2` times the diagonal of the empirical Fisher information, in [0, inf): https://arxiv.org/abs/1801.05787.
 
-    That is the mean over examples of the squared gradient of each one's own loss; the paper's factor of 1/2 is left
-    out. Examples meet one at a time, so `loss` must not mix them.
+    The diagonal is the mean over examples of squared per-example gradients; the paper's factor of 1/2 is omitted.
+    `loss` is called with one example at a time, so it must not mix examples.
 
     Raises:
       ValueError: there are no batches, or a score is not finite.
     """
-    return _finite(_mean(_fisher, params, loss, batches), "fisher", SQUARES)
+    return _finite(_mean(_fisher, params, loss, batches), "fisher", NON_FINITE_SQUARES)
 
 
 SCORES: dict[str, Callable[..., PyTree]] = {
@@ -120,6 +123,7 @@ SCORES: dict[str, Callable[..., PyTree]] = {
     "norm_scale": norm_scale,
     "synflow": synflow,
 }
+"""Scores by name: `(params, ...) -> scores`; each documents its further arguments."""
 
 
 def _float32(x: Any) -> jax.Array:
@@ -131,7 +135,7 @@ def _multiply(params: PyTree, gradient: PyTree) -> PyTree:
 
 
 def _gradient(params: PyTree, batch: Batch, loss: Loss) -> PyTree:
-    """Gradient of the batch's mean loss, float32."""
+    """Return the gradient of the batch's mean loss, float32."""
     return jax.tree.map(_float32, jax.grad(lambda p: loss(p, batch).mean())(params))
 
 
@@ -140,7 +144,7 @@ def _taylor(params: PyTree, batch: Batch, loss: Loss) -> PyTree:
 
 
 def _fisher(params: PyTree, batch: Batch, loss: Loss) -> PyTree:
-    """The mean over examples of what `_taylor` is for a batch of one: w^2 g^2 is (g w)^2."""
+    """Average over examples the `_taylor` score of a batch of one, since w^2 g^2 is (g w)^2."""
 
     def score(example: Batch) -> PyTree:
         return _taylor(params, jax.tree.map(lambda x: x[None], example), loss)
@@ -149,10 +153,10 @@ def _fisher(params: PyTree, batch: Batch, loss: Loss) -> PyTree:
         return jax.tree.map(lambda t, s: t + s.sum(0), total, jax.vmap(score)(block)), None
 
     size = jax.tree.leaves(batch)[0].shape[0]
-    most = max(1, min(size, AT_ONCE // count(params)))
-    block = next(n for n in range(most, 0, -1) if size % n == 0)
+    limit = max(1, min(size, MAX_EXAMPLE_GRADIENTS // count(params)))
+    block = next(n for n in range(limit, 0, -1) if size % n == 0)
     blocks = jax.tree.map(lambda x: x.reshape(size // block, block, *x.shape[1:]), batch)
-    # A sum in a scan, and no `lax.map`: that would return every example's scores, and so hold them all.
+    # Sum inside a scan: `lax.map` would return, and so hold, the scores of all examples.
     zeros = jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), params)
     total, _ = jax.lax.scan(add, zeros, blocks)
     return jax.tree.map(lambda t: t / size, total)
@@ -166,25 +170,25 @@ def _synflow(params: PyTree, forward: Callable[[PyTree], jax.Array]) -> PyTree:
 
 
 @partial(jax.jit, static_argnums=(0, 3))
-def _of_batch(f: Callable[..., PyTree], params: PyTree, batch: Batch, loss: Loss) -> PyTree:
+def _batch_score(f: Callable[..., PyTree], params: PyTree, batch: Batch, loss: Loss) -> PyTree:
     return f(params, batch, loss)
 
 
 def _mean(f: Callable[..., PyTree], params: PyTree, loss: Loss, batches: Iterable[Batch]) -> PyTree:
-    """The mean over batches of `f(params, batch, loss)`, a tree shaped like `params`."""
+    """Average `f(params, batch, loss)` over batches; the result has the structure of `params`."""
     total, number = None, 0
     for batch in batches:
-        # Added outside of the compiled function: the first batch's sum would be of another sharding than the others'.
-        of_batch = _of_batch(f, params, batch, loss)
-        total = of_batch if total is None else jax.tree.map(jnp.add, total, of_batch)
+        # Add outside the compiled function: inside, the first batch's sum would have a different sharding.
+        batch_score = _batch_score(f, params, batch, loss)
+        total = batch_score if total is None else jax.tree.map(jnp.add, total, batch_score)
         number += 1
     if total is None:
-        raise ValueError("no batches: scores by gradients need at least one")
+        raise ValueError("no batches: gradient-based scores need at least one")
     return jax.tree.map(lambda t: t / number, total)
 
 
-def _finite(scores: PyTree, name: str, why: str) -> PyTree:
-    """The scores as they are; a NaN among them would be sorted like any number, and the masks be of chance."""
+def _finite(scores: PyTree, name: str, cause: str) -> PyTree:
+    """Return the scores unchanged if all are finite: a NaN would be ranked like a number, which makes masks random."""
     if not jax.tree.all(jax.tree.map(lambda s: jnp.isfinite(s).all(), scores)):
-        raise ValueError(f"{name}: scores are not finite: {why}")
+        raise ValueError(f"{name}: scores are not finite: {cause}")
     return scores

@@ -1,7 +1,7 @@
-"""PyTorch state dicts to variables of `ResNet` and back, without PyTorch.
+"""Conversion between PyTorch state dicts and the variables of a `ResNet`, without PyTorch.
 
-Both ways go through one table of names: torchvision's, which timm shares. A state dict is any mapping of names to what
-`numpy.asarray` takes, for example `safetensors.numpy.load_file(path)` or a PyTorch module's own `state_dict()`.
+Both directions use one table of torchvision's names, which timm shares. A state dict is any mapping from names to
+values that `numpy.asarray` takes, such as `safetensors.numpy.load_file(path)` or a PyTorch module's `state_dict()`.
 """
 
 import re
@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from resnet_jax.tree import PyTree, is_head, leaves, map_with_path
+from resnet_jax.tree import PyTree, abbreviate, is_head, leaves, map_with_path
 
 WRAPPERS = ("module.", "model.", "backbone.")
 
-# Module paths of ours, without `stage{i}_block{j}/`, and their PyTorch names.
+# Module paths here, without `stage{i}_block{j}/`, and their PyTorch names.
 MODULES = {
     "stem/conv": "conv1",
     "stem/norm": "bn1",
@@ -35,16 +35,18 @@ MODULES = {
     "final/norm": "bn",
     "head": "fc",
 }
-# An average-pool comes first in the shortcuts of timm's "D" nets: their convolutions have a later place.
+# In the shortcuts of timm's ResNet-D an average-pool comes first, which shifts the index of the convolution by one.
 POOLED = {"shortcut/conv": "downsample.1", "shortcut/norm": "downsample.2"}
 LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
 
 
 def torch_name(path: str, *, pooled: bool) -> str:
-    """`layer1.0.conv1.weight` for `stage1_block1/conv1/kernel`, a path below `params` or `batch_stats`.
+    """Return the PyTorch name of a path below `params` or `batch_stats`.
+
+    For example `layer1.0.conv1.weight` for `stage1_block1/conv1/kernel`.
 
     Raises:
-      ValueError: no residual network of ours has a parameter of that name.
+      ValueError: no `ResNet` has a variable at this path.
     """
     block = re.match(r"stage(\d+)_block(\d+)/", path)
     prefix = f"layer{block[1]}.{int(block[2]) - 1}." if block else ""
@@ -56,7 +58,7 @@ def torch_name(path: str, *, pooled: bool) -> str:
 
 
 def to_layout(path: str, x: Any) -> np.ndarray:
-    """Kernels from PyTorch's layout to ours: [O, I, H, W] to [H, W, I, O], [O, I] or (squeeze-excite) 1x1 to [I, O]."""
+    """Convert a kernel from PyTorch: [O, I, H, W] to [H, W, I, O]; [O, I], or 1x1 in squeeze-excite, to [I, O]."""
     x = np.asarray(x)
     if not path.endswith("/kernel"):
         return x
@@ -66,7 +68,7 @@ def to_layout(path: str, x: Any) -> np.ndarray:
 
 
 def from_layout(path: str, x: Any) -> np.ndarray:
-    """The inverse of `to_layout`."""
+    """Invert `to_layout`."""
     x = np.asarray(x)
     if not path.endswith("/kernel"):
         return x
@@ -75,7 +77,7 @@ def from_layout(path: str, x: Any) -> np.ndarray:
 
 
 def canonical(state_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """The tensors by torchvision's names: wrappers and counters off, `linear` and `shortcut` as the CIFAR repos say."""
+    """Rename tensors to torchvision's names: drop wrappers and counters, map `linear` and `shortcut` of CIFAR code."""
     names = {name: x for name, x in state_dict.items() if not name.endswith("num_batches_tracked")}
     while wrapper := next((w for w in WRAPPERS if names and all(name.startswith(w) for name in names)), None):
         names = {name.removeprefix(wrapper): x for name, x in names.items()}
@@ -83,31 +85,26 @@ def canonical(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     return {re.sub(r"^(layer\d+\.\d+)\.shortcut\.", r"\1.downsample.", name): x for name, x in names.items()}
 
 
-def some(names: Iterable[str], limit: int = 3) -> str:
-    """`5: a, b, c, ...`."""
-    names = list(names)
-    return f"{len(names)}: {', '.join(names[:limit])}{', ...' if len(names) > limit else ''}"
-
-
 def has_pooled_shortcuts(names: Iterable[str]) -> bool:
-    """Whether shortcuts count an average-pool before their convolution, as timm's "D" nets do."""
+    """Return whether the shortcuts number an average-pool before their convolution, as in timm's ResNet-D."""
     return any(re.fullmatch(r"layer\d+\.\d+\.downsample\.2\..+", name) for name in names)
 
 
 def from_torch(state_dict: Mapping[str, Any], variables: PyTree, *, new_head: bool = False) -> PyTree:
-    """`variables` with every value taken from a PyTorch `state_dict`, by name, in our layout and dtype.
+    """Return `variables` with all values replaced from a PyTorch `state_dict`, in the layout and dtype of `variables`.
 
-    Names are those of torchvision and timm, or of the CIFAR repositories that say `linear` for `fc` and `shortcut` for
-    `downsample` (https://github.com/kuangliu/pytorch-cifar, https://github.com/akamaster/pytorch_resnet_cifar10), all
-    with or without a wrapper's `module.`, `model.` or `backbone.`. The last norm of pre-activation nets is `bn`.
+    Names are those of torchvision and timm, or of CIFAR repositories that use `linear` for `fc` and `shortcut` for
+    `downsample` (https://github.com/kuangliu/pytorch-cifar, https://github.com/akamaster/pytorch_resnet_cifar10), with
+    or without the prefix of a wrapper: `module.`, `model.` or `backbone.`. The last norm of pre-activation networks is
+    `bn`.
 
     Args:
       state_dict: arrays by name; convolutions [O, I / groups, H, W], linear layers [O, I].
-      variables: `{"params": ..., "batch_stats": ...}` as `model.init` or, abstractly, `jax.eval_shape` of it gives.
-      new_head: keep `variables`' own head, for other classes than the source's; the source's is not looked at.
+      variables: `{"params": ..., "batch_stats": ...}` from `model.init`, or their shapes from `jax.eval_shape` of it.
+      new_head: keep the head of `variables`, for a different set of classes, and ignore the head of the source.
 
     Raises:
-      ValueError: tensors are missing, left over or of another shape, in one line that names the first of each.
+      ValueError: tensors are missing, unexpected or have a different shape; one line names the first of each kind.
     """
     source = canonical(state_dict)
     pooled = has_pooled_shortcuts(source)
@@ -115,7 +112,7 @@ def from_torch(state_dict: Mapping[str, Any], variables: PyTree, *, new_head: bo
         source = {name: x for name, x in source.items() if not name.startswith("fc.")}
     missing, shapes, used = [], [], set()
 
-    def take(path: str, leaf: Any) -> Any:
+    def load_leaf(path: str, leaf: Any) -> Any:
         _, _, path = path.partition("/")  # the collection
         if new_head and is_head(path, leaf):
             return leaf
@@ -126,28 +123,28 @@ def from_torch(state_dict: Mapping[str, Any], variables: PyTree, *, new_head: bo
         used.add(name)
         x = to_layout(path, source[name])
         if x.shape != leaf.shape:
-            shapes.append(f"{name} {list(np.shape(source[name]))} (as ours {list(x.shape)}, not {list(leaf.shape)})")
+            shapes.append(f"{name} {list(np.shape(source[name]))} (here {list(x.shape)}, not {list(leaf.shape)})")
             return leaf
-        return jnp.array(x, leaf.dtype)  # a copy: PyTorch may go on to change its own
+        return jnp.array(x, leaf.dtype)  # a copy: PyTorch may modify its tensor in place
 
-    taken = map_with_path(take, variables)
+    loaded = map_with_path(load_leaf, variables)
     unexpected = [name for name in source if name not in used]
-    problems = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
+    problems = {"missing": missing, "unexpected": unexpected, "of a different shape": shapes}
     if any(problems.values()):
-        listed = "; ".join(f"{what} {some(names)}" for what, names in problems.items() if names)
+        listed = "; ".join(f"{kind} {abbreviate(names)}" for kind, names in problems.items() if names)
         raise ValueError(f"the state dict does not fit the model: {listed}")
-    return taken
+    return loaded
 
 
 def to_torch(variables: PyTree) -> dict[str, np.ndarray]:
-    """The state dict, arrays by torchvision's and timm's names, of a `ResNet`'s `{"params": ..., "batch_stats": ...}`.
+    """Return the state dict, arrays by torchvision's and timm's names, of a `ResNet`'s variables.
 
-    Takes any tree of those names, for example gradients as `{"params": gradients}`. A deep stem is read as the sign of
-    a "D" net, whose shortcuts timm names `downsample.1`, `.2`. PyTorch's `load_state_dict` takes the result without
-    `num_batches_tracked`, also strictly. `from_torch` of it gives back the same bits.
+    Takes any tree with their structure, such as gradients in `{"params": gradients}`. A deep stem implies ResNet-D,
+    whose shortcuts timm names `downsample.1` and `downsample.2`. PyTorch's `load_state_dict` accepts the result, also
+    in strict mode, although `num_batches_tracked` is absent. `from_torch` restores the same bits.
 
     Raises:
-      ValueError: not the variables of a `ResNet`.
+      ValueError: these are not the variables of a `ResNet`.
     """
     flat = {path.partition("/")[2]: leaf for path, leaf in leaves(jax.device_get(variables)).items()}
     pooled = any(path.startswith("stem/conv1/") for path in flat)

@@ -12,7 +12,7 @@ import numpy as np
 import optax
 
 from resnet_jax import augment as aug
-from resnet_jax import onednn
+from resnet_jax import auto_augment, onednn
 from resnet_jax.losses import LOSSES
 from resnet_jax.mix import mix
 from resnet_jax.parallel import Mode
@@ -84,9 +84,9 @@ def train_augment(config: AugmentConfig) -> aug.Augment:
     if config.flip:
         parts.append(aug.random_flip())
     if config.rand_augment:
-        parts.append(aug.rand_augment(magnitude=config.rand_augment))
+        parts.append(auto_augment.rand_augment(magnitude=config.rand_augment))
     if config.trivial_augment:
-        parts.append(aug.trivial_augment())
+        parts.append(auto_augment.trivial_augment())
     if config.color_jitter:
         s = config.color_jitter
         parts.append(aug.color_jitter(s, s, s, s / 4))

@@ -38,7 +38,7 @@ def new_figure(width: float, height: float) -> Any:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise UsageError("pictures need matplotlib: pip install 'resnet-jax[plot]'") from None
+        raise UsageError('pictures need matplotlib: pip install -e ".[plot]"') from None
     return Figure(figsize=(width, height), layout="constrained")
 
 

@@ -275,7 +275,7 @@ def summarize(sums: dict[str, np.ndarray]) -> dict[str, Any]:
     Returns:
       `accuracy`, `top5_accuracy`, `loss` (nats) and `calibration_error` (expected calibration error over equal-width
       bins of confidence, https://arxiv.org/abs/1706.04599) as floats; `count`; `per_class_accuracy` [K] (nan for a
-      class without examples); `confusion` [K][K] counts, true class by row.
+      class without examples); `confusion` [K, K] counts, true class by row.
     """
     count = float(sums["count"])
     if count == 0:

@@ -132,7 +132,7 @@ def read_state_dict(path: Path) -> dict[str, np.ndarray]:
         import torch
     except ImportError:
         raise UsageError(
-            f"reading {path} needs PyTorch: pip install 'resnet-jax[parity]', or convert it to .safetensors"
+            f'reading {path} needs PyTorch: pip install -e ".[parity]", or convert it to .safetensors'
         ) from None
     try:
         content: Any = torch.load(path, map_location="cpu", weights_only=True)

@@ -1,14 +1,14 @@
-"""oneDNN for training on x86 CPUs, where it is up to three times as fast as XLA: what `ResNet` computes with.
+"""oneDNN kernels for a `ResNet` on x86 CPUs, where they train up to three times as fast as XLA's.
 
-`MODELS["resnet20"](conv=onednn.Conv, norm=onednn.BatchNorm, max_pool=onednn.max_pool)` has the same variables and, to
-rounding, the same outputs, statistics and gradients as the plain network. oneDNN is called through XLA's FFI
-(https://uxlfoundation.github.io/oneDNN); the C++ between the two, `handlers.cc`, is compiled once with the headers of
-the jaxlib in use. Needs Linux, a C++ compiler and oneDNN 3 with its headers: installed with this project on x86,
-elsewhere conda-forge's `onednn` or Debian's `libdnnl-dev`.
+`MODELS["resnet20"](conv=onednn.Conv, norm=onednn.BatchNorm, max_pool=onednn.max_pool)` has the same variables and, up
+to rounding, the same outputs, statistics and gradients as the plain network. oneDNN is called through XLA's FFI
+(https://uxlfoundation.github.io/oneDNN); `handlers.cc`, the C++ in between, is compiled on first use with the headers
+of the installed jaxlib. This needs Linux, a C++ compiler, and oneDNN 3 with its headers, which are installed with this
+project on x86; elsewhere use conda-forge's `onednn` or Debian's `libdnnl-dev`.
 
-`jit`, `grad`, `vmap` (one example after another), `pmap` and `shard_map` work; gradients of gradients do for the
-convolution alone. Forward mode (`jax.jvp`, `jax.linearize`) does not and says so, and under `jit` XLA cannot split the
-work over several devices: use the plain modules there, and wherever a network is to be exported.
+`jit`, `grad`, `vmap` (sequential over examples), `pmap` and `shard_map` work. Second derivatives work for the
+convolution only. Forward mode (`jax.jvp`, `jax.linearize`) raises an error, and under `jit` XLA cannot partition the
+work over several devices; use the plain modules in these cases and for a network that is to be exported.
 """
 
 from resnet_jax.onednn.convolution import Conv as Conv

@@ -1,4 +1,4 @@
-"""The convolution and its gradients, closed under differentiation."""
+"""Convolution and its gradients, which are differentiable any number of times."""
 
 from functools import partial
 from typing import Any, NamedTuple
@@ -13,7 +13,7 @@ from resnet_jax.onednn.library import DTYPES, call, load
 
 
 class Conv(nn.Module):
-    """`layers.conv` by oneDNN: the same fields, the same parameter `kernel`."""
+    """oneDNN version of `layers.conv`, with the same fields and the same parameter `kernel`."""
 
     features: int
     kernel_size: int = 3
@@ -31,7 +31,7 @@ class Conv(nn.Module):
 
 
 class Geometry(NamedTuple):
-    """What a convolution's arrays do not say by their own shapes."""
+    """Geometry of a convolution that the shapes of its operands do not determine."""
 
     size: tuple[int, int]
     kernel_size: tuple[int, int]
@@ -40,18 +40,19 @@ class Geometry(NamedTuple):
 
 
 def convolution(images: jax.Array, kernel: jax.Array, *, strides: int = 1, groups: int = 1) -> jax.Array:
-    """[B, H, W, C] and [h, w, C / groups, K] to [B, ceil(H / strides), ceil(W / strides), K] for odd h, w.
+    """Convolve images [B, H, W, C] with a kernel [h, w, C / groups, K].
 
-    Padding is (h - 1) // 2 and (w - 1) // 2 on both sides, as in `layers.conv`. Both are float32, or both bfloat16.
+    The result is [B, ceil(H / strides), ceil(W / strides), K] for odd h, w. Padding is (h - 1) // 2 and (w - 1) // 2 on
+    both sides, as in `layers.conv`. Both operands are float32, or both bfloat16.
 
     Raises:
       Unavailable: see `library.load`.
-      TypeError: another dtype, or two.
-      ValueError: channels that do not match, or that `groups` does not divide; no images.
+      TypeError: the operands have different dtypes, or an unsupported one.
+      ValueError: a shape does not fit, `groups` does not divide the channels, or there are no images.
     """
     load()
     if images.ndim != 4 or kernel.ndim != 4 or 0 in images.shape:
-        raise ValueError(f"images and kernel of shapes {images.shape} and {kernel.shape} cannot be convolved")
+        raise ValueError(f"cannot convolve images of shape {images.shape} with a kernel of shape {kernel.shape}")
     if images.dtype != kernel.dtype or images.dtype not in DTYPES:
         raise TypeError(f"oneDNN convolves float32 or bfloat16, got {images.dtype} images and a {kernel.dtype} kernel")
     (_, rows, columns, channels), (height, width, inputs, outputs) = images.shape, kernel.shape
@@ -87,7 +88,7 @@ def _call(name: str, geometry: Geometry, a: jax.Array, b: jax.Array, shape: tupl
     return y
 
 
-# A convolution is linear in each of its operands, so the gradients of the three are again among the three.
+# A convolution is linear in each operand, so the gradients of these three functions are again among the three.
 _convolution.defvjp(
     lambda geometry, images, kernel: (_convolution(geometry, images, kernel), (images, kernel)),
     lambda geometry, saved, ct: (_input_gradient(geometry, saved[1], ct), _weight_gradient(geometry, saved[0], ct)),

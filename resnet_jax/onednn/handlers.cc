@@ -1,9 +1,9 @@
-// Convolution, batch normalisation and their gradients as XLA FFI handlers over oneDNN, which keeps a cache of its
+// XLA FFI handlers for convolution, batch normalization, max-pool and their gradients by oneDNN, which caches its
 // primitives: https://uxlfoundation.github.io/oneDNN.
 //
-// Images are NHWC, kernels HWIO (with groups: the output channels of a group lie together), float32 or bfloat16, as XLA
-// holds them; padding is (kernel - 1) / 2 before, and after whatever the output's size asks for. oneDNN chooses its own
-// layout for the kernel, which is small; images stay where they are.
+// Images are NHWC and kernels HWIO (the output channels of a group are contiguous), float32 or bfloat16, as in XLA.
+// Padding is (kernel - 1) / 2 before, and as the size of the output requires after. oneDNN chooses its own layout for
+// the kernel, which is small; images are not copied.
 
 #include <cstdint>
 #include <mutex>
@@ -35,7 +35,7 @@ memory::desc Images(Dims x, ffi::DataType element) {
   return memory::desc({x[0], x[3], x[1], x[2]}, Type(element), Tag::nhwc);
 }
 
-// What one convolution is made of: its tensors as XLA lays them out, and the kernel as oneDNN would like it.
+// Descriptors of a convolution: tensors in the layout of XLA, and the kernel in the layout preferred by oneDNN.
 struct Convolution {
   memory::desc images, kernel, any_kernel, output;
   memory::dims strides, before, after;
@@ -62,7 +62,7 @@ struct Convolution {
 
 memory At(const memory::desc& desc, const Buffer& buffer) { return memory(desc, Engine(), buffer.untyped_data()); }
 
-// `data` as it is, or a copy in the layout `wanted`.
+// Returns `data` itself, or a copy in the layout `wanted`.
 memory Reordered(dnnl::stream& stream, const memory& data, const memory::desc& wanted) {
   if (data.get_desc() == wanted) return data;
   memory copy(wanted, Engine());
@@ -70,8 +70,8 @@ memory Reordered(dnnl::stream& stream, const memory& data, const memory::desc& w
   return copy;
 }
 
-// XLA calls what does not depend on one another from several threads at once. Each call takes all cores, so two at a
-// time only wait for each other's: one by one a ResNet-20's step takes nine tenths of the time.
+// XLA runs independent calls in several threads at once. Each call uses all cores, so concurrent calls only wait for
+// each other: running them one by one makes a step of ResNet-20 10 % faster.
 std::mutex turn;
 
 template <typename Run>
@@ -128,7 +128,7 @@ ffi::Error WeightGradient(Buffer x, Buffer g, Result w, int64_t stride, int64_t 
   });
 }
 
-// What batch normalisation, with ReLU or without, is made of.
+// Descriptors of batch normalization with optional ReLU.
 struct Norm {
   memory::desc images, channels;
   dnnl::normalization_flags flags = dnnl::normalization_flags::use_scale | dnnl::normalization_flags::use_shift;
@@ -182,7 +182,7 @@ ffi::Error NormGradient(Buffer x, Buffer scale, Buffer mean, Buffer variance, Bu
   });
 }
 
-// A 3x3 max-pool of stride 2 with padding 1.
+// Descriptors of a 3x3 max-pool with stride 2 and padding 1.
 struct Pool {
   memory::desc images, output;
   memory::dims strides = {2, 2}, window = {3, 3}, dilation = {0, 0}, before = {1, 1}, after;
@@ -232,14 +232,14 @@ memory::desc Described(int64_t n, int64_t h, int64_t w, int64_t c, bool half) {
 
 }  // namespace
 
-// Bytes of the workspace of a max-pool; -1 if oneDNN has none.
+// Returns the bytes of the workspace of a max-pool, or -1 if oneDNN does not support it.
 extern "C" int64_t max_pool_workspace(int64_t n, int64_t h, int64_t w, int64_t c, bool half) try {
   return Pool(Described(n, h, w, c, half)).Forward().workspace_desc().get_size();
 } catch (const std::exception&) {
   return -1;
 }
 
-// Bytes of the workspace of a normalisation with ReLU, which XLA must know before it runs; -1 if oneDNN has none.
+// Returns the bytes of the workspace of a normalization with ReLU, which XLA must know beforehand, or -1.
 extern "C" int64_t norm_workspace(int64_t n, int64_t h, int64_t w, int64_t c, bool half) try {
   return Norm(Described(n, h, w, c, half), 1e-5f, true).Forward().workspace_desc().get_size();
 } catch (const std::exception&) {

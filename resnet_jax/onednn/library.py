@@ -1,4 +1,4 @@
-"""oneDNN itself: where it is installed, its handlers compiled once and told to XLA."""
+"""Find oneDNN, compile its handlers once, and register them with XLA."""
 
 import ctypes
 import hashlib
@@ -37,23 +37,23 @@ class Unavailable(RuntimeError):
 
 
 def call(name: str, results: Sequence[Any], *operands: jax.Array, **numbers: Any) -> Sequence[jax.Array]:
-    """What the handler makes of the operands, in the shapes of `results`; `numbers` are NumPy scalars."""
-    found = jax.ffi.ffi_call(_target(name), tuple(results), vmap_method="sequential")(*operands, **numbers)
-    # Under shard_map results vary over whatever an operand varies over, which the call itself does not say.
+    """Call a handler; `results` are the shapes of its results, `numbers` its attributes as NumPy scalars."""
+    outputs = jax.ffi.ffi_call(_target(name), tuple(results), vmap_method="sequential")(*operands, **numbers)
+    # Under shard_map, results vary over all axes of the operands, which the FFI call does not declare.
     axes = frozenset().union(*map(varying_axes, operands))
 
-    def varied(y: jax.Array) -> jax.Array:
+    def cast(y: jax.Array) -> jax.Array:
         missing = tuple(axes - varying_axes(y))
         return jax.lax.pcast(y, missing, to="varying") if missing else y
 
-    return [varied(y) for y in found]
+    return [cast(y) for y in outputs]
 
 
 def workspace(name: str, x: jax.Array | jax.ShapeDtypeStruct) -> int:
-    """Bytes that oneDNN keeps from the forward pass of `norm` or `max_pool` over images [B, H, W, C].
+    """Return the bytes that oneDNN stores for the backward pass of `norm` or `max_pool` over images [B, H, W, C].
 
     Raises:
-      Unavailable: it has none for their dtype on this processor.
+      Unavailable: oneDNN does not support their dtype on this processor.
     """
     size = getattr(load(), f"{name}_workspace")(*x.shape, x.dtype == jnp.bfloat16)
     if size < 0:
@@ -62,31 +62,31 @@ def workspace(name: str, x: jax.Array | jax.ShapeDtypeStruct) -> int:
 
 
 def _target(name: str) -> str:
-    """The name that XLA knows a handler by."""
+    """Return the name of a handler in XLA."""
     return f"resnet_jax_onednn_{name}"
 
 
 def cache_folder() -> Path:
-    """Where this project keeps what it can make again: XDG_CACHE_HOME, or ~/.cache, and in it resnet-jax."""
+    """Return the folder for files that can be rebuilt: resnet-jax in XDG_CACHE_HOME, or in ~/.cache."""
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "resnet-jax"
 
 
 def load() -> ctypes.CDLL:
-    """Compile `handlers.cc` unless that is done, and tell XLA of its handlers; the kernels call it where needed.
+    """Compile `handlers.cc` if necessary and register its handlers with XLA; the kernels call this themselves.
 
     The compiled file, 150 KB, is kept in `cache_folder()`.
 
     Raises:
-      Unavailable: not Linux, no compiler, no oneDNN, or they do not fit together.
+      Unavailable: this is not Linux, the compiler or oneDNN is missing, or they are incompatible.
     """
-    found = _loaded()
-    if isinstance(found, Unavailable):
-        raise Unavailable(*found.args)
-    return found
+    result = _load_once()
+    if isinstance(result, Unavailable):
+        raise Unavailable(*result.args)
+    return result
 
 
 def check(dtype: Any) -> None:
-    """Make sure that oneDNN can be used, and for arrays of this dtype.
+    """Check that oneDNN can be used for arrays of this dtype.
 
     Raises:
       Unavailable: it cannot.
@@ -95,8 +95,8 @@ def check(dtype: Any) -> None:
 
 
 @cache
-def _loaded() -> ctypes.CDLL | Unavailable:
-    """The handlers, or why there are none: that too is found out once."""
+def _load_once() -> ctypes.CDLL | Unavailable:
+    """Return the handlers, or the error; failures are cached too."""
     try:
         return _load()
     except Unavailable as error:
@@ -105,12 +105,12 @@ def _loaded() -> ctypes.CDLL | Unavailable:
 
 def _load() -> ctypes.CDLL:
     if sys.platform != "linux":
-        raise Unavailable("oneDNN's kernels need Linux")
-    include, library = _find()
+        raise Unavailable("the oneDNN kernels need Linux")
+    include, library = _find_library()
     try:
-        handlers = ctypes.CDLL(str(_compiled(include, library)))
+        handlers = ctypes.CDLL(str(_compiled_library(include, library)))
     except OSError as error:
-        raise Unavailable(f"the compiled handlers.cc cannot be loaded: {error}") from None
+        raise Unavailable(f"cannot load the compiled handlers.cc: {error}") from None
     for name in HANDLERS:
         jax.ffi.register_ffi_target(_target(name), jax.ffi.pycapsule(getattr(handlers, name)), platform="cpu")
     for size in (handlers.norm_workspace, handlers.max_pool_workspace):
@@ -118,8 +118,8 @@ def _load() -> ctypes.CDLL:
     return handlers
 
 
-def _find() -> tuple[Path, Path]:
-    """(folder of oneDNN's headers, its library): beside this Python, else the system's."""
+def _find_library() -> tuple[Path, Path]:
+    """Return (folder of oneDNN's headers, its library) from this Python's environment or the system."""
     for root in map(Path, (sysconfig.get_path("data"), sys.prefix, "/usr/local", "/usr")):
         include = root / "include"
         if not (include / "oneapi" / "dnnl" / "dnnl.hpp").is_file():
@@ -128,44 +128,44 @@ def _find() -> tuple[Path, Path]:
             library = root / folder / "libdnnl.so.3"
             if library.is_file():
                 return include, library
-    how = "pip install onednn-cpu-gomp onednn-devel-cpu-gomp" if os.uname().machine == "x86_64" else "conda has onednn"
-    raise Unavailable(f"oneDNN 3 and its headers are not installed: {how}")
+    hint = "pip install onednn-cpu-gomp onednn-devel-cpu-gomp" if os.uname().machine == "x86_64" else "see conda-forge"
+    raise Unavailable(f"oneDNN 3 and its headers are not installed: {hint}")
 
 
-def _compiled(include: Path, library: Path) -> Path:
-    there = library.stat()
-    said: list[Any] = [
+def _compiled_library(include: Path, library: Path) -> Path:
+    stat = library.stat()
+    inputs: list[Any] = [
         SOURCE.read_text(),
         metadata.version("jaxlib"),
         jax.ffi.include_dir(),
         str(include),
         str(library),
     ]
-    said += [there.st_size, there.st_mtime_ns]
-    name = f"onednn-{hashlib.sha256(repr(said).encode()).hexdigest()[:16]}.so"
+    inputs += [stat.st_size, stat.st_mtime_ns]
+    name = f"onednn-{hashlib.sha256(repr(inputs).encode()).hexdigest()[:16]}.so"
     try:
         target = cache_folder() / name
         if not target.exists():
             target.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-                made = Path(scratch) / name
-                _compile(made, include, library)
-                os.replace(made, target)  # in one piece: two processes may both be at it
+                output = Path(scratch) / name
+                _compile(output, include, library)
+                os.replace(output, target)  # atomic: two processes may compile at the same time
     except Unavailable:
         raise
-    except (OSError, RuntimeError) as error:  # RuntimeError: there is no home
-        raise Unavailable(f"cannot keep the compiled handlers.cc: {error}") from None
+    except (OSError, RuntimeError) as error:  # RuntimeError: no home directory
+        raise Unavailable(f"cannot store the compiled handlers.cc: {error}") from None
     return target
 
 
-def _compile(made: Path, include: Path, library: Path) -> None:
+def _compile(output: Path, include: Path, library: Path) -> None:
     compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX", ""), "c++", "g++", "clang++"))), None)
     if compiler is None:
-        raise Unavailable("compiling handlers.cc needs a C++ compiler: install g++, or name one in CXX")
+        raise Unavailable("compiling handlers.cc needs a C++ compiler: install g++, or set CXX")
     flags = ["-std=c++17", "-O2", "-w", "-shared", "-fPIC", f"-I{include}", f"-I{jax.ffi.include_dir()}"]
     link = [str(library), f"-Wl,-rpath,{library.parent}"]
-    command = [compiler, *flags, str(SOURCE), *link, "-o", str(made)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        reason = next((line for line in done.stderr.splitlines() if "error" in line), "it does not say why")
+    command = [compiler, *flags, str(SOURCE), *link, "-o", str(output)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode:
+        reason = next((line for line in result.stderr.splitlines() if "error" in line), "unknown error")
         raise Unavailable(f"{compiler} cannot compile {SOURCE}: {reason}")

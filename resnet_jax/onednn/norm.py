@@ -1,4 +1,4 @@
-"""Batch normalisation, with ReLU or without, in one pass each way."""
+"""Batch normalization with optional ReLU, as one kernel forward and one backward."""
 
 from functools import partial
 from typing import Any
@@ -12,10 +12,10 @@ from resnet_jax.onednn.library import DTYPES, call, load, workspace
 
 
 class BatchNorm(nn.BatchNorm):
-    """`layers.BatchNorm` by oneDNN in training: the same parameters and statistics.
+    """oneDNN version of `layers.BatchNorm` in training, with the same parameters and statistics.
 
-    Everything else (running statistics, statistics over several devices, the fields of `flax.linen.BatchNorm` that
-    residual networks leave alone) is the plain module's business.
+    Everything else falls back to the plain module: running statistics, statistics over several devices, and unusual
+    fields of `flax.linen.BatchNorm`.
     """
 
     momentum: float = 0.9
@@ -39,25 +39,25 @@ class BatchNorm(nn.BatchNorm):
         return y
 
     def with_relu(self, x: jax.Array) -> jax.Array:
-        """What `layers.norm_relu` asks for."""
+        """Apply the norm, then ReLU, in one kernel; `layers.norm_relu` calls this."""
         return self(x, relu=True)
 
 
 def batch_norm(
     x: jax.Array, scale: jax.Array, bias: jax.Array, *, epsilon: float = 1e-5, relu: bool = False
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Normalise [B, H, W, C] over all but its channels: (y, mean [C], biased variance [C]).
+    """Normalize [B, H, W, C] over all axes except channels; return (y, mean [C], biased variance [C]).
 
-    `x` is float32 or bfloat16, all else float32. The gradient is that of `y`; none flows through mean and variance, and
-    it has no gradient itself.
+    `x` is float32 or bfloat16; everything else is float32. Gradients flow through `y` only, and have no gradient
+    themselves.
 
     Raises:
       Unavailable: see `library.load`.
-      TypeError: another dtype.
-      ValueError: shapes that do not fit, or no images.
+      TypeError: the dtype is unsupported.
+      ValueError: the shapes do not fit, or there are no images.
     """
     if x.dtype not in DTYPES:
-        raise TypeError(f"oneDNN normalises float32 or bfloat16, got {x.dtype}")
+        raise TypeError(f"oneDNN normalizes float32 or bfloat16, got {x.dtype}")
     if x.ndim != 4 or 0 in x.shape or not scale.shape == bias.shape == x.shape[-1:]:
         raise ValueError(f"scale {scale.shape} and bias {bias.shape} do not fit images {x.shape}")
     load()
@@ -69,7 +69,7 @@ def batch_norm(
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _norm(statics: tuple[float, bool], x: jax.Array, scale: jax.Array, bias: jax.Array) -> Any:
     epsilon, relu = statics
-    # What oneDNN keeps for the backward pass, which outputs are positive, has a size of its own choice.
+    # For the backward pass oneDNN stores which outputs are positive, in a buffer whose size it chooses.
     kept = workspace("norm", x) if relu else 1
     channel = jax.ShapeDtypeStruct(scale.shape, jnp.float32)
     results = (jax.ShapeDtypeStruct(x.shape, x.dtype), channel, channel, jax.ShapeDtypeStruct((kept,), jnp.uint8))

@@ -1,4 +1,4 @@
-"""The 3x3 max-pool of stride 2 that follows an ImageNet stem."""
+"""3x3 max-pool with stride 2, as in an ImageNet stem."""
 
 from typing import Any
 
@@ -9,33 +9,34 @@ from resnet_jax.onednn.library import DTYPES, call, workspace
 
 
 def max_pool(x: jax.Array) -> jax.Array:
-    """`layers.max_pool` by oneDNN, [B, H, W, C] to [B, ceil(H / 2), ceil(W / 2), C], float32 or bfloat16.
+    """Max-pool 3x3 with stride 2, [B, H, W, C] to [B, ceil(H / 2), ceil(W / 2), C], float32 or bfloat16.
 
-    Where several values are the largest, the first has the gradient, as in XLA. The gradient has none itself.
+    Equals `layers.max_pool`. Ties pass the gradient to the first maximum, as in XLA. The gradient has no gradient
+    itself.
 
     Raises:
       Unavailable: see `library.load`.
-      TypeError: another dtype.
-      ValueError: no images [B, H, W, C].
+      TypeError: the dtype is unsupported.
+      ValueError: these are not images [B, H, W, C], or there are none.
     """
     if x.dtype not in DTYPES:
         raise TypeError(f"oneDNN pools float32 or bfloat16, got {x.dtype}")
     if x.ndim != 4 or 0 in x.shape:
-        raise ValueError(f"images [B, H, W, C] are pooled, not {x.shape}")
+        raise ValueError(f"max_pool takes images [B, H, W, C], got {x.shape}")
     return _max_pool(x)[0]
 
 
 @jax.custom_vjp
 def _max_pool(x: jax.Array) -> Any:
     n, h, w, c = x.shape
-    # Which of the nine was the largest, in a form and size of oneDNN's own choice.
+    # oneDNN stores which of the nine values was the largest, in a buffer whose form and size it chooses.
     kept = jax.ShapeDtypeStruct((workspace("max_pool", x),), jnp.uint8)
     return call("max_pool", (jax.ShapeDtypeStruct((n, (h + 1) // 2, (w + 1) // 2, c), x.dtype), kept), x)
 
 
 def _forward(x: jax.Array) -> Any:
     y, kept = _max_pool(x)
-    # Shape and dtype of what is pooled go along as an array of none of it.
+    # Pass shape and dtype of the input to the backward pass as an empty array.
     return (y, kept), (kept, jnp.empty((0, *x.shape), x.dtype))
 
 

@@ -25,7 +25,7 @@ HEADER = ("batch", "rows", "block", "plain ms", "blocks ms", "blocks / plain", "
 def compare(batch: int, arguments: argparse.Namespace) -> dict[str, Any]:
     """Step times, their ratio with its 95 % interval, and memory, of one batch."""
     rows = 2 * batch
-    block = min(arguments.block or max(contrastive.AT_ONCE // rows, 1), rows)
+    block = min(arguments.block or max(contrastive.MAX_SIMILARITIES // rows, 1), rows)
     views = jax.device_put(np.random.default_rng(0).normal(size=(2, batch, arguments.dim)).astype(np.float32))
 
     def compiled(block: int) -> Any:

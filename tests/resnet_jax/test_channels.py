@@ -319,9 +319,9 @@ def test_wrong_masks() -> None:
     model = FAMILIES["basic"]
     variables = variables_of(model)
     params = variables["params"]
-    with pytest.raises(ValueError, match="another model"):
+    with pytest.raises(ValueError, match="come from a different model"):
         compact(model, variables, no_masks(variables_of(FAMILIES["bottleneck"])["params"]))
-    with pytest.raises(ValueError, match="another model"):
+    with pytest.raises(ValueError, match="come from a different model"):
         compact(model, variables, masks_for(FAMILIES["zero_pad"], variables_of(FAMILIES["zero_pad"])["params"]))
     with pytest.raises(ValueError, match="no convolution in stage2_block2"):
         channel_groups(FAMILIES["zero_pad"], params)
@@ -361,8 +361,8 @@ def test_wrong_arguments(options: dict[str, Any], message: str) -> None:
     ("widths", "message"),
     [
         ((16, 16, 16), "stage1_block1 has 2 convolutions, got 1 widths"),
-        ((16, 16, 16, 16), "one of the stem and as many of each of 2 blocks, got 4"),
-        ((16,), "one of the stem and as many of each of 2 blocks, got 1"),
+        ((16, 16, 16, 16), "1 for the stem and the same number for each of 2 blocks, got 4"),
+        ((16,), "1 for the stem and the same number for each of 2 blocks, got 1"),
     ],
 )
 def test_wrong_widths(widths: tuple[int, ...], message: str) -> None:

@@ -427,7 +427,7 @@ def test_large_batches_go_in_blocks(name, monkeypatch):
         x["negatives"], columns = np.ones((4096, D), np.float32), 4096
 
     def compile_with(at_once):
-        monkeypatch.setattr(c, "AT_ONCE", at_once)
+        monkeypatch.setattr(c, "MAX_SIMILARITIES", at_once)
         gradient = jax.grad(lambda floats: CASES[name].loss({**x, **floats}).mean())
         traced = jax.jit(gradient).trace({k: v for k, v in x.items() if is_float(v)})
         return str(traced.jaxpr), traced.lower().compile().memory_analysis().temp_size_in_bytes
@@ -460,7 +460,7 @@ def test_queue_holds_the_last_batches_in_turn():
 
 
 def test_queue_that_batches_do_not_fill():
-    with pytest.raises(ValueError, match="a queue of 10 is no multiple of a batch of 4"):
+    with pytest.raises(ValueError, match="the queue size 10 is not a multiple of the batch size 4"):
         c.enqueue(jnp.zeros((10, D)), jnp.zeros((4, D)), jnp.int32(0))
 
 
@@ -495,7 +495,7 @@ def test_sinkhorn_of_any_scores(scores, scale):
 def test_center_moves_towards_the_teacher():
     x = draw(CASES["dino"])
     want = 0.9 * x["center"] + 0.1 * x["teacher"].mean((0, 1))
-    np.testing.assert_allclose(c.centered(x["center"], by_view(x["teacher"])), want, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(c.update_center(x["center"], by_view(x["teacher"])), want, rtol=1e-5, atol=1e-7)
 
 
 # ---- modes -----------------------------------------------------------------------------------------------------------
@@ -552,7 +552,7 @@ def remembered(mode, devices):
         codes = c.sinkhorn(batch["student"], axis_name=axis_name)
         new = {
             "queue": c.enqueue(state["queue"], batch["student"], state["step"], axis_name=axis_name),
-            "center": c.centered(state["center"], by_view(batch["teacher"]), axis_name=axis_name),
+            "center": c.update_center(state["center"], by_view(batch["teacher"]), axis_name=axis_name),
             "codes": mean_over(codes.T @ batch["student"] / len(codes), axis_name),
         }
         return new, mean_over(vary(new, axis_name), axis_name)
@@ -590,7 +590,7 @@ TWINS = {
 @pytest.mark.parametrize("name", TWINS)
 def test_live_twins(name):
     torch = pytest.importorskip("torch")
-    from tests import torch_contrastive
+    from tests.reference import torch_contrastive
 
     x = draw(CASES[name], 16)
     losses, gradients = ours(name, x, np.ones(16, np.float32))
@@ -605,11 +605,11 @@ def test_live_twins(name):
 
 def test_live_center_and_assignment():
     torch = pytest.importorskip("torch")
-    from tests import torch_contrastive
+    from tests.reference import torch_contrastive
 
     x = draw(CASES["dino"], 16)
     loss = torch_contrastive.DINO(torch.tensor(x["center"]))
     loss(*(torch.tensor(x[k]).unbind(1) for k in ("student", "teacher")))
-    assert_near(np.asarray(c.centered(x["center"], by_view(x["teacher"]))), loss.center[0].numpy(), "center")
+    assert_near(np.asarray(c.update_center(x["center"], by_view(x["teacher"]))), loss.center[0].numpy(), "center")
     codes = torch_contrastive.sinkhorn(torch.tensor(x["student"][:, 0]))
     assert_near(np.asarray(c.sinkhorn(x["student"][:, 0])), codes.numpy(), "codes")

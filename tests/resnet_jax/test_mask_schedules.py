@@ -58,14 +58,14 @@ def pruned(masks):
 
 def test_cubic_sparsity():
     steps = np.arange(60)
-    got = np.asarray(cubic_sparsity(jnp.asarray(steps), begin=10, end=50, final=0.9, initial=0.2))
+    got = np.asarray(cubic_sparsity(jnp.asarray(steps), begin_step=10, end_step=50, final=0.9, initial=0.2))
     progress = np.clip((steps - 10) / 40, 0, 1)
     np.testing.assert_allclose(got, 0.9 + (0.2 - 0.9) * (1 - progress) ** 3, atol=1e-6)
     np.testing.assert_array_equal(got[:11], got[0])
     np.testing.assert_array_equal(got[50:], np.float32(0.9))
     assert (np.diff(got[10:51]) > 0).all() and (np.diff(got[10:51], 2) < 1e-6).all()  # fast at first
-    assert float(cubic_sparsity(jnp.asarray(3), begin=3, end=3, final=0.5)) == 0  # of no steps
-    assert float(cubic_sparsity(jnp.asarray(4), begin=3, end=3, final=0.5)) == 0.5
+    assert float(cubic_sparsity(jnp.asarray(3), begin_step=3, end_step=3, final=0.5)) == 0  # of no steps
+    assert float(cubic_sparsity(jnp.asarray(4), begin_step=3, end_step=3, final=0.5)) == 0.5
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,9 @@ def test_cubic_sparsity():
 def test_gradual_prunes_at_its_dates_alone(initial, dates):
     """Steps 3, 7, 11 and, off the beat, 14; the weights change at every step, the masks at these."""
     start = full_masks(weights(0))
-    history, traces = followed(gradual(by_magnitude, final=0.8, begin=3, end=14, every=4, initial=initial), 25, start)
+    history, traces = followed(
+        gradual(by_magnitude, final=0.8, begin_step=3, end_step=14, every=4, initial=initial), 25, start
+    )
     assert traces == 1
     before = start
     for step, masks in enumerate(history):
@@ -98,7 +100,9 @@ def test_gradual_prunes_at_its_dates_alone(initial, dates):
 @pytest.mark.parametrize(("end", "last"), [(11, 11), (12, 12), (3, 3), (4, 4)])
 def test_gradual_ends_at_its_end(end, last):
     """On the beat, off it, and where there is but one date."""
-    history, _ = followed(gradual(by_magnitude, final=0.5, begin=3, end=end, every=4), 16, full_masks(weights(0)))
+    history, _ = followed(
+        gradual(by_magnitude, final=0.5, begin_step=3, end_step=end, every=4), 16, full_masks(weights(0))
+    )
     assert pruned(history[2]) == 0
     if end > 3:
         assert pruned(history[last]) == 100
@@ -108,7 +112,7 @@ def test_gradual_ends_at_its_end(end, last):
 
 
 def test_a_schedule_is_the_same_wherever_it_resumes():
-    remask = gradual(by_magnitude, final=0.8, begin=3, end=14, every=4)
+    remask = gradual(by_magnitude, final=0.8, begin_step=3, end_step=14, every=4)
     history, _ = followed(remask, 20, full_masks(weights(0)))
     step = quick_jit(remask)
     masks = history[9]
@@ -123,7 +127,7 @@ def test_a_schedule_is_the_same_wherever_it_resumes():
 def test_alternating_phases():
     """From 2 to 13 by threes: pruned, dense, pruned, dense, and at 13 pruned for good."""
     start = map_with_path(lambda path, m: m.at[..., 0].set(False) if m.ndim else m, full_masks(weights(0)))
-    history, traces = followed(alternating(by_magnitude, final=0.75, begin=2, end=13, every=3), 20, start)
+    history, traces = followed(alternating(by_magnitude, final=0.75, begin_step=2, end_step=13, every=3), 20, start)
     assert traces == 1
     assert [pruned(masks) for masks in history] == [20] * 2 + [150] * 3 + [0] * 3 + [150] * 3 + [0] * 2 + [150] * 7
     everything = full_masks(weights(0))
@@ -139,14 +143,16 @@ def test_alternating_phases():
 
 def test_alternating_prunes_all_weights_alike():
     """Half is pruned from the start, and a quarter is to be: what is pruned is no more than that."""
-    history, _ = followed(alternating(by_magnitude, final=0.25, begin=2, end=9, every=3), 12, half())
+    history, _ = followed(alternating(by_magnitude, final=0.25, begin_step=2, end_step=9, every=3), 12, half())
     assert [pruned(masks) for masks in history] == [100] * 2 + [50] * 3 + [0] * 3 + [50] * 4
 
 
 @pytest.mark.parametrize("end", [8, 9, 11, 12, 14])
 def test_alternating_ends_pruned(end):
     """Wherever in a phase its end lies."""
-    history, _ = followed(alternating(by_magnitude, final=0.5, begin=2, end=end, every=3), 18, full_masks(weights(0)))
+    history, _ = followed(
+        alternating(by_magnitude, final=0.5, begin_step=2, end_step=end, every=3), 18, full_masks(weights(0))
+    )
     assert {pruned(masks) for masks in history[end:]} == {100}
     assert all((flat(masks) == flat(history[end])).all() for masks in history[end:])
     assert pruned(history[end - 1]) == (100 if (end - 1 - 2) // 3 % 2 == 0 else 0)
@@ -179,7 +185,7 @@ def test_rigl_literally():
         "c": {"kernel": jnp.ones((1, 3))},
         "bias": jnp.zeros(2),
     }
-    step = quick_jit(rigl(end=100, every=10, fraction=0.5))
+    step = quick_jit(rigl(end_step=100, every=10, fraction=0.5))
     got = leaves(step(10, params, grads, masks, KEY))
     np.testing.assert_array_equal(got["a/kernel"].astype(int), [[1, 0, 1, 0], [1, 0, 1, 1]])
     # Of equally small ones the later goes, and nothing but a gradient of zero is there to grow.
@@ -207,7 +213,7 @@ def half(step=0):
 @pytest.mark.parametrize("grow", ["gradient", "random"])
 def test_replaced_share_falls_by_a_cosine_and_counts_stay(grow):
     start = half()
-    history, traces = followed(rigl(end=42, every=5, fraction=0.4, grow=grow), 60, start)
+    history, traces = followed(rigl(end_step=42, every=5, fraction=0.4, grow=grow), 60, start)
     assert traces == 1
     before = start
     for step, masks in enumerate(history):
@@ -230,7 +236,7 @@ def test_replaced_share_falls_by_a_cosine_and_counts_stay(grow):
 
 def test_random_growth_is_its_keys_own():
     """The same by the same key, whatever the gradients are; another by another key; only of what was pruned."""
-    start, step = half(), quick_jit(rigl(end=100, every=10, grow="random"))
+    start, step = half(), quick_jit(rigl(end_step=100, every=10, grow="random"))
     params = apply_masks(weights(0), start)
     first, again = (step(10, params, weights(i), start, KEY) for i in (1, 2))
     other = step(10, params, weights(1), start, jax.random.key(1))
@@ -244,7 +250,7 @@ def test_random_growth_is_its_keys_own():
 
 def test_unknown_growth():
     with pytest.raises(ValueError, match=r"\Aunknown growth 'gradients'; choose gradient or random\Z"):
-        rigl(end=10, every=1, grow="gradients")
+        rigl(end_step=10, every=1, grow="gradients")
 
 
 # --- any model: a Transformer -----------------------------------------------------------------------------------------
@@ -283,7 +289,7 @@ def test_a_transformer_is_pruned_by_the_same_functions():
     def make(params, grads, masks, key, sparsity):
         return make_masks(magnitude(params), sparsity, prunable=prunable, masks=masks)
 
-    remask = gradual(make, final=0.8, begin=60, end=180, every=20)
+    remask = gradual(make, final=0.8, begin_step=60, end_step=180, every=20)
     traces = []
 
     def loss(params, tokens, labels):

@@ -448,9 +448,13 @@ def test_lamp_of_zeros_keeps_what_is_not():
         ({"a/kernel": 0.5}, {}, "no sparsity is given for b/kernel"),
         (0.5, {"scope": "local"}, "unknown scope 'local'; choose one of global, uniform, erk, lamp"),
         (0.5, {"structure": "4:2"}, "unknown structure '4:2'"),
-        (0.5, {"structure": "2:4"}, "2:4 does not divide a/kernel of shape 2x2, whose inputs and outputs come last"),
+        (0.5, {"structure": "2:4"}, r"2:4 does not divide a/kernel of shape 2x2 \(inputs, outputs last\)"),
         (0.5, {"structure": "2x4"}, "2x4 does not divide a/kernel of shape 2x2"),
-        (0.5, {"prunable": lambda path, leaf: False}, "nothing to prune: no leaf is prunable"),
+        (
+            0.5,
+            {"prunable": lambda path, leaf: False},
+            "no leaf is prunable; .* named `kernel`; leaves: 4: a/bias",
+        ),
     ],
 )
 def test_refused(sparsity, options, said):
@@ -487,7 +491,7 @@ def test_check_structure_names_the_leaf():
     for structure in ("2:4", "4x1", "2x4"):
         check_structure({"good/kernel": chosen["good/kernel"]}, structure)
     for structure in ("2:4", "4x1", "1x3"):
-        with pytest.raises(ValueError, match=rf"\A{structure} does not divide bad/kernel of shape 3x3x6x4, whose"):
+        with pytest.raises(ValueError, match=rf"\A{structure} does not divide bad/kernel of shape 3x3x6x4 "):
             check_structure({**chosen, "good/kernel": jnp.zeros((8, 3))}, structure)
     check_structure({"b": jnp.zeros(3)}, "unstructured")
     with pytest.raises(ValueError, match="1:2 does not divide b of shape 4"):
@@ -506,9 +510,12 @@ def test_check_masks():
     for masks, said in [
         (changed(jnp.zeros_like), r"\Anothing would be left of layers/1/kernel: lower the sparsity, or exclude it\Z"),
         (changed(lambda m: ~m[0, 0, 0, 0]), "nothing would be left of layers/1/kernel"),
-        (changed(lambda m: m[0]), r"layers/1/kernel is \(3, 4, 2\) there, \(1, 3, 4, 2\) in the model"),
-        ({**good, "new": jnp.ones((), bool)}, r"\Amasks of another model: new is only in the masks\Z"),
-        ({k: v for k, v in good.items() if k != "scale"}, r"\Amasks of another model: scale is only in the model\Z"),
+        (changed(lambda m: m[0]), r"layers/1/kernel is \(3, 4, 2\), not \(1, 3, 4, 2\)"),
+        ({**good, "new": jnp.ones((), bool)}, r"\Athe masks come from a different model: new is only in the masks\Z"),
+        (
+            {k: v for k, v in good.items() if k != "scale"},
+            r"\A.* a different model: scale is only in the model\Z",
+        ),
     ]:
         with pytest.raises(ValueError, match=said):
             check_masks(masks, params)
@@ -537,7 +544,7 @@ def test_pack_and_unpack_are_inverse_at_a_bit_a_weight(masks):
 
 def test_unpack_refuses_another_size():
     packed = pack({"a": {"kernel": np.ones((3, 3), bool)}})
-    with pytest.raises(ValueError, match="masks of another model: a/kernel has 16 bits for 20 weights"):
+    with pytest.raises(ValueError, match="the masks come from a different model: a/kernel has 16 bits, not 20"):
         unpack(packed, {"a": {"kernel": jnp.zeros((4, 5))}})
 
 

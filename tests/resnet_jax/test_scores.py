@@ -100,7 +100,7 @@ def test_scores_by_gradients_by_hand():
 @pytest.mark.parametrize(("at_once", "length"), [(1, 6), (2 * 16, 3), (5 * 16, 2), (6 * 16, 1), (1 << 20, 1)])
 def test_fisher_holds_no_more_gradients_than_it_says(monkeypatch, at_once, length):
     """16 parameters, 6 examples: as many at a time as fit and divide them."""
-    monkeypatch.setattr(scores, "AT_ONCE", at_once)
+    monkeypatch.setattr(scores, "MAX_EXAMPLE_GRADIENTS", at_once)
 
     def loss(params, batch):  # of this test's own, so that it is traced under this limit
         assert batch["image"].shape == (1, 3)

@@ -129,7 +129,7 @@ def test_names_of_the_cifar_repositories(state):
     [
         (lambda s: s.pop("layer1.0.conv1.weight"), "missing 1: layer1.0.conv1.weight"),
         (lambda s: s.update({"layer9.0.conv1.weight": np.zeros(3)}), "unexpected 1: layer9.0.conv1.weight"),
-        (lambda s: s.update({"fc.bias": np.zeros(9)}), r"of another shape 1: fc.bias \[9\]"),
+        (lambda s: s.update({"fc.bias": np.zeros(9)}), r"of a different shape 1: fc.bias \[9\]"),
         (lambda s: [s.pop(k) for k in list(s) if k.startswith("layer4")], "missing .*, ..."),
     ],
 )

@@ -43,7 +43,7 @@ def test_picture_of_runs_and_of_kept_files(finished, tmp_path):
 def test_without_matplotlib(finished, tmp_path, monkeypatch, fails):
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
     line = fails(2, main, [str(finished), "--picture", str(tmp_path / "curve.png")])
-    assert "pip install 'resnet-jax[plot]'" in line
+    assert 'pip install -e ".[plot]"' in line
 
 
 @pytest.mark.parametrize("missing", ["result.json", "metrics.jsonl"])

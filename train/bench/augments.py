@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from resnet_jax import augment as aug
+from resnet_jax import auto_augment
 from resnet_jax.keys import example_index, example_keys
 from resnet_jax.parallel import place, replicated
 from train.bench.config import BenchConfig
@@ -29,8 +30,8 @@ def chains(image_size: int) -> dict[str, aug.Augment]:
         "gaussian_blur": aug.gaussian_blur,
         "cutout": lambda: aug.cutout(image_size // 2),
         "random_erasing": aug.random_erasing,
-        "trivial_augment": aug.trivial_augment,
-        "rand_augment": aug.rand_augment,
+        "trivial_augment": auto_augment.trivial_augment,
+        "rand_augment": auto_augment.rand_augment,
     }
     view = simclr_view(image_size)
 

@@ -144,7 +144,7 @@ def gradual_pruning(every: int) -> MaskSchedule:
     def make(params: PyTree, grads: PyTree, masks: PyTree, key: jax.Array, sparsity: jax.Array) -> PyTree:
         return make_masks(magnitude(params), sparsity, masks=masks)
 
-    return gradual(make, initial=0.5, final=0.9, begin=0, end=100_000, every=every)
+    return gradual(make, initial=0.5, final=0.9, begin_step=0, end_step=100_000, every=every)
 
 
 def train_state(config: BenchConfig, model: nn.Module, tx: optax.GradientTransformation, *, masked: bool) -> TrainState:

@@ -34,7 +34,7 @@ def prepare(name: str, root: Path) -> Path:
         try:
             import tensorflow  # noqa: F401
         except ImportError:
-            raise UsageError("preparing a stock TFDS set needs TensorFlow: pip install 'resnet-jax[prepare]'") from None
+            raise UsageError('preparing a stock TFDS set needs TensorFlow: pip install -e ".[prepare]"') from None
         make = partial(tfds.builder, name)
     folder = None
     try:

@@ -197,14 +197,19 @@ def make_remask(p: PruningConfig, model: nn.Module, steps: int) -> mask_schedule
     """The schedule that changes masks inside the step of a training of `steps`; None where they stay."""
     end = max(round(p.end * steps), 1)
     begin = min(round(p.begin * steps), end - 1)
+    dates: dict[str, Any] = {"begin_step": begin, "end_step": end, "every": p.every}
     if p.schedule == "gradual":
-        return mask_schedules.gradual(in_step(p, model), final=p.final, begin=begin, end=end, every=p.every)
+        return mask_schedules.gradual(in_step(p, model), final=p.final, **dates)
     if p.schedule == "acdc":
         begin = max(begin, 1)  # schedules look at the masks after a step
-        return mask_schedules.alternating(in_step(p, model), final=p.final, begin=begin, end=end, every=p.every)
+        return mask_schedules.alternating(
+            in_step(p, model), final=p.final, begin_step=begin, end_step=end, every=p.every
+        )
     if p.schedule in ("rigl", "set"):
         grow = "gradient" if p.schedule == "rigl" else "random"
-        return mask_schedules.rigl(end=end, every=p.every, fraction=p.fraction, grow=grow, prunable=prunable_leaves(p))
+        return mask_schedules.rigl(
+            end_step=end, every=p.every, fraction=p.fraction, grow=grow, prunable=prunable_leaves(p)
+        )
     return None
 
 

@@ -635,7 +635,8 @@ def test_default_data_dir_is_used(monkeypatch, plain):
 
 def test_stock_set_needs_tensorflow(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "tensorflow", None)  # as if it were not installed
-    with pytest.raises(UsageError, match=r"^preparing a stock TFDS set needs TensorFlow: pip install .*\[prepare\]'$"):
+    message = r'^preparing a stock TFDS set needs TensorFlow: pip install -e "\.\[prepare\]"$'
+    with pytest.raises(UsageError, match=message):
         prepare("cifar10", tmp_path)
     assert not list(tmp_path.iterdir())
 

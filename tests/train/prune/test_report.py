@@ -260,5 +260,5 @@ def test_legend_of_many_layers_names_the_most_sensitive(report, drawn):
 
 def test_without_matplotlib(report, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(UsageError, match=r"pip install 'resnet-jax\[plot\]'"):
+    with pytest.raises(UsageError, match=r'pip install -e "\.\[plot\]"'):
         draw(report, tmp_path / "pruned.png")

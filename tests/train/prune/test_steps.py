@@ -117,10 +117,10 @@ def batch(images):
 # --- one step, three compilers ----------------------------------------------------------------------------------------
 
 REMASKS = {
-    "gradual": (gradual(by_magnitude, final=0.8, begin=1, end=5, every=2), full_masks),
-    "alternating": (alternating(by_magnitude, final=0.6, begin=1, end=5, every=2), full_masks),
-    "rigl": (rigl(end=6, every=2), some),
-    "channels": (gradual(by_channel, final=0.5, begin=1, end=5, every=2), every_channel),
+    "gradual": (gradual(by_magnitude, final=0.8, begin_step=1, end_step=5, every=2), full_masks),
+    "alternating": (alternating(by_magnitude, final=0.6, begin_step=1, end_step=5, every=2), full_masks),
+    "rigl": (rigl(end_step=6, every=2), some),
+    "channels": (gradual(by_channel, final=0.5, begin_step=1, end_step=5, every=2), every_channel),
 }
 NESTEROV = make_optimizer("sgd", constant(0.05), nesterov=True, weight_decay=1e-3)
 
@@ -193,7 +193,7 @@ TRAININGS = {
 def test_pruned_weights_are_zero_after_every_step(name, batch):
     """Pruned at the start, or after steps that gave them momentum; masks never grow, and the metric counts them."""
     tx, options = TRAININGS[name]
-    remask = gradual(by_magnitude, final=0.8, initial=0.4, begin=2, end=4, every=1)
+    remask = gradual(by_magnitude, final=0.8, initial=0.4, begin_step=2, end_step=4, every=1)
     states, metrics, traces = history(tx, some(VARIABLES["params"]), batch, remask=remask, **options)
     assert traces == 1
     for state in states:
@@ -220,7 +220,7 @@ def test_pruned_weights_are_zero_after_every_step(name, batch):
 def test_what_grows_starts_at_zero(batch):
     """Also where the optimizer still has momentum of a weight that was dropped before."""
     tx, masks = make_optimizer("sgd", constant(0.1)), some(VARIABLES["params"], 0.5)
-    remask = rigl(end=1000, every=1, fraction=0.5, grow="random")
+    remask = rigl(end_step=1000, every=1, fraction=0.5, grow="random")
     states, _, _ = history(tx, masks, batch, remask=remask)
     returned = 0
     alive = {path: np.zeros(m.shape, bool) for path, m in arrays(masks).items()}
@@ -293,7 +293,7 @@ def test_no_moment_of_what_was_pruned_from_the_start(name, batch, half_pruned):
 def test_growth_sees_the_gradients_of_what_is_pruned(batch, half_pruned):
     """By hand: of the pruned weights those of the largest gradients, which the optimizer did not see."""
     masks, params, grads = half_pruned
-    tx, remask = optax.sgd(1e-3), rigl(end=100, every=1, fraction=0.2)
+    tx, remask = optax.sgd(1e-3), rigl(end_step=100, every=1, fraction=0.2)
     states, _, _ = history(tx, masks, batch, steps=1, remask=remask)
     share = 0.1 * (1 + np.cos(np.pi / 100))
     for path, new in arrays(states[1].masks).items():
