@@ -100,13 +100,13 @@ def preprocess_batch(augment: Augment, images: jax.Array) -> jax.Array:
 
 def normalize(mean: float | Sequence[float] = IMAGENET_MEAN, std: float | Sequence[float] = IMAGENET_STD) -> Augment:
     """Return `(image - mean) / std` for images in [0, 1]; `mean` and `std` are scalars or one value per channel."""
-    centre, scale = (np.asarray(value, np.float32).reshape(1, 1, -1) for value in (mean, std))
+    center, scale = (np.asarray(value, np.float32).reshape(1, 1, -1) for value in (mean, std))
 
     def augment(key: Key, image: Image) -> Image:
         del key
-        if {centre.size, scale.size} - {1, image.shape[-1]}:
-            raise ValueError(f"normalize: {centre.size} means, {scale.size} stds for an image of shape {image.shape}")
-        return (image - centre) / scale
+        if {center.size, scale.size} - {1, image.shape[-1]}:
+            raise ValueError(f"normalize: {center.size} means, {scale.size} stds for an image of shape {image.shape}")
+        return (image - center) / scale
 
     return augment
 
@@ -216,9 +216,9 @@ def _random_box(
 def _resampling(length: int, start: jax.Array | float, extent: jax.Array | float, size: int, antialias: bool):
     """Return a matrix [size, length] that resamples pixels [start, start + extent) bilinearly; rows sum to one."""
     step = extent / size
-    centre = (start + (jnp.arange(size, dtype=jnp.float32) + 0.5) * step - 0.5)[:, None]
+    center = (start + (jnp.arange(size, dtype=jnp.float32) + 0.5) * step - 0.5)[:, None]
     pixel = jnp.arange(length, dtype=jnp.float32)[None]
-    weights = jnp.maximum(0.0, 1 - jnp.abs(pixel - centre) / (jnp.maximum(step, 1.0) if antialias else 1.0))
+    weights = jnp.maximum(0.0, 1 - jnp.abs(pixel - center) / (jnp.maximum(step, 1.0) if antialias else 1.0))
     # Dropping pixels outside the box and renormalizing is the same as repeating its edge.
     weights = jnp.where((pixel >= start) & (pixel < start + extent), weights, 0.0)
     return weights / jnp.sum(weights, axis=1, keepdims=True)
@@ -241,7 +241,7 @@ def cutout(size: Size = 16, *, p: float = 1.0, fill: float = 0.0) -> Augment:
     height, width = _pair(size)
 
     def augment(key: Key, image: Image) -> Image:
-        return jnp.where(random_centred_box(key, image.shape[0], image.shape[1], height, width), fill, image)
+        return jnp.where(random_centered_box(key, image.shape[0], image.shape[1], height, width), fill, image)
 
     return randomly(augment, p)
 
@@ -273,7 +273,7 @@ def _box(rows: int, columns: int, height, width, top, left) -> jax.Array:
     return (y >= top) & (y < top + height) & (x >= left) & (x < left + width)
 
 
-def random_centred_box(key: Key, rows: int, columns: int, height: Any, width: Any) -> jax.Array:
+def random_centered_box(key: Key, rows: int, columns: int, height: Any, width: Any) -> jax.Array:
     """Return a boolean [rows, columns, 1], True in a `height` x `width` box around a random pixel, clipped."""
     y, x = jax.random.randint(key, (2,), 0, np.array([rows, columns]))
     return _box(rows, columns, height, width, y - height // 2, x - width // 2)
@@ -296,7 +296,7 @@ def color_jitter(brightness: float = 0.4, contrast: float = 0.4, saturation: flo
     strengths = np.array([brightness, contrast, saturation], np.float32)
 
     def augment(key: Key, image: Image) -> Image:
-        shifts_hue = hue > 0 and is_colour(image)
+        shifts_hue = hue > 0 and is_color(image)
         factor_key, order_key, shift_key, turn_key = jax.random.split(key, 4)
         factors = _uniform(factor_key, (3,), np.maximum(0, 1 - strengths), 1 + strengths)
         order = jax.random.permutation(order_key, 3)
@@ -357,7 +357,7 @@ def gaussian_blur(sigma: tuple[float, float] = (0.1, 2.0), *, kernel_size: int |
     return augment
 
 
-def is_colour(image: Image) -> bool:
+def is_color(image: Image) -> bool:
     """Return whether the image has three channels rather than one; ValueError for any other number."""
     if image.shape[-1] not in (1, 3):
         raise ValueError(f"color operations take 1 or 3 channels, got an image of shape {image.shape}")
@@ -370,7 +370,7 @@ def _weighted_sum(planes: Sequence[jax.Array]) -> jax.Array:
 
 def luma(image: Image) -> jax.Array:
     """Return the luma (0.2989, 0.587, 0.114) of an image with 1 or 3 channels, [H, W, 1]."""
-    return _weighted_sum([image[..., channel : channel + 1] for channel in range(3 if is_colour(image) else 1)])
+    return _weighted_sum([image[..., channel : channel + 1] for channel in range(3 if is_color(image) else 1)])
 
 
 def blend(image: jax.Array, target: jax.Array | float, factor: jax.Array) -> jax.Array:

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from resnet_jax.augment import Augment, Image, blend, invert_above, is_colour, luma
+from resnet_jax.augment import Augment, Image, blend, invert_above, is_color, luma
 from resnet_jax.keys import Key
 
 # Maximum strength of each operation: shear (pixels per pixel), translation (pixels), rotation (degrees), change of the
@@ -65,7 +65,7 @@ def _random_op(key: Key, image: Image, maxima: dict[str, float], level: jax.Arra
 
 def _apply_op(image: Image, op: jax.Array, strength: jax.Array, fill: float = 0.0) -> Image:
     """Apply operation number `op` of `_OPS`; a family shares one computation because vmap computes every branch."""
-    is_colour(image)
+    is_color(image)
     image = jnp.asarray(image)
     families = (
         lambda: image,

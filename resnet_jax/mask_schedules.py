@@ -58,9 +58,9 @@ def alternating(mask_fn: MaskFn, *, final: float, begin_step: int, end_step: int
     def remask(step: jax.Array, params: PyTree, grads: PyTree, masks: PyTree, key: jax.Array) -> PyTree:
         dense_masks = jax.tree.map(jnp.ones_like, masks)
         due = _is_due(step, begin_step, end_step, every)
-        sparse_phase = (step - begin_step) // every % 2 == 0
-        prune = (due & sparse_phase) | (step == end_step)
-        free = due & ~sparse_phase
+        phase = (step - begin_step) // every % 2  # 0 is sparse
+        prune = (due & (phase == 0)) | (step == end_step)
+        free = due & (phase == 1)
         return jax.lax.cond(
             prune,
             lambda: mask_fn(params, grads, dense_masks, key, jnp.asarray(final, jnp.float32)),

@@ -7,7 +7,7 @@ exchange partners in a single permutation.
 import jax
 import jax.numpy as jnp
 
-from resnet_jax.augment import random_centred_box
+from resnet_jax.augment import random_centered_box
 from resnet_jax.keys import Key
 
 
@@ -63,7 +63,7 @@ def _weights(key: Key, shape: tuple[int, ...], alpha: jax.Array | float, use_cut
     lam_key, place_key = jax.random.split(key)
     lam = jax.random.beta(lam_key, alpha, alpha, (), jnp.float32)
     height, width = (jnp.floor(length * jnp.sqrt(1 - lam)).astype(jnp.int32) for length in shape[1:3])
-    box = random_centred_box(place_key, shape[1], shape[2], height, width)
+    box = random_centered_box(place_key, shape[1], shape[2], height, width)
     return jnp.where(use_cutmix, 1 - box.astype(jnp.float32), lam)
 
 

@@ -3,6 +3,7 @@
 from functools import partial
 from typing import Any
 
+import flax.linen as nn
 import jax
 import numpy as np
 
@@ -22,6 +23,40 @@ quick_jit = partial(jax.jit, compiler_options=QUICK)
 def tiny(**options: Any) -> ResNet:
     """Two stages of one block, 8 and 16 channels, for 8x8 images."""
     return ResNet((1, 1), BasicBlock, num_classes=CLASSES, width=8, stem=CifarStem, **options)
+
+
+class Mlp(nn.Module):
+    """A network with LayerNorm and neither batch statistics nor the fields of a `ResNet`."""
+
+    @nn.compact
+    def __call__(self, images: jax.Array, *, train: bool = False) -> jax.Array:
+        x = nn.Dense(16, name="in")(images.reshape(len(images), -1))
+        return nn.Dense(CLASSES, name="out")(nn.gelu(nn.LayerNorm(name="norm")(x)))
+
+
+class VisionTransformer(nn.Module):
+    """One block over patches of `patch` x `patch` pixels, the mean of its tokens classified."""
+
+    patch: int = 4
+    width: int = 16
+
+    @nn.compact
+    def __call__(self, images: jax.Array, *, train: bool = False) -> jax.Array:
+        size = (self.patch, min(self.patch, images.shape[2]))
+        x = nn.Conv(self.width, size, strides=size, name="patches")(images).reshape(len(images), -1, self.width)
+        x = x + self.param("places", nn.initializers.normal(0.5), x.shape[1:])[None]
+        y = nn.LayerNorm(name="norm1")(x)
+        x = x + nn.MultiHeadDotProductAttention(num_heads=4, name="attention")(y)
+        y = nn.LayerNorm(name="norm2")(x)
+        x = x + nn.Dense(self.width, name="down")(nn.gelu(nn.Dense(2 * self.width, name="up")(y)))
+        return nn.Dense(CLASSES, name="head")(x.mean(1))
+
+
+def score_arguments(name: str, loss: Any, batches: Any, forward: Any) -> dict[str, Any]:
+    """Arguments of `SCORES[name]` after the parameters."""
+    if name in ("snip", "taylor", "fisher"):
+        return {"loss": loss, "batches": batches}
+    return {"random": {"key": jax.random.key(0)}, "synflow": {"forward": forward}}.get(name, {})
 
 
 def tiny_tx(lr: float = 0.1, steps: int = 100) -> Any:

@@ -1,6 +1,6 @@
 """Channel pruning: the masked network is the compacted one, for every family; counts, ties and traces of the masks."""
 
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import jax
@@ -66,14 +66,16 @@ GROUPS = {
 }
 
 
-def images(seed: int = 0, size: int = 8) -> np.ndarray:
-    return np.random.RandomState(seed).normal(size=(4, size, size, 3)).astype(np.float32)
+IMAGES = np.random.RandomState(0).normal(size=(4, 8, 8, 3)).astype(np.float32)
 
 
-def variables_of(model: ResNet, seed: int = 0) -> PyTree:
-    """Random variables, norms' statistics, scales and biases included, none of them 0."""
-    rng = np.random.RandomState(seed)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 8, 8, 3), jnp.float32))
+def shapes_of(model: ResNet) -> PyTree:
+    return jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 8, 8, 3), jnp.float32))
+
+
+def variables_of(model: ResNet) -> PyTree:
+    """Random variables, including norms' statistics, scales and biases; none of them is 0."""
+    rng = np.random.RandomState(0)
 
     def draw(path: str, leaf: Any) -> jax.Array:
         if path.endswith("kernel"):
@@ -81,7 +83,7 @@ def variables_of(model: ResNet, seed: int = 0) -> PyTree:
         low, high = (0.5, 1.5) if path.endswith(("scale", "var")) else (-0.5, 0.5)
         return jnp.asarray(rng.uniform(low, high, leaf.shape), jnp.float32)
 
-    return map_with_path(draw, shapes)
+    return map_with_path(draw, shapes_of(model))
 
 
 def masks_for(model: ResNet, params: PyTree, sparsity: float = 0.5, only: str = "", **options: Any) -> PyTree:
@@ -100,17 +102,20 @@ def masked(variables: PyTree, masks: PyTree) -> PyTree:
     return variables | {"params": apply_masks(variables["params"], masks)}
 
 
-def assert_same(model: ResNet, variables: PyTree, small: ResNet, small_variables: PyTree, x: Any) -> None:
-    expected = quick_jit(model.apply)(variables, x)
-    actual = quick_jit(small.apply)(small_variables, x)
+def assert_same(model: ResNet, variables: PyTree, small: ResNet, small_variables: PyTree) -> None:
+    expected = quick_jit(model.apply)(variables, IMAGES)
+    actual = quick_jit(small.apply)(small_variables, IMAGES)
     assert np.abs(expected).max() > 0.05
     np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+SLOW = {"pooled_deep", "deep_tied", "preact", "preact_zero_pad", "wide", "features"}
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in FAMILIES])
 def test_compact_is_the_masked_network(name: str) -> None:
     """Half of the channels of every group, in multiples that leave unequal counts; then pruned and compacted again."""
-    model, x = FAMILIES[name], images()
+    model = FAMILIES[name]
     variables = variables_of(model)
     groups = channel_groups(model, variables["params"])
     assert " ".join(group.name for group in groups) == GROUPS[name]
@@ -119,27 +124,26 @@ def test_compact_is_the_masked_network(name: str) -> None:
     masks = masks_for(model, variables["params"], round_to=2, scope=scope)
     small, small_variables = compact(model, variables, masks)
     assert small.widths == widths_of(small, small_variables["params"])
-    shapes = jax.eval_shape(small.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 8, 8, 3), jnp.float32))
-    assert jax.tree.map(jnp.shape, small_variables) == jax.tree.map(jnp.shape, shapes)
+    assert jax.tree.map(jnp.shape, small_variables) == jax.tree.map(jnp.shape, shapes_of(small))
     assert count(small_variables["params"]) < 0.8 * count(variables["params"])
-    assert_same(model, masked(variables, masks), small, small_variables, x)
+    assert_same(model, masked(variables, masks), small, small_variables)
 
     if name in ("zero_pad", "zero_pad_odd", "bottleneck", "preact_bottleneck"):
         masks = masks_for(small, small_variables["params"], round_to=2, sparsity=0.4)
         smaller, smaller_variables = compact(small, small_variables, masks)
         assert count(smaller_variables["params"]) < count(small_variables["params"])
-        assert_same(small, masked(small_variables, masks), smaller, smaller_variables, x)
+        assert_same(small, masked(small_variables, masks), smaller, smaller_variables)
 
 
 @pytest.mark.parametrize("name", ["zero_pad", "preact_bottleneck"])
 def test_compact_trains_as_the_masked_network(name: str) -> None:
     """Loss, statistics and gradients in training mode are those of the channels that are left."""
-    model, x = FAMILIES[name], images()
+    model = FAMILIES[name]
     variables = variables_of(model)
     masks = masks_for(model, variables["params"])
 
     def loss(params: PyTree, variables: PyTree, model: ResNet) -> tuple[jax.Array, PyTree]:
-        logits, updates = model.apply(variables | {"params": params}, x, train=True, mutable=["batch_stats"])
+        logits, updates = model.apply(variables | {"params": params}, IMAGES, train=True, mutable=["batch_stats"])
         return jnp.square(logits).mean(), updates["batch_stats"]
 
     def step(model: ResNet, variables: PyTree) -> Any:
@@ -155,28 +159,28 @@ def test_compact_trains_as_the_masked_network(name: str) -> None:
     jax.tree.map(close, small_statistics, cut["batch_stats"])
 
 
-def test_published_networks_by_half() -> None:
-    """Widths in eights, every group by half; a layer of which both sides are halved has a quarter of the weights."""
-    for name, share in {"resnet20": 0.25, "resnet50_cifar": 0.25}.items():
-        model = MODELS[name](width=16)
-        x = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
-        params = jax.eval_shape(model.init, jax.random.key(0), x)["params"]
-        own = widths_of(model, params)
-        half = tuple(width // 2 for width in own)
-        small = jax.eval_shape(model.clone(widths=half).init, jax.random.key(0), x)["params"]
-        assert widths_of(model, small) == half
-        assert count(small) == pytest.approx(share * count(params), rel=0.02)
-        groups = channel_groups(model, params)
-        scores = {group.name: jnp.ones(group.size) for group in groups}
-        masks = jax.eval_shape(partial(channel_masks, groups=groups, params=params), scores, 0.5)
-        assert {p for p, m in leaves(masks).items() if not m.ndim} == {"head/bias"}
+@pytest.mark.parametrize("name", ["resnet20", pytest.param("resnet50_cifar", marks=pytest.mark.slow)])
+def test_published_networks_by_half(name: str) -> None:
+    """Every group by half: a layer with both sides halved has a quarter of the weights."""
+    model = MODELS[name](width=16)
+    x = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
+    params = jax.eval_shape(model.init, jax.random.key(0), x)["params"]
+    half = tuple(width // 2 for width in widths_of(model, params))
+    small = jax.eval_shape(model.clone(widths=half).init, jax.random.key(0), x)["params"]
+    assert widths_of(model, small) == half
+    assert count(small) == pytest.approx(0.25 * count(params), rel=0.02)
+    groups = channel_groups(model, params)
+    scores = {group.name: jnp.ones(group.size) for group in groups}
+    masks = jax.eval_shape(partial(channel_masks, groups=groups, params=params), scores, 0.5)
+    assert {p for p, m in leaves(masks).items() if not m.ndim} == {"head/bias"}
 
+
+def test_resnet20_in_multiples_of_eight() -> None:
     model = MODELS["resnet20"]()
     variables = variables_of(model)
     small, small_variables = compact(model, variables, masks_for(model, variables["params"]))
     assert small.widths == (8,) * 7 + (16,) * 6 + (32,) * 6
-    narrow = jax.eval_shape(model.clone(width=8).init, jax.random.key(0), x)
-    assert jax.tree.map(jnp.shape, small_variables) == jax.tree.map(jnp.shape, narrow)
+    assert jax.tree.map(jnp.shape, small_variables) == jax.tree.map(jnp.shape, shapes_of(model.clone(width=8)))
     small, _ = compact(model, variables, masks_for(model, variables["params"], 0.3, scope="global"))
     assert all(width % 8 == 0 for width in small.widths)
     assert len(set(small.widths)) > 3
@@ -210,21 +214,17 @@ CASES = [
     ([[2, 2, 2, 2], [9, 9, 9, 9]], 0.5, {"round_to": 1, "scope": "global"}, [[0, 1, 2, 3], [0]]),
     ([[0, 0], [1, 1]], 0.5, {"round_to": 1, "scope": "global"}, [[0], [0, 1]]),
     ([[9, 1, 1, 1], [2, 2, 2, 2]], 0.375, {"round_to": 2, "scope": "global"}, [[0, 1], [0, 1, 2, 3]]),
+    ([[0, 1, 2, 3, 4, 5]], 0.4, {"round_to": 4, "copies": 2}, [[2, 3, 4, 5]]),  # pairs: 7.2 channels, in fours 8
 ]
 
 
 @pytest.mark.parametrize(("scores", "sparsity", "options", "expected"), CASES)
 def test_which_channels_are_kept(scores: Any, sparsity: float, options: Any, expected: Any) -> None:
-    groups, params = groups_of(*map(len, scores))
-    given = {f"g{i}": jnp.array(row, jnp.float32) for i, row in enumerate(scores)}
+    groups, params = groups_of(*map(len, scores), copies=options.get("copies", 1))
+    options = {name: value for name, value in options.items() if name != "copies"}
+    by_group = {f"g{i}": jnp.array(row, jnp.float32) for i, row in enumerate(scores)}
     make = quick_jit(lambda scores: channel_masks(scores, sparsity, groups=groups, params=params, **options))
-    assert kept_of(make(given)) == expected
-
-
-def test_pairs_count_twice_in_rounding() -> None:
-    groups, params = groups_of(6, copies=2)
-    make = quick_jit(lambda scores: channel_masks(scores, 0.4, groups=groups, params=params, round_to=4))
-    assert kept_of(make({"g0": jnp.arange(6.0)})) == [[2, 3, 4, 5]]  # 7.2 channels, in fours 8
+    assert kept_of(make(by_group)) == expected
 
 
 def test_removed_channels_stay_removed() -> None:
@@ -278,25 +278,26 @@ def test_scores_are_of_what_makes_a_channel() -> None:
     np.testing.assert_allclose(scales["stream1"], sum(parts), rtol=1e-5)
 
 
-def test_some_groups_alone() -> None:
-    """Inner groups alone leave the streams whole: counts may then coincide, and the shortcut stays a projection."""
-    model, x = FAMILIES["bottleneck"], images()
-    variables = variables_of(model)
-    for only, sparsity, widths in [
+@pytest.mark.parametrize(
+    ("only", "sparsity", "widths"),
+    [
         ("conv", 0.5, (16, 8, 8, 64, 8, 8, 64, 16, 16, 128)),
         ("stream1", 0.75, (16, 16, 16, 16, 16, 16, 16, 32, 32, 128)),
-    ]:
-        masks = masks_for(model, variables["params"], sparsity, only)
-        small, small_variables = compact(model, variables, masks)
-        assert small.widths == widths
-        assert "shortcut" in small_variables["params"]["stage1_block1"]
-        assert_same(model, masked(variables, masks), small, small_variables, x)
+    ],
+)
+def test_some_groups_alone(only: str, sparsity: float, widths: tuple[int, ...]) -> None:
+    """Inner groups alone leave the streams whole: counts may then coincide, and the shortcut stays a projection."""
+    model, variables = FAMILIES["bottleneck"], variables_of(FAMILIES["bottleneck"])
+    masks = masks_for(model, variables["params"], sparsity, only)
+    small, small_variables = compact(model, variables, masks)
+    assert small.widths == widths
+    assert "shortcut" in small_variables["params"]["stage1_block1"]
+    assert_same(model, masked(variables, masks), small, small_variables)
 
 
 def test_channels_masked_in_part_stay() -> None:
-    """Masks of single weights cut nothing, but are applied."""
-    model, x = FAMILIES["zero_pad"], images()
-    variables = variables_of(model)
+    """Masks of single weights remove nothing, but are applied; masks that keep everything change nothing."""
+    model, variables = FAMILIES["zero_pad"], variables_of(FAMILIES["zero_pad"])
     rng = np.random.RandomState(1)
     masks = map_with_path(
         lambda path, leaf: rng.uniform(size=leaf.shape) > 0.5 if path.endswith("kernel") else np.True_,
@@ -304,15 +305,10 @@ def test_channels_masked_in_part_stay() -> None:
     )
     small, small_variables = compact(model, variables, masks)
     assert small.widths == widths_of(model, variables["params"])
-    assert_same(model, masked(variables, masks), small, small_variables, x)
-
-
-def test_keeping_everything() -> None:
-    model = FAMILIES["basic"]
-    variables = variables_of(model)
+    assert_same(model, masked(variables, masks), small, small_variables)
     small, small_variables = compact(model, variables, no_masks(variables["params"]))
+    assert small.widths == widths_of(model, variables["params"])
     jax.tree.map(np.testing.assert_array_equal, small_variables, variables)
-    assert small.widths == (16, 16, 16, 16, 16, 32, 32)
 
 
 def test_wrong_masks() -> None:
@@ -333,10 +329,10 @@ def test_wrong_masks() -> None:
     masks = masks_for(model, variables["params"], 0.0)
     for member in groups[0].members:
         module, leaf = member.path.rsplit("/", 1)
-        of = masks[module] if module == "head" else masks[module.split("/")[0]][module.split("/")[1]]
-        index = [slice(None)] * of[leaf].ndim
+        parent = reduce(lambda tree, name: tree[name], module.split("/"), masks)
+        index = [slice(None)] * parent[leaf].ndim
         index[member.axis] = slice(member.offset, member.offset + groups[0].size)
-        of[leaf] = of[leaf].at[tuple(index)].set(False)
+        parent[leaf] = parent[leaf].at[tuple(index)].set(False)
     with pytest.raises(ValueError, match="no channel would be left of stream2"):
         compact(model, variables, masks)
 
@@ -368,4 +364,4 @@ def test_wrong_arguments(options: dict[str, Any], message: str) -> None:
 def test_wrong_widths(widths: tuple[int, ...], message: str) -> None:
     model = FAMILIES["features"].clone(widths=widths)
     with pytest.raises(ValueError, match=message):
-        jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 8, 8, 3), jnp.float32))
+        shapes_of(model)

@@ -17,6 +17,8 @@ from resnet_jax.torch_weights import from_torch, to_torch
 from resnet_jax.tree import leaves
 from tests.reference.make_golden import CASES, CLASSES, GOLDEN, batch, shallow, summary, torch_reference, weights
 
+pytestmark = pytest.mark.usefixtures("unoptimised")
+
 HAS_TORCH = importlib.util.find_spec("torch") is not None
 
 
@@ -68,7 +70,11 @@ def assert_near(got: np.ndarray, want: np.ndarray, what: str, tolerance: float) 
     assert error < tolerance, f"{what}: {error:.2e}"
 
 
-@pytest.mark.parametrize("name", CASES)
+# One net of each kind by default; the others share their blocks and stems.
+KINDS = {"resnet20", "resnet50d", "seresnet18", "preact_resnet50", "resnext50_32x4d"}
+
+
+@pytest.mark.parametrize("name", [k if k in KINDS else pytest.param(k, marks=pytest.mark.slow) for k in CASES])
 def test_golden(name):
     found = ours(name)
     with np.load(GOLDEN) as stored:
@@ -110,18 +116,14 @@ def state():
     return to_torch(filled("resnet18")), template(net("resnet18"))
 
 
-@pytest.mark.parametrize("prefix", ["module.", "model.", "backbone.", "module.backbone."])
-def test_wrappers_and_counters(state, prefix):
-    given, zeros = state
-    wrapped = {prefix + k: v for k, v in given.items()} | {prefix + "bn1.num_batches_tracked": np.asarray(7)}
-    jax.tree.map(np.testing.assert_array_equal, from_torch(wrapped, zeros), from_torch(given, zeros))
-
-
-def test_names_of_the_cifar_repositories(state):
-    given, zeros = state
-    theirs = {k.replace("fc.", "linear.").replace("downsample", "shortcut"): v for k, v in given.items()}
-    assert theirs.keys() != given.keys()
-    jax.tree.map(np.testing.assert_array_equal, from_torch(theirs, zeros), from_torch(given, zeros))
+@pytest.mark.parametrize("prefix", ["", "module.", "model.", "backbone.", "module.backbone."])
+def test_wrappers_counters_and_names_of_the_cifar_repositories(state, prefix):
+    source, zeros = state
+    theirs = {k.replace("fc.", "linear.").replace("downsample", "shortcut"): v for k, v in source.items()}
+    assert theirs.keys() != source.keys()
+    for named in (source, theirs):
+        wrapped = {prefix + k: v for k, v in named.items()} | {prefix + "bn1.num_batches_tracked": np.asarray(7)}
+        jax.tree.map(np.testing.assert_array_equal, from_torch(wrapped, zeros), from_torch(source, zeros))
 
 
 @pytest.mark.parametrize(
@@ -134,17 +136,17 @@ def test_names_of_the_cifar_repositories(state):
     ],
 )
 def test_every_tensor_is_accounted_for(state, change, message):
-    given, zeros = state
-    change(given)
+    source, zeros = state
+    change(source)
     with pytest.raises(ValueError, match=message) as error:
-        from_torch(given, zeros)
+        from_torch(source, zeros)
     assert "\n" not in str(error.value)
 
 
 def test_new_head_keeps_the_model_s_own(state):
-    given, zeros = state
-    given["fc.weight"], given["fc.bias"] = np.ones((9, 64), np.float32), np.ones(9, np.float32)
-    got = from_torch(given, zeros, new_head=True)
+    source, zeros = state
+    source["fc.weight"], source["fc.bias"] = np.ones((9, 64), np.float32), np.ones(9, np.float32)
+    got = from_torch(source, zeros, new_head=True)
     assert (np.asarray(got["params"]["head"]["kernel"]) == 0).all()
     assert np.abs(got["params"]["stem"]["conv"]["kernel"]).max() > 0
 
