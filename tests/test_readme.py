@@ -34,6 +34,7 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 PRETRAINING = (ROOT / "docs" / "pretraining.md").read_text()
 PRUNING = (ROOT / "docs" / "pruning.md").read_text()
+OBJECTIVES_PAGE = (ROOT / "docs" / "objectives.md").read_text()
 
 
 def blocks(language, page=README):
@@ -57,6 +58,21 @@ def test_python_of_pretraining_runs():
     for block in blocks("python", PRETRAINING):
         exec(block, namespace)
     assert {"loss", "projection_std"} <= set(namespace["metrics"])
+
+
+def test_python_of_objectives_runs(tmp_path, monkeypatch, capsys):
+    """The five scripts: an L1 penalty, distillation, SAM, two heads, and a whole run with pieces of one's own."""
+    monkeypatch.chdir(tmp_path)
+    namespace, seen = {}, {}
+    for title, block in re.findall(r"^## ([^\n]*)\n.*?```python\n(.*?)```", OBJECTIVES_PAGE, re.M | re.S):
+        exec(block, namespace)
+        seen[title] = namespace.get("metrics")
+    assert "l1" in seen["An L1 penalty: an objective on top of another"]
+    assert "agreement" in seen["Distillation from a second network"]
+    assert {"loss", "accuracy"} <= set(seen["SAM: two passes"])
+    assert {"label_loss", "coarse_loss"} <= set(seen["Two heads and two labels"])
+    assert namespace["result"]["test_accuracy"] > 0.9 and namespace["result"]["model"] == "MLP"
+    assert capsys.readouterr().out.startswith("[('")
 
 
 def test_python_of_pruning_runs(capsys):

@@ -77,7 +77,7 @@ def test_finished_run_only_says_its_result(finished, command):
 def test_another_objective_in_the_same_folder(finished, fails):
     _, out = finished
     line = fails(2, main, quick("digits_simclr", out, "--objective.name", "supcon"))
-    assert "other settings (objective.name simclr -> supcon); choose another --out" in line
+    assert "different settings (objective.name simclr -> supcon); choose a different --out" in line
     assert "is a run of pretrain, not of train" in fails(2, _predict, out)
 
 

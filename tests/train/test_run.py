@@ -82,7 +82,7 @@ def test_finished_run_only_says_its_result(finished, command):
 def test_other_settings_in_the_same_folder(finished, fails):
     _, out = finished
     line = fails(2, main, quick(out, "--optim.lr", "0.2", "--batch", "32"))
-    assert "other settings (optim.lr 0.1 -> 0.2, batch 64 -> 32); choose another --out" in line
+    assert "different settings (optim.lr 0.1 -> 0.2, batch 64 -> 32); choose a different --out" in line
 
 
 @pytest.mark.slow

@@ -237,7 +237,7 @@ def test_finished_run_only_says_its_result(finished, command, fails):
     assert again.returncode == 0 and again.stdout == done.stdout.splitlines()[-1] + "\n"
     assert before == {p: p.stat().st_mtime_ns for p in out.rglob("*")}
     line = fails(2, main, [str(a) for a in by_command(out, "--prune.sparsity", "0.8", "--prune.score", "random")])
-    assert "other settings (prune.sparsity 0.9 -> 0.8, prune.score magnitude -> random); choose another" in line
+    assert "different settings (prune.sparsity 0.9 -> 0.8, prune.score magnitude -> random); choose a different" in line
 
 
 @pytest.mark.slow

@@ -1,0 +1,162 @@
+"""Models that are no ResNets, and other pieces of one's own, through every pipeline."""
+
+import dataclasses
+import json
+
+import flax.linen as nn
+import jax
+import numpy as np
+import pytest
+
+from pretrain.config import ObjectiveConfig, PretrainConfig, ViewConfig
+from pretrain.run import run as pretrain_run
+from resnet_jax.augment import normalize
+from resnet_jax.masks import apply_masks
+from resnet_jax.parallel import make_mesh
+from tests.reference.nets import CLASSES, Mlp, VisionTransformer
+from train import session as session_module
+from train.config import AugmentConfig, TrainConfig
+from train.data import from_arrays
+from train.errors import UsageError
+from train.optim import make_optimizer
+from train.predict import load
+from train.prune.config import PruneConfig, PruningConfig
+from train.prune.run import run as prune_run
+from train.run import run
+from train.run_folder import load_state
+from train.steps import classify
+from train.weights import load_weights
+
+pytestmark = pytest.mark.usefixtures("unoptimised")
+
+MODELS = {"mlp": Mlp(), "vit": VisionTransformer()}
+PIXELS = AugmentConfig(mean=(0.3, 0.3, 0.3), std=(0.2, 0.2, 0.2))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_device():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(session_module, "make_mesh", lambda: make_mesh(jax.devices()[:1]))
+        yield
+
+
+@pytest.fixture(scope="module")
+def dataset():
+    """Four classes that a mean tells apart."""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, CLASSES, 240)
+    images = rng.integers(0, 64, (240, 8, 8, 3)) + 48 * labels[:, None, None, None]
+    return from_arrays(images.astype(np.uint8), labels, classes=["a", "b", "c", "d"])
+
+
+def config(out, **options):
+    return TrainConfig(out=str(out), batch=24, epochs=6, augment=PIXELS, log_every=4, eval_batch=24, **options)
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def trained(request, dataset, tmp_path_factory):
+    out = tmp_path_factory.mktemp(request.param) / "run"
+    return MODELS[request.param], out, run(config(out), model=MODELS[request.param], dataset=dataset)
+
+
+def test_run_of_any_module(trained, dataset):
+    model, out, result = trained
+    assert result["test_accuracy"] > 0.9
+    assert result["model"] == type(model).__name__
+    assert json.loads((out / "config.json").read_text())["replaced"] == ["model", "dataset"]
+    label, probability = load(out, model=model)(dataset.test.images[0])[0]
+    assert label == dataset.classes[dataset.test.labels[0]] and probability > 0.5
+
+
+def test_run_again_needs_the_same_pieces(trained, dataset):
+    model, out, result = trained
+    assert run(config(out), model=model, dataset=dataset) == result
+    with pytest.raises(UsageError, match=r"different pieces passed to run\(\) \(model, dataset -> dataset\)"):
+        run(config(out), dataset=dataset)
+    with pytest.raises(UsageError, match=r"pass it here too, load\(run, model=\.\.\.\)"):
+        load(out)
+
+
+def test_resumed_it_ends_bit_equal(trained, dataset, tmp_path):
+    model, _, whole = trained
+
+    def stop(state):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(config(tmp_path, save_steps=7), model=model, dataset=dataset, hooks=[(20, stop)])
+    resumed = run(config(tmp_path, save_steps=7), model=model, dataset=dataset)
+    assert resumed["params_digest"] == whole["params_digest"]
+
+
+def test_pruned(trained, dataset, tmp_path):
+    model, dense, _ = trained
+    pruning = PruningConfig(sparsity=0.5, epochs=2, every=4)
+    fields = dataclasses.asdict(config(tmp_path, init=str(dense)))
+    fields |= {name: getattr(config(tmp_path), name) for name in ("data", "augment", "optim")}
+    result = prune_run(PruneConfig(**fields, prune=pruning), model=model, dataset=dataset)
+    assert result["sparsity"] == pytest.approx(0.5, abs=0.01)
+    assert result["pruned_accuracy"] > 0.8
+    state = load_state(tmp_path)
+    for masked, plain in zip(
+        jax.tree.leaves(apply_masks(state.params, state.masks)), jax.tree.leaves(state.params), strict=True
+    ):
+        np.testing.assert_array_equal(masked, plain)
+
+
+class Encoder(nn.Module):
+    """A LayerNorm MLP that ends at features: no batch statistics, no `train`."""
+
+    @nn.compact
+    def __call__(self, images):
+        return nn.LayerNorm()(nn.gelu(nn.Dense(16)(images.reshape(len(images), -1))))
+
+
+class Classifier(nn.Module):
+    """The encoder's layers under the same names, with a head."""
+
+    @nn.compact
+    def __call__(self, images):
+        features = nn.LayerNorm(name="LayerNorm_0")(
+            nn.gelu(nn.Dense(16, name="Dense_0")(images.reshape(len(images), -1)))
+        )
+        return nn.Dense(CLASSES, name="head")(features)
+
+
+def test_pretraining_of_an_encoder_without_batch_statistics(dataset, tmp_path):
+    views = ViewConfig(
+        mean=PIXELS.mean, std=PIXELS.std, min_scale=0.5, jitter=(0.0, 0.0, 0.0, 0.0), grayscale=0.0, flip=True
+    )
+    settings = PretrainConfig(
+        out=str(tmp_path / "run"), batch=24, epochs=3, augment=views, eval_batch=24, eval_every=3, neighbours=5,
+        objective=ObjectiveConfig(projector=(16, 8)),
+    )  # fmt: skip
+    result = pretrain_run(settings, model=Encoder(), dataset=dataset)
+    assert result["model"] == "Encoder" and 0 <= result["knn_accuracy"] <= 1
+    variables = {"params": Classifier().init(jax.random.key(0), np.zeros((1, 8, 8, 3)))["params"], "batch_stats": {}}
+    loaded = load_weights(tmp_path / "run", variables)["params"]
+    assert not np.array_equal(loaded["Dense_0"]["kernel"], variables["params"]["Dense_0"]["kernel"])
+    np.testing.assert_array_equal(loaded["head"]["kernel"], variables["params"]["head"]["kernel"])
+
+
+def test_optimizer_objective_augmentation_and_hooks(dataset, tmp_path):
+    """Each piece is the one that trains: no learning rate, no change; the hook and the objective's metric are seen."""
+    steps = []
+
+    def counted(variables, batch, **context):
+        loss, (stats, metrics) = classify()(variables, batch, **context)
+        return loss, (stats, metrics | {"brightest": batch["image"].max()})
+
+    frozen = make_optimizer("sgd", lambda step: 0.0)
+    pieces = {"tx": frozen, "objective": counted, "augment": normalize(0.0, 0.5)}
+    options = {
+        "model": Mlp(),
+        "dataset": dataset,
+        "hooks": [(10, lambda state: steps.append(int(state.step)))],
+    }
+    run(config(tmp_path, steps=20), **pieces, **options)
+    assert steps == [10, 20]
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    brightest = max(row["brightest"] for row in rows if "brightest" in row)
+    assert brightest == pytest.approx(2 * dataset.train.images.max() / 255, rel=0.1)
+    assert len({row["validation_loss"] for row in rows if "validation_loss" in row}) == 1
