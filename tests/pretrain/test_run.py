@@ -90,6 +90,7 @@ def _predict(out):
 # ---- resuming -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["mocov2", "dino"])
 def test_resumed_it_ends_bit_equal(method, tmp_path, tfds_dir, monkeypatch):
     """Queue, target network, center and probe are part of a checkpoint: an interruption changes no bit."""
@@ -150,6 +151,7 @@ def test_encoder_goes_into_supervised_training(finished, tmp_path, tfds_dir):
     assert warm["test_accuracy"] > 0.6
 
 
+@pytest.mark.slow
 def test_evaluation_names_its_protocols(finished, tfds_dir, capsys, monkeypatch):
     done, out = finished
     evaluate_main([str(out), "--protocol", "knn", "linear"])
@@ -224,6 +226,7 @@ def test_report_draws(finished, tmp_path):
         assert (31, 119, 180) in {tuple(p[:3]) for _, p in image.convert("RGB").getcolors(1 << 20)}
 
 
+@pytest.mark.slow
 def test_images_without_labels(tmp_path, tfds_dir, fails, capsys):
     """A flat folder can be pretrained on: health is all that is said, and training refuses it."""
     from PIL import Image

@@ -136,6 +136,7 @@ class TestKernels:
             build.make_kernels("mkl")
 
 
+@pytest.mark.slow
 def test_model_fields():
     config = TrainConfig(model="resnet8", width=8, drop_path=0.2, zero_init=True, sync_bn=False)
     model = build.make_model(config, 7, "data", drop_path=config.drop_path)
@@ -148,6 +149,7 @@ def test_model_fields():
     assert build.make_state(dataclasses.replace(config, ema=0.9), model, tx, (16, 16, 1)).ema is not None
 
 
+@pytest.mark.slow
 def test_seed_decides_the_weights():
     model, (tx, _) = build.make_model(TrainConfig(width=8), 4), build.make_tx(OptimConfig(), 10, 1.0)
     kernels = [

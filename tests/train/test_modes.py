@@ -105,6 +105,7 @@ def test_eight_devices_equal_one(mode, variant, images, single):
             jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b), tree, masked)
 
 
+@pytest.mark.slow
 def test_local_statistics_differ_by_device_and_are_averaged(images):
     """sync_bn=False: each shard normalises by its own part, which gives another result than the whole batch."""
     mesh = make_mesh()

@@ -15,7 +15,7 @@ from resnet_jax.masks import apply_masks
 from resnet_jax.parallel import make_mesh
 from tests.reference.nets import CLASSES, Mlp, VisionTransformer
 from train import session as session_module
-from train.config import AugmentConfig, TrainConfig
+from train.config import AugmentConfig, OptimConfig, TrainConfig
 from train.data import from_arrays
 from train.errors import UsageError
 from train.optim import make_optimizer
@@ -50,7 +50,10 @@ def dataset():
 
 
 def config(out, **options):
-    return TrainConfig(out=str(out), batch=24, epochs=6, augment=PIXELS, log_every=4, eval_batch=24, **options)
+    optim = OptimConfig(name="adamw", lr=5e-3)
+    return TrainConfig(
+        out=str(out), batch=24, epochs=10, augment=PIXELS, optim=optim, log_every=4, eval_batch=24, **options
+    )
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -158,5 +161,5 @@ def test_optimizer_objective_augmentation_and_hooks(dataset, tmp_path):
     assert steps == [10, 20]
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     brightest = max(row["brightest"] for row in rows if "brightest" in row)
-    assert brightest == pytest.approx(2 * dataset.train.images.max() / 255, rel=0.1)
+    assert brightest == pytest.approx(2 * int(dataset.train.images.max()) / 255, rel=0.1)
     assert len({row["validation_loss"] for row in rows if "validation_loss" in row}) == 1

@@ -135,6 +135,7 @@ def finetune(trained, photographs, out, init, **options):
     return config(out, data=data, init=str(init), batch=16, steps=12, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("freeze", [False, True])
 def test_finetune_from_a_run(trained, photographs, tmp_path, freeze):
     _, source, _ = trained

@@ -140,6 +140,7 @@ def interrupted_config(out, **options):
     return TrainConfig(out=str(out), width=8, steps=12, batch=64, save_steps=4, eval_every=100, **options)
 
 
+@pytest.mark.slow
 def test_restores_from_eight_devices_to_one(tmp_path, tfds_dir, monkeypatch):
     """A run that stops on 8 devices goes on, on one, to the result of one."""
     config = interrupted_config(tmp_path / "eight")
@@ -162,6 +163,7 @@ def test_restores_from_eight_devices_to_one(tmp_path, tfds_dir, monkeypatch):
     assert resumed["test_loss"] == pytest.approx(single["test_loss"], rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["pmap", "shard_map"])
 def test_modes_reach_the_same_result(mode, tmp_path, tfds_dir):
     results = [run(interrupted_config(tmp_path / m, mode=m)) for m in ("jit", mode)]
@@ -169,6 +171,7 @@ def test_modes_reach_the_same_result(mode, tmp_path, tfds_dir):
     assert results[0]["validation_accuracy"] == results[1]["validation_accuracy"]
 
 
+@pytest.mark.slow
 def test_options_of_a_run(tmp_path, tfds_dir):
     """Averaged parameters, the best checkpoint, mixing, accumulation and stochastic depth, all in one run."""
     options = "--steps 24 --eval-every 0.4 --select best --ema 0.9 --accumulate 2 --drop-path 0.1 --augment.flip"

@@ -72,6 +72,7 @@ print(kept, (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) // 2)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc")
 def test_memory_stays_with_the_process(monkeypatch):
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")

@@ -180,6 +180,7 @@ def test_logits_and_statistics_are_float32_under_bfloat16(images):
     assert maps["logits"].dtype == maps["pooled"].dtype == jnp.float32
 
 
+@pytest.mark.slow
 def test_per_example_gradients_and_ensembles_compose(images):
     """Plain functions: a research script may `vmap` over examples, or over an ensemble of states."""
     model, state = tiny(), tiny_state(TX)

@@ -446,6 +446,7 @@ def test_masks_of_another_run(pruned):
     assert_same(assert_pruned(run.out, run.result, 0.8), masks_of(given.out))
 
 
+@pytest.mark.slow
 def test_moving_average_and_mixup(pruned):
     """The average, which is what is used and delivered, is as sparse as the weights."""
     mixed = ("--ema", "0.9", "--augment.mixup", "0.2", "--accumulate", "2")
@@ -488,6 +489,7 @@ def test_fine_tuning_keeps_what_is_pruned(pruned, tmp_path, source):
         assert not np.array_equal(w, flat(before.params)[path])
 
 
+@pytest.mark.slow
 def test_fine_tuning_of_a_dense_network(pruned, tmp_path, fails):
     """`--dense` lets pruned weights grow back, and is of fine-tuning alone."""
     given, _, _ = pruned(*GRADUAL)
@@ -499,6 +501,7 @@ def test_fine_tuning_of_a_dense_network(pruned, tmp_path, fails):
     assert "--dense frees the pruned weights of a sparse run: name it with --init" in line
 
 
+@pytest.mark.slow
 def test_levels_of_a_network_that_is_freed_first(pruned, tmp_path):
     """`--dense` frees what the given run had pruned, not what the first level prunes."""
     given, _, _ = pruned(*GRADUAL)
@@ -520,6 +523,7 @@ def test_pruned_further(pruned, tmp_path):
     assert all(not (more[path] & ~before[path]).any() for path in before)
 
 
+@pytest.mark.slow
 def test_pruned_less(pruned, tmp_path, fails):
     """Only with --dense, and in the same folder: what is refused leaves it free for the mended command."""
     given, _, _ = pruned(*GRADUAL)
@@ -544,6 +548,7 @@ def logits_of(run):
     return np.asarray(jax.jit(partial(model.apply, train=False))(load_state(run).variables, images))
 
 
+@pytest.mark.slow
 def test_compact_network_is_the_masked_one(pruned):
     out, result, _ = pruned(*CHANNELS)
     compact = out / "compact"
@@ -573,6 +578,7 @@ def test_compact_network_predicts_the_same(pruned):
         np.testing.assert_allclose([p for _, p in a], [p for _, p in b], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_compact_network_goes_on(pruned, tmp_path):
     """It is fine-tuned with its widths, and its weights pruned."""
     compact = pruned(*CHANNELS).out / "compact"
@@ -597,6 +603,7 @@ def test_file_of_a_compact_network_goes_on(pruned, tmp_path):
     assert {p: w.shape for p, w in flat(tuned.params).items()} == {p: w.shape for p, w in flat(compact.params).items()}
 
 
+@pytest.mark.slow
 def test_inner_channels_alone(pruned):
     """Whole streams stay where they are excluded, stem and head with them."""
     out, result, _ = pruned(*CHANNELS, "--prune.exclude", "stream")
@@ -841,6 +848,7 @@ def wider(small, tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 def test_network_of_other_classes(small, fails, tmp_path):
     """There is nothing to compare the pruned one with."""
     variables = jax.device_get(init_variables(TWO_BLOCKS(num_classes=5, width=16), jax.random.key(1), (8, 8, 1)))

@@ -139,6 +139,7 @@ def single(batch):
     return get
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", REMASKS)
 def test_eight_devices_prune_as_one(name, mode, batch, single):
