@@ -85,6 +85,7 @@ def compile_step(
     mesh: Mesh,
     mode: Mode = "jit",
     donate: bool = True,
+    rows: bool = False,
     compiler_options: dict[str, Any] | None = None,
 ) -> Callable[[PyTree, PyTree], PyTree]:
     """Compile `step(state, batch, *, axis_name)` for the mesh; the state is replicated and, with `donate`, consumed.
@@ -93,6 +94,7 @@ def compile_step(
     must be laid out by `shard_batch` in the same mode. The result has the `lower` and `trace` of `jax.jit`.
 
     Args:
+      rows: the step returns the batch's rows instead, such as logits [B, K], and each device keeps its own.
       compiler_options: XLA options by name; `{}` is the same as None.
 
     Raises:
@@ -105,17 +107,16 @@ def compile_step(
             raise ValueError("pmap takes no compiler options; use mode jit or shard_map")
         local = [d for d in mesh.devices.flat if d.process_index == jax.process_index()]
         devices = local if jax.process_count() == 1 else None
-        return jax.pmap(
-            step, axis_name=AXIS, in_axes=(None, 0), out_axes=None, donate_argnums=donate_argnums, devices=devices
-        )
+        axes: dict[str, Any] = {"in_axes": (None, 0), "out_axes": 0 if rows else None}
+        return jax.pmap(step, axis_name=AXIS, **axes, donate_argnums=donate_argnums, devices=devices)
+    out = batch_sharding(mesh) if rows else replicated(mesh)
     if mode == "shard_map":
         specs = (PartitionSpec(), PartitionSpec(AXIS))
-        step = jax.shard_map(step, mesh=mesh, in_specs=specs, out_specs=PartitionSpec())
-    shardings = (replicated(mesh), batch_sharding(mesh))
+        step = jax.shard_map(step, mesh=mesh, in_specs=specs, out_specs=out.spec)
     return jax.jit(
         step,
-        in_shardings=shardings,
-        out_shardings=replicated(mesh),
+        in_shardings=(replicated(mesh), batch_sharding(mesh)),
+        out_shardings=out,
         donate_argnums=donate_argnums,
         compiler_options=compiler_options or None,
     )

@@ -14,7 +14,8 @@ else
   batches="128 256 384 512 768 1024" wide=1024 few=(--steps 20 --repeats 5) cases=()
 fi
 say() { printf '\n== %s (%s s)\n' "$1" "$SECONDS"; }
-bench() { python -m train.bench "${few[@]}" --out "$out" "$@" > "$out/last.json" || echo "FAILED: $*" | tee -a "$out/failed.txt"; }
+measure() { python -m "$1" "${few[@]}" --out "$out" "${@:2}" > "$out/last.json" || echo "FAILED: $*" | tee -a "$out/failed.txt"; }
+bench() { measure train.bench "$@"; }
 rate() { python -c 'import json,sys; print(json.loads(open(sys.argv[1]).read().splitlines()[-1])["images_per_second"])' "$out/last.json" 2>/dev/null || echo 0; }
 
 say "ResNet-50, 224 px: which batch?"
@@ -42,7 +43,7 @@ fi
 
 say "CIFAR: supervised, SimCLR, augmentation, input"
 bench "${cifar[@]}" --batch "$wide"
-bench "${cifar[@]}" --batch "$((wide / 2))" --task contrastive
+measure pretrain.bench "${cifar[@]}" --batch "$((wide / 2))"
 bench "${cifar[@]}" --batch "$wide" --task augment
 bench "${cifar[@]}" --batch "$wide" --task input
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pretrain import bench as pretrain_bench
 from pretrain import presets as pretrain_presets
 from pretrain.config import PretrainConfig
 from pretrain.objectives import OBJECTIVES
@@ -29,6 +30,7 @@ KINDS = {
     "pretrain": (pretrain_presets.PRESETS, "digits_simclr", PretrainConfig),
     "train.prune": (prune_presets.PRESETS, "digits_prune", PruneConfig),
     "train.bench": (bench_config.PRESETS, "step", bench_config.BenchConfig),
+    "pretrain.bench": (pretrain_bench.OPTIONS["presets"], "step", bench_config.BenchConfig),
 }
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

@@ -1,35 +1,41 @@
-"""One step made ready and measured: compiled, held against the memory, timed, described."""
+"""One step made ready and measured: compiled cold and from the cache, checked against the memory, timed, described."""
 
-import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
+from jax.experimental.serialize_executable import serialize
 from jax.sharding import Mesh
 
 from resnet_jax.parallel import batch_sharding, compile_step, place, replicated
 from resnet_jax.tree import PyTree
+from train import runtime
 from train.bench import work
-from train.bench.compilation import compile_rows, one_line_faults, start
 from train.bench.config import BenchConfig
-from train.bench.device import available_bytes, forget_peak, peak_memory
-from train.bench.workload import Step, Workload, compiler_options, kernels, make_batch
+from train.bench.tasks import Step, Workload, kernels
 from train.data.batches import ResidentBatches
 from train.data.sources import Arrays
 from train.errors import UsageError
 from train.from_config import compute_dtype
 from train.timing import Runner, interleaved, summary
 
+Shapes = dict[str, jax.ShapeDtypeStruct]
+
 
 class Stepper:
-    """Calls a step as a loop does: with `carried` the new state goes into the next call. Notes each dispatch.
+    """Calls a step as a loop does: with `carried` the new state goes into the next call. Records each dispatch.
 
     Attributes:
-      dispatched: host seconds until each call returned, [calls]; the device may go on after that.
+      dispatched: host seconds until each call returned, [calls]; the device may still be busy after that.
     """
 
     def __init__(self, step: Any, state: PyTree, batch: PyTree, *, carried: bool) -> None:
@@ -45,29 +51,19 @@ class Stepper:
         return result
 
     def ahead(self) -> Any:
-        """A call whose result may be waited for after the next, which consumes the state of this one."""
+        """A call whose result can still be waited for after the next call, which consumes the state of this one."""
         result = self()
         return result[1] if self.carried else result
-
-
-@dataclass(eq=False)
-class Counted:
-    """A step that counts how often it is traced."""
-
-    step: Step
-    traces: int = 0
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        self.traces += 1
-        return self.step(*args, **kwargs)
 
 
 @dataclass(kw_only=True)
 class Prepared:
     """A compiled step with its arguments on their devices.
 
-    `peak_before`: bytes of `device.peak_memory` just before it ran; `seconds` by way of timing: `each` and `ahead`
-    [repeats, steps], `dispatch` [calls].
+    Attributes:
+      start: seconds of each phase up to the first result; see `start`.
+      traces: how often the step was traced: the one that runs, then those made again to compile from the cache.
+      seconds: `each` and `ahead` [repeats, steps], `dispatch` [calls]; filled in by `time_steps`.
     """
 
     config: BenchConfig
@@ -76,112 +72,215 @@ class Prepared:
     stepper: Stepper
     compiled: Any
     start: dict[str, Any]
-    counted: Counted
-    peak_before: int
+    traces: list[int]
     seconds: dict[str, np.ndarray] = field(default_factory=dict)
 
 
-def say(line: str) -> None:
-    """Tell people what they are waiting for."""
-    print(f"... {line}", file=sys.stderr, flush=True)
-
-
 def prepare(config: BenchConfig, mesh: Mesh, workload: Workload) -> Prepared:
-    """Compile a workload's step, make sure that it fits, and call it once.
+    """Compile a workload's step, make sure that it fits into memory, and call it once.
 
     Raises:
       UsageError: a batch that the devices do not divide or hold, unknown compiler options.
     """
-    counters: list[Counted] = []
+    counts: list[int] = []
 
     def build() -> Any:
-        counters.append(Counted(workload.step))
-        return compiled_for(config, mesh, rows=workload.rows, donate=workload.carried and config.donate)(counters[-1])
+        number = len(counts)
+        counts.append(0)
 
-    say(f"compiling {config.task} of {config.model}, batch {config.batch}")
-    state = place(workload.state, replicated(mesh))
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            counts[number] += 1
+            return workload.step(*args, **kwargs)
+
+        return compiled_for(config, mesh, rows=workload.rows, donate=workload.carried and config.donate)(counted)
+
+    runtime.say(f"compiling {config.task} of {config.model}, batch {config.batch}")
+    state, shapes = place(workload.state, replicated(mesh)), laid_out(workload.batch, mesh, config)
     with one_line_faults(lambda: f"compiling for --batch {config.batch}", config.xla):
-        step, compiled, figures = start(build, (state, laid_out_shapes(workload.batch, mesh, config)), config.cache)
+        step, compiled, times = start(build, (state, shapes), config.cache)
     check_fits(config, mesh, compiled)
-    forget_peak()
-    peak_before = peak_memory(mesh.devices.flat[0])[0]
-    with one_line_faults(lambda: f"--batch {config.batch}, with {_planned(compiled) / 2**30:.1f} GiB planned"):
-        batch = laid_out(make_batch(workload.batch, config.classes), mesh, config)
-        stepper = Stepper(step, state, batch, carried=workload.carried)
+    planned = work.memory(compiled)["planned_bytes"]
+    with one_line_faults(lambda: f"--batch {config.batch}, with {planned / 2**30:.1f} GiB planned"):
+        stepper = Stepper(step, state, make_batch(shapes, config.classes), carried=workload.carried)
         began = time.perf_counter()
         jax.block_until_ready(stepper())
-        figures["first_run_s"] = time.perf_counter() - began
-    return Prepared(
-        config=config,
-        mesh=mesh,
-        workload=workload,
-        stepper=stepper,
-        compiled=compiled,
-        start=figures,
-        counted=counters[0],
-        peak_before=peak_before,
-    )
+        times["first_run_s"] = time.perf_counter() - began
+    arguments: dict[str, Any] = {"config": config, "mesh": mesh, "workload": workload, "stepper": stepper}
+    return Prepared(**arguments, compiled=compiled, start=times, traces=counts)
 
 
 def compiled_for(config: BenchConfig, mesh: Mesh, *, rows: bool, donate: bool = False) -> Callable[[Step], Any]:
-    """What compiles a step for the config's mode and options; `rows` as in `Workload`."""
-    options: dict[str, Any] = {"mesh": mesh, "mode": config.mode, "compiler_options": compiler_options(config) or None}
-    return partial(compile_rows, **options) if rows else partial(compile_step, donate=donate, **options)
+    """`compile_step` with the config's mode and options bound."""
+    options = compiler_options(config)
+    return partial(compile_step, mesh=mesh, mode=config.mode, donate=donate, rows=rows, compiler_options=options)
+
+
+def compiler_options(config: BenchConfig) -> dict[str, Any]:
+    """XLA's options: those of the pipelines, and the config's own; pmap takes none."""
+    if config.mode == "pmap":
+        return {}
+    plain = kernels(config)[0] == "plain"
+    return {
+        **runtime.compiler_options(compute_dtype(config.dtype), plain=plain),
+        **runtime.xla_options(config.xla),
+    }
 
 
 def check_fits(config: BenchConfig, mesh: Mesh, compiled: Any) -> None:
-    """Refuse, before anything is run, a step that needs more memory than there is by the compiler's own plan."""
+    """Refuse, before it runs, a step that by the compiler's plan needs more memory than there is.
+
+    Raises:
+      UsageError: that, with a batch that would fit.
+    """
     device = mesh.devices.flat[0]
     sharing = mesh.size if device.platform == "cpu" else 1
-    planned, there = _planned(compiled) * sharing, available_bytes(device)
+    planned, there = work.memory(compiled)["planned_bytes"] * sharing, work.available_bytes(device)
     if there is not None and planned > there:
         fitting = int(config.batch * there / planned * 0.9) // mesh.size * mesh.size
         hint = f"about {fitting} would" if fitting else "choose a smaller model or --image-size"
         raise UsageError(
             f"--batch {config.batch} does not fit: the compiled step needs {planned / 2**30:.1f} GiB of the "
-            f"{there / 2**30:.1f} GiB there are; {hint}"
+            f"{there / 2**30:.1f} GiB available; {hint}"
         )
 
 
-def _planned(compiled: Any) -> int:
-    """Bytes that a compiled program needs on each device."""
-    return memory(compiled)["planned_bytes"]
+# --- batches ----------------------------------------------------------------------------------------------------------
 
 
-def memory(compiled: Any) -> dict[str, int]:
-    """The compiler's plan, in bytes on each device: arguments, results, what lies between, what shares a place."""
-    stats = compiled.memory_analysis()
-    parts = {
-        "arguments_bytes": stats.argument_size_in_bytes,
-        "outputs_bytes": stats.output_size_in_bytes,
-        "temporaries_bytes": stats.temp_size_in_bytes,
-        "aliased_bytes": stats.alias_size_in_bytes,
-        "code_bytes": stats.generated_code_size_in_bytes,
-    }
-    return {**parts, "planned_bytes": sum(parts.values()) - 2 * parts["aliased_bytes"]}
-
-
-def laid_out(batch: dict[str, np.ndarray], mesh: Mesh, config: BenchConfig) -> PyTree:
-    """A batch on the devices, as steps compiled in the config's mode take it; pmap has an axis of devices first."""
-    if config.mode == "pmap":
-        batch = {name: x.reshape(mesh.size, -1, *x.shape[1:]) for name, x in batch.items()}
-    return place(batch, batch_sharding(mesh))
-
-
-def laid_out_shapes(batch: dict[str, jax.ShapeDtypeStruct], mesh: Mesh, config: BenchConfig) -> PyTree:
-    """The shapes and shardings that `laid_out` gives."""
+def laid_out(batch: Shapes, mesh: Mesh, config: BenchConfig) -> Shapes:
+    """A batch's shapes with shardings, as steps compiled in the config's mode take it; pmap has an axis of devices."""
 
     def shape(spec: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        b, *rest = spec.shape
-        laid = (mesh.size, b // mesh.size, *rest) if config.mode == "pmap" else spec.shape
-        return jax.ShapeDtypeStruct(laid, spec.dtype, sharding=batch_sharding(mesh))
+        rows, *image = spec.shape
+        leading = (mesh.size, rows // mesh.size) if config.mode == "pmap" else (rows,)
+        return jax.ShapeDtypeStruct((*leading, *image), spec.dtype, sharding=batch_sharding(mesh))
 
     return {name: shape(spec) for name, spec in batch.items()}
 
 
+def make_batch(shapes: Shapes, classes: int) -> PyTree:
+    """Seeded noise in these shapes, laid out by their shardings: uint8 images, labels below `classes`, all valid."""
+    rng = np.random.default_rng(0)
+    draw: dict[str, Callable[[tuple[int, ...]], np.ndarray]] = {
+        "image": lambda shape: rng.integers(0, 256, shape, np.uint8),
+        "label": lambda shape: rng.integers(0, classes, shape, np.int32),
+        "valid": lambda shape: np.ones(shape, bool),
+    }
+    return {name: place(draw[name](x.shape), x.sharding) for name, x in shapes.items()}
+
+
+# --- start: tracing, lowering, compiling ------------------------------------------------------------------------------
+
+
+def start(build: Callable[[], Any], example: tuple[Any, Any], cache: str) -> tuple[Any, Any, dict[str, Any]]:
+    """(the jitted step, its compiled program, how long it took to get there); calls of the step use that program.
+
+    The seconds are those of tracing (None under pmap, which traces while it lowers), of lowering, and of compiling
+    twice: cold, with writing to the cache, and warm, read back from it as the next process would. `cache_hits` and
+    `cache_misses` are JAX's own counts over both.
+
+    Args:
+      build: makes the step, as a new function in each call, so that JAX remembers nothing of the last one.
+      example: its arguments, arrays or their shapes with shardings.
+      cache: `auto` uses an empty temporary folder, `none` no cache (compiled once), anything else is a folder, where a
+        first compilation that the folder already holds counts as warm.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = {"auto": scratch, "none": None}.get(cache, cache)
+        with cache_in(folder):
+            step = build()
+            compiled, times, events = _compile(step, example)
+            cold = warm = times.pop("compile_s")
+            hit = bool(events["cache_hits"])
+            if folder is not None and not hit:
+                _, again, more = _compile(build(), example)
+                warm, events = again["compile_s"], events + more
+    figures = {
+        **times,
+        "compile_cold_s": None if hit else cold,
+        "compile_warm_s": None if folder is None else warm,
+        "cache_hits": events["cache_hits"],
+        "cache_misses": events["cache_misses"],
+        "executable_bytes": len(serialize(compiled)[0]),
+    }
+    return step, compiled, figures
+
+
+def _compile(step: Any, example: tuple[Any, Any]) -> tuple[Any, dict[str, Any], Counter[str]]:
+    """(the compiled program, seconds of each phase, JAX's counts of cache events)."""
+    marks = [time.perf_counter()]
+    traced = step.trace(*example) if hasattr(step, "trace") else None
+    marks.append(time.perf_counter())
+    lowered = step.lower(*example) if traced is None else traced.lower()
+    marks.append(time.perf_counter())
+    # Only here: constants computed while tracing are compiled too, and should not count.
+    with cache_events() as events:
+        compiled = lowered.compile()
+    marks.append(time.perf_counter())
+    trace, lower, compile = (after - before for before, after in pairwise(marks))
+    return compiled, {"trace_s": None if traced is None else trace, "lower_s": lower, "compile_s": compile}, events
+
+
+@contextmanager
+def cache_in(folder: str | None) -> Iterator[None]:
+    """Send everything that is compiled inside through a persistent cache in `folder`, however small; None uses none.
+
+    Afterwards JAX's settings are as before. It checks only once for each process whether there is a cache, so both
+    changes reset it.
+    """
+    settings = {
+        "jax_enable_compilation_cache": folder is not None,
+        "jax_compilation_cache_dir": folder,
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
+    try:
+        for name, value in settings.items():
+            jax.config.update(name, value)
+        reset_cache()
+        yield
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+        reset_cache()
+
+
+@contextmanager
+def cache_events() -> Iterator[Counter[str]]:
+    """Counts of JAX's events about its persistent cache: `cache_hits`, and `cache_misses` that were then written."""
+    counts: Counter[str] = Counter()
+
+    def listen(event: str, **_: Any) -> None:
+        if event.startswith("/jax/compilation_cache/"):
+            counts[event.rsplit("/", 1)[-1]] += 1
+
+    jax.monitoring.register_event_listener(listen)
+    try:
+        yield counts
+    finally:
+        jax.monitoring.unregister_event_listener(listen)
+
+
+@contextmanager
+def one_line_faults(what: Callable[[], str], xla: Sequence[str] = ()) -> Iterator[None]:
+    """Turn XLA's out-of-memory and unknown-option errors into usage errors; `what()` describes what was running."""
+    try:
+        yield
+    except (jax.errors.JaxRuntimeError, MemoryError) as error:
+        if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+            raise UsageError(f"out of memory: {what()}; choose a smaller --batch") from None
+        if xla and "option" in str(error).lower():
+            raise UsageError(f"--xla {' '.join(xla)}: {str(error).splitlines()[0]}") from None
+        raise
+
+
+# --- timing -----------------------------------------------------------------------------------------------------------
+
+
 def time_steps(prepared: dict[str, Prepared], config: BenchConfig) -> None:
-    """Time steps in turns, each waited for; then as training runs them, one ahead. Fills `seconds` of each."""
-    say(f"timing {config.repeats} blocks of {config.steps} steps")
+    """Time steps, interleaved: each waited for, then as training runs them, one ahead. Fills in `seconds` of each."""
+    runtime.say(f"timing {config.repeats} blocks of {config.steps} steps")
     counts: dict[str, Any] = {"steps": config.steps, "repeats": config.repeats}
     calls = {name: len(one.stepper.dispatched) for name, one in prepared.items()}
     runners: dict[str, Runner] = {name: one.stepper for name, one in prepared.items()}
@@ -195,37 +294,37 @@ def time_steps(prepared: dict[str, Prepared], config: BenchConfig) -> None:
 
 
 def shares(one: Prepared) -> dict[str, float]:
-    """Shares of a fed step's time, adding up to 1: drawing the batch on the device (training), then the step's parts.
+    """Shares of a fed step's time that add up to 1: drawing the batch on the device (training), then the step's parts.
 
-    Growing parts of the step are compiled apart and timed in turns; each part is the difference of medians to the one
-    before. As XLA fuses across their borders, that is approximate.
+    Growing parts of the step are compiled separately and timed interleaved; each part is the difference of medians to
+    the one before. XLA fuses across their borders, so the shares are approximate.
     """
     config, mesh = one.config, one.mesh
-    counts: dict[str, Any] = {"steps": config.steps, "repeats": config.repeats, "warmup": config.warmup}
     runners: dict[str, Runner] = {}
+    if "label" in one.workload.batch and one.workload.carried:
+        specs = one.workload.batch
+        host = {name: np.asarray(x).reshape(specs[name].shape) for name, x in one.stepper.batch.items()}
+        arrays = Arrays(images=host["image"], labels=host["label"])
+        batches = ResidentBatches(arrays, batch=config.batch, seed=0, mesh=mesh, mode=config.mode)
+        runners["input"] = batches.__next__
     state = jax.tree.map(lambda x: x.copy(), one.stepper.state)  # the whole step consumes its own
-    for name, part in one.workload.parts.items():
+    for number, (name, part) in enumerate(one.workload.parts.items()):
         if part is None:
             runners[name] = one.stepper
         else:
-            step = compiled_for(config, mesh, rows=name in one.workload.part_rows)(part)
+            step = compiled_for(config, mesh, rows=number == 0)(part)
             runners[name] = Stepper(step, state, one.stepper.batch, carried=False)
-    if "label" in one.workload.batch and one.workload.carried:
-        drawn = make_batch(one.workload.batch, config.classes)
-        arrays = Arrays(images=drawn["image"], labels=drawn["label"])
-        batches = ResidentBatches(arrays, batch=config.batch, seed=0, mesh=mesh, mode=config.mode)
-        runners = {"input": batches.__next__, **runners}
-    say(f"compiling and timing the parts: {', '.join(runners)}")
-    medians = {name: float(np.median(s)) for name, s in interleaved(runners, **counts).items()}
-    return split(medians)
+    runtime.say(f"compiling and timing the parts: {', '.join(runners)}")
+    timed = interleaved(runners, steps=config.steps, repeats=config.repeats, warmup=config.warmup)
+    return split({name: float(np.median(seconds)) for name, seconds in timed.items()})
 
 
 def split(medians: dict[str, float]) -> dict[str, float]:
     """Shares by part, each at least 0 and 1 together, of the seconds of growing parts; `input` stands by itself."""
-    given = {name: seconds for name, seconds in medians.items() if name != "input"}
+    parts = {name: seconds for name, seconds in medians.items() if name != "input"}
     # From the last back: a part that seems slower than what contains it adds nothing.
-    reached = np.minimum.accumulate(list(given.values())[::-1])[::-1]
-    added = dict(zip(given, np.diff(reached, prepend=0.0).tolist(), strict=True))
+    reached = np.minimum.accumulate(list(parts.values())[::-1])[::-1]
+    added = dict(zip(parts, np.diff(reached, prepend=0.0).tolist(), strict=True))
     added = {name: medians[name] for name in medians if name == "input"} | added
     whole = sum(added.values())
     return {name: seconds / whole for name, seconds in added.items()}
@@ -235,18 +334,9 @@ def described(one: Prepared, ceilings: dict[str, Any]) -> dict[str, Any]:
     """The figures of a timed step."""
     config, devices, batch = one.config, one.mesh.size, one.config.batch
     steady = summary(one.seconds["each"])
+    seconds = steady["step_ms"] / 1e3
     chosen, _, remark = kernels(config)
-    peak, source = peak_memory(one.mesh.devices.flat[0])
-    rate = batch / (steady["step_ms"] / 1e3)
-    pipelined = batch * config.steps / float(np.median(one.seconds["ahead"].sum(1)))
-    done = work.figures(
-        one.workload.work,
-        one.compiled,
-        images=batch,
-        devices=devices,
-        seconds=steady["step_ms"] / 1e3,
-        ceilings=ceilings,
-    )
+    peak, source = work.peak_memory(one.mesh.devices.flat[0])
     return {
         "task": config.task,
         "model": config.model,
@@ -258,26 +348,22 @@ def described(one: Prepared, ceilings: dict[str, Any]) -> dict[str, Any]:
         "kernels": chosen,
         "kernels_remark": remark,
         "compiler_options": compiler_options(config),
-        "images_per_second": rate,
+        "images_per_second": batch / seconds,
         "step_ms": steady["step_ms"],
         "start": one.start,
-        "traces": one.counted.traces,
+        "traces": one.traces[0],
         "steady": {
             "warmup": config.warmup,
             "steps": config.steps,
             "repeats": config.repeats,
             **steady,
             "dispatch_ms": float(np.median(one.seconds["dispatch"]) * 1e3),
-            "images_per_second": rate,
-            "images_per_second_per_device": rate / devices,
-            "pipelined_images_per_second": pipelined,
+            "images_per_second": batch / seconds,
+            "images_per_second_per_device": batch / seconds / devices,
+            "pipelined_images_per_second": batch * config.steps / float(np.median(one.seconds["ahead"].sum(1))),
         },
-        **done,
-        # A peak that was there before says only that this step needed no more.
-        "memory": {
-            **memory(one.compiled),
-            "peak_bytes": peak,
-            "peak_before_bytes": one.peak_before,
-            "peak_source": source,
-        },
+        **work.figures(
+            one.workload.flops, one.compiled, images=batch, devices=devices, seconds=seconds, ceilings=ceilings
+        ),
+        "memory": {**work.memory(one.compiled), "peak_bytes": peak, "peak_source": source},
     }

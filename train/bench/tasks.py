@@ -1,72 +1,127 @@
-"""The tasks that are one compiled step."""
+"""The tasks: each describes one step, the state and batch that it is called with, and its parts."""
 
 from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import optax
 
 from resnet_jax import augment as aug
-from resnet_jax.contrastive import nt_xent
 from resnet_jax.keys import example_index, example_keys, step_key
-from resnet_jax.masks import apply_masks
-from resnet_jax.parallel import mean_over, vary
-from resnet_jax.tree import PyTree, count, global_norm
+from resnet_jax.mask_schedules import MaskSchedule, gradual
+from resnet_jax.masks import apply_masks, make_masks
+from resnet_jax.parallel import axis_of
+from resnet_jax.resnet import MODELS
+from resnet_jax.scores import magnitude
+from resnet_jax.tree import PyTree, count
+from train import from_config
 from train.bench import work
 from train.bench.config import BenchConfig
-from train.bench.workload import (
-    Step,
-    Workload,
-    batch_of,
-    forward_work,
-    gradual_pruning,
-    init_model,
-    make_model,
-    sgd,
-    simclr_view,
-    train_augment,
-    train_state,
-)
-from train.state import TrainState
+from train.config import AugmentConfig
+from train.data.batches import batch_like
+from train.optim import make_optimizer, make_schedule
+from train.state import TrainState, init_state, init_variables
 from train.steps import eval_step, train_step
 
-EMBEDDING = 128  # of SimCLR's projection
-UPDATE_EVERY = 100  # steps, of gradual pruning
+Step = Callable[..., Any]  # (state, batch, *, axis_name)
+Parts = dict[str, Step | None]
+
+LARGE = 64  # pixels: larger images get ImageNet's augmentation
+UPDATE_EVERY = 100  # steps between new masks, in gradual pruning
 
 
-def train(config: BenchConfig, *, augment: aug.Augment | None = None, prune_every: int | None = None) -> Workload:
-    """`train_step` with SGD and the recipe's augmentation, or `augment`.
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """A step and the arguments that it is called with.
 
-    `prune_every`: half of each kernel is pruned, and gradual magnitude pruning makes new masks every so many steps.
+    Attributes:
+      step: `step(state, batch, *, axis_name)`; returns (new state, metrics) where `carried`.
+      state: its first argument, not yet laid out over devices.
+      batch: shapes of its second argument, for the whole mesh.
+      flops: operations for one image, by convention; see `work`.
+      parameters: of the model.
+      carried: the state is donated, and the new one goes into the next call.
+      rows: the results have the batch's rows, and stay on their devices.
+      parts: growing parts of the step by the name of what each adds, none of them `carried`. The first prepares the
+        images and returns rows; the last, None, is the whole step.
+      variants: other steps to time next to this one, by name.
     """
-    model, tx = make_model(config, config.classes, config.mode), sgd()
-    augment = augment or train_augment(config.image_size)
-    remask = None if prune_every is None else gradual_pruning(prune_every)
-    step = partial(train_step, model=model, tx=tx, augment=augment, remask=remask)
-    state = train_state(config, model, tx, masked=prune_every is not None)
 
-    def augmented(state: TrainState, batch: Any, *, axis_name: str | None = None) -> jax.Array:
-        key = jax.random.split(step_key(state.key, state.step), 3)[0]
-        index = example_index(len(batch["label"]), axis_name)
-        return aug.augment_batch(augment, example_keys(key, index), batch["image"])
-
-    return Workload(
-        step=step,
-        state=state,
-        batch=batch_of(config, "image", "label"),
-        work=work.training(forward_work(config, config.classes)),
-        parameters=count(state.params),
-        carried=True,
-        parts={"augmentation": augmented, **_training_parts(step)},
-        part_rows=frozenset({"augmentation"}),
-    )
+    step: Step
+    state: PyTree
+    batch: dict[str, jax.ShapeDtypeStruct]
+    flops: float
+    parameters: int
+    carried: bool = False
+    rows: bool = False
+    parts: Parts
+    variants: dict[str, "Workload"] = field(default_factory=dict)
 
 
-def _training_parts(step: Step) -> dict[str, Step | None]:
-    """The step with fewer and fewer results: what is not returned is not computed."""
+# --- what tasks are made of -------------------------------------------------------------------------------------------
+
+
+def kernels(config: BenchConfig) -> tuple[str, dict[str, Any], str]:
+    """(`plain` or `onednn`, the model's fields for it, why `auto` did not choose oneDNN where it would have)."""
+    fields, remark = from_config.make_kernels(config.kernels, config.mode, from_config.compute_dtype(config.dtype))
+    return "onednn" if fields else "plain", fields, remark
+
+
+def make_model(config: BenchConfig) -> nn.Module:
+    """The config's classifier, for steps compiled in its mode."""
+    dtype, axis_name = from_config.compute_dtype(config.dtype), axis_of(config.mode)
+    return MODELS[config.model](num_classes=config.classes, dtype=dtype, axis_name=axis_name, **kernels(config)[1])
+
+
+def init_model(config: BenchConfig, model: nn.Module) -> dict[str, PyTree]:
+    """Seeded variables of a model."""
+    return init_variables(model, jax.random.key(0), image_shape(config))
+
+
+def forward_work(config: BenchConfig) -> work.Work:
+    """The work of classifying one image."""
+    # Counted on the plain kernels: the convention does not depend on how a convolution is computed.
+    return work.forward(MODELS[config.model](num_classes=config.classes), config.image_size)
+
+
+def image_shape(config: BenchConfig) -> tuple[int, int, int]:
+    """(H, W, C) of the config's images."""
+    return config.image_size, config.image_size, 3
+
+
+def batch_of(config: BenchConfig, *names: str) -> dict[str, jax.ShapeDtypeStruct]:
+    """The shapes of a batch's `image`, `label` and `valid`, whichever are named."""
+    specs = batch_like(config.batch, image_shape(config), valid=True)
+    return {name: specs[name] for name in names}
+
+
+def train_augment(image_size: int) -> aug.Augment:
+    """A recipe's augmentation: pad by 4, crop and flip; above 64 pixels a resized crop and flip; normalised."""
+    crop: Any = {"resized_crop": image_size} if image_size > LARGE else {"crop_padding": 4}
+    return from_config.train_augment(AugmentConfig(flip=True, mean=aug.IMAGENET_MEAN, std=aug.IMAGENET_STD, **crop))
+
+
+def sgd() -> optax.GradientTransformation:
+    """SGD with Nesterov momentum, weight decay and a schedule, as the recipes have it."""
+    # The rate has no effect on speed, but numbers that overflow or vanish would.
+    schedule = make_schedule("cosine", peak=1e-3, steps=100_000)
+    return make_optimizer("sgd", schedule, nesterov=True, weight_decay=5e-4)
+
+
+def gradual_pruning(every: int) -> MaskSchedule:
+    """Magnitude pruning from 50 to 90 % over 100,000 steps, with new masks every `every` steps."""
+
+    def make(params: PyTree, grads: PyTree, masks: PyTree, key: jax.Array, sparsity: jax.Array) -> PyTree:
+        return make_masks(magnitude(params), sparsity, masks=masks)
+
+    return gradual(make, initial=0.5, final=0.9, begin_step=0, end_step=100_000, every=every)
+
+
+def training_parts(augmented: Step, step: Step) -> Parts:
+    """Parts of a training step: images, then the step with fewer results; what is not returned is not computed."""
 
     def forward(state: TrainState, batch: Any, *, axis_name: str | None = None) -> Any:
         new, metrics = step(state, batch, axis_name=axis_name)
@@ -76,124 +131,86 @@ def _training_parts(step: Step) -> dict[str, Step | None]:
         new, metrics = step(state, batch, axis_name=axis_name)
         return new.batch_stats, metrics
 
-    return {"forward": forward, "backward": backward, "optimizer": None}
+    return {"augmentation": augmented, "forward": forward, "backward": backward, "optimizer": None}
+
+
+# --- the tasks --------------------------------------------------------------------------------------------------------
+
+
+def train(config: BenchConfig, *, augment: aug.Augment | None = None, prune_every: int | None = None) -> Workload:
+    """`train_step` with SGD and the recipe's augmentation, or `augment`.
+
+    `prune_every`: start with half of the weights pruned, and make new masks by gradual magnitude pruning every
+    `prune_every` steps.
+    """
+    model, tx = make_model(config), sgd()
+    augment = augment or train_augment(config.image_size)
+    remask = None if prune_every is None else gradual_pruning(prune_every)
+    step = partial(train_step, model=model, tx=tx, augment=augment, remask=remask)
+
+    def augmented(state: TrainState, batch: Any, *, axis_name: str | None = None) -> jax.Array:
+        key = jax.random.split(step_key(state.key, state.step), 3)[0]
+        index = example_index(len(batch["label"]), axis_name)
+        return aug.augment_batch(augment, example_keys(key, index), batch["image"])
+
+    variables, masks = init_model(config, model), None
+    if prune_every is not None:
+        masks = jax.jit(lambda params: make_masks(magnitude(params), 0.5))(variables["params"])
+        variables["params"] = apply_masks(variables["params"], masks)
+    return Workload(
+        step=step,
+        state=init_state(variables, tx, jax.random.key(1), masks=masks),
+        batch=batch_of(config, "image", "label"),
+        flops=work.training(forward_work(config)),
+        parameters=count(variables["params"]),
+        carried=True,
+        parts=training_parts(augmented, step),
+    )
 
 
 def prune(config: BenchConfig) -> Workload:
-    """The training step with gradual magnitude pruning, beside the dense one and one with new masks in every step."""
-    pruned, dense, busy = train(config, prune_every=UPDATE_EVERY), train(config), train(config, prune_every=1)
-    return Workload(**{**vars(pruned), "dense": dense, "busy": busy})
+    """The training step with gradual pruning; variants: `dense`, and new masks in `every` step."""
+    variants = {"dense": train(config), "every": train(config, prune_every=1)}
+    return replace(train(config, prune_every=UPDATE_EVERY), variants=variants)
 
 
 def evaluate(config: BenchConfig) -> Workload:
     """`eval_step`: normalise, classify, sum the metrics."""
-    model = make_model(config, config.classes, config.mode)
+    model = make_model(config)
     variables = init_model(config, model)
     return Workload(
         step=partial(eval_step, model=model, preprocess=aug.normalize()),
         state=variables,
         batch=batch_of(config, "image", "label", "valid"),
-        work=forward_work(config, config.classes),
+        flops=forward_work(config).flops,
         parameters=count(variables["params"]),
-        parts={"preprocessing": _preprocess, "forward": None},
-        part_rows=frozenset({"preprocessing"}),
+        parts={"preprocessing": _normalized, "forward": None},
     )
 
 
 def predict(config: BenchConfig) -> Workload:
     """Normalise and classify: uint8 images to logits."""
-    model = make_model(config, config.classes, config.mode)
+    model = make_model(config)
     variables = init_model(config, model)
 
     def logits(variables: PyTree, batch: Any, *, axis_name: str | None = None) -> Any:
-        return model.apply(variables, _preprocess(variables, batch, axis_name=axis_name), train=False)
+        return model.apply(variables, _normalized(variables, batch), train=False)
 
     return Workload(
         step=logits,
         state=variables,
         batch=batch_of(config, "image"),
-        work=forward_work(config, config.classes),
+        flops=forward_work(config).flops,
         parameters=count(variables["params"]),
         rows=True,
-        parts={"preprocessing": _preprocess, "forward": None},
-        part_rows=frozenset({"preprocessing"}),
+        parts={"preprocessing": _normalized, "forward": None},
     )
 
 
-def _preprocess(variables: PyTree, batch: Any, *, axis_name: str | None = None) -> jax.Array:
-    keys = example_keys(jax.random.key(0), jnp.arange(len(batch["image"])))
-    return aug.augment_batch(aug.normalize(), keys, batch["image"])
+def _normalized(variables: PyTree, batch: Any, *, axis_name: str | None = None) -> jax.Array:
+    return aug.preprocess_batch(aug.normalize(), batch["image"])
 
 
-def contrastive(config: BenchConfig) -> Workload:
-    """SimCLR's step: two augmented views, a linear projection to 128, NT-Xent over the whole batch, SGD."""
-    model, tx = make_model(config, EMBEDDING, config.mode), sgd()
-    view = simclr_view(config.image_size)
-    step = partial(contrastive_step, model=model, tx=tx, view=view)
-    state = train_state(config, model, tx, masked=False)
+Tasks = dict[str, Callable[[BenchConfig], Workload]]
 
-    def augmented(state: TrainState, batch: Any, *, axis_name: str | None = None) -> jax.Array:
-        return jnp.concatenate(two_views(view, state, batch["image"], axis_name))
-
-    once = forward_work(config, EMBEDDING)
-    pairs = jax.ShapeDtypeStruct((config.batch, EMBEDDING), jnp.float32)
-    loss = work.count(nt_xent, pairs, pairs).scaled(3 / config.batch)  # forward, and a gradient for either factor
-    encoder = work.training(once).scaled(2)
-    return Workload(
-        step=step,
-        state=state,
-        batch=batch_of(config, "image"),
-        work=work.Work(flops=encoder.flops + loss.flops, padding=encoder.padding),
-        parameters=count(state.params),
-        carried=True,
-        parts={"augmentation": augmented, **_training_parts(step)},
-        part_rows=frozenset({"augmentation"}),
-    )
-
-
-def two_views(view: aug.Augment, state: TrainState, images: jax.Array, axis_name: str | None) -> list[jax.Array]:
-    """Two augmented versions, float32 [B, H, W, C], of images uint8 [B, H, W, C]."""
-    keys = jax.random.split(step_key(state.key, state.step), 2)
-    index = example_index(len(images), axis_name)
-    return [aug.augment_batch(view, example_keys(key, index), images) for key in keys]
-
-
-def contrastive_step(
-    state: TrainState,
-    batch: Any,
-    *,
-    model: nn.Module,
-    tx: optax.GradientTransformation,
-    view: aug.Augment,
-    temperature: float = 0.5,
-    axis_name: str | None = None,
-) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One update of SimCLR, https://arxiv.org/abs/2002.05709, whose projection is the model's head.
-
-    Returns the new state, and float32 scalars `loss` and `grad_norm`.
-    """
-    images = jnp.concatenate(two_views(view, state, batch["image"], axis_name))
-
-    def objective(params: PyTree, stats: PyTree) -> tuple[jax.Array, PyTree]:
-        variables = {"params": params, "batch_stats": stats}
-        embeddings, updated = model.apply(variables, images, train=True, mutable=["batch_stats"])
-        a, b = jnp.split(embeddings, 2)
-        loss = nt_xent(a, b, temperature=temperature, axis_name=axis_name).mean()
-        return loss, (updated["batch_stats"], loss)
-
-    params, stats = vary((state.params, state.batch_stats), axis_name)
-    grads, (stats, loss) = jax.grad(objective, has_aux=True)(params, stats)
-    grads, stats, loss = mean_over((grads, stats, loss), axis_name)
-    updates, opt_state = tx.update(grads, state.opt_state, state.params)
-    params = apply_masks(optax.apply_updates(state.params, updates), state.masks)
-    state = state.replace(step=state.step + 1, params=params, batch_stats=stats, opt_state=opt_state)
-    return state, {"loss": loss, "grad_norm": global_norm(grads)}
-
-
-TASKS: dict[str, Callable[[BenchConfig], Workload]] = {
-    "train": train,
-    "eval": evaluate,
-    "predict": predict,
-    "contrastive": contrastive,
-    "prune": prune,
-}
+TASKS: Tasks = {"train": train, "eval": evaluate, "predict": predict, "prune": prune}

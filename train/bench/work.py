@@ -1,78 +1,86 @@
-"""The work of a step: floating-point operations by convention and as XLA counts them, and what they say of speed.
+"""The operations and the memory of a step, what the devices offer of both, and how near a step comes to that.
 
-By convention only convolutions and dense layers count, two operations a multiply-add, with the taps that fall on
-padding. Training is three forward passes less the gradient for the images, which nobody asks for.
+By convention only convolutions and dense layers count, two operations for each multiply-add, including the taps that
+fall on padding. Training costs three forward passes, less the gradient for the images, which is never computed.
 """
 
 import math
+import os
+import resource
+import sys
+import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr
+from jax.sharding import Mesh, PartitionSpec
+
+from resnet_jax.parallel import AXIS, batch_sharding
+
+# Sides of the matrices whose product is the ceiling; larger ones are left out once a product takes `LONG` seconds.
+CPU_SIDES, SIDES = (512, 1024, 2048), (4096, 8192)
+LONG = 0.1
+COPIED = 1 << 28  # bytes read by a copy, and as many written: far more than any cache holds
+CHAIN = 0.02  # seconds that calls without a wait between them should last, so that dispatching them does not count
 
 
-@dataclass(frozen=True, kw_only=True)
-class Work:
-    """Operations by convention: `flops`, those of them that fall on padding, and those of the first convolution."""
+# --- operations by convention -----------------------------------------------------------------------------------------
 
-    flops: float = 0.0
-    padding: float = 0.0
-    first: float = 0.0
 
-    def scaled(self, factor: float) -> "Work":
-        return Work(flops=factor * self.flops, padding=factor * self.padding, first=factor * self.first)
+class Work(NamedTuple):
+    """Operations by convention: all of them, and those of the first convolution."""
+
+    flops: float
+    first: float
 
 
 def count(f: Callable[..., Any], *example: Any) -> Work:
     """The work of `f(*example)`, arrays or their shapes; nothing is computed."""
-    ops = list(_operations(jax.make_jaxpr(f)(*example).jaxpr))
-    convolutions = [flops for name, flops, _ in ops if name == "conv_general_dilated"]
-    total, padding = sum(flops for _, flops, _ in ops), sum(missed for _, _, missed in ops)
-    return Work(flops=total, padding=padding, first=convolutions[0] if convolutions else 0.0)
+    operations = list(_operations(jax.make_jaxpr(f)(*example).jaxpr))
+    convolutions = [flops for name, flops in operations if name == "conv_general_dilated"]
+    return Work(sum(flops for _, flops in operations), convolutions[0] if convolutions else 0.0)
 
 
 def forward(model: nn.Module, image_size: int) -> Work:
-    """The work of classifying one image [image_size, image_size, 3]."""
+    """The work of a forward pass of one image [image_size, image_size, 3]."""
     images = jax.ShapeDtypeStruct((1, image_size, image_size, 3), jnp.float32)
     variables = jax.eval_shape(lambda key: model.init(key, jnp.zeros(images.shape), train=False), jax.random.key(0))
     return count(lambda v, x: model.apply(v, x, train=False), variables, images)
 
 
-def training(forward: Work) -> Work:
-    """The work of a forward and backward pass, from that of the forward pass."""
-    # The first convolution's padding is a small part, and that of its image gradient the same.
-    padding = 3 * forward.padding - forward.padding * (forward.first / forward.flops if forward.flops else 0)
-    return Work(flops=3 * forward.flops - forward.first, padding=padding)
+def training(forward: Work) -> float:
+    """Operations of a forward and a backward pass, from the work of the forward pass."""
+    return 3 * forward.flops - forward.first
 
 
-def _operations(jaxpr: Jaxpr) -> Iterator[tuple[str, float, float]]:
-    """(primitive, operations, operations on padding) of every convolution and product, in order."""
+def _operations(jaxpr: Jaxpr) -> Iterator[tuple[str, float]]:
+    """(primitive, operations) of every convolution and matrix product, in order."""
     eqn: Any
     for eqn in jaxpr.eqns:
         name, params = eqn.primitive.name, eqn.params
         if name == "conv_general_dilated":
             out, kernel = eqn.outvars[0].aval, eqn.invars[1].aval
-            flops = 2.0 * out.size * kernel.size / kernel.shape[params["dimension_numbers"].rhs_spec[0]]
-            yield name, flops, flops * (1 - _taps_inside(eqn))
+            yield name, 2.0 * out.size * kernel.size / kernel.shape[params["dimension_numbers"].rhs_spec[0]]
         elif name == "dot_general":
             (contracted, _), _ = params["dimension_numbers"]
             left = eqn.invars[0].aval
-            yield name, 2.0 * eqn.outvars[0].aval.size * math.prod(left.shape[axis] for axis in contracted), 0.0
+            yield name, 2.0 * eqn.outvars[0].aval.size * math.prod(left.shape[axis] for axis in contracted)
         elif name == "cond":
             branches = [list(_operations(branch.jaxpr)) for branch in params["branches"]]
-            yield from max(branches, key=lambda ops: sum(flops for _, flops, _ in ops))
+            yield from max(branches, key=lambda operations: sum(flops for _, flops in operations))
         else:
             times = params["length"] if name == "scan" else 1
             for inner in _inner(params):
-                yield from ((n, times * flops, times * missed) for n, flops, missed in _operations(inner))
+                yield from ((n, times * flops) for n, flops in _operations(inner))
 
 
 def _inner(params: dict[str, Any]) -> Iterator[Jaxpr]:
+    """The programs among a primitive's parameters."""
     for value in params.values():
         for item in value if isinstance(value, tuple | list) else (value,):
             if isinstance(item, ClosedJaxpr):
@@ -81,56 +89,138 @@ def _inner(params: dict[str, Any]) -> Iterator[Jaxpr]:
                 yield item
 
 
-def _taps_inside(eqn: Any) -> float:
-    """Share of a convolution's taps that fall on the image, not on the padding around it."""
-    numbers, share = eqn.params["dimension_numbers"], 1.0
-    image, kernel, out = (v.aval.shape for v in (*eqn.invars[:2], eqn.outvars[0]))
-    axes = zip(numbers.lhs_spec[2:], numbers.rhs_spec[2:], numbers.out_spec[2:], strict=True)
-    for i, (a, k, o) in enumerate(axes):
-        first = np.arange(out[o])[:, None] * eqn.params["window_strides"][i] - eqn.params["padding"][i][0]
-        tap = first + np.arange(kernel[k])[None] * eqn.params["rhs_dilation"][i]
-        hole = tap % eqn.params["lhs_dilation"][i] != 0
-        last = (image[a] - 1) * eqn.params["lhs_dilation"][i]
-        share *= float(((tap >= 0) & (tap <= last) & ~hole).mean())
-    return share
+# --- ceilings ---------------------------------------------------------------------------------------------------------
+
+
+def ceilings(mesh: Mesh, dtype: Any, peak: float | None) -> dict[str, Any]:
+    """The best that all devices of the mesh can do together.
+
+    `peak_tflops` is `peak` (stated, for one device) times the devices, or the best measured product of square matrices
+    in `dtype`, one on each device; `copy_gb_s` is what adding to a large array in place reads and writes in a second.
+    """
+    measured = None if peak is not None else _matmul_tflops(mesh, dtype)
+    return {
+        "matmul_tflops": measured,
+        "copy_gb_s": _copy_gb_s(mesh),
+        "peak_tflops": measured if peak is None else peak * mesh.size,
+        "peak_source": "measured matrix products" if peak is None else "stated",
+    }
+
+
+def _matmul_tflops(mesh: Mesh, dtype: Any) -> float:
+    spec = PartitionSpec(AXIS)
+    product = jax.jit(jax.shard_map(lambda x: x @ x, mesh=mesh, in_specs=spec, out_specs=spec))
+
+    # Random values: on constant ones a GPU draws less power, and runs faster than it ever does in a network.
+    @partial(jax.jit, static_argnums=(0, 1), out_shardings=batch_sharding(mesh))
+    def draw(*shape: int) -> jax.Array:
+        return jax.random.normal(jax.random.key(0), shape, dtype)
+
+    best = 0.0
+    for side in CPU_SIDES if mesh.devices.flat[0].platform == "cpu" else SIDES:
+        x = draw(mesh.size * side, side)
+        seconds = _quickest(partial(product, x))
+        best = max(best, mesh.size * 2 * side**3 / seconds / 1e12)
+        if seconds > LONG:
+            break
+    return best
+
+
+def _copy_gb_s(mesh: Mesh) -> float:
+    size = mesh.size * (COPIED // 4 // mesh.size)
+    array = jax.jit(lambda: jnp.zeros(size), out_shardings=batch_sharding(mesh))()
+    # In place: on a CPU, new memory would take most of the time.
+    add = jax.jit(lambda x: x + 1, out_shardings=batch_sharding(mesh), donate_argnums=0)
+
+    def again() -> jax.Array:
+        nonlocal array
+        array = add(array)
+        return array
+
+    return 2 * array.nbytes / _quickest(again) / 1e9
+
+
+def _quickest(call: Callable[[], jax.Array]) -> float:
+    """Seconds of a call: the best of five chains of calls that are waited for together, after one that compiles."""
+    jax.block_until_ready(call())
+    chain, best = 1, math.inf
+    for _ in range(5):
+        began = time.perf_counter()
+        for _ in range(chain):
+            last = call()
+        jax.block_until_ready(last)
+        best = min(best, (time.perf_counter() - began) / chain)
+        chain = min(max(int(CHAIN / best), 1), 100)
+    return best
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+def memory(compiled: Any) -> dict[str, int]:
+    """The compiler's plan, bytes on each device: arguments, results, temporaries, and what shares a place."""
+    stats = compiled.memory_analysis()
+    parts = {
+        "arguments_bytes": stats.argument_size_in_bytes,
+        "outputs_bytes": stats.output_size_in_bytes,
+        "temporaries_bytes": stats.temp_size_in_bytes,
+        "aliased_bytes": stats.alias_size_in_bytes,
+        "code_bytes": stats.generated_code_size_in_bytes,
+    }
+    return {**parts, "planned_bytes": sum(parts.values()) - 2 * parts["aliased_bytes"]}
+
+
+def available_bytes(device: jax.Device) -> int | None:
+    """Bytes of memory that programs can have: the device's own, or what is left on the host; None if unknown."""
+    if device.platform != "cpu":
+        return (device.memory_stats() or {}).get("bytes_limit")
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return None
+
+
+def peak_memory(device: jax.Device) -> tuple[int, str]:
+    """(the most memory used so far in bytes, the source of that figure: the device's allocator, else the process)."""
+    peak = (device.memory_stats() or {}).get("peak_bytes_in_use")
+    if peak is not None:
+        return peak, "device allocator"
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, "peak resident set of the process"
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+# --- a step against the ceilings --------------------------------------------------------------------------------------
 
 
 def figures(
-    work: Work | None, compiled: Any, *, images: int, devices: int, seconds: float, ceilings: dict[str, Any]
+    flops: float, compiled: Any, *, images: int, devices: int, seconds: float, ceilings: dict[str, Any]
 ) -> dict[str, Any]:
-    """Work per image, by convention and by XLA's count, and how near to the ceilings a step of `seconds` comes.
+    """Work per image, by convention (`flops`) and as XLA counts, and how near a step comes to the ceilings.
 
-    XLA counts one device's program after optimisation. `mfu` holds the conventional count against the peak; `bound`
-    compares the operations per byte that XLA would move with what the ceilings have to offer.
+    XLA counts the optimised program of one device. `mfu` is the conventional count as a share of the peak; `bound`
+    compares the operations for each byte that XLA would move with what the ceilings offer.
     """
     cost = compiled.cost_analysis() or {}
     xla_flops = cost.get("flops", 0.0) * devices / images or None
     xla_bytes = cost.get("bytes accessed", 0.0) * devices / images or None
-    found: dict[str, Any] = {
-        "analytic_flops_per_image": work and work.flops,
+    peak, achieved = ceilings["peak_tflops"] * 1e12, flops * images / seconds
+    work: dict[str, Any] = {
+        "analytic_flops_per_image": flops,
         "xla_flops_per_image": xla_flops,
         "xla_bytes_per_image": xla_bytes,
+        "achieved_tflops": achieved / 1e12,
     }
-    if work is None or not work.flops:
-        return {"work": found, "mfu": None}
-    peak = ceilings["peak_tflops"] * 1e12
-    achieved = work.flops * images / seconds
-    found["achieved_tflops"] = achieved / 1e12
     if xla_flops:
-        found |= {"ratio": xla_flops / work.flops, "explained": _explained(xla_flops / work.flops, work)}
+        work["ratio"] = xla_flops / flops
     if xla_bytes:
-        found["intensity_flops_per_byte"] = work.flops / xla_bytes
-        found["ridge_flops_per_byte"] = peak / (ceilings["copy_gb_s"] * 1e9)
-        enough = found["intensity_flops_per_byte"] >= found["ridge_flops_per_byte"]
-        found["bound"] = "compute" if enough else "memory"
-    return {"work": found, "mfu": achieved / peak}
-
-
-def _explained(ratio: float, work: Work) -> str:
-    padding = work.padding / work.flops
-    rest = ratio - (1 - padding)
-    told = f"XLA leaves out the {padding:.1%} of the conventional count that are taps on padding"
-    if rest < 0:
-        return f"{told}, and {-rest:.1%} more: what it hands to libraries or computes otherwise is not in its count"
-    added = "norms, activations, pooling and, where the step has them, augmentation, loss and optimizer"
-    return f"{told}, and adds {rest:.1%} for {added}"
+        work["intensity_flops_per_byte"] = flops / xla_bytes
+        work["ridge_flops_per_byte"] = peak / (ceilings["copy_gb_s"] * 1e9)
+        enough = work["intensity_flops_per_byte"] >= work["ridge_flops_per_byte"]
+        work["bound"] = "compute" if enough else "memory"
+    return {"work": work, "mfu": achieved / peak}

@@ -1,0 +1,55 @@
+"""One step made ready: what does not fit or compile is refused, JAX is left as it was; shares of the time."""
+
+from functools import partial
+
+import jax
+import pytest
+
+from tests.train.bench.toy import FLAGS, TOY
+from train.bench import prepared, work
+from train.bench.__main__ import main
+from train.errors import RunError, UsageError
+
+toy_main = partial(main, tasks=TOY)
+LINE = [*FLAGS, "--task", "toy", "--cache", "none"]
+
+
+def test_shares_are_differences_and_add_up():
+    found = prepared.split({"input": 1.0, "augmentation": 1.0, "forward": 3.0, "backward": 7.0, "optimizer": 7.0})
+    want = {"input": 0.125, "augmentation": 0.125, "forward": 0.25, "backward": 0.5, "optimizer": 0.0}
+    assert found == pytest.approx(want)
+    # The loss was measured as slower than with its gradient: the gradient adds nothing, and no share is negative.
+    assert prepared.split({"forward": 4.0, "backward": 3.0, "optimizer": 5.0}) == pytest.approx(
+        {"forward": 0.6, "backward": 0.0, "optimizer": 0.4}
+    )
+
+
+def test_unknown_compiler_option(fails):
+    assert "xla_no_such" in fails(2, toy_main, [*LINE, "--xla", "xla_no_such=1"])
+
+
+def test_batch_that_does_not_fit_is_refused_before_it_runs(monkeypatch, fails):
+    monkeypatch.setattr(work, "available_bytes", lambda device: 1 << 21)
+    monkeypatch.setattr(prepared.Stepper, "__call__", lambda self: pytest.fail("it was run"))
+    said = fails(2, toy_main, [*LINE, "--task", "predict", "--batch", "4096"])
+    assert "--batch 4096 does not fit: the compiled step needs" in said and "would" in said
+
+
+def test_batch_that_no_machine_holds_is_refused(fails):
+    assert "does not fit" in fails(2, toy_main, [*LINE, "--task", "predict", "--batch", str(1 << 30)])
+
+
+def test_running_out_of_memory_is_one_line():
+    with pytest.raises(UsageError, match="out of memory: --batch 9; choose a smaller"):  # noqa: SIM117
+        with prepared.one_line_faults(lambda: "--batch 9"):
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes")
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):  # noqa: SIM117
+        with prepared.one_line_faults(lambda: "--batch 9"):
+            raise jax.errors.JaxRuntimeError("INTERNAL: a bug")
+
+
+def test_failing_leaves_jax_as_it_was(tmp_path):
+    before = jax.config.jax_compilation_cache_dir
+    with pytest.raises(RunError), prepared.cache_in(str(tmp_path)), prepared.cache_events():
+        raise RunError("stop")
+    assert jax.config.jax_compilation_cache_dir == before
