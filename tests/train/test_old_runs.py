@@ -1,0 +1,68 @@
+"""Runs that version 0.1 wrote (commit 9ac8e3e): they load, go on, and are what they were."""
+
+import json
+import tarfile
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from pretrain.config import PretrainConfig
+from resnet_jax.masks import apply_masks
+from resnet_jax.parallel import make_mesh
+from train import session as session_module
+from train.config import TrainConfig
+from train.predict import load
+from train.run import run
+from train.run_folder import load_state, read_config
+from train.state import digest
+from train.weights import load_masks, load_weights
+
+OLD = Path(__file__).parents[1] / "reference" / "old_runs"
+
+
+@pytest.fixture
+def old(request, tmp_path):
+    with tarfile.open(OLD / f"{request.param}.tar.gz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    return tmp_path / request.param
+
+
+# Adafactor's state is a tuple whose fields are not in alphabetical order, as the checksum needs them.
+@pytest.mark.parametrize("old", ["train", "prune", "adafactor"], indirect=True)
+def test_state_is_the_one_that_was_saved(old):
+    state = load_state(old)
+    assert digest(state) == json.loads((old / "result.json").read_text())["params_digest"]
+    if old.name == "prune":
+        assert sum(mask.size for mask in jax.tree.leaves(load_masks(old, state.params))) > 1000
+        jax.tree.map(np.testing.assert_array_equal, apply_masks(state.params, state.masks), state.params)
+
+
+@pytest.mark.parametrize("old", ["train"], indirect=True)
+def test_predicts(old):
+    predictions = load(old, top=10)(np.zeros((8, 8, 1), np.uint8))
+    assert sum(probability for _, probability in predictions) == pytest.approx(1, abs=1e-4)
+
+
+@pytest.mark.parametrize("old", ["train"], indirect=True)
+def test_goes_on(old, tfds_dir, monkeypatch):
+    """The same command, after its end was lost: from the last checkpoint to the same result."""
+    monkeypatch.setattr(session_module, "make_mesh", lambda: make_mesh(jax.devices()[:1]))
+    before = json.loads((old / "result.json").read_text())
+    (old / "result.json").unlink()
+    config, _ = read_config(old, TrainConfig)
+    again = run(TrainConfig(**{**vars(config), "out": str(old)}), "digits")
+    assert again["params_digest"] == before["params_digest"]
+    assert again["test_loss"] == pytest.approx(before["test_loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("old", ["pretrain"], indirect=True)
+def test_encoder_of_pretraining(old):
+    config, _ = read_config(old, PretrainConfig)
+    assert config.objective.name == "mocov2"
+    with tarfile.open(OLD / "train.tar.gz") as archive:
+        archive.extractall(old.parent, filter="data")
+    like = load_state(old.parent / "train").variables
+    loaded = load_weights(old, like)["params"]
+    assert not np.array_equal(loaded["stem"]["conv"]["kernel"], like["params"]["stem"]["conv"]["kernel"])
