@@ -22,7 +22,7 @@ from resnet_jax.keys import example_index, step_key
 from resnet_jax.losses import softmax_cross_entropy
 from resnet_jax.masks import apply_masks
 from resnet_jax.parallel import all_rows, mean_over, vary
-from resnet_jax.tree import PyTree, ema, map_with_path
+from resnet_jax.tree import PyTree, ema, global_norm, map_with_path
 from train.state import forward
 from train.steps import Batch, Metrics, update
 
@@ -114,6 +114,7 @@ def contrastive_step(
         memory = objective.remember(jax.lax.stop_gradient(outputs), axis_name=axis_name)
 
     state = new.replace(params=params, ema=target, memory=memory, probe=probe)
+    figures["grad_norm"] = global_norm(grads["network"])  # pruned weights count too
     spread = similarities(*outputs.online["projection"][:2], axis_name=axis_name)
     return state, metrics | figures | spread
 

@@ -120,7 +120,15 @@ def test_table_lists_every_preset():
 
 
 @pytest.mark.parametrize(
-    "name", ["README.md", "CONTRIBUTING.md", "results/README.md", "docs/pretraining.md", "docs/pruning.md"]
+    "name",
+    [
+        "README.md",
+        "CONTRIBUTING.md",
+        "results/README.md",
+        "docs/pretraining.md",
+        "docs/pruning.md",
+        "docs/objectives.md",
+    ],
 )
 def test_links_exist(name):
     page = ROOT / name

@@ -240,7 +240,7 @@ def test_images_without_labels(tmp_path, tfds_dir, fails, capsys):
     main(["digits_simclr", *data, *small, "--out", str(tmp_path / "run")])
     result, said = json.loads((tmp_path / "run" / "result.json").read_text()), capsys.readouterr().err
     assert "knn_accuracy" not in result and result["health"]["images"] == 4
-    assert "no labels, so nothing to say of the encoder but its health" in said and result["verdict"] in said
+    assert "no labels, so only the encoder's health is reported" in said and result["verdict"] in said
     assert (tmp_path / "run" / "encoder.safetensors").is_file()
     assert "has no labels to evaluate with: name a labelled set" in fails(2, evaluate_main, [str(tmp_path / "run")])
     assert "was pretrained without labels" in fails(2, report_main, [str(tmp_path / "run"), "--table"])

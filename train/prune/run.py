@@ -14,6 +14,7 @@ from resnet_jax.augment import Augment
 from resnet_jax.masks import check_masks, sparsity_of
 from resnet_jax.tree import PyTree
 from train.config import TrainConfig
+from train.config import check as check_training
 from train.data.sets import Dataset
 from train.errors import RunError
 from train.from_config import make_model, make_state
@@ -80,7 +81,8 @@ def run(
 
 
 def open_own(config: Any, preset: str, own: dict[str, Any]) -> Session[Any]:
-    """A session with the pieces that were passed to the run."""
+    """A session with the pieces that were passed to the run, its config checked as one of training."""
+    check_training(config)
     return open_session(config, preset, dataset=own.get("dataset"), replaced=list(own))
 
 

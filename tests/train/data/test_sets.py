@@ -509,7 +509,7 @@ def test_unfinished_version_is_none(plain, tmp_path):
 
 def test_unknown_set(plain, tmp_path):
     with pytest.raises(
-        UsageError, match=rf"no prepared set 'cifar11' in {plain} \(there: plain\); 'python -m train.data.sets"
+        UsageError, match=rf"no prepared set 'cifar11' in {plain} \(there: plain\); 'python -m train.data prepare"
     ):
         load("cifar11", dir=plain)
     with pytest.raises(UsageError, match=r"\(there: none\)"):
@@ -723,11 +723,11 @@ def test_failed_preparation_is_one_error(error, stock, monkeypatch, tmp_path):
 
 
 def test_command_line(command, tmp_path):
-    done = command("train.data.sets", "prepare", "nosuch", "--dir", tmp_path)
+    done = command("train.data", "prepare", "nosuch", "--dir", tmp_path)
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr.startswith("error: TFDS has no set 'nosuch': ")
     assert done.stderr.count("\n") == 1
-    done = command("train.data.sets", "prepare", "digits", "--dir", tmp_path)
+    done = command("train.data", "prepare", "digits", "--dir", tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == f"{tmp_path}/digits/1.0.0\n"

@@ -337,11 +337,11 @@ def test_levels_that_rewind(small, tmp_path):
     run = prune(*NETWORK, *ALIKE, *ANEW, *keep, *ITERATIVE, "rewind", "--out", tmp_path / "run")
     first, _ = levels_of(run)
     dense = load_state(run.out / "dense")
-    early, position = Checkpoints(run.out / "dense" / "checkpoints", writes=False).restore(dense, step=3)
+    saved, position = Checkpoints(run.out / "dense" / "checkpoints", writes=False).read(step=3)
     assert [start.step for start in run.starts] == [0, 3, 3]
     for start in run.starts[1:]:
         assert start.position == position != run.starts[0].position
-        assert_same(start.params, {path: w * start.masks[path] for path, w in flat(early.params).items()})
+        assert_same(start.params, {path: w * start.masks[path] for path, w in flat(saved["params"]).items()})
     everything = {path: np.ones_like(mask) for path, mask in run.starts[1].masks.items()}
     assert smallest_go(flat(dense.params), run.starts[1].masks, everything)
     assert smallest_go(flat(first.params), run.starts[2].masks, run.starts[1].masks)

@@ -22,7 +22,7 @@ from resnet_jax.tree import leaves, map_with_path
 from tests.reference.nets import CLASSES, QUICK, batch_of
 from train.optim import make_optimizer
 from train.state import TrainState, init_state, init_variables
-from train.steps import train_step
+from train.steps import classify, train_step
 
 pytestmark = pytest.mark.usefixtures("unoptimised")
 
@@ -184,7 +184,10 @@ TRAININGS = {
     "adam": (make_optimizer("optax.adam", constant(0.01)), {}),
     "lars": (make_optimizer("lars", constant(1.0), weight_decay=1e-3, trust_coefficient=0.1), {}),
     "ema": (make_optimizer("sgd", constant(0.1)), {"ema_decay": 0.9}),
-    "mix": (make_optimizer("sgd", constant(0.1)), {"mix": partial(mix, mixup_alpha=0.4, cutmix_alpha=1.0)}),
+    "mix": (
+        make_optimizer("sgd", constant(0.1)),
+        {"objective": classify(mix=partial(mix, mixup_alpha=0.4, cutmix_alpha=1.0), classes=CLASSES)},
+    ),
     "accumulation": (make_optimizer("sgd", constant(0.1)), {"accumulate": 2}),
     "clip norm": (make_optimizer("sgd", constant(0.1), clip_norm=0.1), {}),
 }
