@@ -26,7 +26,7 @@ METRIC = "validation_accuracy"
 class Checkpoints:
     """The checkpoints of one run, under `root`: the newest `keep_last`, and the best `keep_best` by validation.
 
-    Who only reads passes `writes=False`: the run itself may be in the middle of a save.
+    Pass `writes=False` for read-only access: the run itself may be in the middle of a save.
 
     Raises (from every method that writes):
       RunError: the disk is full or refuses; what was saved before is kept.

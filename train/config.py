@@ -1,4 +1,4 @@
-"""What a run is told: frozen dataclasses, one field a flag (`--optim.lr 0.1`). Known to the mains alone."""
+"""Run configuration: frozen dataclasses, one flag per field (`--optim.lr 0.1`). Only entry points import it."""
 
 import dataclasses
 import re
@@ -14,7 +14,7 @@ from train.optim import OPTIMIZERS, SCHEDULES
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Where images come from; see `train.data.sets.load`."""
+    """The image set and how it is split; see `train.data.sets.load`."""
 
     name: str = "digits"
     """`digits`, `synthetic`, `folder:DIR`, or a prepared TFDS set."""
@@ -29,14 +29,14 @@ class DataConfig:
     fraction: float = 1.0
     """Share of the training split that is used, drawn evenly from each class by `split_seed`."""
     random_crop: bool = False
-    """Cut a random box out of the whole image while decoding, anew in every epoch: for large photographs."""
+    """Cut a different random box out of the whole image in every epoch, while decoding: for large photographs."""
     broken: Literal["refuse", "skip"] = "refuse"
-    """What to do about images that cannot be decoded."""
+    """Refuse a set with images that cannot be decoded, or skip them."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageConfig:
-    """What every image goes through, in training and after it."""
+    """Preprocessing of every image, in training and afterwards."""
 
     resized_crop: int | None = None
     """Random resized crop to this side; evaluation takes the centre of this side."""
@@ -48,15 +48,15 @@ class ImageConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentConfig(ImageConfig):
-    """What happens to training images on the device: crops, flips, colours, normalisation, erasing, mixing.
+    """Augmentation of training images on the device: crops, flips, colours, normalisation, erasing, mixing.
 
     0 or None leaves a part out.
     """
 
     crop_padding: int = 0
-    """Random crop out of the image padded by so many pixels."""
+    """Pixels of padding around the image that a random crop is taken from."""
     crop_mode: Literal["constant", "reflect"] = "constant"
-    """What the padding holds."""
+    """Content of the padding."""
     min_scale: float = 0.08
     """Smallest share of the area that a resized crop keeps."""
     flip: bool = False
@@ -79,7 +79,7 @@ class AugmentConfig(ImageConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """How parameters move; see `train.optim`."""
+    """Optimizer and schedule; see `train.optim`."""
 
     name: str = "sgd"
     """`sgd`, `adamw`, `lars`, `lamb`, or `optax.NAME`."""
@@ -88,22 +88,22 @@ class OptimConfig:
     momentum: float = 0.9
     nesterov: bool = False
     weight_decay: float = 0.0
-    """On kernels alone, never on norms and biases."""
+    """Applies only to kernels, never to norms and biases."""
     schedule: str = "cosine"
     """`cosine`, `linear`, `step`, `one_cycle` or `constant`."""
     warmup_epochs: float = 0.0
     milestones: tuple[float, ...] = (0.5, 0.75)
-    """Where `step` multiplies by `factor`, as fractions of all steps."""
+    """Fractions of all steps at which `step` multiplies the rate by `factor`."""
     factor: float = 0.1
     clip_norm: float | None = None
     """Largest global norm of the gradient."""
     trust_coefficient: float = 0.001
-    """Of LARS: the step's length as a share of the weights', before the learning rate."""
+    """Only for LARS: length of the step relative to the weights, before the learning rate."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """What every pipeline's run is told."""
+    """Fields that every pipeline's run has."""
 
     out: str | None = None
     """The run's folder; the same one again resumes. Default: runs/PRESET-seedN."""
@@ -129,7 +129,7 @@ class RunConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of convolutions and activations; auto is bfloat16 on GPU and TPU, float32 on CPU."""
     kernels: Literal["auto", "plain", "onednn"] = "auto"
-    """What computes convolutions: XLA (plain), or on CPU oneDNN; auto is oneDNN where it can be used."""
+    """Compute kernels of the model: XLA (plain), or oneDNN on CPU; auto is oneDNN where it can be used."""
     xla: tuple[str, ...] = ()
     """XLA compiler options for the train step, NAME=VALUE each (not in mode pmap)."""
     cache: str = "auto"
@@ -141,7 +141,7 @@ class RunConfig:
     eval_every: float = 1.0
     """Epochs between evaluations on validation, each with a checkpoint."""
     save_steps: int | None = None
-    """Further checkpoints, every so many steps."""
+    """Steps between further checkpoints."""
     keep_last: int = 2
     """How many of the newest checkpoints to keep."""
     log_every: int = 50
@@ -163,9 +163,9 @@ class TrainConfig(RunConfig):
     ema: float | None = None
     """Decay of a moving average of the parameters, which is then what is evaluated and used."""
     init: str | None = None
-    """Start from a run's folder, or from PyTorch weights (.pth, .safetensors); a head of another size is made anew."""
+    """Start from a run's folder or PyTorch weights (.pth, .safetensors); a head of a different size starts afresh."""
     freeze: bool = False
-    """Train the head alone."""
+    """Train only the head."""
     dense: bool = False
     """Let the pruned weights of a sparse `--init` grow back; they stay pruned otherwise."""
     select: Literal["last", "best"] = "last"
@@ -258,7 +258,7 @@ def check_run(config: RunConfig, ranges: dict[str, bool]) -> None:
         if not fits:
             raise UsageError(f"--{name.replace('_', '-')} {values[name]} is out of range")
     if config.optim.name != "lars" and config.optim.trust_coefficient != OptimConfig().trust_coefficient:
-        raise UsageError(f"--optim.trust-coefficient is of lars, not of {config.optim.name}")
+        raise UsageError(f"--optim.trust-coefficient applies only to lars (got {config.optim.name})")
     if not config.sync_bn and config.mode == "jit":
         raise UsageError("jit's statistics are those of the whole batch: --no-sync-bn needs --mode shard_map or pmap")
     if config.distributed not in (None, "auto") and not re.fullmatch(r".+:\d+,\d+,\d+", config.distributed):

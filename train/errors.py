@@ -1,4 +1,4 @@
-"""What a user can mend (exit code 2), what stopped a run (exit code 1), and the one line that says so."""
+"""Errors that the user can fix (exit code 2) or that stopped a run (exit code 1), each shown as one line."""
 
 import difflib
 import logging
@@ -10,7 +10,8 @@ from typing import Any
 
 
 class UsageError(Exception):
-    """Bad usage or bad input: nothing was started, or nothing lost. The message says what and how to mend it."""
+    """Bad usage or bad input: nothing was started, or nothing lost. The message says what is wrong and how to fix
+    it."""
 
 
 class RunError(Exception):
@@ -46,6 +47,6 @@ def one_line() -> Iterator[None]:
 
 
 def _without_late_writes(unraisable: Any) -> None:
-    """`sys.unraisablehook`, but for writes that report to an event loop which their failure has already closed."""
+    """`sys.unraisablehook`, except for writes that report to an event loop which their failure has already closed."""
     if str(unraisable.exc_value) != "Event loop is closed":
         sys.__unraisablehook__(unraisable)

@@ -55,7 +55,7 @@ def with_statistics(config: Run, dataset: Dataset) -> Run:
             given = aug.IMAGENET_MEAN, aug.IMAGENET_STD
         else:
             pixels = dataset.train.images.reshape(-1, channels)
-            # One pixel in so many is plenty, and the same ones every time.
+            # A fixed stride of pixels is enough, and deterministic.
             sample = pixels[:: max(len(pixels) // 4_000_000, 1)].astype(np.float64) / 255
             given = tuple(sample.mean(0).round(4).tolist()), tuple(sample.std(0).clip(1e-3).round(4).tolist())
     if None in given or any(len(values or ()) != channels for values in given):
@@ -99,7 +99,7 @@ def train_augment(config: AugmentConfig) -> aug.Augment:
 
 
 def eval_augment(config: ImageConfig) -> aug.Augment:
-    """What evaluation and prediction do to an image: the centre where training crops, then normalise."""
+    """Preprocessing for evaluation and prediction: the centre crop where training crops, then normalise."""
     crop = [aug.center_crop(config.resized_crop)] if config.resized_crop else []
     return aug.compose(*crop, _normalize(config))
 
@@ -119,7 +119,7 @@ def make_model(
 ) -> nn.Module:
     """The config's model, for the axis that its steps will be compiled with; see `make_kernels`.
 
-    `drop_path` matters in training alone.
+    `drop_path` only matters in training.
     """
     options: dict[str, Any] = dict(kernels or {})
     options |= {} if config.width is None else {"width": config.width}
@@ -193,7 +193,7 @@ def make_tx(
 
 
 def trained_part(config: TrainConfig) -> Predicate | None:
-    """Which parameters a run updates: the head alone where the backbone is frozen, None for all."""
+    """The parameters that a run updates: only the head where the backbone is frozen, None for all."""
     return is_head if config.freeze else None
 
 

@@ -120,7 +120,7 @@ class Progress:
     def log(self, step: int, metrics: dict[str, float]) -> None:
         self.window.append(metrics)
         now = time.perf_counter()
-        if self.first is None:  # compilation belongs to no rate
+        if self.first is None:  # exclude compilation from the rate
             self.begun, self.first = now, step
             self.paused = 0.0
         self.last = step

@@ -36,7 +36,7 @@ def cifar10_resnet20() -> TrainConfig:
 
     Command: python -m train.data prepare cifar10 && python -m train cifar10_resnet20
     Hardware: any GPU, minutes; some 10 hours on 2 CPU cores. The paper reports 91.25 %. It subtracts the mean image and
-    decays all parameters; here they are channel means, and kernels alone.
+    decays all parameters; here the means are per channel, and only kernels decay.
     """
     return TrainConfig(
         model="resnet20",
@@ -49,7 +49,7 @@ def cifar10_resnet20() -> TrainConfig:
 
 
 def cifar10_resnet18() -> TrainConfig:
-    """ResNet-18 with a 3x3 stem, 200 epochs: recipe of kuangliu/pytorch-cifar, decay on kernels alone.
+    """ResNet-18 with a 3x3 stem, 200 epochs: recipe of kuangliu/pytorch-cifar, only kernels decay.
 
     Command: python -m train.data prepare cifar10 && python -m train cifar10_resnet18
     Hardware: one GPU. Peers report 95.3 % (mean of five seeds of a like recipe) at the last epoch.
@@ -161,8 +161,8 @@ def finetune() -> TrainConfig:
     """A pretrained network on a folder of your own images, class by subfolder.
 
     Command: python -m train finetune --data.name folder:DIR --init resnet50.safetensors --model resnet50
-    Hardware: a GPU, minutes; `--freeze` trains the head alone and suits a CPU. `--init` takes torchvision or timm
-    weights of the same model, or another run's folder.
+    Hardware: a GPU, minutes; `--freeze` trains only the head and suits a CPU. `--init` takes torchvision or timm
+    weights of the same model, or the folder of a run.
     """
     return TrainConfig(
         model="resnet50",

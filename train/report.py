@@ -30,7 +30,7 @@ def collect(run: Path) -> dict[str, Any]:
 
 
 def new_figure(width: float, height: float) -> Any:
-    """An empty matplotlib figure of so many inches.
+    """An empty matplotlib figure, its size in inches.
 
     Raises:
       UsageError: matplotlib is not installed.
@@ -51,9 +51,9 @@ def check_picture(picture: Path) -> None:
     kinds = new_figure(1, 1).canvas.get_supported_filetypes()
     kind = picture.suffix.removeprefix(".").lower()
     if kind and kind not in kinds:
-        raise UsageError(f"cannot draw {picture}: {kind} is none of {', '.join(sorted(kinds))}")
+        raise UsageError(f"cannot draw {picture}: {kind} is not one of {', '.join(sorted(kinds))}")
     if not picture.parent.is_dir():
-        raise UsageError(f"cannot draw {picture}: {picture.parent} is no folder")
+        raise UsageError(f"cannot draw {picture}: {picture.parent} is not a folder")
 
 
 def save_figure(figure: Any, picture: Path) -> None:

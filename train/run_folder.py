@@ -49,7 +49,7 @@ def read_config(out: Path, kind: type[Run]) -> tuple[Run, dict[str, Any]]:
     """(config, the whole of config.json: preset, classes, image_shape, versions) of a run's folder.
 
     Raises:
-      UsageError: no run there, one of another pipeline than `kind`, or a damaged file.
+      UsageError: not a run folder, a run of a different pipeline than `kind`, or a damaged file.
     """
     try:
         saved = json.loads((out / "config.json").read_text())
@@ -57,7 +57,7 @@ def read_config(out: Path, kind: type[Run]) -> tuple[Run, dict[str, Any]]:
             raise UsageError(f"{out} is a run of {theirs}, not of {pipeline(kind)}")
         return from_dict(kind, saved["config"]), saved
     except FileNotFoundError:
-        raise UsageError(f"{out} is no run's folder: it has no config.json") from None
+        raise UsageError(f"{out} is not a run folder: it has no config.json") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"{out / 'config.json'} cannot be read: {error}") from None
 
@@ -155,7 +155,7 @@ def load_state(run: Path) -> TrainState:
 
 
 def environment() -> dict[str, Any]:
-    """What a figure depends on beside its recipe: command, commit, versions, devices."""
+    """The environment that a figure depends on: command, commit, versions, devices."""
     packages = ("jax", "jaxlib", "flax", "optax", "numpy")
     return {
         "command": shlex.join(["python", *sys.orig_argv[1:]]),

@@ -1,4 +1,4 @@
-"""What a process of a pipeline sets up for itself: its hosts, where compiled programs are kept, how freed memory is.
+"""Process-wide setup of a pipeline: hosts, the folder of compiled programs, freed memory, compiler options.
 
 The mains of training and benchmarks do it, and `train.run.run` for the cache; importing never does.
 """
@@ -30,7 +30,7 @@ def keep_compiled(folder: str = "auto") -> Path | None:
     """Keep compiled programs in a folder, so that a second start finds them; returns the folder, None if switched off.
 
     `auto` is JAX's own setting (JAX_COMPILATION_CACHE_DIR) where there is one, else `cache_folder()`/compiled, apart
-    for each kind of processor: code for one may not run on another. `none` keeps nothing.
+    for each kind of processor: code for one may not run on a different one. `none` keeps nothing.
 
     Raises:
       UsageError: the folder cannot be made.
@@ -89,7 +89,7 @@ def keep_memory() -> bool:
 
 
 def cpu_only() -> bool:
-    """Whether JAX will have no device but the CPU, told without starting it."""
+    """Whether JAX will have only the CPU as a device, found out without starting it."""
     platforms = getattr(jax.config, "jax_platforms", None) or ""
     if platforms:
         return platforms == "cpu"
@@ -97,7 +97,7 @@ def cpu_only() -> bool:
 
 
 def join_hosts(distributed: str | None) -> None:
-    """Make this process one of several: `auto`, or COORDINATOR:PORT,COUNT,INDEX; None stays alone.
+    """Make this process one of several: `auto`, or COORDINATOR:PORT,COUNT,INDEX; None is a single process.
 
     Raises:
       RunError: the others cannot be reached.
@@ -123,7 +123,7 @@ def say(line: str) -> None:
 def compiler_options(dtype: Any, *, plain: bool = True) -> dict[str, Any]:
     """XLA options for networks of this dtype on this backend, `plain` or not, for `jax.jit(compiler_options=...)`.
 
-    On CPU alone. Plain convolutions in float32: options that keep XLA from fusing the weight gradient's transposition
+    Only on CPU. Plain convolutions in float32: options that keep XLA from fusing the weight gradient's transposition
     into the backward pass before it, and from handing convolutions to YNN; 1.2 to 1.8 times as fast (docs/speed.md).
     bfloat16: no YNN at all, which in jax 0.12 returns nan for some networks, a 3-stage ResNet on 32x32 images for one.
     """

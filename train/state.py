@@ -16,7 +16,7 @@ from resnet_jax.tree import PyTree, leaves
 
 
 class TrainState(struct.PyTreeNode):
-    """What a step reads and writes.
+    """The state that a step reads and writes.
 
     Attributes:
       step: int32 scalar, steps done.
@@ -38,7 +38,7 @@ class TrainState(struct.PyTreeNode):
 
     @property
     def variables(self) -> dict[str, PyTree]:
-        """What the network is used with: the moving average where there is one."""
+        """The variables to use the network with: the moving average where there is one."""
         return self.ema or {"params": self.params, "batch_stats": self.batch_stats}
 
 

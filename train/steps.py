@@ -1,7 +1,7 @@
 """The supervised steps: pure functions of (state, batch), compiled by `resnet_jax.parallel.compile_step`.
 
-A batch is a dict whose arrays share their first axis: `image` uint8 [B, H, W, C], whatever the objective reads beside
-it (`label` int32 [B] for `classify`), and in evaluation `valid` bool [B], False where a row is padding. Bind everything
+A batch is a dict whose arrays share their first axis: `image` uint8 [B, H, W, C], other arrays that the objective reads
+(`label` int32 [B] for `classify`), and in evaluation `valid` bool [B], False where a row is padding. Bind everything
 static with `functools.partial`; only `state` and `batch` are arrays.
 """
 

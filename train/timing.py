@@ -1,7 +1,7 @@
 """Timing: runners that take turns, medians with their spread, ratios with an interval. Knows nothing of networks.
 
 A runner is called without arguments and returns the arrays to wait for. Whatever is to be compared is timed in the same
-process, block by block in turns and each other block in reverse order (ABBA), so that a machine that slows down slows
+process, interleaved block by block, every second block in reverse order (ABBA), so that a machine that slows down slows
 down both; the interval of a ratio comes from the blocks, as steps within one are not independent.
 """
 
@@ -35,7 +35,8 @@ def interleaved(
       steps: timed calls of a block.
       repeats: blocks of each runner.
       warmup: untimed calls of each runner before all.
-      settle: untimed calls before each block; None is one where runners take turns, as caches hold another's data.
+      settle: untimed calls before each block; None is one where runners are
+        interleaved, as caches hold another runner's data.
       ahead: wait for each call's arrays only after the next is dispatched, as `train.loop.fit` does; times are then
         those between one end and the next. Else each call is waited for before the next.
     """
@@ -95,7 +96,7 @@ def summary(seconds: np.ndarray) -> dict[str, float]:
 
 
 def ratio(a: np.ndarray, b: np.ndarray, confidence: float = 0.95) -> dict[str, float]:
-    """Median of `a` over median of `b`, seconds [repeats, steps] each, timed in turns: `value`, `low`, `high`.
+    """Median of `a` over median of `b`, seconds [repeats, steps] each, timed interleaved: `value`, `low`, `high`.
 
     The interval is Student's around the logarithm, with a standard error from a bootstrap over pairs of blocks
     (https://arxiv.org/abs/1411.5279 section 4): percentiles of so few blocks would be wrong far too often. The same

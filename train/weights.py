@@ -1,4 +1,4 @@
-"""Weights to start from: another run of this project, or a PyTorch state dict."""
+"""Weights to start from: a run of this project, or a PyTorch state dict."""
 
 import json
 from pathlib import Path
@@ -19,14 +19,14 @@ ENCODER = "encoder.safetensors"  # of a pretraining run's folder
 
 
 def load_weights(source: Path, variables: dict[str, PyTree]) -> dict[str, PyTree]:
-    """`variables` with the weights of `source` in them; a head of another size, or none, stays as it was.
+    """`variables` with the weights of `source` in them; a head of a different size, or a missing one, stays as it was.
 
     Args:
       source: a run's folder (of training; or of pretraining, whose encoder it is), a .safetensors file, or a .pth /
         .pt / .bin file (read with `weights_only=True`) with torchvision's or timm's names.
 
     Raises:
-      UsageError: no such file, one that cannot be read, or weights of another model; every tensor is accounted for.
+      UsageError: no such file, one that cannot be read, or weights of a different model; every tensor is accounted for.
     """
     source = source.expanduser()
     if (source / ENCODER).is_file():
@@ -59,10 +59,10 @@ def save_encoder(path: Path, variables: dict[str, PyTree], *, flax_names: bool =
 def load_masks(source: Path, params: PyTree) -> PyTree | None:
     """The masks of a sparse run or a sparse file, for these parameters; None where `source` prunes nothing.
 
-    A head of another size is not pruned.
+    A head of a different size is not pruned.
 
     Raises:
-      UsageError: as `load_weights`; masks of another model.
+      UsageError: as `load_weights`; masks of a different model.
     """
     source = source.expanduser()
     if source.is_dir() and not (source / ENCODER).is_file():
@@ -76,14 +76,14 @@ def load_masks(source: Path, params: PyTree) -> PyTree | None:
         return None
     for path in sorted(found.keys() ^ leaves(params).keys()):
         if not path.startswith("head/"):
-            raise UsageError(f"{source} has masks of another model: {path} is only in one of the two")
+            raise UsageError(f"{source} has masks of a different model: {path} is only in one of the two")
 
     def fitting(path: str, x: Any) -> Any:
         mask = found.get(path)
         if is_head(path, x) and (mask is None or mask.shape != x.shape):
             return np.ones((), bool)
         if mask is None or mask.shape not in ((), x.shape):
-            raise UsageError(f"{source} has masks of another model: {path} is another there")
+            raise UsageError(f"{source} has masks of a different model: {path} has a different shape there")
         return mask
 
     return map_with_path(fitting, params)
@@ -93,12 +93,12 @@ def dense_variables(source: Path, like: dict[str, PyTree]) -> dict[str, PyTree]:
     """The weights of `source` whole, head included, in the place of `like`.
 
     Raises:
-      UsageError: as `load_weights`, or a head of other classes.
+      UsageError: as `load_weights`, or a head for different classes.
     """
     unknown = map_with_path(lambda path, x: np.full(x.shape, np.nan, np.float32), like)
     found = load_weights(source, unknown)
     if any(np.isnan(np.asarray(x)).any() for x in jax.tree.leaves(found["params"].get("head", {}))):
-        raise UsageError(f"{source} has a head of other classes, or none: fine-tune it first, python -m train --init")
+        raise UsageError(f"{source} has a head for different classes, or none: fine-tune first, python -m train --init")
     return found
 
 
@@ -127,7 +127,7 @@ def read_state_dict(path: Path) -> dict[str, np.ndarray]:
         try:
             return load_file(path)
         except (SafetensorError, OSError, ValueError) as error:
-            raise UsageError(f"{path} is no readable safetensors file: {error}") from None
+            raise UsageError(f"{path} is not a readable safetensors file: {error}") from None
     try:
         import torch
     except ImportError:
@@ -137,7 +137,7 @@ def read_state_dict(path: Path) -> dict[str, np.ndarray]:
     try:
         content: Any = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged files raise whatever unpickling meets
-        raise UsageError(f"{path} is no readable PyTorch weights file: {error}") from None
+        raise UsageError(f"{path} is not a readable PyTorch weights file: {error}") from None
     for wrapper in ("state_dict", "model", "net"):
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
             content = content[wrapper]
@@ -155,7 +155,7 @@ def _same_shapes(given: PyTree, wanted: PyTree, source: Path) -> PyTree:
     odd = sorted(p for p in have.keys() ^ want.keys() if not of_head(p))
     odd += [p for p in want if p in have and have[p].shape != want[p].shape and not of_head(p)]
     if odd:
-        raise UsageError(f"{source} is of another model: {odd[0]} and {len(odd) - 1} more differ")
+        raise UsageError(f"{source} comes from a different model: {odd[0]} and {len(odd) - 1} more differ")
     heads = [p for p in want if of_head(p)]
     fits = all(p in have and have[p].shape == want[p].shape for p in heads)
     return map_with_path(lambda path, leaf: leaf if of_head(path) and not fits else have[path], wanted)

@@ -313,7 +313,7 @@ BAD_INPUT = {
     ),
     "crop": (["--augment.resized-crop", "16"], "--augment.resized-crop 16 is larger than the images, 8x8"),
     "random boxes": (["--data.random-crop"], "--data.random-crop cuts one box for all views of an image"),
-    "trust": (["--optim.trust-coefficient", "0.02"], "--optim.trust-coefficient is of lars, not of sgd"),
+    "trust": (["--optim.trust-coefficient", "0.02"], "--optim.trust-coefficient applies only to lars (got sgd)"),
     "large small crop": (
         ["digits_swav", "--augment.small-views", "2", "--augment.small-crop", "8"],
         "--augment.small-crop 8 is no smaller than the large views, 8",

@@ -107,7 +107,7 @@ def test_images_that_cannot_be_read(trained, image, message):
 
 def test_folders_that_hold_no_run(trained, tmp_path, fails, monkeypatch):
     monkeypatch.setattr("sys.argv", ["predict", str(tmp_path), "image.png"])
-    assert "is no run's folder: it has no config.json" in fails(2, main)
+    assert "is not a run folder: it has no config.json" in fails(2, main)
     (tmp_path / "config.json").write_text((trained[1] / "config.json").read_text())
     assert "has no checkpoints yet" in fails(2, main)
     (tmp_path / "checkpoints").mkdir()
@@ -192,7 +192,7 @@ def test_weights_of_another_model(trained, tmp_path):
 
     _, source, _ = trained
     wider = jax.tree.map(lambda x: np.concatenate([x, x]), load_state(source).variables)
-    with pytest.raises(UsageError, match="is of another model"):
+    with pytest.raises(UsageError, match="comes from a different model"):
         load_weights(source, wider)
     save_file({"conv1.weight": np.zeros((3, 3, 3, 3), np.float32)}, tmp_path / "weights.safetensors")
     with pytest.raises(UsageError, match=r"weights.safetensors: "):

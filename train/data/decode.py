@@ -1,4 +1,4 @@
-"""Encoded images of any size and mode to arrays of one."""
+"""Decode images of any size and mode to uniform uint8 arrays."""
 
 import io
 import struct
@@ -62,5 +62,5 @@ def random_box(width: int, height: int, rng: np.random.Generator) -> tuple[float
 
 
 def fault(error: Exception) -> str:
-    """What is wrong with an unreadable image; Pillow's own words for a file of another kind name a Python object."""
+    """The reason why an image cannot be read; Pillow's own message names a Python object."""
     return "not an image" if isinstance(error, UnidentifiedImageError) else str(error)

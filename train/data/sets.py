@@ -70,7 +70,7 @@ def load(
       split_seed: of that draw; not the run's seed, so that all runs hold back the same examples.
       fraction: share of the training split that is kept, in (0, 1], drawn evenly from each class by `split_seed`; the
         images that a fraction holds are part of any larger one.
-      random_crop: see `Encoded`; the training split is then decoded anew in every epoch.
+      random_crop: see `Encoded`; the training split is then decoded again in every epoch.
       broken: `refuse` or `skip` images that cannot be decoded.
       memory_limit: see `in_memory`; 0 leaves everything encoded.
 
@@ -109,7 +109,7 @@ def load(
 def in_memory(dataset: Dataset, *, skip_broken: bool = False, limit: int = MEMORY_LIMIT) -> Dataset:
     """The set with its encoded splits decoded, if all of them take at most `limit` bytes; else as it is.
 
-    Splits that cut random boxes out stay encoded: they are decoded anew in every epoch.
+    Splits that cut random boxes out stay encoded: they are decoded again in every epoch.
 
     Raises:
       UsageError: images that cannot be decoded (unless they are skipped), or that differ in size.
@@ -196,7 +196,7 @@ def share_of(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
 
 
 def known_labels(source: Arrays | Encoded) -> np.ndarray:
-    """Labels of a split in its order, int [N]; where they stand beside encoded images those are read, not decoded."""
+    """Labels of a split in its order, int [N]; labels stored next to encoded images are read without decoding them."""
     if isinstance(source, Arrays):
         return source.labels
     if source.labels is not None:
@@ -252,7 +252,7 @@ def _tfds(name: str, data_dir: Path | None, size: int | None) -> tuple[tuple[str
         have = sorted(p.name for p in root.glob("*") if prepared_folder(p.name, root)) if root.is_dir() else []
         raise UsageError(
             f"no prepared set {name!r} in {root} (there: {', '.join(have) or 'none'}); 'python -m train.data prepare "
-            f"{name}' prepares a stock TFDS set, --data.dir names another folder, folder:DIR reads plain images"
+            f"{name}' prepares a stock TFDS set, --data.dir names a different folder, folder:DIR reads plain images"
         )
     builder = tfds.builder_from_directory(folder)
     features = builder.info.features
@@ -270,7 +270,7 @@ def _tfds(name: str, data_dir: Path | None, size: int | None) -> tuple[tuple[str
     except NotImplementedError:
         raise UsageError(
             f"{folder} is stored in a format without random access: prepare it as array_record, "
-            f"with 'python -m train.data prepare {name}' and another --dir"
+            f"with 'python -m train.data prepare {name}' and a different --dir"
         ) from None
     if "test" in sources and len(sources["test"]) and sources["test"][0][label_key] == -1:
         del sources["test"]  # ImageNet's comes without labels: there is nothing to report on it
@@ -297,7 +297,7 @@ def _feature(features: Any, kind: type, name: str) -> tuple[str, Any]:
     for key, feature in features.items():
         if isinstance(feature, kind):
             return key, feature
-    raise UsageError(f"{name} is no classification set: it has no {kind.__name__} feature")
+    raise UsageError(f"{name} is not a classification set: it has no {kind.__name__} feature")
 
 
 def default_data_dir() -> Path:

@@ -126,7 +126,7 @@ def decode_all(source: Encoded, *, skip_broken: bool = False) -> Arrays:
 
 
 def decode_threads(shape: tuple[int, ...]) -> int:
-    """How many threads decode images of this shape: as many as there are cores, for small ones a single one.
+    """Number of threads that decode images of this shape: one per core, or a single one for small images.
 
     Decoding a small image is mostly Python, which one thread runs at a time: a second one at 32 pixels costs a quarter
     of the speed, and gains half at 224 (docs/speed.md).

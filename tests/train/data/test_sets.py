@@ -570,7 +570,7 @@ def test_features_of_other_names(tmp_path):
 def test_set_that_is_no_classification(feature, missing, tmp_path):
     features = {"image": tfds.features.Image(shape=(6, 6, 3)), "label": LABELS}
     make_set(tmp_path, "half", {"train": pictures(5)}, features={feature: features[feature]})
-    with pytest.raises(UsageError, match=f"half is no classification set: it has no {missing} feature"):
+    with pytest.raises(UsageError, match=f"half is not a classification set: it has no {missing} feature"):
         load("half", dir=tmp_path)
 
 

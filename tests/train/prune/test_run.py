@@ -821,7 +821,7 @@ BAD_FOR_THE_RUN = {
         ["--optim.lr", "0.3"],
         "--optim.lr has no effect on this pruning: the training after pruning has --prune.epochs",
     ),
-    "other width": (["--width", "8"], "is of another model"),
+    "other width": (["--width", "8"], "comes from a different model"),
 }
 
 
@@ -855,7 +855,7 @@ def test_network_of_other_classes(small, fails, tmp_path):
     path = tmp_path / "five.safetensors"
     save_sparse(path, variables, jax.device_get(full_masks(variables["params"])))
     given = [*NETWORK, *ALIKE, "--init", str(path), "--out", str(tmp_path / "run")]
-    assert f"{path} has a head of other classes, or none: fine-tune it first" in fails(2, main, given)
+    assert f"{path} has a head for different classes, or none: fine-tune it first" in fails(2, main, given)
     assert not any(p.is_file() for p in (tmp_path / "run").rglob("*"))
 
 
@@ -876,7 +876,7 @@ def damaged(file, folder):
 def test_masks_that_cannot_be_taken(dense, pruned, wider, fails, tmp_path):
     tampered, truncated = damaged(pruned(*GRADUAL).result["pruned_file"], tmp_path)
     refused = {
-        wider: f"{wider} has masks of another model: ",
+        wider: f"{wider} has masks of a different model: ",
         dense: f"--prune.masks {dense} prunes nothing",
         tampered: "its checksum differs; export or copy it again",
         truncated: "truncated.safetensors",
@@ -895,9 +895,9 @@ def test_weights_that_cannot_be_taken(pruned, wider, fails, tmp_path):
     tampered, truncated = damaged(pruned(*GRADUAL).result["pruned_file"], tmp_path)
     assert is_sparse_file(tampered) and not is_sparse_file(truncated)
     refused = {
-        wider: f"{wider} is of another model: ",
+        wider: f"{wider} comes from a different model: ",
         tampered: "its checksum differs; export or copy it again",
-        truncated: "truncated.safetensors is no readable safetensors file",
+        truncated: "truncated.safetensors is not a readable safetensors file",
         tmp_path / "nowhere": "no weights at",
     }
     for source, message in refused.items():
