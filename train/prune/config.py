@@ -1,4 +1,4 @@
-"""What pruning is told: a supervised run's config, and what is pruned, when, and how the rest is trained again."""
+"""Configuration of pruning: that of a supervised run, with what to prune, when, and how to train the rest."""
 
 import dataclasses
 import json
@@ -24,12 +24,12 @@ CHANNELS = "channels"
 
 @dataclass(frozen=True, kw_only=True)
 class PruningConfig:
-    """What is pruned, when, and how the rest is trained again."""
+    """What to prune, when, and how to train the rest."""
 
     sparsity: float | None = None
     """Share of the prunable weights, or channels, to remove, in [0, 1). Default: 0.9, or what N:M says."""
     score: str = "magnitude"
-    """What decides: `magnitude`, `random`, `snip`, `taylor`, `fisher`, `synflow`; `norm_scale` for channels."""
+    """Score of importance: `magnitude`, `random`, `snip`, `taylor`, `fisher`, `synflow`; `norm_scale` for channels."""
     scope: Scope = "global"
     """One ranking over all layers (`global`, `lamp`), or a share for each layer (`uniform`, `erk`)."""
     layers: tuple[str, ...] = ()
@@ -63,13 +63,13 @@ class PruningConfig:
     restart: Literal["rewind", "reinit", "finetune"] = "rewind"
     """Where each level of `iterative` starts: the dense run's early weights, fresh ones, or the last level's."""
     rewind_epochs: float = 1.0
-    """How early these early weights are."""
+    """Epochs of the dense run after which its early weights are kept."""
     rounds: int | None = None
-    """Scorings of a one-shot pruning, each pruning the same share of what is left. Default: 1, `synflow` 100."""
+    """Scorings of a one-shot pruning, each pruning an equal share of the rest. Default: 1, `synflow` 100."""
     batches: int = 8
     """Training batches that scores, and statistics, are measured on."""
     recalibrate: bool = False
-    """Measure the batch statistics anew after pruning at once, before training."""
+    """Measure the batch statistics again after one-shot pruning, before training."""
     values: Literal["float32", "int8"] = "float32"
     """Of the kept weights in the sparse file."""
 
@@ -105,7 +105,7 @@ class PruneConfig(TrainConfig):
 def of_run(run: Path) -> PruneConfig:
     """The default pruning of a trained run: its own settings, a third of its epochs, a fifth of its learning rate.
 
-    Of a run that was pruned it is what that run was told, on from there.
+    For a run that was pruned already: that run's own settings.
 
     Raises:
       UsageError: no run of training there.
@@ -121,7 +121,7 @@ def of_run(run: Path) -> PruneConfig:
 
 
 def _epochs(run: Path, config: TrainConfig) -> float:
-    """How long a run trained; what it was told where it is not finished."""
+    """Epochs that a run trained, or those of its config if it is not finished."""
     try:
         return json.loads((run / "result.json").read_text())["epochs"]
     except (OSError, ValueError, KeyError):
@@ -152,7 +152,7 @@ def check_changes(config: PruneConfig, default: PruneConfig) -> None:
         "prune.rounds": p.masks is None,
         "prune.batches": p.needs_images,
         "dense": p.start == "trained",
-        # What the dense run was told, where it is there already and not told again.
+        # Settings of the dense run, which exists already.
         **dict.fromkeys(
             ("epochs", "steps", "optim.lr", "optim.schedule", "optim.warmup_epochs"),
             config.init is None or p.from_scratch,
@@ -204,7 +204,7 @@ def check(config: PruneConfig) -> None:
         try:
             re.compile(pattern)
         except re.error as error:
-            raise UsageError(f"{pattern!r} is no regular expression: {error}") from None
+            raise UsageError(f"{pattern!r} is not a valid regular expression: {error}") from None
     shares = []
     for one in p.layers:
         pattern, _, share = one.rpartition("=")
@@ -240,14 +240,14 @@ def _check_together(config: PruneConfig, kind: str) -> None:
     at_once = p.schedule in AT_ONCE
     rewinds = p.schedule == "iterative" and p.restart == "rewind"
     refused: dict[str, Any] = {
-        f"--prune.sparsity {p.sparsity} is not what {p.structure} prunes: leave it out": (
+        f"--prune.sparsity {p.sparsity} contradicts {p.structure}: leave it out": (
             kind == "n:m" and abs(p.final - dataclasses.replace(p, sparsity=None).final) > 1e-6
         ),
-        "--prune.scope lamp and erk are of weights: channels take global or uniform": (
+        "--prune.scope lamp and erk apply only to single weights: channels take global or uniform": (
             kind == CHANNELS and p.scope not in ("global", "uniform")
         ),
-        "--prune.scope is not of N:M, which prunes each layer alike": kind == "n:m" and p.scope != "global",
-        "--prune.layers is of weights pruned by rank, not of channels, N:M or levels": (
+        "--prune.scope has no effect with N:M, which prunes every layer equally": kind == "n:m" and p.scope != "global",
+        "--prune.layers applies only to weights pruned by rank, not to channels, N:M or levels": (
             bool(p.layers) and (kind != "block" or p.schedule == "iterative")
         ),
         "--prune.score norm_scale scores channels: add --prune.structure channels": (
@@ -260,11 +260,11 @@ def _check_together(config: PruneConfig, kind: str) -> None:
             p.schedule in ("rigl", "set") and p.structure != "unstructured"
         ),
         "--prune.masks needs --prune.schedule one_shot": p.masks is not None and p.schedule != "one_shot",
-        "--prune.rounds is of pruning at once": p.rounds is not None and not at_once,
-        "--prune.recalibrate is of pruning at once": p.recalibrate and not at_once,
+        "--prune.rounds only applies to one-shot pruning": p.rounds is not None and not at_once,
+        "--prune.recalibrate only applies to one-shot pruning": p.recalibrate and not at_once,
         "rewinding needs the early weights of a run that it trains itself: leave the run out, or choose "
         "--prune.restart finetune": rewinds and config.init is not None,
-        "--prune.start random is not of iterative: choose --prune.restart reinit": (
+        "--prune.start random does not work with iterative: choose --prune.restart reinit": (
             p.start == "random" and p.schedule == "iterative"
         ),
         "--select best would take the least pruned network: pruning selects the last": config.select == "best",

@@ -1,4 +1,4 @@
-"""What a pruned run delivers: a sparse file, and where whole channels went, a smaller network as a run of its own."""
+"""The files that a pruned run delivers: a sparse file and, with whole channels pruned, a smaller network as a run."""
 
 import dataclasses
 import json

@@ -49,7 +49,7 @@ def cifar10_resnet56_channels() -> PruneConfig:
 
 
 def imagenet_resnet50_gmp80() -> PruneConfig:
-    """ResNet-50 to 80 % by gradual magnitude pruning, the same share of every layer but the stem and the head.
+    """ResNet-50 to 80 % by gradual magnitude pruning, the same share of every layer except the stem and the head.
 
     Command: python -m train.data prepare imagenet2012 && python -m train.prune imagenet_resnet50_gmp80
     Hardware: 8 GPUs or a TPU v3-8. Not measured; peers report 75.5 % top-1 at 80 % (dense 76.7 %).

@@ -216,7 +216,7 @@ def make_remask(p: PruningConfig, model: nn.Module, steps: int) -> mask_schedule
 
 
 def pruning_figures(training: Training, state: TrainState, model: nn.Module, dense: Path) -> dict[str, Any]:
-    """What the result says of pruning: the dense accuracy, sparsity, and what was delivered.
+    """The result's figures of pruning: the dense accuracy, sparsity, and what was delivered.
 
     Raises:
       RunError: pruned weights are not zero, which is a fault of this program.

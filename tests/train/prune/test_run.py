@@ -713,11 +713,11 @@ BAD_SETTINGS = {
     "share": (["--prune.layers", "stage1=1"], "--prune.layers ('stage1=1',) is out of range"),
     "sparsity of N:M": (
         ["--prune.structure", "2:4", "--prune.sparsity", "0.9"],
-        "is not what 2:4 prunes: leave it out",
+        "contradicts 2:4: leave it out",
     ),
     "scope of N:M": (
         ["--prune.structure", "2:4", "--prune.sparsity", "0.5", "--prune.scope", "erk"],
-        "--prune.scope is not of N:M, which prunes each layer alike",
+        "--prune.scope has no effect with N:M, which prunes every layer equally",
     ),
     "scope of channels": (
         ["--prune.structure", "channels", "--prune.scope", "lamp"],
@@ -733,12 +733,12 @@ BAD_SETTINGS = {
         "rigl moves single weights: it needs --prune.structure unstructured",
     ),
     "masks": (["--prune.masks", "runs/other"], "--prune.masks needs --prune.schedule one_shot"),
-    "rounds": (["--prune.rounds", "3"], "--prune.rounds is of pruning at once"),
+    "rounds": (["--prune.rounds", "3"], "--prune.rounds only applies to one-shot pruning"),
     "end before begin": (["--prune.begin", "0.5", "--prune.end", "0.4"], "--prune.end 0.4 is out of range"),
     "levels": (["--prune.schedule", "iterative", "--prune.levels", "0"], "--prune.levels 0 is out of range"),
     "random levels": (
         ["--prune.schedule", "iterative", "--prune.start", "random"],
-        "--prune.start random is not of iterative: choose --prune.restart reinit",
+        "--prune.start random does not work with iterative: choose --prune.restart reinit",
     ),
     "select": (["--select", "best"], "--select best would take the least pruned network: pruning selects the last"),
     "int8 of channels": (
@@ -746,8 +746,8 @@ BAD_SETTINGS = {
         "the compact network is the delivery",
     ),
     "dense without init": (["--dense"], "name it with --init"),
-    "no pattern": (["--prune.exclude", "(stem"], "'(stem' is no regular expression: missing )"),
-    "no pattern of layers": (["--prune.layers", "*=0.5"], "'*' is no regular expression: nothing to repeat"),
+    "no pattern": (["--prune.exclude", "(stem"], "'(stem' is not a valid regular expression: missing )"),
+    "no pattern of layers": (["--prune.layers", "*=0.5"], "'*' is not a valid regular expression: nothing to repeat"),
 }
 # Fields that the other settings leave without effect.
 UNUSED = {
@@ -855,7 +855,7 @@ def test_network_of_other_classes(small, fails, tmp_path):
     path = tmp_path / "five.safetensors"
     save_sparse(path, variables, jax.device_get(full_masks(variables["params"])))
     given = [*NETWORK, *ALIKE, "--init", str(path), "--out", str(tmp_path / "run")]
-    assert f"{path} has a head for different classes, or none: fine-tune it first" in fails(2, main, given)
+    assert f"{path} has a head for different classes, or none: fine-tune first" in fails(2, main, given)
     assert not any(p.is_file() for p in (tmp_path / "run").rglob("*"))
 
 
