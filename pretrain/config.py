@@ -1,4 +1,4 @@
-"""What a run of pretraining is told: one field a flag (`--objective.name byol`). Known to the mains alone."""
+"""Configuration of pretraining: one flag per field (`--objective.name byol`). Only entry points import it."""
 
 import dataclasses
 from dataclasses import dataclass, field
@@ -11,7 +11,7 @@ from train.errors import UsageError, unknown
 
 @dataclass(frozen=True, kw_only=True)
 class ViewConfig(ImageConfig):
-    """How views are made, on the device; see `pretrain.views.view`. `resized_crop` is the large views' side."""
+    """Augmentation of views on the device; see `pretrain.views.view`. `resized_crop` is the large views' side."""
 
     views: int = 2
     """Large views of each image."""
@@ -51,7 +51,7 @@ class ObjectiveConfig:
     target_momentum: float | None = None
     """Of the target network at the start."""
     momentum_schedule: Literal["constant", "cosine"] | None = None
-    """Whether that stays, or grows to 1."""
+    """Constant, or growing to 1 by a cosine."""
     queue: int | None = None
     """Embeddings that are kept: a multiple of the batch."""
     prototypes: int | None = None
@@ -111,7 +111,7 @@ def make_objective(config: ObjectiveConfig) -> Objective:
         if value is not None and not structure.get(name, name in objective.options):
             takes = [n for n in given if structure.get(n, n in objective.options)]
             raise UsageError(
-                f"{flag(name)} is not of {config.name}, which takes {', '.join(n.replace('_', '-') for n in takes)}"
+                f"{config.name} does not take {flag(name)}; it takes {', '.join(n.replace('_', '-') for n in takes)}"
             )
     if config.frozen_prototypes and not objective.prototypes:
         raise UsageError(f"{flag('frozen_prototypes')}: {config.name} has no prototypes")
@@ -132,7 +132,7 @@ def check(config: PretrainConfig) -> None:
 
     Raises:
       UsageError: a name in no table, a number out of its range, more views than the objective takes, a queue that is
-        no multiple of the batch.
+        not a multiple of the batch.
     """
     o, a = config.objective, config.augment
     objective = make_objective(o)
@@ -182,7 +182,7 @@ def check(config: PretrainConfig) -> None:
             f"{flag('predictor')} ends in {objective.predictor[-1]}, and what it predicts in {objective.projector[-1]}"
         )
     if objective.queue and objective.queue % config.batch:
-        raise UsageError(f"{flag('queue')} {objective.queue} is no multiple of --batch {config.batch}")
+        raise UsageError(f"{flag('queue')} {objective.queue} is not a multiple of --batch {config.batch}")
 
 
 def check_images(config: PretrainConfig, shape: tuple[int, int, int]) -> None:
@@ -200,5 +200,5 @@ def check_images(config: PretrainConfig, shape: tuple[int, int, int]) -> None:
     large = config.augment.resized_crop or min(shape[:2])
     if config.augment.small_views and config.augment.small_crop >= large:
         raise UsageError(
-            f"--augment.small-crop {config.augment.small_crop} is no smaller than the large views, {large}"
+            f"--augment.small-crop {config.augment.small_crop} is not smaller than the large views, {large}"
         )

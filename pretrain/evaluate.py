@@ -1,13 +1,13 @@
-"""What a pretrained encoder is worth: `python -m pretrain.evaluate RUN [--protocol NAME ...] [--data SET]`.
+"""Evaluation of a pretrained encoder: `python -m pretrain.evaluate RUN [--protocol NAME ...] [--data SET]`.
 
 Each protocol has its own name in the result, because their figures differ and are not comparable:
 
 - `knn`: weighted nearest neighbours on frozen features (k and T of the run, 200 and 0.1), no training;
 - `linear`: an offline linear probe on frozen features, its learning rate chosen on validation;
-- `finetune_1`, `finetune_10`, `finetune_100`: the whole network trained further on so many percent of the labels by the
+- `finetune_1`, `finetune_10`, `finetune_100`: the whole network trained further on that percentage of the labels by the
   supervised pipeline; `scratch_1`, `scratch_10`, `scratch_100`: the same from random weights, to compare with.
 
-On another set than the encoder was pretrained on, these are transfer. The test split is looked at once by each.
+On a different set than the encoder was pretrained on, these measure transfer. Each evaluates once on the test split.
 """
 
 import json
@@ -39,7 +39,7 @@ from train.weights import ENCODER, load_weights
 FROZEN = ("knn", "linear")
 TRAINED = tuple(f"{way}_{percent}" for way in ("finetune", "scratch") for percent in (1, 10, 100))
 MIN_SCALE = 0.2  # smallest share of the area that fine-tuning's crops keep
-UPDATES = 300  # at least so many in each fine-tuning: an epoch of 1 % of a small set is a single one
+UPDATES = 300  # at least, in each fine-tuning: an epoch of 1 % of a small set is a single update
 
 
 def evaluate(
@@ -61,7 +61,7 @@ def evaluate(
         they were in pretraining.
       epochs, lr, batch, seed: of fine-tuning and of training from scratch: Nesterov SGD with a cosine, after a tenth of
         warm-up, on resized crops of at least a fifth of the area, mirrored if pretraining did so; 300 updates or more.
-        The batch is at most what there is of labelled images.
+        The batch is at most the number of labelled images.
 
     Raises:
       UsageError: an unknown protocol, no finished run, a set that does not fit the encoder.
@@ -155,12 +155,12 @@ def _check_fits(dataset: Dataset, config: PretrainConfig, run: Path, channels: i
 
 
 def _here(kernels: Any) -> Any:
-    """What the run computed with, where that can be had on these devices too."""
+    """The kernels that the run used, where these devices have them too."""
     return "auto" if kernels == "onednn" else kernels
 
 
 def frozen_worth(config: PretrainConfig, run: Path, dataset: Dataset) -> FrozenAccuracy:
-    """`features.worth` of the encoder of a run on a set."""
+    """`features.frozen_accuracy` of the encoder of a run on a set."""
     mesh = make_mesh()
     kernels, _ = make_kernels(_here(config.kernels), config.mode, compute_dtype(config.dtype))
     encoder = make_model(config, None, axis_of(config.mode), kernels)
@@ -196,7 +196,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("run", type=Path, help="the folder of a finished run of pretraining")
     parser.add_argument("--protocol", nargs="+", default=list(FROZEN), metavar="NAME", help="which, by name")
-    parser.add_argument("--data", help="another set than it was pretrained on: transfer")
+    parser.add_argument("--data", help="a different set than it was pretrained on: transfer")
     parser.add_argument("--dir", help="the TFDS data_dir of that set")
     parser.add_argument("--image-size", type=int, help="side that its images are brought to")
     parser.add_argument("--epochs", type=float, default=30, help="of fine-tuning and from scratch")
@@ -208,7 +208,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.data:
         data = DataConfig(name=args.data, dir=args.dir, image_size=args.image_size)
     elif args.dir or args.image_size:
-        raise UsageError("--dir and --image-size belong to another set: name it with --data")
+        raise UsageError("--dir and --image-size belong to a different set: name it with --data")
     tuning = {"epochs": args.epochs, "lr": args.lr, "batch": args.batch, "seed": args.seed}
     result = evaluate(args.run, args.protocol, data=data, **tuning)
     transfer = "" if result["dataset"] == result["pretrained_on"] else f", pretrained on {result['pretrained_on']}"

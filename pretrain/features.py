@@ -1,4 +1,4 @@
-"""A frozen encoder's features of whole splits, and what they are worth: the evaluations that train no network."""
+"""A frozen encoder's features of whole splits, and the evaluations of them that train no network."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -50,7 +50,7 @@ class Extractor:
 
 
 class FrozenAccuracy(NamedTuple):
-    """What frozen features are worth on a test split, in [0, 1]; `validation` is what was decided on."""
+    """Test accuracies of frozen features, in [0, 1]; the `validation` ones are those that decisions were made on."""
 
     knn: float
     linear: float

@@ -1,4 +1,4 @@
-"""What stands on the encoder while it is pretrained: projector, predictor, prototypes; thrown away afterwards."""
+"""Heads of the encoder during pretraining: projector, predictor, prototypes; discarded afterwards."""
 
 from collections.abc import Callable, Sequence
 from typing import Any

@@ -141,8 +141,8 @@ def _numbers(a: jax.Array, b: jax.Array) -> dict[str, jax.Array]:
 def collapse_step(rows: Sequence[Mapping[str, Any]], *, threshold: float = COLLAPSED_STD) -> int | None:
     """The step from which on `projection_std` stays below `threshold` to the end of a run's history, or None.
 
-    A dip that recovers is no collapse, nor is a last row alone, unless it is the only one. Rows hold `step`, in order;
-    those without `projection_std` are skipped.
+    A dip that recovers is not a collapse, nor is a single last row, unless it is the only one. Rows hold `step`, in
+    order; those without `projection_std` are skipped.
     """
     rows = [row for row in rows if "projection_std" in row]
     below = 0

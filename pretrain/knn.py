@@ -100,7 +100,7 @@ def knn_accuracy(
     """The part of the queries, in [0, 1], whose class `knn_scores` predicts; `block` queries at a time.
 
     Raises:
-      ValueError: k < 1, temperature <= 0, nothing to compare, shapes that do not fit, labels that are no classes, or
+      ValueError: k < 1, temperature <= 0, nothing to compare, shapes that do not fit, labels that are not classes, or
         features that are not finite.
     """
     if k < 1:

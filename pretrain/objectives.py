@@ -1,6 +1,6 @@
-"""What an encoder is pretrained for: each objective a pure function of what two networks make of an image's views.
+"""The objectives of pretraining: pure functions of two networks' outputs for the views of images.
 
-`OBJECTIVES[name]` says which parts a method needs beside its function, with the sizes of its authors' code for
+`OBJECTIVES[name]` says which parts a method needs in addition to its function, with the sizes of its authors' code for
 ImageNet. A new method is a function here and a line there.
 """
 
@@ -20,7 +20,7 @@ Memory = dict[str, jax.Array]
 
 
 class Views(NamedTuple):
-    """What an objective is computed from.
+    """The inputs of an objective.
 
     Attributes:
       online: the trained network's outputs by name, [V, B, D]: of the large views first, then of the small ones.
@@ -58,7 +58,7 @@ def supcon(views: Views, *, temperature: float = 0.1, axis_name: str | None = No
 def mocov2(views: Views, *, temperature: float = 0.2, axis_name: str | None = None) -> jax.Array:
     """InfoNCE against a queue of earlier keys, https://arxiv.org/abs/2003.04297, both ways round.
 
-    The paper asks view 1 for view 2 alone; both ways cost twice as much a step, and peers found it worth it.
+    The paper predicts view 2 from view 1 only; both directions cost twice as much per step and paid for peers.
     """
     del axis_name  # a queue is the same everywhere
     queries, keys = views.online["projection"], views.target["projection"]
@@ -187,7 +187,7 @@ class Objective:
       queue: rows of the memory's queue; 0 is none.
       remember: what becomes of the memory after a step; None if there is none.
       many_views: takes more than two large views.
-      small_views: takes small views beside them (multi-crop).
+      small_views: takes additional small views (multi-crop).
       evaluate_target: the encoder that is used afterwards is the target's.
     """
 
@@ -224,7 +224,7 @@ class Objective:
         return replace(self, **bound)
 
     def init_memory(self, key: jax.Array) -> Memory:
-        """What the first step finds: a queue of random directions [queue, D], or a center of zeros [prototypes]."""
+        """The memory at the start: a queue of random directions [queue, D], or a center of zeros [prototypes]."""
         if self.queue:
             return {"queue": c.unit(jax.random.normal(key, (self.queue, self.projector[-1]), jnp.float32))}
         return {"center": jnp.zeros(self.prototypes, jnp.float32)} if self.remember is not None else {}

@@ -98,14 +98,14 @@ def read(path: Path, *, labelled: bool = False) -> Run:
     """
     run = collect(path)
     if "objective" not in run:
-        raise UsageError(f"{path} is no run of pretraining")
+        raise UsageError(f"{path} is not a run of pretraining")
     if labelled and "knn_accuracy" not in run:
         raise UsageError(f"{path} was pretrained without labels: it has no accuracies for a table")
     return run
 
 
 def _name(path: Path, among: Sequence[Path]) -> str:
-    """What a run is called in a picture: its folder or file, with the folder above where others are called so too."""
+    """The name of a run in a picture: its folder or file, with the parent folder where names would be equal."""
     name = path.stem if path.suffix == ".json" else path.name
     return name if [other.name for other in among].count(path.name) < 2 else f"{path.parent.name}/{name}"
 

@@ -14,7 +14,7 @@ TARGET_PARTS = ("encoder", "projector", "prototypes")
 
 
 class PretrainState(TrainState):
-    """What a step of pretraining reads and writes: the fields of `TrainState`, whose `params` are a `heads.Network`'s.
+    """The state of a step of pretraining: the fields of `TrainState`, whose `params` are a `heads.Network`'s.
 
     Attributes:
       ema: None, or the target network {"params", "batch_stats"}: encoder, projector and prototypes.
@@ -27,7 +27,7 @@ class PretrainState(TrainState):
 
     @property
     def variables(self) -> dict[str, PyTree]:
-        """The trained network's: its target follows, and is no average of what is used."""
+        """The trained network's: the target network is not an average of the one that is used."""
         return {"params": self.params, "batch_stats": self.batch_stats}
 
     def encoder(self, *, target: bool = False) -> dict[str, PyTree]:

@@ -1,7 +1,7 @@
 """The step of pretraining: a pure function of (state, batch), compiled by `resnet_jax.parallel.compile_step`.
 
 A batch is that of supervised training, `image` uint8 [B, H, W, C] and `label` int32 [B]; labels train the online probe,
-which nothing learns from, and the objectives that ask for them (SupCon).
+no gradient from which reaches the encoder, and the objectives that ask for them (SupCon).
 """
 
 from collections.abc import Callable, Sequence
@@ -49,8 +49,8 @@ def contrastive_step(
       model: a `heads.Network`.
       probe_tx: the online probe's optimizer; it trains on the first view's features, of the network that is used
         afterwards, without a gradient into them.
-      views: as many as the objective takes, the large ones (at least two, of one size) first, the small ones of another
-        size; see `views.view`.
+      views: as many as the objective takes, the large ones (at least two, of one size) first, the small ones of a
+        different size; see `views.view`.
       objective: one of `OBJECTIVES`, its options bound.
       momentum: of the target network's parameters, in [0, 1], by the number of the step; its statistics are its own.
       frozen_prototypes: steps for which prototypes stay as they are.
@@ -67,7 +67,7 @@ def contrastive_step(
     target_outputs: Outputs = {}
     target = state.ema
     if target is not None:
-        # Large views alone, and they come first.
+        # Only large views, which come first.
         target_outputs, stats = outputs_of(model, target, images[:1], predict=False)
         target_outputs = jax.lax.stop_gradient(target_outputs)
         target = {**target, "batch_stats": mean_over(stats, axis_name)}

@@ -187,7 +187,7 @@ def test_transfer_says_so(finished, tfds_dir, capsys):
     ("arguments", "message"),
     [
         (["--protocol", "kmeans"], "unknown protocol 'kmeans'"),
-        (["--dir", "somewhere"], "--dir and --image-size belong to another set: name it with --data"),
+        (["--dir", "somewhere"], "--dir and --image-size belong to a different set: name it with --data"),
         (["--data", "synthetic"], "synthetic has 3 channels, and"),
     ],
 )
@@ -213,7 +213,7 @@ def test_report(finished, tmp_path, capsys, fails):
     both = capsys.readouterr().out.splitlines()[3]
     assert both.startswith(f"| simclr | {100 * result['knn_accuracy']:.1f} (0.0) |") and both.endswith("| 2 |")
     (tmp_path / "other.json").write_text("{}")
-    assert "is no run of pretraining" in fails(2, report_main, [str(tmp_path / "other.json"), "--table"])
+    assert "is not a run of pretraining" in fails(2, report_main, [str(tmp_path / "other.json"), "--table"])
     assert "nothing to do" in fails(2, report_main, [str(out)])
 
 
@@ -300,11 +300,17 @@ BAD_INPUT = {
     "views": (["digits_byol", "--augment.views", "3"], "byol takes two views, not 3"),
     "one view": (["--augment.views", "1"], "simclr takes two or more views, not 1"),
     "small views": (["--augment.small-views", "4"], "simclr takes no small views"),
-    "queue": (["digits_mocov2", "--objective.queue", "1000"], "--objective.queue 1000 is no multiple of --batch 128"),
-    "small queue": (["digits_nnclr", "--objective.queue", "64"], "--objective.queue 64 is no multiple of --batch 128"),
+    "queue": (
+        ["digits_mocov2", "--objective.queue", "1000"],
+        "--objective.queue 1000 is not a multiple of --batch 128",
+    ),
+    "small queue": (
+        ["digits_nnclr", "--objective.queue", "64"],
+        "--objective.queue 64 is not a multiple of --batch 128",
+    ),
     "foreign option": (
         ["--objective.queue", "128"],
-        "--objective.queue is not of simclr, which takes projector,",
+        "simclr does not take --objective.queue; it takes projector,",
     ),
     "prototypes": (["--objective.frozen-prototypes", "1"], "--objective.frozen-prototypes: simclr has no prototypes"),
     "predictor": (
@@ -316,7 +322,7 @@ BAD_INPUT = {
     "trust": (["--optim.trust-coefficient", "0.02"], "--optim.trust-coefficient applies only to lars (got sgd)"),
     "large small crop": (
         ["digits_swav", "--augment.small-views", "2", "--augment.small-crop", "8"],
-        "--augment.small-crop 8 is no smaller than the large views, 8",
+        "--augment.small-crop 8 is not smaller than the large views, 8",
     ),
     "small crop": (
         ["digits_swav", "--augment.small-views", "2"],
