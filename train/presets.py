@@ -35,8 +35,9 @@ def cifar10_resnet20() -> TrainConfig:
     """He et al. 2015 (https://arxiv.org/abs/1512.03385), section 4.2: 64,000 updates on 45,000 of the images.
 
     Command: python -m train.data prepare cifar10 && python -m train cifar10_resnet20
-    Hardware: any GPU, minutes; some 10 hours on 2 CPU cores. The paper reports 91.25 %. It subtracts the mean image and
-    decays all parameters; here the means are per channel, and only kernels decay.
+    Hardware: any GPU, minutes; some 10 hours on 2 CPU cores. 91.21 % on test with seed 0 (measured); the paper reports
+    91.25 %. It subtracts the mean image and decays all parameters; here the means are per channel, and only kernels
+    decay.
     """
     return TrainConfig(
         model="resnet20",
@@ -70,7 +71,8 @@ def cifar10_resnet18_50ep() -> TrainConfig:
     Short schedule with a linear fall, reflected translations, cutout (https://arxiv.org/abs/1708.04552), label
     smoothing and averaged parameters.
     Command: python -m train.data prepare cifar10 && python -m train cifar10_resnet18_50ep
-    Hardware: one GPU. Not measured yet; 95.0-95.6 % is what like recipes suggest.
+    Hardware: one GPU. 94.66 % on validation and 94.36 % on test, means of two seeds, in about a minute on an H200
+    (measured).
     """
     return TrainConfig(
         model="resnet18_cifar",
