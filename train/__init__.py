@@ -1,6 +1,6 @@
 """Supervised training: `python -m train`, and its pieces for your own scripts.
 
-The names in `__all__` are the public interface, each loaded on first use. The programs are functions of their modules,
+The names in `__all__` are the public interface, each loaded on first use. Entry points are functions of their modules,
 such as `train.run.run` and `train.predict.load`.
 """
 

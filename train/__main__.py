@@ -5,7 +5,7 @@ from train.presets import PRESETS
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Parse, run, print the result."""
+    """Parse the command line, run, and print the result."""
     run_command("train", PRESETS, argv, default="digits")
 
 

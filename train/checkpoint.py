@@ -1,7 +1,8 @@
-"""Checkpoints: the state, the place in the data, and a checksum, in one Orbax step folder.
+"""Checkpoints: the state, the position in the data, and a checksum, in one Orbax step folder.
 
-Saving returns as soon as the state has left the devices. A checkpoint is renamed into place when it is whole, so a run
-that is killed while saving leaves the ones before; one that was damaged later is found by its checksum and passed over.
+Saving returns as soon as the state has left the devices. A checkpoint is renamed into place once it is complete, so a
+run that is killed while saving keeps the earlier ones; one that is damaged later is detected by its checksum and
+skipped.
 """
 
 import json
@@ -29,7 +30,7 @@ class Checkpoints:
     Pass `writes=False` for read-only access: the run itself may be in the middle of a save.
 
     Raises (from every method that writes):
-      RunError: the disk is full or refuses; what was saved before is kept.
+      RunError: the disk is full or cannot be written to; earlier checkpoints are kept.
     """
 
     def __init__(self, root: Path, *, keep_last: int = 2, keep_best: int = 1, writes: bool = True) -> None:
@@ -54,7 +55,7 @@ class Checkpoints:
 
     @property
     def best(self) -> int | None:
-        """The saved step of the highest validation accuracy, the newest of equals; None if none was measured."""
+        """The saved step with the highest validation accuracy (ties go to the newest); None if none was measured."""
         measured = [(c.metrics[METRIC], c.step) for c in self._orbax.checkpoints if c.metrics]
         return max(measured)[1] if measured else None
 
@@ -84,10 +85,10 @@ class Checkpoints:
                 raise self._failed(error) from error
 
     def restore(self, like: TrainState, *, step: int | None = None) -> tuple[TrainState, dict[str, Any]] | None:
-        """(state, iterator state) of the newest good checkpoint, or of `step`; None if there is none.
+        """Load (state, iterator state) of the newest good checkpoint, or of `step`; None if there is none.
 
-        `like` is a state of the same shapes, laid out as the restored one shall be: any number of devices will do.
-        Masks are the checkpoint's own: a dense state that restores a sparse one becomes sparse.
+        `like` is a state with the same shapes and the desired layout, on any number of devices. Masks come from the
+        checkpoint: restoring a sparse one into a dense state makes it sparse.
 
         Raises:
           UsageError: the checkpoint comes from a different model or optimizer, or every one is damaged.
@@ -102,9 +103,9 @@ class Checkpoints:
         return _to_devices(arrays, like), iterator
 
     def read(self, *, step: int | None = None) -> tuple[PyTree, dict[str, Any]] | None:
-        """As `restore`, without a state to restore into: the fields of the saved one by name, as NumPy arrays.
+        """Like `restore`, without a state to restore into: the saved fields by name, as NumPy arrays.
 
-        Containers are plain dicts and lists; masks are unpacked, the key is its data.
+        Containers are plain dicts and lists; masks are unpacked, and the key is returned as raw data.
 
         Raises:
           UsageError: every checkpoint is damaged.
@@ -119,14 +120,14 @@ class Checkpoints:
                 print(f"warning: checkpoint {candidate} in {self.root} is damaged ({reason})", file=sys.stderr)
                 continue
             if candidate != steps[-1]:
-                print(f"warning: going on from the older checkpoint {candidate}", file=sys.stderr)
+                print(f"warning: using the older checkpoint {candidate} instead", file=sys.stderr)
             return found
         if steps:
             raise UsageError(f"every checkpoint in {self.root} is damaged; choose a different --out to start again")
         return None
 
     def resume(self, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
-        """`restore` to train on: the damaged newer checkpoints, which those to come would meet, are removed."""
+        """Restore to continue training: also removes damaged newer checkpoints, which new ones would collide with."""
         restored = self.restore(like)
         if restored is not None:
             for newer in [step for step in self.steps if step > int(restored[0].step)]:
@@ -195,10 +196,10 @@ def _checksum(arrays: PyTree) -> int:
 
 
 def _check_same(saved: dict[str, Any], wanted: dict[str, Any], where: Path) -> None:
-    """Refuse with one line that names the first difference."""
+    """Refuse a checkpoint of a different model; the message names the first difference."""
     other = f"checkpoint {where} comes from a different model or optimizer"
     for path in sorted(saved.keys() ^ wanted.keys()):
         raise UsageError(f"{other}: {path} is only in {'the checkpoint' if path in saved else 'this run'}")
     for path, leaf in wanted.items():
         if saved[path].shape != leaf.shape:
-            raise UsageError(f"{other}: {path} is {saved[path].shape} there, {leaf.shape} in this run")
+            raise UsageError(f"{other}: {path} has shape {saved[path].shape} there, {leaf.shape} in this run")

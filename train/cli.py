@@ -1,4 +1,4 @@
-"""The command line of every pipeline: a preset's name, then its fields as flags, by tyro."""
+"""Parse the command line of every pipeline: a preset's name, then its fields as flags (tyro)."""
 
 import contextlib
 import difflib
@@ -20,7 +20,7 @@ from train.runtime import keep_memory
 
 
 def start(main: Callable[[], None]) -> None:
-    """Run a program's main as the whole process: its user's errors in one line, freed memory kept."""
+    """Run `main` as the whole process: report the user's errors in one line, and keep freed memory."""
     with one_line():
         keep_memory()
         main()
@@ -38,18 +38,18 @@ def run_command(
     """Parse a command line, run the pipeline, and print its result as the last line on stdout.
 
     Args:
-      program: the package of the pipeline, whose module `run` has the function `run(config, preset)`.
-      argv: the arguments; None takes the process's own.
-      default: the preset where none is named.
-      check: refuses a config, given the preset's own.
-      known: the presets that a result names; others are "custom". None is all of them.
+      program: package of the pipeline; its module `run` defines `run(config, preset)`.
+      argv: command-line arguments; None uses those of the process.
+      default: preset to use if none is named.
+      check: called with the config and the preset's unchanged one; raises to refuse the config.
+      known: presets that the result names; it calls all others "custom". None means all presets.
 
     Raises:
       UsageError: see `parse`.
     """
     preset, config = parse(f"python -m {program}", presets, sys.argv[1:] if argv is None else argv, default=default)
     check(config, presets[preset]())
-    # Imported after parsing: --help and typing errors need not wait for it.
+    # Import after parsing, so that --help and mistyped flags do not wait for it.
     run = importlib.import_module(f"{program}.run").run
     result = run(config, preset if known is None or preset in known else "custom")
     if jax.process_index() == 0:
@@ -57,10 +57,10 @@ def run_command(
 
 
 def parse(program: str, presets: dict[str, Callable[[], Any]], argv: Sequence[str], *, default: str) -> tuple[str, Any]:
-    """(preset's name, its config with the flags of `argv` applied).
+    """Parse `argv` to (preset's name, its config with the flags applied).
 
     Raises:
-      UsageError: no such preset or flag, or a value of the wrong kind; in one line.
+      UsageError: an unknown preset or flag, or a value of the wrong type; the message is one line.
     """
     argv = _joined(argv)
     preset = argv.pop(0) if argv and not argv[0].startswith("-") else default
@@ -79,12 +79,12 @@ def parse(program: str, presets: dict[str, Callable[[], Any]], argv: Sequence[st
         raise UsageError(_plain(said.getvalue())) from None
 
 
-# Fields whose value is flags itself, which would be taken for flags of their own.
+# Flags whose value looks like flags, and would otherwise be parsed as such.
 FLAGS_FOR_VALUE = ("--versus",)
 
 
 def _joined(argv: Sequence[str]) -> list[str]:
-    """`--versus "--batch 64"` as `--versus=--batch 64`."""
+    """Join such a flag to its value: `--versus "--batch 64"` becomes `--versus=--batch 64`."""
     joined: list[str] = []
     for argument in argv:
         if joined and joined[-1] in FLAGS_FOR_VALUE and argument.startswith("--"):
@@ -105,11 +105,11 @@ def _check_names(argv: Sequence[str], fields: dict[str, Any]) -> None:
         if flag not in known and positive not in known:
             near = difflib.get_close_matches(flag, known, n=3)
             hint = f"did you mean {' or '.join(near)}? " if near else ""
-            raise UsageError(f"unknown field {flag!r}: {hint}--help lists them all")
+            raise UsageError(f"unknown field {flag!r}: {hint}--help lists all fields")
 
 
 def _plain(text: str) -> str:
-    """tyro's boxed message as one line."""
+    """Flatten tyro's boxed message to one line."""
     text = re.sub(r"\x1b\[[0-9;]*m|[─-╿]", " ", text)
     text = re.sub(r"-{3,}|\s+", " ", text)
     text = re.sub(r"Argument helptext:.*|For full helptext.*", "", text)

@@ -21,58 +21,58 @@ class DataConfig:
     dir: str | None = None
     """The TFDS data_dir that prepared sets are in."""
     image_size: int | None = None
-    """Side of the square that images are brought to when they are decoded."""
+    """Side in pixels of the square that images are resized and cropped to when they are decoded."""
     validation: float = 0.1
     """Fraction of the training split held back where the set has no validation split."""
     split_seed: int = 0
-    """Seed of that draw, the same for every run."""
+    """Seed of that split, independent of the run's `seed`."""
     fraction: float = 1.0
-    """Share of the training split that is used, drawn evenly from each class by `split_seed`."""
+    """Fraction of the training split to use, in (0, 1], sampled per class with `split_seed`."""
     random_crop: bool = False
-    """Cut a different random box out of the whole image in every epoch, while decoding: for large photographs."""
+    """Crop a different random box from the full image in every epoch while decoding; for large photographs."""
     broken: Literal["refuse", "skip"] = "refuse"
-    """Refuse a set with images that cannot be decoded, or skip them."""
+    """Refuse a set with images that cannot be decoded, or skip those images."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageConfig:
-    """Preprocessing of every image, in training and afterwards."""
+    """Preprocessing of every image, in training and in evaluation."""
 
     resized_crop: int | None = None
-    """Random resized crop to this side; evaluation takes the centre of this side."""
+    """Side in pixels of a random resized crop; evaluation crops the centre to the same side."""
     mean: tuple[float, ...] | None = None
     """Channel means to subtract, in [0, 1]; None measures them on the training split."""
     std: tuple[float, ...] | None = None
-    """Channel deviations to divide by; None measures them."""
+    """Channel standard deviations to divide by; None measures them on the training split."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentConfig(ImageConfig):
     """Augmentation of training images on the device: crops, flips, colours, normalisation, erasing, mixing.
 
-    0 or None leaves a part out.
+    0 or None disables a part.
     """
 
     crop_padding: int = 0
-    """Pixels of padding around the image that a random crop is taken from."""
+    """Pixels of padding on each side before a random crop back to the image's size."""
     crop_mode: Literal["constant", "reflect"] = "constant"
-    """Content of the padding."""
+    """Fill the padding with zeros (`constant`) or with reflected pixels."""
     min_scale: float = 0.08
-    """Smallest share of the area that a resized crop keeps."""
+    """Smallest fraction of the image's area that a resized crop covers."""
     flip: bool = False
-    """Mirror half of the images."""
+    """Flip each image horizontally with probability 0.5."""
     rand_augment: int = 0
     """RandAugment with two operations of this magnitude, 1 to 30."""
     trivial_augment: bool = False
     """TrivialAugmentWide: one random operation of random strength."""
     color_jitter: float = 0.0
-    """Strength of brightness, contrast and saturation changes; a quarter of it for hue."""
+    """Strength of brightness, contrast and saturation changes, 0 to 1; hue changes by a quarter of it."""
     cutout: int = 0
-    """Side of a square set to the mean."""
+    """Side in pixels of a random square that is set to the mean."""
     erasing: float = 0.0
     """Probability of random erasing."""
     mixup: float = 0.0
-    """Alpha of mixup; with cutmix as well, each batch takes one of the two."""
+    """Alpha of mixup; if cutmix is enabled too, each batch uses one of the two."""
     cutmix: float = 0.0
     """Alpha of cutmix."""
 
@@ -88,7 +88,7 @@ class OptimConfig:
     momentum: float = 0.9
     nesterov: bool = False
     weight_decay: float = 0.0
-    """Applies only to kernels, never to norms and biases."""
+    """Applies only to kernels, never to norms or biases."""
     schedule: str = "cosine"
     """`cosine`, `linear`, `step`, `one_cycle` or `constant`."""
     warmup_epochs: float = 0.0
@@ -96,25 +96,25 @@ class OptimConfig:
     """Fractions of all steps at which `step` multiplies the rate by `factor`."""
     factor: float = 0.1
     clip_norm: float | None = None
-    """Largest global norm of the gradient."""
+    """Clip the gradient to this global norm; None does not clip."""
     trust_coefficient: float = 0.001
-    """Only for LARS: length of the step relative to the weights, before the learning rate."""
+    """Only for LARS: norm of a layer's step relative to that of its weights, before the learning rate applies."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """Fields that every pipeline's run has."""
+    """Fields shared by the runs of all pipelines."""
 
     out: str | None = None
-    """The run's folder; the same one again resumes. Default: runs/PRESET-seedN."""
+    """Run folder; passing the same one again resumes the run. Default: runs/PRESET-seedN."""
     model: str = "resnet8"
     """A name in `resnet_jax.MODELS`."""
     width: int | None = None
-    """Channels of the first stage, where it is not to be the model's own."""
+    """Channels of the first stage; None uses the model's default."""
     widths: tuple[int, ...] = ()
-    """Output channels of each convolution in turn (stem, then block by block), where channels were pruned."""
+    """Output channels of each convolution (stem, then block by block), for networks with pruned channels."""
     zero_init: bool = False
-    """Start residual branches at zero."""
+    """Initialise residual branches to zero."""
     data: DataConfig = field(default_factory=DataConfig)
     augment: ImageConfig = field(default_factory=ImageConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -127,23 +127,23 @@ class RunConfig:
     seed: int = 0
     mode: Mode = "jit"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of convolutions and activations; auto is bfloat16 on GPU and TPU, float32 on CPU."""
+    """Dtype of convolutions and activations; auto is bfloat16 on GPU and TPU, float32 on CPU."""
     kernels: Literal["auto", "plain", "onednn"] = "auto"
     """Compute kernels of the model: XLA (plain), or oneDNN on CPU; auto is oneDNN where it can be used."""
     xla: tuple[str, ...] = ()
-    """XLA compiler options for the train step, NAME=VALUE each (not in mode pmap)."""
+    """XLA compiler options for the train step, each as NAME=VALUE (not in mode pmap)."""
     cache: str = "auto"
-    """Folder of compiled programs for the next start; auto is ~/.cache/resnet-jax/compiled, `none` keeps none."""
+    """Folder to cache compiled programs in; auto is ~/.cache/resnet-jax/compiled, `none` disables the cache."""
     sync_bn: bool = True
-    """Batch statistics over all devices; False (not in mode jit): over each device's own part."""
+    """Compute batch statistics over all devices; False (not in mode jit) computes them per device."""
     distributed: str | None = None
     """Join the other hosts first: `auto` on SLURM, Kubernetes and TPU pods, elsewhere COORDINATOR:PORT,COUNT,INDEX."""
     eval_every: float = 1.0
-    """Epochs between evaluations on validation, each with a checkpoint."""
+    """Epochs between evaluations on the validation split; each also saves a checkpoint."""
     save_steps: int | None = None
-    """Steps between further checkpoints."""
+    """Steps between additional checkpoints; None saves no additional ones."""
     keep_last: int = 2
-    """How many of the newest checkpoints to keep."""
+    """Number of newest checkpoints to keep."""
     log_every: int = 50
     """Steps between rows of metrics.jsonl."""
 
@@ -153,29 +153,29 @@ class TrainConfig(RunConfig):
     """A supervised run."""
 
     drop_path: float = 0.0
-    """Stochastic depth of the last block."""
+    """Stochastic depth: drop probability of the last block."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     accumulate: int = 1
-    """Parts that a device's share of a batch is computed in."""
+    """Gradient accumulation: number of parts that each device splits its share of a batch into."""
     loss: str = "softmax"
     """`softmax` or `sigmoid` (binary cross entropy)."""
     label_smoothing: float = 0.0
     ema: float | None = None
-    """Decay of a moving average of the parameters, which is then what is evaluated and used."""
+    """Decay of a moving average of the parameters; if set, the average is evaluated and used in their place."""
     init: str | None = None
-    """Start from a run's folder or PyTorch weights (.pth, .safetensors); a head of a different size starts afresh."""
+    """Start from a run folder or PyTorch weights (.pth, .safetensors); a head of a different size is reinitialised."""
     freeze: bool = False
     """Train only the head."""
     dense: bool = False
-    """Let the pruned weights of a sparse `--init` grow back; they stay pruned otherwise."""
+    """Let the pruned weights of a sparse `--init` grow back; otherwise they stay pruned."""
     select: Literal["last", "best"] = "last"
-    """Which parameters the test split is shown: the last, or the best on validation."""
+    """Parameters to evaluate on the test split: the last, or the best on validation."""
     keep_best: int = 1
-    """How many of the checkpoints best on validation to keep."""
+    """Number of checkpoints to keep with the best validation accuracy."""
 
 
 def flat(config: Any, prefix: str = "") -> dict[str, Any]:
-    """Fields by their flag's name: `optim.lr` and so on."""
+    """Flatten a config to {flag's name: value}, nested fields as `optim.lr`."""
     fields: dict[str, Any] = {}
     for f in dataclasses.fields(config):
         value = getattr(config, f.name)
@@ -184,7 +184,7 @@ def flat(config: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def from_dict(kind: type, values: dict[str, Any]) -> Any:
-    """The inverse of `dataclasses.asdict` after a trip through JSON."""
+    """Rebuild a config of this kind from `dataclasses.asdict` after a JSON round trip; unknown names are ignored."""
     fields = {f.name: f for f in dataclasses.fields(kind)}
 
     def value(name: str, v: Any) -> Any:
@@ -197,10 +197,10 @@ def from_dict(kind: type, values: dict[str, Any]) -> Any:
 
 
 def check_xla(options: tuple[str, ...], mode: Mode) -> None:
-    """Refuse compiler options that are not NAME=VALUE, or that the mode does not take.
+    """Check that compiler options have the form NAME=VALUE, and that the mode supports them.
 
     Raises:
-      UsageError: that.
+      UsageError: an option is malformed, or the mode does not support options.
     """
     if mode == "pmap" and options:
         raise UsageError("pmap takes no compiler options: --xla needs --mode jit or shard_map")
@@ -210,7 +210,7 @@ def check_xla(options: tuple[str, ...], mode: Mode) -> None:
 
 
 def check_images(config: TrainConfig, shape: tuple[int, int, int], devices: int) -> None:
-    """Refuse what does not fit the images (H, W, C) of a set, or this many devices.
+    """Check a config against the shape (H, W, C) of a set's images and the number of devices.
 
     Raises:
       UsageError: a crop larger than the images, parts that do not divide a device's share of the batch.
@@ -219,14 +219,14 @@ def check_images(config: TrainConfig, shape: tuple[int, int, int], devices: int)
     if crop and crop > min(shape[:2]):
         raise UsageError(f"--augment.resized-crop {crop} is larger than the images, {shape[0]}x{shape[1]}")
     if share % config.accumulate:
-        raise UsageError(f"--accumulate {config.accumulate} does not divide a device's {share} images of a batch")
+        raise UsageError(f"--accumulate {config.accumulate} does not divide the {share} images per device")
 
 
 def check_run(config: RunConfig, ranges: dict[str, bool]) -> None:
-    """Refuse what no pipeline's run can work with, and whatever of a pipeline's own `ranges` (by flag) is False.
+    """Check the fields shared by all pipelines, and a pipeline's additional `ranges`, {field: whether it is in range}.
 
     Raises:
-      UsageError: a name in no table, or a number out of its range.
+      UsageError: an unknown name, or a number out of range.
     """
     if config.model not in MODELS:
         raise unknown("model", config.model, MODELS)
@@ -260,17 +260,19 @@ def check_run(config: RunConfig, ranges: dict[str, bool]) -> None:
     if config.optim.name != "lars" and config.optim.trust_coefficient != OptimConfig().trust_coefficient:
         raise UsageError(f"--optim.trust-coefficient applies only to lars (got {config.optim.name})")
     if not config.sync_bn and config.mode == "jit":
-        raise UsageError("jit's statistics are those of the whole batch: --no-sync-bn needs --mode shard_map or pmap")
+        raise UsageError(
+            "--no-sync-bn needs --mode shard_map or pmap: jit computes batch statistics over the whole batch"
+        )
     if config.distributed not in (None, "auto") and not re.fullmatch(r".+:\d+,\d+,\d+", config.distributed):
         raise UsageError(f"--distributed {config.distributed} is neither auto nor COORDINATOR:PORT,COUNT,INDEX")
     check_xla(config.xla, config.mode)
 
 
 def check(config: TrainConfig) -> None:
-    """Refuse in one line what cannot work, before anything is loaded.
+    """Refuse a config that cannot work, before anything is loaded.
 
     Raises:
-      UsageError: a name in no table, or a number out of its range.
+      UsageError: an unknown name, or a number out of range.
     """
     if config.loss not in LOSSES:
         raise unknown("loss", config.loss, LOSSES)
@@ -290,8 +292,8 @@ def check(config: TrainConfig) -> None:
     }
     check_run(config, ranges)
     if config.freeze and config.init is None:
-        raise UsageError("--freeze trains a head on a given backbone: name it with --init")
+        raise UsageError("--freeze trains only the head and needs a pretrained backbone: pass --init")
     if config.dense and config.init is None:
-        raise UsageError("--dense frees the pruned weights of a sparse run: name it with --init")
+        raise UsageError("--dense frees the pruned weights of a sparse run: pass that run with --init")
     if config.select == "best" and config.keep_best == 0:
         raise UsageError("--select best needs --keep-best 1 or more")

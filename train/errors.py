@@ -15,11 +15,11 @@ class UsageError(Exception):
 
 
 class RunError(Exception):
-    """A run that could not go on: the message says where it stopped and what was kept."""
+    """A run that could not continue: the message says where it stopped and what was kept."""
 
 
 def unknown(kind: str, name: str, valid: Iterable[str]) -> UsageError:
-    """The error for a name that is in no table: lists the valid ones, the nearest first."""
+    """Make the error for an unknown name; it suggests the nearest valid names and lists all of them."""
     valid = list(valid)
     near = difflib.get_close_matches(name, valid, n=3, cutoff=0.6)
     hint = f"did you mean {' or '.join(near)}? " if near else ""
@@ -28,8 +28,8 @@ def unknown(kind: str, name: str, valid: Iterable[str]) -> UsageError:
 
 @contextmanager
 def one_line() -> Iterator[None]:
-    """Turn the two errors above into one line on stderr and their exit code; anything else is a bug and shows."""
-    # What Orbax and asyncio say about a damaged checkpoint or a full disk would bury the line that says so.
+    """Report the errors above in one line on stderr and exit with their code; other exceptions are bugs and show."""
+    # Orbax and asyncio log at length about a damaged checkpoint or a full disk, which would bury the one line.
     for library in ("absl", "asyncio", "root"):
         logging.getLogger(library).setLevel(logging.CRITICAL)
     sys.unraisablehook = _without_late_writes
@@ -39,10 +39,10 @@ def one_line() -> Iterator[None]:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2 if isinstance(error, UsageError) else 1) from None
     except BrokenPipeError:
-        # Whoever read our output has enough: `python -m train --help | head`.
+        # The reader has closed the pipe, as in `python -m train --help | head`: end quietly.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
-        print("interrupted; run the same command again to go on from the last checkpoint", file=sys.stderr)
+        print("interrupted; run the same command again to resume from the last checkpoint", file=sys.stderr)
         raise SystemExit(130) from None
 
 

@@ -1,4 +1,4 @@
-"""From a config to the pieces of a run: for the mains, and for scripts that want a preset's pieces."""
+"""Build the pieces of a run from a config: for entry points, and for scripts that want a preset's pieces."""
 
 import dataclasses
 from collections.abc import Callable
@@ -31,23 +31,23 @@ KERNELS = ("auto", "plain", "onednn")
 
 
 def open_data(config: RunConfig) -> Dataset:
-    """The config's `Dataset`, its images encoded as they are stored; `read_data` decodes what fits in memory."""
+    """Open the config's `Dataset`, images encoded as stored; `read_data` decodes what fits in memory."""
     fields = dataclasses.asdict(config.data)
     return load(fields.pop("name"), **fields, memory_limit=0)
 
 
 def read_data(config: RunConfig, dataset: Dataset) -> Dataset:
-    """An opened `Dataset` in memory, if it is small enough."""
+    """Read an opened `Dataset` into memory, if it is small enough."""
     return in_memory(dataset, skip_broken=config.data.broken == "skip")
 
 
 def load_data(config: RunConfig) -> Dataset:
-    """The config's `Dataset`, in memory if it is small enough."""
+    """Load the config's `Dataset`, into memory if it is small enough."""
     return read_data(config, open_data(config))
 
 
 def with_statistics(config: Run, dataset: Dataset) -> Run:
-    """The config with channel means and deviations filled in, measured on the training split where it does not say."""
+    """Fill in missing channel means and deviations: measured on a training split in memory, else ImageNet's."""
     channels = dataset.image_shape[-1]
     given = config.augment.mean, config.augment.std
     if given == (None, None):
@@ -64,9 +64,9 @@ def with_statistics(config: Run, dataset: Dataset) -> Run:
 
 
 def open_measured(config: Run) -> tuple[Run, Dataset]:
-    """(the config with channel statistics filled in, its `Dataset`), read already only where what compiles needs it.
+    """Open (the config with channel statistics filled in, its `Dataset`); read images only if compilation needs them.
 
-    What compiles depends on the images themselves: on their statistics, or on how many can be read.
+    It does when statistics must be measured, or when the number of readable images is not known yet.
     """
     dataset = open_data(config)
     if None in (config.augment.mean, config.augment.std) or config.data.broken == "skip":
@@ -75,7 +75,7 @@ def open_measured(config: Run) -> tuple[Run, Dataset]:
 
 
 def train_augment(config: AugmentConfig) -> aug.Augment:
-    """The training augmentation, from uint8 scaled to [0, 1] to normalised images."""
+    """Build the training augmentation, from uint8 scaled to [0, 1] to normalised images."""
     parts: list[aug.Augment] = []
     if config.resized_crop:
         parts.append(aug.random_resized_crop(config.resized_crop, scale=(config.min_scale, 1.0)))
@@ -90,6 +90,7 @@ def train_augment(config: AugmentConfig) -> aug.Augment:
     if config.color_jitter:
         s = config.color_jitter
         parts.append(aug.color_jitter(s, s, s, s / 4))
+    # Cutout comes after normalisation, so that its fill of 0 is the mean.
     parts.append(_normalize(config))
     if config.cutout:
         parts.append(aug.cutout(config.cutout))
@@ -99,7 +100,7 @@ def train_augment(config: AugmentConfig) -> aug.Augment:
 
 
 def eval_augment(config: ImageConfig) -> aug.Augment:
-    """Preprocessing for evaluation and prediction: the centre crop where training crops, then normalise."""
+    """Build the preprocessing for evaluation and prediction: centre crop if training crops, then normalise."""
     crop = [aug.center_crop(config.resized_crop)] if config.resized_crop else []
     return aug.compose(*crop, _normalize(config))
 
@@ -117,7 +118,7 @@ def make_model(
     *,
     drop_path: float = 0.0,
 ) -> nn.Module:
-    """The config's model, for the axis that its steps will be compiled with; see `make_kernels`.
+    """Build the config's model for the axis that its steps are compiled with; for `kernels` see `make_kernels`.
 
     `drop_path` only matters in training.
     """
@@ -136,13 +137,13 @@ def make_model(
 
 
 def make_kernels(name: str, mode: Mode = "jit", dtype: Any = jnp.float32) -> tuple[dict[str, Any], str]:
-    """(fields of a model, remark): what its convolutions, norms and max-pool are computed by.
+    """Choose the kernels of a model's convolutions, norms and max-pool: (fields of the model, remark).
 
-    `plain` is XLA, which every transformation can take; `onednn` is quicker on x86 CPUs; `auto` is oneDNN where that
-    can be used, and the remark says why it cannot, or is empty. Variables are the same for both.
+    `plain` is XLA, which supports every transformation; `onednn` is faster on x86 CPUs; `auto` is oneDNN where it can
+    be used. The remark says why it cannot, or is empty. Variables are the same for both.
 
     Raises:
-      UsageError: an unknown name, or oneDNN is asked for where it cannot be used.
+      UsageError: an unknown name, or `onednn` where it cannot be used.
     """
     if name not in KERNELS:
         raise unknown("kernels", name, KERNELS)
@@ -150,7 +151,7 @@ def make_kernels(name: str, mode: Mode = "jit", dtype: Any = jnp.float32) -> tup
         return {}, ""
     reason = ""
     if jax.default_backend() != "cpu":
-        reason = f"oneDNN computes on CPU, and this is {jax.default_backend()}"
+        reason = f"oneDNN runs only on CPU (got {jax.default_backend()})"
     elif mode == "jit" and jax.device_count() > 1:
         reason = f"under jit XLA cannot split oneDNN's work over {jax.device_count()} devices: use mode shard_map"
     else:
@@ -165,7 +166,7 @@ def make_kernels(name: str, mode: Mode = "jit", dtype: Any = jnp.float32) -> tup
 
 
 def compute_dtype(name: str) -> Any:
-    """`auto` is bfloat16 where it is fast (GPU, TPU) and float32 on CPU; parameters and losses are float32 anyway."""
+    """Resolve a dtype's name: `auto` is float32 on CPU, else bfloat16; parameters and losses are always float32."""
     if name == "auto":
         name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     return jnp.dtype(name).type
@@ -174,7 +175,7 @@ def compute_dtype(name: str) -> Any:
 def make_tx(
     optim: OptimConfig, steps: int, epoch_steps: float, *, trainable: Predicate | None = None
 ) -> tuple[optax.GradientTransformation, Schedule]:
-    """The config's optimizer and its schedule over `steps`; `trainable`: see `train.optim.make_optimizer`."""
+    """Build the config's (optimizer, schedule) over `steps`; for `trainable` see `train.optim.make_optimizer`."""
     warmup = min(round(optim.warmup_epochs * epoch_steps), steps - 1)
     options = {"milestones": optim.milestones, "factor": optim.factor} if optim.schedule == "step" else {}
     schedule = make_schedule(optim.schedule, peak=optim.lr, steps=steps, warmup=warmup, **options)
@@ -193,7 +194,7 @@ def make_tx(
 
 
 def trained_part(config: TrainConfig) -> Predicate | None:
-    """The parameters that a run updates: only the head where the backbone is frozen, None for all."""
+    """Select the parameters to update: only the head if the backbone is frozen; None means all."""
     return is_head if config.freeze else None
 
 
@@ -205,14 +206,14 @@ def make_state(
     start: Callable[[dict[str, PyTree]], dict[str, PyTree]] = lambda variables: variables,
     masks: Callable[[PyTree], PyTree | None] = lambda params: None,
 ) -> TrainState:
-    """The state at step 0, from random variables; `start` may replace them, `masks` make masks for the parameters."""
+    """Make the state at step 0 from random variables; `start` may replace them, `masks` makes the parameters' masks."""
     init_key, run_key = jax.random.split(jax.random.key(config.seed))
     variables = start(init_variables(model, init_key, image_shape))
     return init_state(variables, tx, run_key, masks=masks(variables["params"]), ema=config.ema is not None)
 
 
 def make_objective(config: TrainConfig, classes: int) -> Objective:
-    """The config's objective of classification."""
+    """Build the config's classification objective."""
     mixing = config.augment.mixup or config.augment.cutmix
     return classify(
         loss=LOSSES[config.loss],

@@ -1,4 +1,4 @@
-"""The training loop: dispatch a step, then look at the one before, so that the device never waits for the host."""
+"""The training loop: dispatch a step, then read the previous one's metrics, so the device never waits for the host."""
 
 import json
 import math
@@ -18,7 +18,7 @@ from train.steps import summarize
 
 Step = Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]
 Log = Callable[[int, dict[str, float]], None]
-# (every, call): `call(state)` after each `every` steps, and after the last
+# (every, call): `call(state)` after every `every` steps, and after the last
 Hook = tuple[int, Callable[[TrainState], None]]
 
 
@@ -33,10 +33,10 @@ def fit(
 ) -> TrainState:
     """Train until `state.step` is `steps`.
 
-    `log(number, metrics)` gets the metrics of each step as floats, one step late; `number` counts steps done.
+    `log(number, metrics)` receives each step's metrics as floats, one step late; `number` counts completed steps.
 
     Raises:
-      RunError: a loss or gradient that is not finite, with the number of the step. Hooks do not see that state.
+      RunError: a loss or gradient that is not finite, with the step's number; hooks are not called with that state.
     """
     number = int(state.step)
     late: tuple[int, dict[str, jax.Array]] | None = None
@@ -59,7 +59,7 @@ def fit(
         late = number, metrics
         due = [call for every, call in hooks if number % every == 0 or number == steps]
         if due:
-            # Hooks keep what they see: first make sure that it is sound.
+            # Hooks may save the state, so first check that its metrics are finite.
             look()
             late = None
             for call in due:
@@ -82,11 +82,11 @@ def evaluate(
 
 
 class Progress:
-    """Progress for people on stderr (step, epoch, loss, accuracy, images/s, time left), for programs in a JSONL file.
+    """Report progress on stderr (step, epoch, loss, accuracy, images/s, time left) and in a JSONL file.
 
-    A terminal gets one line that changes; a log file a line every few seconds. `every` is the spacing of JSONL rows in
-    steps, whose values are means over those steps, with what `extra` says of the step added; `shown` are the metrics
-    that people get to see; `silent` prints nothing.
+    A terminal gets one line that is updated in place; a log file gets a line every few seconds. A JSONL row is written
+    every `every` steps, with means over those steps and the values of `extra(step)`. `shown` names the metrics to
+    print; `silent` prints nothing.
     """
 
     def __init__(
@@ -107,6 +107,7 @@ class Progress:
         self.extra, self.silent = extra, silent
         self.file = None
         if path is not None:
+            # The steps after the checkpoint that a run resumes from are trained again: drop their rows.
             keep = [row for row in read_rows(path) if row["step"] <= start]
             path.write_text("".join(json.dumps(row) + "\n" for row in keep))
             self.file = path.open("a", buffering=1)
@@ -145,7 +146,7 @@ class Progress:
         self.say(line, stays=not self.terminal)
 
     def say(self, line: str, *, stays: bool = True) -> None:
-        """Print a line, which the next one overwrites unless it `stays`."""
+        """Print a line; on a terminal the next one overwrites it unless it `stays`."""
         if not self.silent:
             text = f"\r{line:<110}" if self.terminal else line
             print(text, end="\n" if stays else "", file=sys.stderr, flush=True)
@@ -158,12 +159,12 @@ class Progress:
                 raise RunError(f"cannot write {self.file.name}: {error}") from None
 
     def pause(self, seconds: float) -> None:
-        """Time that was not spent on training."""
+        """Exclude `seconds` from the rate: they were not spent on training."""
         self.paused += seconds
 
     @property
     def images_per_second(self) -> float:
-        """Since the first step, without it (the first may compile) and without pauses."""
+        """Rate since the first step, excluding that step (it may compile) and pauses."""
         seconds = time.perf_counter() - self.begun - self.paused
         return (self.last - self.first) * self.batch / seconds if self.first is not None else 0.0
 
@@ -175,7 +176,7 @@ class Progress:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Rows of a JSONL file; a last line that was cut short is dropped."""
+    """Read the rows of a JSONL file; a truncated last line is dropped."""
     rows = []
     for line in path.read_text().splitlines() if path.exists() else []:
         try:

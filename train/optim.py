@@ -1,4 +1,4 @@
-"""Learning-rate schedules and optimizers by name; any optax chain goes wherever these go."""
+"""Learning-rate schedules and optimizers by name; any optax chain works in place of these."""
 
 import inspect
 from collections.abc import Callable, Sequence
@@ -25,7 +25,7 @@ def linear(peak: float, steps: int) -> Schedule:
 
 
 def step_decay(peak: float, steps: int, milestones: Sequence[float] = (0.5, 0.75), factor: float = 0.1) -> Schedule:
-    """`peak`, times `factor` at each of `milestones`, fractions of all steps: He et al. 2015 on CIFAR."""
+    """Multiply `peak` by `factor` at each of `milestones`, fractions of all steps (He et al. 2015 on CIFAR)."""
     return optax.piecewise_constant_schedule(peak, {round(m * steps): factor for m in milestones})
 
 
@@ -44,10 +44,13 @@ SCHEDULES: dict[str, Callable[..., Schedule]] = {
 
 
 def make_schedule(name: str, *, peak: float, steps: int, warmup: int = 0, **options: Any) -> Schedule:
-    """A schedule by name over `steps` in all, the first `warmup` of them a line from 0 to `peak`.
+    """Make a schedule by name over `steps` in total, with a linear rise to `peak` over the first `warmup`.
 
-    `one_cycle` (https://arxiv.org/abs/1708.07120) rises for `warmup` steps (30 % if 0) along a cosine and falls along
-    another. `options` go to the schedule: `milestones` and `factor` of `step`.
+    `one_cycle` (https://arxiv.org/abs/1708.07120) rises for `warmup` steps (30 % if 0) along a cosine, then falls
+    along a second one. `options` are passed to the schedule: `milestones` and `factor` for `step`.
+
+    Raises:
+      UsageError: an unknown name.
     """
     if name == "one_cycle":
         return optax.cosine_onecycle_schedule(steps, peak, pct_start=warmup / steps if warmup else 0.3)
@@ -56,13 +59,13 @@ def make_schedule(name: str, *, peak: float, steps: int, warmup: int = 0, **opti
     if not warmup:
         return SCHEDULES[name](peak, steps, **options)
     after = SCHEDULES[name](peak, steps - warmup, **options)
-    # Step 0 already moves: the line reaches the peak at step `warmup`.
+    # Step 0 already has a nonzero rate, and the line reaches the peak at step `warmup`.
     rise = optax.linear_schedule(peak / (warmup + 1), peak, warmup)
     return optax.join_schedules([rise, after], [warmup])
 
 
 def sgd(schedule: Schedule, *, momentum: float, nesterov: bool, weight_decay: float, mask: Any) -> Any:
-    """SGD with momentum and L2 added to the gradient, as torch.optim.SGD."""
+    """SGD with momentum and L2 added to the gradient, as in torch.optim.SGD."""
     return optax.chain(
         optax.add_decayed_weights(weight_decay, mask),
         optax.sgd(schedule, momentum=momentum, nesterov=nesterov),
@@ -121,13 +124,16 @@ def make_optimizer(
     trainable: Predicate | None = None,
     **options: Any,
 ) -> optax.GradientTransformation:
-    """An optimizer by name: one of `OPTIMIZERS`, or any of optax's that takes a learning rate, `optax.adan` say.
+    """Make an optimizer by name: one of `OPTIMIZERS`, or any optax optimizer with a learning rate, e.g. `optax.adan`.
 
     Args:
       weight_decay: applies to the parameters that `decay` selects; not to norms and biases by default.
       clip_norm: largest global norm of the gradient, > 0; None does not clip.
-      trainable: selects what is updated; the rest stays as it is. None updates everything.
-      options: of that optimizer alone: `trust_coefficient` of `lars`.
+      trainable: selects the parameters to update; the rest stay fixed. None updates all.
+      options: specific to the optimizer: `trust_coefficient` for `lars`.
+
+    Raises:
+      UsageError: an unknown name.
     """
     mask = partial(select, predicate=decay)
     if name in OPTIMIZERS:

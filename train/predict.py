@@ -28,7 +28,7 @@ Prediction = list[tuple[str, float]]  # (class, probability), most probable firs
 
 
 def load(run: str | Path, *, model: nn.Module | None = None, top: int = 5) -> Callable[[Any], Any]:
-    """The trained network of a run as a function of an image, or of a list of them.
+    """Load the trained network of a run as a function of an image, or of a list of images.
 
     An image is a path, encoded bytes, or a uint8 array [H, W, C]; it is resized and cropped as the run's test images
     were. Returns the `top` classes with their probabilities. `model` is the one that was passed to the run, if one was.
@@ -91,15 +91,15 @@ def _top(row: np.ndarray, classes: Sequence[str], top: int) -> Prediction:
 
 
 def main() -> None:
-    """`python -m train.predict RUN IMAGE...`: the top classes of each image, a line each, and as JSON on stdout."""
+    """`python -m train.predict RUN IMAGE...`: print each image's top classes on stderr, and as JSON on stdout."""
     import argparse
     import json
     import sys
 
     parser = argparse.ArgumentParser(prog="python -m train.predict", description=main.__doc__)
-    parser.add_argument("run", help="a run's folder")
+    parser.add_argument("run", help="run folder")
     parser.add_argument("images", nargs="+", help="image files")
-    parser.add_argument("--top", type=int, default=5, help="how many classes to name")
+    parser.add_argument("--top", type=int, default=5, help="number of classes to print")
     args = parser.parse_args()
     predictions = load(args.run, top=args.top)(args.images)
     for path, found in zip(args.images, predictions, strict=True):

@@ -1,6 +1,6 @@
 """Presets: complete recipes by name. A preset's docstring says what it is, how to run it and what to expect.
 
-Figures marked "measured" have their runs in results/; the others are the sources' own, not yet reproduced here.
+Figures marked "measured" have their runs in results/; the others come from the cited sources, not yet reproduced here.
 """
 
 from collections.abc import Callable
@@ -32,12 +32,12 @@ def digits() -> TrainConfig:
 
 
 def cifar10_resnet20() -> TrainConfig:
-    """He et al. 2015 (https://arxiv.org/abs/1512.03385), section 4.2: 64,000 updates on 45,000 of the images.
+    """He et al. 2015 (https://arxiv.org/abs/1512.03385), section 4.2: 64,000 updates on 45,000 training images.
 
     Command: python -m train.data prepare cifar10 && python -m train cifar10_resnet20
     Hardware: any GPU, minutes; some 10 hours on 2 CPU cores. 91.21 % on test with seed 0 (measured); the paper reports
-    91.25 %. It subtracts the mean image and decays all parameters; here the means are per channel, and only kernels
-    decay.
+    91.25 %. The paper subtracts the mean image and decays all parameters; here the means are per channel, and only
+    kernels decay.
     """
     return TrainConfig(
         model="resnet20",
@@ -50,10 +50,10 @@ def cifar10_resnet20() -> TrainConfig:
 
 
 def cifar10_resnet18() -> TrainConfig:
-    """ResNet-18 with a 3x3 stem, 200 epochs: recipe of kuangliu/pytorch-cifar, only kernels decay.
+    """ResNet-18 with a 3x3 stem, 200 epochs: the recipe of kuangliu/pytorch-cifar, with weight decay on kernels only.
 
     Command: python -m train.data prepare cifar10 && python -m train cifar10_resnet18
-    Hardware: one GPU. Peers report 95.3 % (mean of five seeds of a like recipe) at the last epoch.
+    Hardware: one GPU. Others report 95.3 % at the last epoch (mean of five seeds of a similar recipe).
     """
     return TrainConfig(
         model="resnet18_cifar",
@@ -68,7 +68,7 @@ def cifar10_resnet18() -> TrainConfig:
 def cifar10_resnet18_50ep() -> TrainConfig:
     """The headline: more than 94.57 % validation accuracy in 50 epochs, without test-time augmentation.
 
-    Short schedule with a linear fall, reflected translations, cutout (https://arxiv.org/abs/1708.04552), label
+    Short schedule with linear decay, reflected translations, cutout (https://arxiv.org/abs/1708.04552), label
     smoothing and averaged parameters.
     Command: python -m train.data prepare cifar10 && python -m train cifar10_resnet18_50ep
     Hardware: one GPU. 94.66 % on validation and 94.36 % on test, means of two seeds, in about a minute on an H200
@@ -89,10 +89,10 @@ def cifar10_resnet18_50ep() -> TrainConfig:
 
 
 def cifar100_resnet18() -> TrainConfig:
-    """ResNet-18 with a 3x3 stem on CIFAR-100: recipe of weiaicunzai/pytorch-cifar100.
+    """ResNet-18 with a 3x3 stem on CIFAR-100: the recipe of weiaicunzai/pytorch-cifar100.
 
     Command: python -m train.data prepare cifar100 && python -m train cifar100_resnet18
-    Hardware: one GPU. The peer reports 75.61 %.
+    Hardware: one GPU. That repository reports 75.61 %.
     """
     return TrainConfig(
         model="resnet18_cifar",
@@ -113,11 +113,11 @@ def cifar100_resnet18() -> TrainConfig:
 
 
 def imagenet_resnet50() -> TrainConfig:
-    """ResNet-50 V1.5, 90 epochs, large batch (https://arxiv.org/abs/1706.02677), with label smoothing and a cosine.
+    """ResNet-50 V1.5, 90 epochs, large batch (https://arxiv.org/abs/1706.02677), label smoothing and cosine schedule.
 
     Command: python -m train.data prepare imagenet2012 && python -m train imagenet_resnet50
-    Hardware: 8 GPUs or a TPU v3-8. Peers report 76.5-77.1 % top-1. The held-out split named validation is the test.
-    The random box is cut while decoding and brought to 256 pixels; the device cuts 224 out of them.
+    Hardware: 8 GPUs or a TPU v3-8. Others report 76.5-77.1 % top-1. ImageNet's validation split is the test split here.
+    A random box is cropped while decoding and resized to 256 pixels; the device crops 224 from it.
     """
     return TrainConfig(
         model="resnet50",
@@ -160,7 +160,7 @@ def imagenet_resnet50_rsb() -> TrainConfig:
 
 
 def finetune() -> TrainConfig:
-    """A pretrained network on a folder of your own images, class by subfolder.
+    """Fine-tune a pretrained network on a folder of your own images, one subfolder per class.
 
     Command: python -m train finetune --data.name folder:DIR --init resnet50.safetensors --model resnet50
     Hardware: a GPU, minutes; `--freeze` trains only the head and suits a CPU. `--init` takes torchvision or timm

@@ -9,12 +9,12 @@ from train.errors import UsageError
 
 
 def collect(run: Path) -> dict[str, Any]:
-    """A run's result, config and history (`metrics.jsonl`) together: what is kept of a published run.
+    """Collect a run's result, config and history (`metrics.jsonl`): the record of a published run.
 
-    `run` is its folder, or the JSON file that they were kept in.
+    `run` is its folder, or a JSON file that holds this record.
 
     Raises:
-      UsageError: no run there, or one that is not finished.
+      UsageError: there is no run, or it is not finished.
     """
     try:
         if run.is_file():
@@ -30,7 +30,7 @@ def collect(run: Path) -> dict[str, Any]:
 
 
 def new_figure(width: float, height: float) -> Any:
-    """An empty matplotlib figure, its size in inches.
+    """Make an empty matplotlib figure; sizes are in inches.
 
     Raises:
       UsageError: matplotlib is not installed.
@@ -43,10 +43,10 @@ def new_figure(width: float, height: float) -> Any:
 
 
 def check_picture(picture: Path) -> None:
-    """Refuse a picture that `save_figure` could not write, before what it shows is measured; writes nothing.
+    """Refuse a picture that `save_figure` could not write, before anything is measured; writes nothing.
 
     Raises:
-      UsageError: matplotlib is not installed, no such folder, or no such kind.
+      UsageError: matplotlib is not installed, the folder does not exist, or the format is not supported.
     """
     kinds = new_figure(1, 1).canvas.get_supported_filetypes()
     kind = picture.suffix.removeprefix(".").lower()
@@ -57,10 +57,10 @@ def check_picture(picture: Path) -> None:
 
 
 def save_figure(figure: Any, picture: Path) -> None:
-    """Write a figure, of the kind that the name ends in.
+    """Write a figure in the format that the file's suffix names.
 
     Raises:
-      UsageError: no such folder, or no such kind.
+      UsageError: the folder does not exist, or the format is not supported.
     """
     try:
         figure.savefig(picture, dpi=130)
@@ -69,7 +69,7 @@ def save_figure(figure: Any, picture: Path) -> None:
 
 
 def draw(runs: dict[str, dict[str, Any]], picture: Path) -> None:
-    """Training loss, and accuracy in training and validation, by epoch; one colour a run. Needs the extra `plot`."""
+    """Plot training loss, and training and validation accuracy, by epoch, a colour per run. Needs the extra `plot`."""
     figure = new_figure(9, 3.6)
     loss, accuracy = figure.subplots(1, 2)
     for index, (name, run) in enumerate(runs.items()):
@@ -91,12 +91,12 @@ def draw(runs: dict[str, dict[str, Any]], picture: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Collect runs, and write what is asked for."""
+    """Collect runs, and write the JSON file or the picture that the flags name."""
     import argparse
 
     parser = argparse.ArgumentParser(prog="python -m train.report", description=__doc__)
-    parser.add_argument("runs", nargs="+", type=Path, help="runs' folders, or JSON files that --json wrote")
-    parser.add_argument("--json", type=Path, help="write the run (of one) with its history here")
+    parser.add_argument("runs", nargs="+", type=Path, help="run folders, or JSON files written by --json")
+    parser.add_argument("--json", type=Path, help="write the run with its history here (takes one run)")
     parser.add_argument("--picture", type=Path, help="draw the curves here, as .png, .svg or .pdf")
     args = parser.parse_args(argv)
     if not (args.json or args.picture):

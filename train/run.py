@@ -1,4 +1,4 @@
-"""A supervised run from a config to a result: read it from top to bottom."""
+"""A supervised run, from a config to a result; read it from top to bottom."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -51,19 +51,20 @@ def run(
     dataset: Dataset | None = None,
     hooks: Sequence[Hook] = (),
 ) -> dict[str, Any]:
-    """Train, select on validation, evaluate once on the test split; the result is also in `out`/result.json.
+    """Train, select on validation, evaluate once on the test split; the result is also written to `out`/result.json.
 
-    Run again with the same `out`, it goes on from the newest good checkpoint; a finished run only returns its result.
+    Called again with the same `out`, resume from the newest good checkpoint; a finished run only returns its result.
 
     Args:
-      model, tx, objective, augment, dataset: pieces of your own in place of those that the config describes; the run's
-        other settings stay the config's. The model returns logits [B, classes], see `train.state.forward`; `augment`
-        maps images in [0, 1] to what the model is trained on, normalised. Pass the same ones to go on with a run, and
-        the model to `train.predict.load`.
+      model, tx, objective, augment, dataset: objects to use in place of those that the config describes; all other
+        settings come from the config. The model returns logits [B, classes], see `train.state.forward`; `augment` maps
+        images in [0, 1] to the model's normalised inputs. Pass the same objects to resume a run, and the model to
+        `train.predict.load`.
       hooks: called with the state while training, see `train.loop.fit`.
 
     Raises:
-      UsageError: what the user can fix. RunError: what stopped a run.
+      UsageError: an error that the user can fix.
+      RunError: the run stopped; the message says where, and what was kept.
     """
     check(config)
     own: dict[str, Any] = {"model": model, "tx": tx, "objective": objective, "augment": augment}
@@ -79,7 +80,7 @@ def run(
 
 
 def with_widths(config: Config) -> Config:
-    """The config with the widths of the run that it starts from, a pruned network's, where it names none itself."""
+    """Fill in `widths` from the pruned network that `init` names, unless the config gives its own."""
     if config.init is None or config.widths:
         return config
     model, widths = widths_of(Path(config.init))
@@ -88,12 +89,12 @@ def with_widths(config: Config) -> Config:
 
 @dataclass(frozen=True, kw_only=True)
 class Pieces:
-    """The parts of a supervised training; replace any with `dataclasses.replace`.
+    """The parts of a supervised run; replace any with `dataclasses.replace`.
 
     Attributes:
-      schedule: learning rate by step, as it is logged.
-      augment, preprocess: images in [0, 1] to the model's inputs, in training and in evaluation.
-      remask: when masks change inside the step; None keeps them.
+      schedule: learning rate by step, for the log.
+      augment, preprocess: map images in [0, 1] to the model's inputs, in training and in evaluation.
+      remask: schedule that changes the masks inside the step; None keeps them fixed.
     """
 
     model: nn.Module
@@ -113,7 +114,7 @@ def make_pieces(
     objective: Objective | None = None,
     augment: Augment | None = None,
 ) -> Pieces:
-    """The pieces that a session's config describes, those that are passed in their place.
+    """Build the pieces that a session's config describes, except those that are passed in.
 
     Raises:
       UsageError: a config that does not fit the data.
@@ -122,7 +123,7 @@ def make_pieces(
     classes = len(dataset.classes)
     if classes < 2:
         raise UsageError(
-            f"{dataset.name} has only one class: training needs two or more, a folder one subfolder of images for each"
+            f"{dataset.name} has only one class: training needs two or more (a folder needs one subfolder per class)"
         )
     check_images(config, dataset.image_shape, session.mesh.size)
     axis_name = axis_of(config.mode)
@@ -138,7 +139,7 @@ def make_pieces(
 
 
 def start_state(session: Session[Any], pieces: Pieces) -> TrainState:
-    """The state at step 0: random, or from `--init`, whose pruned weights stay pruned unless `--dense` frees them."""
+    """Make the state at step 0: random, or from `--init`, whose pruned weights stay pruned unless `--dense` is set."""
     config = session.config
     source = None if config.init is None else Path(config.init)
 
@@ -152,7 +153,7 @@ def start_state(session: Session[Any], pieces: Pieces) -> TrainState:
 
 
 class Training:
-    """A supervised training in a session: its compiled steps, the loop, the figures at its end."""
+    """Supervised training in a session: the compiled steps, the loop, and the final figures."""
 
     def __init__(self, session: Session[Any], pieces: Pieces, state: TrainState) -> None:
         config = session.config
@@ -180,13 +181,13 @@ class Training:
         )
 
     def measure(self, variables: PyTree, split: str) -> dict[str, Any]:
-        """Figures of a split, see `train.steps.summarize`; the test split is for the end."""
+        """Evaluate a split, see `train.steps.summarize`; evaluate the test split only at the end."""
         config, source = self.session.config, self.session.dataset.splits[split]
         batches = eval_batches(source, batch=config.eval_batch, mesh=self.session.mesh, mode=config.mode)
         return evaluate(self.eval_program, variables, batches)
 
     def fit(self, state: TrainState, hooks: Sequence[Hook] = ()) -> TrainState:
-        """Train to the end, evaluating on validation."""
+        """Train to the end, evaluating on the validation split."""
 
         def validate(state: TrainState) -> tuple[dict[str, float], str]:
             figures = self.measure(state.variables, "validation")
@@ -196,7 +197,7 @@ class Training:
         return self.session.fit(self.step, state, validate=validate, schedule=self.pieces.schedule, hooks=hooks)
 
     def selected(self, state: TrainState) -> TrainState:
-        """The state that the test split is evaluated with: the last one, or the best on validation."""
+        """The state to evaluate on the test split: the last one, or the best on validation."""
         checkpoints = self.session.checkpoints
         if self.session.config.select != "best" or checkpoints.best is None:
             return state
@@ -204,7 +205,7 @@ class Training:
         return best
 
     def figures(self, state: TrainState) -> dict[str, Any]:
-        """What the result says of a trained state: the one look at the test split; writes confusion.json."""
+        """Compute a trained state's figures for the result, with the only test evaluation; writes confusion.json."""
         session = self.session
         validation, test = (self.measure(state.variables, split) for split in ("validation", "test"))
         if session.main:

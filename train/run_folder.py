@@ -23,13 +23,13 @@ from train.state import TrainState
 
 Run = TypeVar("Run", bound=RunConfig)
 
-# Fields that may differ between a run and its continuation: they change where and how fast, never what.
+# Fields that may differ between a run and its continuation: they change where and how fast it runs, never its result.
 FREE_FIELDS = {"out", "mode", "data.dir", "distributed", "log_every", "eval_batch"}
 FREE_FIELDS |= {"keep_last", "keep_best", "save_steps", "kernels", "cache"}
 
 
 def settle(config: RunConfig, preset: str, replaced: Sequence[str] = ()) -> tuple[Path, dict[str, Any] | None]:
-    """(the run's folder, the result of the finished run that it holds, else None).
+    """Choose the run folder: (folder, result of the finished run that it holds, else None).
 
     `replaced` names the pieces that were passed to the run as objects.
 
@@ -41,12 +41,12 @@ def settle(config: RunConfig, preset: str, replaced: Sequence[str] = ()) -> tupl
         check_continues(out, config, replaced)
     if not (out / "result.json").exists():
         return out, None
-    print(f"{out} holds this run, finished; its result:", file=sys.stderr)
+    print(f"{out} already holds this run, finished; its result:", file=sys.stderr)
     return out, json.loads((out / "result.json").read_text())
 
 
 def read_config(out: Path, kind: type[Run]) -> tuple[Run, dict[str, Any]]:
-    """(config, the whole of config.json: preset, classes, image_shape, versions) of a run's folder.
+    """Read (config, the whole of config.json: preset, classes, image_shape, versions) of a run folder.
 
     Raises:
       UsageError: not a run folder, a run of a different pipeline than `kind`, or a damaged file.
@@ -76,7 +76,7 @@ def pipeline_of(out: Path) -> str:
 
 
 def write_config(out: Path, preset: str, config: RunConfig, dataset: Dataset, replaced: Sequence[str] = ()) -> None:
-    """Write down what this run is, or make sure that it is the one that the folder holds."""
+    """Record a run in its folder, or check that the folder holds this run."""
     if (out / "config.json").exists():
         check_continues(out, config, replaced)
         return
@@ -85,7 +85,7 @@ def write_config(out: Path, preset: str, config: RunConfig, dataset: Dataset, re
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UsageError(f"cannot make the run's folder {out}: {error}") from None
+        raise UsageError(f"cannot create the run folder {out}: {error}") from None
     described = {
         "pipeline": pipeline(type(config)),
         "preset": preset,
@@ -99,21 +99,21 @@ def write_config(out: Path, preset: str, config: RunConfig, dataset: Dataset, re
 
 
 def discard_start(out: Path) -> None:
-    """Take back `write_config`, for a run that was refused before its first checkpoint."""
+    """Undo `write_config` for a run that was refused before its first checkpoint."""
     (out / "config.json").unlink(missing_ok=True)
-    with contextlib.suppress(OSError):  # it is not there, or holds something after all
+    with contextlib.suppress(OSError):  # missing, or not empty after all
         (out / "checkpoints").rmdir()
 
 
 def check_continues(out: Path, config: RunConfig, replaced: Sequence[str] = ()) -> None:
-    """Make sure that a run's folder was made for this config, `FREE_FIELDS` aside, and these pieces.
+    """Check that a run folder was created with this config (except `FREE_FIELDS`) and these pieces.
 
     Raises:
-      UsageError: it was not.
+      UsageError: settings or pieces differ.
     """
     theirs, whole = read_config(out, type(config))
     saved, wanted = flat(theirs), flat(config)
-    # Measured statistics are not the user's to repeat.
+    # The command need not repeat statistics that were measured.
     measured = {n for n in ("augment.mean", "augment.std") if wanted[n] is None}
     differing = [n for n in wanted if n not in FREE_FIELDS | measured and saved.get(n) != wanted[n]]
     if differing:
@@ -125,7 +125,7 @@ def check_continues(out: Path, config: RunConfig, replaced: Sequence[str] = ()) 
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write JSON in one piece: readers see the old file or the new one."""
+    """Write JSON atomically: readers see the old file or the new one."""
     temporary = path.with_suffix(".tmp")
     try:
         temporary.write_text(json.dumps(content, indent=1) + "\n")
@@ -135,12 +135,12 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def load_state(run: Path) -> TrainState:
-    """The state that a run ended in, as NumPy arrays: its last checkpoint, or its best where the run selects that.
+    """Load a run's final state as NumPy arrays: its last checkpoint, or its best if the run selects that.
 
     The optimizer's state is in plain containers.
 
     Raises:
-      UsageError: not a run of training, or one without a good checkpoint.
+      UsageError: it is not a training run, or it has no good checkpoint.
     """
     config, _ = read_config(run, TrainConfig)
     if not (run / "checkpoints").is_dir():
@@ -155,7 +155,7 @@ def load_state(run: Path) -> TrainState:
 
 
 def environment() -> dict[str, Any]:
-    """The environment that a figure depends on: command, commit, versions, devices."""
+    """Describe the environment that results depend on: command, commit, versions, devices."""
     packages = ("jax", "jaxlib", "flax", "optax", "numpy")
     return {
         "command": shlex.join(["python", *sys.orig_argv[1:]]),
@@ -167,7 +167,7 @@ def environment() -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    """The commit of the checkout that this code is in, with a + if files differ from it; None outside of one."""
+    """The commit of the checkout that this code is in, with a + if files differ from it; None outside a checkout."""
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
         commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()

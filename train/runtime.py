@@ -1,6 +1,6 @@
 """Process-wide setup of a pipeline: hosts, the folder of compiled programs, freed memory, compiler options.
 
-The mains of training and benchmarks do it, and `train.run.run` for the cache; importing never does.
+Entry points do it, and `train.session.open_session` for hosts and compiled programs; importing never does.
 """
 
 import ctypes
@@ -27,13 +27,13 @@ M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
 
 
 def keep_compiled(folder: str = "auto") -> Path | None:
-    """Keep compiled programs in a folder, so that a second start finds them; returns the folder, None if switched off.
+    """Keep compiled programs in a folder, so that later runs reuse them; returns the folder, None if there is none.
 
-    `auto` is JAX's own setting (JAX_COMPILATION_CACHE_DIR) where there is one, else `cache_folder()`/compiled, apart
-    for each kind of processor: code for one may not run on a different one. `none` keeps nothing.
+    `auto` is JAX's setting (JAX_COMPILATION_CACHE_DIR) if there is one, else a folder in `cache_folder()`/compiled for
+    this type of processor, as code compiled for one type may not run on a different one. `none` keeps nothing.
 
     Raises:
-      UsageError: the folder cannot be made.
+      UsageError: the folder cannot be created.
     """
     if folder == "none":
         _use(None)
@@ -46,10 +46,10 @@ def keep_compiled(folder: str = "auto") -> Path | None:
         path.mkdir(parents=True, exist_ok=True)
     except (OSError, RuntimeError) as error:
         if folder == "auto":
-            return None  # no home, or one that cannot be written to: then each start compiles
-        raise UsageError(f"--cache {folder}: cannot make it: {getattr(error, 'strerror', error)}") from None
+            return None  # no writable home folder: every run compiles
+        raise UsageError(f"--cache {folder}: cannot create it: {getattr(error, 'strerror', error)}") from None
     _use(str(path))
-    # JAX leaves out what compiled in under a second; a start on CPU is made of such programs.
+    # By default JAX skips programs that compile in under a second, which is most of them on CPU.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     return path
 
@@ -57,11 +57,11 @@ def keep_compiled(folder: str = "auto") -> Path | None:
 def _use(folder: str | None) -> None:
     if getattr(jax.config, "jax_compilation_cache_dir", None) != folder:
         jax.config.update("jax_compilation_cache_dir", folder)
-        compilation_cache.reset_cache()  # JAX looks once a process where its cache is
+        compilation_cache.reset_cache()  # JAX reads its cache's folder only once per process
 
 
 def _processor() -> str:
-    """The instruction set, hashed."""
+    """Hash of the processor's instruction set, 8 hexadecimal digits."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         said = next(line for line in lines if line.startswith(("flags", "Features")))
@@ -71,25 +71,25 @@ def _processor() -> str:
 
 
 def keep_memory() -> bool:
-    """On CPU, let glibc keep what XLA frees: it frees and allocates all temporaries in each step.
+    """On CPU, let glibc keep the memory that XLA frees: XLA frees and reallocates all temporaries in each step.
 
-    Pages handed back and faulted in again are a quarter of the step time of a small network. Whatever the process has
-    freed then stays its own until it ends. Called before JAX starts its threads; returns whether it did anything.
+    Returning pages and faulting them in again takes a quarter of the step time of a small network. Freed memory then
+    stays with the process until it ends. Call it before JAX starts its threads; returns whether it had any effect.
     """
     if sys.platform != "linux" or not cpu_only():
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # not in musl
     if mallopt is None:
         return False
-    # Nothing is mapped by itself or given back, however large (thresholds end at 2 GiB, which a step's temporaries
-    # exceed); one arena: only the main one can grow without limit.
+    # Never map an allocation separately or return memory, whatever its size (thresholds end at 2 GiB, which a step's
+    # temporaries exceed). Use one arena: only the main one can grow without limit.
     settings = {M_MMAP_MAX: 0, M_TRIM_THRESHOLD: -1, M_ARENA_MAX: 1}
     done = [mallopt(name, value) for name, value in settings.items()]
     return all(done)
 
 
 def cpu_only() -> bool:
-    """Whether JAX will have only the CPU as a device, found out without starting it."""
+    """Whether the CPU will be JAX's only device, determined without initialising JAX."""
     platforms = getattr(jax.config, "jax_platforms", None) or ""
     if platforms:
         return platforms == "cpu"
@@ -97,10 +97,10 @@ def cpu_only() -> bool:
 
 
 def join_hosts(distributed: str | None) -> None:
-    """Make this process one of several: `auto`, or COORDINATOR:PORT,COUNT,INDEX; None is a single process.
+    """Join the other hosts: `auto`, or COORDINATOR:PORT,COUNT,INDEX; None does nothing (a single process).
 
     Raises:
-      RunError: the others cannot be reached.
+      RunError: the other hosts cannot be reached.
     """
     if distributed is None or jax.distributed.is_initialized():
         return
@@ -115,7 +115,7 @@ def join_hosts(distributed: str | None) -> None:
 
 
 def say(line: str) -> None:
-    """A line on stderr, once for all hosts."""
+    """Print a line on stderr, from the first host only."""
     if jax.process_index() == 0:
         print(line, file=sys.stderr)
 
@@ -123,9 +123,10 @@ def say(line: str) -> None:
 def compiler_options(dtype: Any, *, plain: bool = True) -> dict[str, Any]:
     """XLA options for networks of this dtype on this backend, `plain` or not, for `jax.jit(compiler_options=...)`.
 
-    Only on CPU. Plain convolutions in float32: options that keep XLA from fusing the weight gradient's transposition
-    into the backward pass before it, and from handing convolutions to YNN; 1.2 to 1.8 times as fast (docs/speed.md).
-    bfloat16: no YNN at all, which in jax 0.12 returns nan for some networks, a 3-stage ResNet on 32x32 images for one.
+    Empty except on CPU. For plain (XLA) convolutions in float32, they keep XLA from fusing the weight gradient's
+    transposition into the preceding backward pass, and from using YNN for convolutions: 1.2 to 1.8 times as fast
+    (docs/speed.md). For bfloat16, they disable YNN, which in jax 0.12 returns nan for some networks, such as a 3-stage
+    ResNet on 32x32 images.
     """
     if jax.default_backend() != "cpu":
         return {}
@@ -135,7 +136,7 @@ def compiler_options(dtype: Any, *, plain: bool = True) -> dict[str, Any]:
 
 
 def xla_options(given: tuple[str, ...]) -> dict[str, str | bool]:
-    """`--xla`'s NAME=VALUE each, as `jax.jit(compiler_options=...)` takes them."""
+    """Parse `--xla` options, each NAME=VALUE, for `jax.jit(compiler_options=...)`."""
     words = {"true": True, "false": False}
     pairs = (option.split("=", 1) for option in given)
     return {name: words.get(value.lower(), value) for name, value in pairs}
@@ -146,7 +147,7 @@ YNN_FOR_FLOAT32 = "LIBRARY_FUSION_TYPE_REDUCE,LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT
 
 
 def known_options(options: dict[str, Any]) -> dict[str, Any]:
-    """The options, if this jaxlib knows them all: it refuses what it does not know."""
+    """The options if this jaxlib accepts all of them, else {}: jaxlib refuses options that it does not know."""
     return dict(options) if _accepted(tuple(options.items())) else {}
 
 
@@ -162,10 +163,10 @@ def _accepted(options: tuple[tuple[str, Any], ...]) -> bool:
 def compile_in(
     pool: ThreadPoolExecutor, step: Any, state: Any, batch: Any, *, pmap: bool = False, xla: Sequence[str] = ()
 ) -> Callable[[], tuple[Any, float]]:
-    """Trace the step here and compile it in the pool; call what this returns for (the program, seconds).
+    """Trace the step here and compile it in the pool; call the returned function for (program, seconds).
 
-    Tracing stays in this thread, whose settings (`jax.default_matmul_precision` and the like) are the caller's. pmap
-    compiles when it is called.
+    Tracing stays in this thread, whose settings (`jax.default_matmul_precision` and the like) are the caller's. A
+    pmap step is returned as it is, and compiles when it is first called.
     """
     if pmap:
         return lambda: (step, 0.0)

@@ -1,4 +1,4 @@
-"""The part that every pipeline's run shares, from the folder that it is kept in to the common keys of its result.
+"""The part that the runs of all pipelines share, from the run folder to the common keys of the result.
 
 A run opens a session, turns its config into pieces, and then compiles, resumes, fits and finishes:
 
@@ -37,21 +37,21 @@ from train.runtime import compile_in, compiler_options, join_hosts, keep_compile
 from train.state import TrainState
 
 Config = TypeVar("Config", bound=RunConfig)
-# state -> (a row of metrics.jsonl, a line for people)
+# state -> (row for metrics.jsonl, line to print)
 Validate = Callable[[Any], tuple[dict[str, float], str]]
 
 
 def open_session(
     config: Config, preset: str = "custom", *, dataset: Dataset | None = None, replaced: Sequence[str] = ()
 ) -> "Session[Config]":
-    """The session of a run: its folder settled, the hosts joined, the data opened.
+    """Open a run's session: settle its folder, join the hosts, open the data.
 
     Args:
       dataset: images to use instead of those that the config names.
-      replaced: names of the pieces that were passed to the run as objects; the folder's config.json keeps them.
+      replaced: names of the pieces that were passed to the run as objects; recorded in the folder's config.json.
 
     Raises:
-      UsageError: the folder holds a different run; data that cannot be read, or do not fit the batch.
+      UsageError: the folder holds a different run, or the data cannot be read or do not fit the batch size.
     """
     out, finished = settle(config, preset, replaced)
     if finished is not None:
@@ -67,15 +67,15 @@ class Session(Generic[Config]):
     """A run in progress.
 
     Attributes:
-      config: the run's, with channel statistics filled in.
-      out: the run's folder.
-      finished: the result of a run that the folder holds already; nothing below exists then.
-      main: whether this process writes the folder.
-      mesh, dataset, epoch_steps, steps: devices, images, steps of an epoch (a fraction) and of the whole run.
-      kernels, dtype: fields of a model that choose its compute kernels, and the dtype that it computes in.
-      stream, checkpoints: the training data and the saved states; after `compile` and `resume`.
+      config: the run's config, with channel statistics filled in.
+      out: the run folder.
+      finished: the result, if the folder already holds the finished run, else None; if set, no data are opened.
+      main: whether this process writes to the folder.
+      mesh, dataset, epoch_steps, steps: devices, images, steps per epoch (not always whole) and in total.
+      kernels, dtype: model fields that select its compute kernels, and its compute dtype.
+      stream, checkpoints: the training data (after `compile`) and the saved states (after `resume`).
       resumed: whether `resume` found a checkpoint.
-      last_row: what `validate` last returned; empty before that.
+      last_row: the row that `validate` returned last; empty before that.
     """
 
     mesh: Mesh
@@ -92,7 +92,7 @@ class Session(Generic[Config]):
         self.last_row = {}
 
     def open_data(self, dataset: Dataset | None) -> None:
-        """Open the images and derive from their number how long the run is; `compile` reads them."""
+        """Open the images and compute the number of steps from their number; `compile` reads them."""
         config, self.main, self.mesh = self.config, jax.process_index() == 0, make_mesh()
         began = time.perf_counter()
         if dataset is None:
@@ -104,14 +104,14 @@ class Session(Generic[Config]):
         self.epoch_steps = len(self.dataset.train) / config.batch
         self.steps = config.steps or max(int(config.epochs * self.epoch_steps), 1)
         self.dtype = compute_dtype(config.dtype)
-        # A model that was passed in computes with what its author chose.
+        # A model that was passed in keeps the kernels that its author chose.
         self.kernels: dict[str, Any] = {}
         self.remark = ""
         if "model" not in self.replaced:
             self.kernels, self.remark = make_kernels(config.kernels, config.mode, self.dtype)
 
     def announce(self, what: str) -> None:
-        """Say what is trained (`resnet20: 272,474 parameters`), on which devices and how it is computed."""
+        """Print what is trained (`resnet20: 272,474 parameters`), on which devices and with which kernels."""
         library = "oneDNN" if self.kernels else "XLA"
         device = f"{self.mesh.size} {jax.devices()[0].device_kind}"
         say(f"{what} on {device} ({self.config.mode}, {jnp.dtype(self.dtype).name}, convolutions by {library})")
@@ -119,26 +119,27 @@ class Session(Generic[Config]):
             say(f"note: oneDNN is not used: {self.remark}")
 
     def place(self, tree: Any) -> Any:
-        """A tree of arrays, whole on every device."""
+        """Replicate a tree of arrays on every device."""
         return place(tree, replicated(self.mesh))
 
     def compile(
         self, step: Callable[..., Any], evaluations: Sequence[tuple[Callable[..., Any], Any]], state: TrainState
     ) -> tuple[Callable[..., Any], list[Callable[..., Any]]]:
-        """(the compiled train step, the compiled evaluations); images are read meanwhile.
+        """Compile to (train step, evaluations), while the images are read.
 
         Args:
           step: `(state, batch, *, axis_name) -> (state, metrics)`.
           evaluations: pairs of `(x, batch, *, axis_name) -> arrays` and the shapes of `x`.
           state: the state to start from.
         """
+        # Compilation needs only the shapes of batches, which are known before the images are read.
         config, pmap, shape = self.config, self.config.mode == "pmap", self.dataset.image_shape
         compiled_for = partial(compile_step, mesh=self.mesh, mode=config.mode)
         options = {} if pmap else compiler_options(self.dtype, plain=not self.kernels)
         train_like = batch_like(config.batch, shape)
         eval_like = batch_like(padded(config.eval_batch, self.mesh), shape, valid=True)
 
-        # Programs compile in a thread of their own: XLA leaves Python's lock alone, and so does decoding images.
+        # Compile in a separate thread while images are decoded: both release Python's global lock.
         compiler = ThreadPoolExecutor(1)
         try:
             program = compiled_for(step, compiler_options={**options, **xla_options(config.xla)} or None)
@@ -154,6 +155,7 @@ class Session(Generic[Config]):
         finally:
             compiler.shutdown(wait=False, cancel_futures=True)
 
+        # The images have been read by now, so the stream can start, and their numbers are final.
         self.stream = train_batches(
             self.dataset.train, batch=config.batch, seed=config.seed, mesh=self.mesh, mode=config.mode
         )
@@ -163,7 +165,7 @@ class Session(Generic[Config]):
         return train, [program for program, _ in others]
 
     def resume(self, state: Any) -> Any:
-        """The state of the newest good checkpoint, or `state` as it is; notes in the folder what this run is."""
+        """Restore the newest good checkpoint, or return `state` unchanged; records the run in its folder."""
         if self.main:
             write_config(self.out, self.preset, self.config, self.dataset, self.replaced)
         keep_best = getattr(self.config, "keep_best", 0)
@@ -174,12 +176,12 @@ class Session(Generic[Config]):
         state, position = restored
         self.stream.restore(position)
         self.resumed = True
-        say(f"going on from step {int(state.step)}")
+        say(f"resuming from step {int(state.step)}")
         return state
 
     @contextmanager
     def undone_if_refused(self) -> Iterator[None]:
-        """Around what may refuse a run before its first step: the corrected command then finds the folder free."""
+        """Wrap code that may refuse a run before its first step, so that the corrected command can use the folder."""
         try:
             yield
         except UsageError:
@@ -203,12 +205,12 @@ class Session(Generic[Config]):
 
         Args:
           schedule: learning rate by step, for metrics.jsonl.
-          hooks: further ones, called before `validate`; see `train.loop.fit`.
-          shown: the metrics that people see.
-          validate_first: also before the first step of a run that starts here.
+          hooks: additional hooks, called before `validate`; see `train.loop.fit`.
+          shown: names of the metrics to print.
+          validate_first: also validate before the first step of a run that is not resumed.
 
         Raises:
-          RunError: what stopped the run, and the checkpoint that is kept.
+          RunError: the run stopped; the message says why, and which checkpoint was kept.
         """
         config = self.config
         progress = Progress(
@@ -236,11 +238,13 @@ class Session(Generic[Config]):
             save(state, {METRIC: row[METRIC]} if METRIC in row else None)
             progress.pause(time.perf_counter() - began)
 
+        # Each validation saves a checkpoint with its metric; `save_steps` adds some in between, without one.
         every = [(max(round(config.eval_every * self.epoch_steps), 1), watch)]
         if config.save_steps:
             every.append((config.save_steps, save))
         if validate_first and not self.resumed:
             watch(state)
+        # If the run stops, name the newest checkpoint, so that the user knows where it would resume.
         began = time.perf_counter()
         try:
             state = fit(step, state, self.stream, steps=self.steps, hooks=[*hooks, *every], log=progress.log)
@@ -256,7 +260,7 @@ class Session(Generic[Config]):
         return state
 
     def finish(self, figures: dict[str, Any]) -> dict[str, Any]:
-        """The result: the keys that every run's has, and the pipeline's `figures`; written to `out`/result.json."""
+        """Return the result, the common keys and the pipeline's `figures`, and write it to `out`/result.json."""
         self.checkpoints.close()
         config = self.config
         result = {

@@ -19,13 +19,13 @@ class TrainState(struct.PyTreeNode):
     """The state that a step reads and writes.
 
     Attributes:
-      step: int32 scalar, steps done.
+      step: int32 scalar, number of updates done.
       params: float32 parameters.
       batch_stats: float32 running statistics of the norms.
-      opt_state: optax's.
+      opt_state: state of the optax optimizer.
       masks: boolean tree like `params`, 0-d True where a leaf is never pruned; `params == apply_masks(params, masks)`.
       ema: None, or the moving average of {"params", "batch_stats"}.
-      key: the run's typed key; steps derive theirs from it and never store one back.
+      key: the run's typed key; steps derive their keys from it and never change it.
     """
 
     step: jax.Array
@@ -38,12 +38,12 @@ class TrainState(struct.PyTreeNode):
 
     @property
     def variables(self) -> dict[str, PyTree]:
-        """The variables to use the network with: the moving average where there is one."""
+        """The variables for inference: the moving average if there is one."""
         return self.ema or {"params": self.params, "batch_stats": self.batch_stats}
 
 
 def init_variables(model: nn.Module, key: jax.Array, image_shape: tuple[int, int, int]) -> dict[str, PyTree]:
-    """Fresh variables {"params", "batch_stats"} of `model` for images (H, W, C), initialised in one compiled call."""
+    """Initialise variables {"params", "batch_stats"} of `model` for images (H, W, C), in one compiled call."""
     images = jnp.zeros((1, *image_shape), jnp.float32)
     variables = jax.jit(lambda k: model.init(k, images, **train_argument(model, False)))(key)
     return {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})}
@@ -58,10 +58,10 @@ def forward(
     rngs: dict[str, jax.Array] | None = None,
     **options: Any,
 ) -> tuple[Any, PyTree]:
-    """(the outputs of any Flax module for images float [B, H, W, C], its batch statistics afterwards).
+    """Apply any Flax module to images float [B, H, W, C]; returns (outputs, batch statistics afterwards).
 
     The module is called as `model(images, train=train, **options)`, without `train` if it does not take it. Its
-    parameters are the collection "params", its running statistics "batch_stats" (empty where it has none).
+    parameters are the collection "params", its running statistics "batch_stats" (empty if it has none).
     """
     stats = variables.get("batch_stats", {})
     options |= train_argument(model, train)
@@ -84,7 +84,7 @@ def init_state(
     masks: PyTree | None = None,
     ema: bool = False,
 ) -> TrainState:
-    """A state at step 0. `key` is the run's key; `ema` starts a moving average at `variables`."""
+    """Make a state at step 0. `key` is the run's key; `ema` starts a moving average at `variables`."""
     params = variables["params"]
     return TrainState(
         step=jnp.zeros((), jnp.int32),

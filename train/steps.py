@@ -46,7 +46,7 @@ class Objective(Protocol):
         rngs: dict[str, jax.Array],
         axis_name: str | None,
     ) -> tuple[jax.Array, tuple[PyTree, Metrics]]:
-        """The loss of a batch, with what comes along.
+        """Compute the loss of a batch, with new statistics and metrics.
 
         Args:
           variables: {"params", "batch_stats"}; the gradient is taken with respect to "params".
@@ -119,7 +119,7 @@ def train_step(
 
     Args:
       model: any Flax module; see `train.state.forward` for how it is called.
-      objective: what is minimised, see `Objective`.
+      objective: the loss to minimise, see `Objective`.
       augment: applied to each example under its own key.
       ema_decay, remask: see `update`.
       accumulate: number of parts whose gradients are averaged before the update; must divide the shard's batch.
@@ -130,6 +130,7 @@ def train_step(
     Raises:
       ValueError: `accumulate` does not divide the shard's batch.
     """
+    # Every key is derived from the run's key and the step, so that a resumed run draws the same numbers.
     key = step_key(state.key, state.step)
     augment_key, mix_key, drop_key = jax.random.split(key, 3)
     count = len(batch["image"])
@@ -149,6 +150,7 @@ def train_step(
         )
         return value, (stats, {**metrics, "loss": value})
 
+    # Differentiate on each shard, then average, so that all devices apply the same update.
     gradient = jax.grad(loss_of, has_aux=True)
     params, stats = vary((state.params, state.batch_stats), axis_name)
     rows = {**batch, "index": example_index(count, axis_name)}
@@ -179,12 +181,13 @@ def update(
     Args:
       grads: gradients shaped like `state.params`, those of pruned weights included.
       stats: the new running statistics.
-      ema_decay: of the moving average in `state.ema`, in [0, 1); it starts lower and grows with the steps.
+      ema_decay: decay of the moving average in `state.ema`, in [0, 1); it starts lower and grows with the steps.
       remask: a schedule of `resnet_jax.mask_schedules` that changes the masks after the update, drawing from `key`.
 
     Returns:
       The new state, and float32 scalars `grad_norm` and, with a `remask`, `sparsity`.
     """
+    # `remask` sees the gradients of pruned weights too, as it may regrow weights by them; the optimizer does not.
     masked = apply_masks(grads, state.masks)
     updates, opt_state = tx.update(masked, state.opt_state, state.params)
     params, masks = apply_masks(optax.apply_updates(state.params, updates), state.masks), state.masks
@@ -207,7 +210,7 @@ def update(
 
 
 def _accumulated(gradient: Callable[..., Any], params: PyTree, stats: PyTree, rows: Batch, parts: int) -> Any:
-    """Gradients and metrics averaged over `parts` slices of the batch, statistics carried from one to the next."""
+    """Average gradients and metrics over `parts` slices of the batch, carrying statistics from one to the next."""
 
     def split(x: jax.Array) -> jax.Array:
         # Part p takes rows p, p + parts, ...: every device keeps its own rows, and all modes the same parts.
@@ -242,7 +245,7 @@ def eval_step(
     loss: Loss = softmax_cross_entropy,
     axis_name: str | None = None,
 ) -> Metrics:
-    """Sums over the valid rows of a batch, which `summarize` divides once at the end.
+    """Sum metrics over the valid rows of a batch; `summarize` divides the totals at the end.
 
     Returns:
       float32 `count`, `loss`, `correct`, `top5`; `confusion` [K, K] (true class, predicted class); `calibration`
@@ -270,12 +273,15 @@ def eval_step(
 
 
 def summarize(sums: dict[str, np.ndarray]) -> dict[str, Any]:
-    """Divide the sums of `eval_step`, added over batches, once.
+    """Turn the sums of `eval_step`, added over all batches, into means.
 
     Returns:
       `accuracy`, `top5_accuracy`, `loss` (nats) and `calibration_error` (expected calibration error over equal-width
       bins of confidence, https://arxiv.org/abs/1706.04599) as floats; `count`; `per_class_accuracy` [K] (nan for a
       class without examples); `confusion` [K, K] counts, true class by row.
+
+    Raises:
+      ValueError: there were no examples.
     """
     count = float(sums["count"])
     if count == 0:

@@ -1,8 +1,8 @@
-"""Timing: runners that take turns, medians with their spread, ratios with an interval. Knows nothing of networks.
+"""Timing: interleaved runners, medians with their spread, ratios with an interval. Independent of networks.
 
-A runner is called without arguments and returns the arrays to wait for. Whatever is to be compared is timed in the same
-process, interleaved block by block, every second block in reverse order (ABBA), so that a machine that slows down slows
-down both; the interval of a ratio comes from the blocks, as steps within one are not independent.
+A runner is called without arguments and returns the arrays to wait for. Runners to compare are timed in the same
+process, interleaved block by block, with every second block in reverse order (ABBA), so that a machine that slows down
+affects all of them; the interval of a ratio comes from the blocks, as steps within a block are not independent.
 """
 
 import gc
@@ -29,16 +29,16 @@ def interleaved(
     settle: int | None = None,
     ahead: bool = False,
 ) -> dict[str, np.ndarray]:
-    """Seconds of each step, float64 [repeats, steps] by runner; a row is a block.
+    """Time each step in seconds: float64 [repeats, steps] by runner; a row is a block.
 
     Args:
-      steps: timed calls of a block.
-      repeats: blocks of each runner.
-      warmup: untimed calls of each runner before all.
-      settle: untimed calls before each block; None is one where runners are
-        interleaved, as caches hold another runner's data.
+      steps: timed calls per block.
+      repeats: blocks per runner.
+      warmup: untimed calls of each runner at the start.
+      settle: untimed calls before each block; None means one if there are several runners, as caches then hold a
+        different runner's data.
       ahead: wait for each call's arrays only after the next is dispatched, as `train.loop.fit` does; times are then
-        those between one end and the next. Else each call is waited for before the next.
+        those between consecutive ends. Otherwise wait for each call before the next.
     """
     with _no_collection():
         for runner in runners.values():
@@ -55,7 +55,7 @@ def interleaved(
 
 
 def _block(runner: Runner, steps: int, ahead: bool) -> np.ndarray:
-    """Seconds of each step of one block, [steps]."""
+    """Time each step of one block in seconds, [steps]."""
     marks = [time.perf_counter()]
     late = runner() if ahead else None
     for number in range(steps):
@@ -70,7 +70,7 @@ def _block(runner: Runner, steps: int, ahead: bool) -> np.ndarray:
 
 @contextmanager
 def _no_collection() -> Iterator[None]:
-    """Python's garbage collector waits, as in `timeit`."""
+    """Suspend Python's garbage collector, as `timeit` does."""
     was = gc.isenabled()
     gc.collect()
     gc.disable()
@@ -82,7 +82,7 @@ def _no_collection() -> Iterator[None]:
 
 
 def summary(seconds: np.ndarray) -> dict[str, float]:
-    """Milliseconds over all steps: median, quartiles, extremes, 95th percentile; `spread` is their IQR / median."""
+    """Summarise all steps, in milliseconds: median, quartiles, extremes, 95th percentile; `spread` is IQR / median."""
     low, median, high, late = np.percentile(seconds, [25, 50, 75, 95]) * 1e3
     return {
         "step_ms": float(median),
@@ -99,11 +99,11 @@ def ratio(a: np.ndarray, b: np.ndarray, confidence: float = 0.95) -> dict[str, f
     """Median of `a` over median of `b`, seconds [repeats, steps] each, timed interleaved: `value`, `low`, `high`.
 
     The interval is Student's around the logarithm, with a standard error from a bootstrap over pairs of blocks
-    (https://arxiv.org/abs/1411.5279 section 4): percentiles of so few blocks would be wrong far too often. The same
+    (https://arxiv.org/abs/1411.5279 section 4): with few blocks, percentiles would be wrong far too often. The same
     numbers give the same interval.
 
     Raises:
-      ValueError: other shapes, or fewer than two blocks.
+      ValueError: shapes that do not match, or fewer than two blocks.
     """
     if a.ndim != 2 or len(a) != len(b) or len(a) < 2:
         raise ValueError(f"a ratio takes two or more pairs of blocks [repeats, steps], not {a.shape} and {b.shape}")

@@ -15,18 +15,18 @@ from train.errors import UsageError
 from train.prune.sparse_file import is_sparse_file, load_sparse
 from train.run_folder import load_state, pipeline_of, read_config
 
-ENCODER = "encoder.safetensors"  # of a pretraining run's folder
+ENCODER = "encoder.safetensors"  # in the folder of a pretraining run
 
 
 def load_weights(source: Path, variables: dict[str, PyTree]) -> dict[str, PyTree]:
-    """`variables` with the weights of `source` in them; a head of a different size, or a missing one, stays as it was.
+    """Load the weights of `source` into `variables`; a head that is missing or of a different size stays as it was.
 
     Args:
-      source: a run's folder (of training; or of pretraining, whose encoder it is), a .safetensors file, or a .pth /
-        .pt / .bin file (read with `weights_only=True`) with torchvision's or timm's names.
+      source: a run folder (of training, or of pretraining for its encoder), a .safetensors file, or a .pth / .pt /
+        .bin file (read with `weights_only=True`) with torchvision's or timm's names.
 
     Raises:
-      UsageError: no such file, one that cannot be read, or weights of a different model; every tensor is accounted for.
+      UsageError: no such file, one that cannot be read, or weights of a different model; no tensor is ignored.
     """
     source = source.expanduser()
     if (source / ENCODER).is_file():
@@ -57,12 +57,12 @@ def save_encoder(path: Path, variables: dict[str, PyTree], *, flax_names: bool =
 
 
 def load_masks(source: Path, params: PyTree) -> PyTree | None:
-    """The masks of a sparse run or a sparse file, for these parameters; None where `source` prunes nothing.
+    """Load the masks of a sparse run or a sparse file for these parameters; None if `source` has nothing pruned.
 
     A head of a different size is not pruned.
 
     Raises:
-      UsageError: as `load_weights`; masks of a different model.
+      UsageError: as `load_weights`, or masks of a different model.
     """
     source = source.expanduser()
     if source.is_dir() and not (source / ENCODER).is_file():
@@ -90,7 +90,7 @@ def load_masks(source: Path, params: PyTree) -> PyTree | None:
 
 
 def dense_variables(source: Path, like: dict[str, PyTree]) -> dict[str, PyTree]:
-    """The weights of `source` whole, head included, in the place of `like`.
+    """Load all weights of `source`, head included, in place of `like`.
 
     Raises:
       UsageError: as `load_weights`, or a head for different classes.
@@ -98,12 +98,14 @@ def dense_variables(source: Path, like: dict[str, PyTree]) -> dict[str, PyTree]:
     unknown = map_with_path(lambda path, x: np.full(x.shape, np.nan, np.float32), like)
     found = load_weights(source, unknown)
     if any(np.isnan(np.asarray(x)).any() for x in jax.tree.leaves(found["params"].get("head", {}))):
-        raise UsageError(f"{source} has a head for different classes, or none: fine-tune first, python -m train --init")
+        raise UsageError(
+            f"{source} has a head for different classes, or none: fine-tune first with python -m train --init"
+        )
     return found
 
 
 def widths_of(source: Path) -> tuple[str, tuple[int, ...]]:
-    """(model, its `widths`) of a run's folder or a sparse file; no widths where they are the model's own."""
+    """Read (model, `widths`) of a run folder or a sparse file; no widths if they are the model's defaults."""
     source = source.expanduser()
     if source.is_file() and is_sparse_file(source):
         about = load_sparse(source)[2]
@@ -115,10 +117,10 @@ def widths_of(source: Path) -> tuple[str, tuple[int, ...]]:
 
 
 def read_state_dict(path: Path) -> dict[str, np.ndarray]:
-    """Names and arrays of a PyTorch weights file; wrappers such as {"state_dict": ...} are opened.
+    """Read a PyTorch weights file as {name: array}; wrappers such as {"state_dict": ...} are unwrapped.
 
     Raises:
-      UsageError: the file is damaged, or PyTorch is needed to read it and missing.
+      UsageError: the file is damaged, or it needs PyTorch, which is not installed.
     """
     if path.suffix == ".safetensors":
         from safetensors import SafetensorError
@@ -136,7 +138,7 @@ def read_state_dict(path: Path) -> dict[str, np.ndarray]:
         ) from None
     try:
         content: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # damaged files raise whatever unpickling meets
+    except Exception as error:  # unpickling a damaged file can raise anything
         raise UsageError(f"{path} is not a readable PyTorch weights file: {error}") from None
     for wrapper in ("state_dict", "model", "net"):
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):

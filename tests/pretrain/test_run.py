@@ -245,7 +245,7 @@ def test_images_without_labels(tmp_path, tfds_dir, fails, capsys):
     assert "has no labels to evaluate with: name a labelled set" in fails(2, evaluate_main, [str(tmp_path / "run")])
     assert "was pretrained without labels" in fails(2, report_main, [str(tmp_path / "run"), "--table"])
     line = fails(2, train_main, [*data, "--batch", "16", "--out", str(tmp_path / "supervised")])
-    assert "has one class alone: training needs two or more" in line
+    assert "has only one class: training needs two or more" in line
 
 
 # ---- health ---------------------------------------------------------------------------------------------------------

@@ -191,7 +191,7 @@ def test_partial_save_is_ignored_and_cleaned(tmp_path, states):
         (lambda s: s.replace(opt_state=optax.adam(0.1).init(s.params)), "opt_state.* is only in"),
         (
             lambda s: s.replace(params={**s.params, "head": {"kernel": jnp.zeros((16, 7)), "bias": jnp.zeros(7)}}),
-            r"params/head/bias is \(4,\) there, \(7,\) in this run",
+            r"params/head/bias has shape \(4,\) there, \(7,\) in this run",
         ),
     ],
 )

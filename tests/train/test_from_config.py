@@ -107,7 +107,7 @@ class TestKernels:
         assert build.make_kernels("plain") == ({}, "")
         monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
         assert build.make_kernels("auto") == ({}, "")
-        with pytest.raises(UsageError, match="--kernels onednn: oneDNN computes on CPU, and this is gpu"):
+        with pytest.raises(UsageError, match="--kernels onednn: oneDNN runs only on CPU \\(got gpu\\)"):
             build.make_kernels("onednn")
 
     def test_onednn_where_it_is(self, monkeypatch):

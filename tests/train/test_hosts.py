@@ -45,5 +45,5 @@ def test_two_hosts_equal_one(command, tmp_path):
     (tmp_path / "two" / "result.json").unlink()
     (again, said, code), *_ = finish(start(command, tmp_path / "two", 1, 1))
     assert code == 0, said
-    assert "going on from step 12" in said
+    assert "resuming from step 12" in said
     assert json.loads(again)["params_digest"] == two["params_digest"]

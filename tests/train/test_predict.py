@@ -183,7 +183,7 @@ def test_damaged_weights(tmp_path, name):
     if name.endswith("pth"):
         pytest.importorskip("torch", reason="needs the extra parity")
     (tmp_path / name).write_bytes(b"no weights at all")
-    with pytest.raises(UsageError, match="no readable"):
+    with pytest.raises(UsageError, match="is not a readable"):
         read_state_dict(tmp_path / name)
 
 

@@ -123,7 +123,7 @@ def test_killed_twice_it_ends_bit_equal(finished, command, tmp_path):
 
     third = command("train", *arguments)
     assert third.returncode == 0, third.stderr
-    assert "going on from step" in third.stderr
+    assert "resuming from step" in third.stderr
     assert not checkpoints("*tmp*")
     results = [json.loads((folder / "result.json").read_text()) for folder in (whole, out)]
     assert results[0]["params_digest"] == results[1]["params_digest"]
@@ -228,8 +228,8 @@ BAD_INPUT = {
     "devices": (["--batch", "60"], "a batch of 60 is not divisible by 8 devices"),
     "large batch": (["--batch", "8000"], "a batch of 8000 is larger than the 1293 training images"),
     "crop": (["--augment.resized-crop", "64"], "--augment.resized-crop 64 is larger than the images, 8x8"),
-    "parts": (["--accumulate", "3"], "--accumulate 3 does not divide a device's 8 images of a batch"),
-    "folder": (["--data.name", "folder:nowhere"], "no folder nowhere"),
+    "parts": (["--accumulate", "3"], "--accumulate 3 does not divide the 8 images per device"),
+    "folder": (["--data.name", "folder:nowhere"], "there is no folder nowhere"),
     "weights": (["--init", "nowhere.pth"], "no weights at nowhere.pth"),
     "frozen nothing": (["--freeze"], "name it with --init"),
     "statistics": (["--augment.mean", "0.5", "0.5", "0.5", "--augment.std", "1", "1", "1"], "need 1 values each"),
@@ -256,7 +256,7 @@ def test_bad_input_through_the_real_command_line(command):
 
 def test_unwritable_out(fails, tmp_path, tfds_dir):
     (tmp_path / "file").write_text("")
-    assert "cannot make the run's folder" in fails(2, main, quick(tmp_path / "file" / "run"))
+    assert "cannot create the run folder" in fails(2, main, quick(tmp_path / "file" / "run"))
 
 
 def test_compiler_option_that_xla_does_not_know(fails, tmp_path, tfds_dir):

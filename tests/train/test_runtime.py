@@ -33,7 +33,7 @@ def test_where_programs_are_kept(settings, monkeypatch, tmp_path):
 
 def test_folder_that_cannot_be_made(settings, tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(UsageError, match=r"--cache .*file/x: cannot make it: Not a directory"):
+    with pytest.raises(UsageError, match=r"--cache .*file/x: cannot create it: Not a directory"):
         keep_compiled(str(tmp_path / "file" / "x"))
 
 

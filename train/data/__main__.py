@@ -9,7 +9,7 @@ from train.errors import one_line
 
 
 def main() -> None:
-    """Parse, prepare, print the folder."""
+    """Parse the command line, prepare the set, and print its folder."""
     parser = argparse.ArgumentParser(prog="python -m train.data", description=__doc__)
     commands = parser.add_subparsers(required=True)
     command = commands.add_parser("prepare", help="download and prepare a stock TFDS set as ArrayRecord")

@@ -1,8 +1,8 @@
 """Batches from a split: an endless seeded stream to train on, and every example exactly once to evaluate on.
 
-The stream is the same whether a split lives in memory or is decoded on the way: epoch `e` is a permutation drawn from
-(seed, e), epochs follow one another without a gap, and batch `s` holds positions s * batch and the ones that follow.
-So each example comes once an epoch, batches are always full, and the position is all that a checkpoint must keep.
+The stream is the same whether a split is in memory or decoded on the fly: epoch `e` is a permutation drawn from
+(seed, e), epochs follow each other without a gap, and batch `s` starts at position s * batch. So each example
+appears once per epoch, batches are always full, and a checkpoint only has to keep the position.
 """
 
 import math
@@ -21,11 +21,11 @@ from train.errors import UsageError
 
 Batch = dict[str, Any]
 
-PART = 16  # examples that a decoding thread is handed at a time
+PART = 16  # most examples per task of a decoding thread
 
 
 class Batches(Protocol):
-    """An endless iterator of device batches that can say where it stands and go back there."""
+    """An endless iterator of device batches whose position can be saved and restored."""
 
     def __next__(self) -> Batch: ...
     def state(self) -> dict[str, Any]: ...
@@ -50,7 +50,7 @@ def train_batches(source: Arrays | Encoded, *, batch: int, seed: int, mesh: Mesh
     """The training stream of a split, laid out over the mesh; `batch` is the global batch size.
 
     Raises:
-      UsageError: a batch that the devices do not divide, or one larger than the split.
+      UsageError: a batch not divisible by the number of devices, or larger than the split.
     """
     check_batch(batch, mesh.size, len(source))
     if isinstance(source, Arrays):
@@ -59,10 +59,10 @@ def train_batches(source: Arrays | Encoded, *, batch: int, seed: int, mesh: Mesh
 
 
 def check_batch(batch: int, devices: int, count: int | None = None) -> None:
-    """Refuse a batch that the devices do not divide, or that is larger than `count` training images.
+    """Check that a batch is divisible by the number of devices, and not larger than `count` training images.
 
     Raises:
-      UsageError: that.
+      UsageError: it is not divisible, or it is larger.
     """
     if batch < 1 or batch % devices:
         raise UsageError(f"a batch of {batch} is not divisible by {devices} devices: choose a multiple of {devices}")
@@ -73,7 +73,7 @@ def check_batch(batch: int, devices: int, count: int | None = None) -> None:
 def batch_like(
     batch: int, image_shape: tuple[int, int, int], *, valid: bool = False
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes of a global batch, with `valid` as evaluation has it: to compile a step before there are images."""
+    """Shapes of a global batch (with `valid` for evaluation), to compile a step before images are read."""
     like = {
         "image": jax.ShapeDtypeStruct((batch, *image_shape), np.uint8),
         "label": jax.ShapeDtypeStruct((batch,), np.int32),
@@ -83,17 +83,17 @@ def batch_like(
 
 
 def padded(batch: int, mesh: Mesh) -> int:
-    """The batch that evaluation uses: rounded up to a multiple of the devices."""
+    """Round a batch up to a multiple of the number of devices, as evaluation does."""
     return -(-batch // mesh.size) * mesh.size
 
 
 class ResidentBatches:
-    """Batches gathered on the device from a split that lives there as uint8: the host only draws indices."""
+    """Batches gathered on the device from a split stored there as uint8: the host only draws indices."""
 
     def __init__(self, source: Arrays, *, batch: int, seed: int, mesh: Mesh, mode: Mode) -> None:
         self.count, self.batch, self.seed = len(source), batch, seed
         self.position = 0
-        # pmap sees this host's devices alone, and an axis of devices before that of examples.
+        # pmap takes this host's devices only, and needs a device axis before the example axis.
         self.local = mode == "pmap"
         mesh = make_mesh(mesh.local_devices) if self.local else mesh
         self.devices = mesh.size
@@ -126,7 +126,7 @@ def _own_part(indices: np.ndarray) -> np.ndarray:
 
 
 class StreamedBatches:
-    """Batches decoded by Grain's threads ahead of the step: up to `ahead` of them."""
+    """Batches decoded by Grain's threads, up to `ahead` batches before the step needs them."""
 
     def __init__(self, source: Encoded, *, batch: int, seed: int, mesh: Mesh, mode: Mode) -> None:
         self.batch, self.seed, self.mesh = batch, seed, mesh
@@ -142,7 +142,7 @@ class StreamedBatches:
         self.iterator = iter(_decoded(lambda row: self._example(first + row), self.own, self.threads))
 
     def _example(self, own_position: int) -> Example:
-        """The example at one of this process's positions: a pure function of it, so any thread may ask at any time."""
+        """Decode the example at one of this process's positions: a pure function of it, so any thread may call it."""
         step, row = divmod(own_position, self.own)
         position = step * self.batch + jax.process_index() * self.own + row
         epoch, offset = divmod(position, len(self.source))
@@ -161,12 +161,15 @@ class StreamedBatches:
 
 
 def eval_batches(source: Arrays | Encoded, *, batch: int, mesh: Mesh, mode: Mode = "jit") -> Iterator[Batch]:
-    """Every example of a split exactly once: `valid` bool [B] is False on the rows that fill up the last batch.
+    """Yield every example of a split exactly once: `valid` bool [B] is False on rows that pad the last batch.
 
-    `batch` is rounded up to a multiple of the devices.
+    `batch` is rounded up to a multiple of the number of devices.
+
+    Raises:
+      UsageError: `batch` is smaller than 1.
     """
     if batch < 1:
-        raise UsageError(f"a batch of {batch} holds no image")
+        raise UsageError(f"a batch must hold at least one image, got {batch}")
     batch = padded(batch, mesh)
     own = batch // jax.process_count()
     steps = -(-len(source) // batch)
@@ -191,9 +194,9 @@ def eval_batches(source: Arrays | Encoded, *, batch: int, mesh: Mesh, mode: Mode
 def _decoded(
     example: Callable[[int], dict[str, Any]], batch: int, threads: int, count: int = 2**62
 ) -> grain.IterDataset:
-    """Batches of `example(0)`, `example(1)`, ... ahead of need, in threads: arrays [parts, batch / parts, ...].
+    """Decode batches of `example(0)`, `example(1)`, ... in threads, ahead of use: arrays [parts, batch / parts, ...].
 
-    A thread is handed several examples at a time: one by one, small images cost more to hand over than to decode.
+    A thread receives several examples per task: for single small images, dispatching costs more than decoding.
     """
     size = math.gcd(batch, PART)
 

@@ -6,19 +6,19 @@ import struct
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-# What Pillow raises on images that are none, are cut off, corrupted, or claim to be enormous.
+# Exceptions of Pillow for files that are not images, are truncated or corrupted, or claim to be enormous.
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 
 
 def decode_image(data: bytes, size: int | None, channels: int, *, rng: np.random.Generator | None = None) -> np.ndarray:
-    """JPEG, PNG, WebP ... of any size and mode to uint8 [size, size, channels] (or its own size where that is None).
+    """Decode JPEG, PNG, WebP ... of any size and mode to uint8 [size, size, channels] (the image's if None).
 
-    The short side is resized to `size` and the centre cut out; with `rng` a random box of 8-100 % of the area and
-    an aspect of 3/4-4/3 is cut instead (https://arxiv.org/abs/1409.4842). Orientation marks are followed.
+    The short side is resized to `size` and the centre cropped; with `rng` a random box of 8-100 % of the area and an
+    aspect of 3/4-4/3 is cropped instead (https://arxiv.org/abs/1409.4842). The EXIF orientation is applied.
     """
     with Image.open(io.BytesIO(data)) as file:
         if size is not None and rng is None:
-            file.draft(None, (size, size))  # JPEG decodes straight to a half, a quarter ... where that is enough
+            file.draft(None, (size, size))  # JPEG can decode directly at 1/2, 1/4 ... if that is large enough
         image = to_mode(ImageOps.exif_transpose(file), "L" if channels == 1 else "RGB")
         if size is not None:
             width, height = image.size
@@ -30,10 +30,10 @@ def decode_image(data: bytes, size: int | None, channels: int, *, rng: np.random
 
 
 def to_mode(image: Image.Image, mode: str) -> Image.Image:
-    """Any Pillow mode as 8-bit grey or RGB: 16-bit is scaled, transparency falls on black."""
+    """Convert any Pillow mode to 8-bit grey or RGB: 16-bit values are scaled, transparency becomes black."""
     if image.mode.startswith("I") or image.mode == "F":
         pixels = np.asarray(image, np.float64)
-        # A dark image in a mode of 16 bits is dark; the wider modes hold 8-bit values as well.
+        # In a 16-bit mode small values mean a dark image; the wider modes may also hold 8-bit values.
         scale = 257.0 if image.mode.startswith("I;16") or np.max(pixels, initial=0) > 255 else 1.0
         image = Image.fromarray(np.clip(np.rint(pixels / scale), 0, 255).astype(np.uint8))
     if image.mode in ("P", "PA", "LA", "RGBA", "La", "RGBa") or "transparency" in image.info:
@@ -50,7 +50,7 @@ def _centre(width: int, height: int) -> tuple[float, float, float, float]:
 
 
 def random_box(width: int, height: int, rng: np.random.Generator) -> tuple[float, float, float, float]:
-    """(left, top, right, bottom) of a box with 8-100 % of the area and an aspect of 3/4-4/3, as torchvision's."""
+    """Draw (left, top, right, bottom) of a box with 8-100 % of the area and an aspect of 3/4-4/3, as in torchvision."""
     for _ in range(10):
         area = width * height * rng.uniform(0.08, 1.0)
         aspect = np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))

@@ -1,4 +1,4 @@
-"""The user's own images: one folder a class, or a flat folder without classes, of JPEG, PNG, WebP ... files."""
+"""The user's own images (JPEG, PNG, WebP ...): one folder per class, or a flat folder without classes."""
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,15 +21,15 @@ SPLITS = {
 
 
 def read(root: Path, *, size: int | None, skip_broken: bool) -> tuple[tuple[str, ...], dict[str, Encoded]]:
-    """Classes and splits of `root`, which holds class folders, or split folders that hold them.
+    """Read (classes, splits) of `root`, which holds class folders, or split folders that contain class folders.
 
-    A folder that holds images and no folders is one class, `UNLABELLED`: enough for pretraining.
+    A folder with images but no subfolders is a single class, `UNLABELLED`, which is enough for pretraining.
 
     Raises:
       UsageError: no such folder, no images, an empty class, a class that training does not have, broken files.
     """
     if not root.is_dir():
-        raise UsageError(f"no folder {root}")
+        raise UsageError(f"there is no folder {root}")
     inside = _subfolders(root)
     folders = {split: p for p in inside for split, names in SPLITS.items() if p.name.lower() in names}
     if "train" not in folders:
@@ -45,9 +45,9 @@ def read(root: Path, *, size: int | None, skip_broken: bool) -> tuple[tuple[str,
 
 
 def _images(folder: Path) -> list[Path]:
-    """Image files below a folder."""
+    """List the image files below a folder."""
     images = sorted(f for f in folder.rglob("*") if f.suffix.lower() in SUFFIXES and f.is_file())
-    # Hidden ones are copies and notes that desktops and notebooks leave (._a.jpg, .ipynb_checkpoints/a.jpg).
+    # Skip hidden files: copies and metadata left by desktops and notebooks (._a.jpg, .ipynb_checkpoints/a.jpg).
     return [f for f in images if not any(part.startswith(".") for part in f.relative_to(folder).parts)]
 
 
@@ -74,7 +74,7 @@ def _split(folder: Path, classes: Sequence[str], size: int | None, skip_broken: 
 def _encoded(
     files: Sequence[Path], of_class: Sequence[int] | None, folder: Path, size: int | None, skip_broken: bool
 ) -> Encoded:
-    """A split of these files, of one class where there are no labels."""
+    """Make a split of these files, of a single class if there are no labels."""
     if not files:
         raise UsageError(f"{folder} holds no images ({', '.join(sorted(SUFFIXES))})")
     labels = [0] * len(files) if of_class is None else of_class
@@ -99,22 +99,22 @@ def _encoded(
 
 
 def _look(path: Path) -> tuple[int, int] | str:
-    """The width and height of an image, or what is wrong with it.
+    """Check an image: its width and height, or the reason why it cannot be read.
 
-    Only the two ends of the file are read, so that whole folders are checked in seconds.
+    Reads only both ends of the file, so that whole folders are checked in seconds.
     """
     try:
         with Image.open(path) as image:
             kind = image.format
             width, height = image.size
-            # Without the first condition Pillow decodes a PNG to find out.
+            # Test `info` first: `getexif` alone would decode a whole PNG.
             if "exif" in image.info and image.getexif().get(ExifTags.Base.Orientation, 1) >= 5:
-                width, height = height, width  # lies on its side
+                width, height = height, width  # rotated by 90 degrees
         with path.open("rb") as file:
             file.seek(-min(4096, path.stat().st_size), 2)
             tail = file.read()
         if {"JPEG": b"\xff\xd9", "PNG": b"IEND"}.get(kind or "", b"") not in tail:
-            # Cameras append data of their own behind the end: only decoding tells.
+            # Cameras append data after the end marker, so only decoding can tell.
             with Image.open(path) as image:
                 image.load()
     except UNREADABLE as error:

@@ -26,10 +26,10 @@ def prepare(name: str, root: Path) -> Path:
 
         make: Callable[..., Any] = Digits
     else:
-        stock = tfds.list_builders(with_community_datasets=False)  # those would be asked for over the network
+        stock = tfds.list_builders(with_community_datasets=False)  # listing those needs the network
         base = re.split("[/:]", name)[0]
         if base not in stock:
-            near = " or ".join(difflib.get_close_matches(base, stock)) or "see https://www.tensorflow.org/datasets"
+            near = " or ".join(difflib.get_close_matches(base, stock)) or "one of https://www.tensorflow.org/datasets"
             raise UsageError(f"TFDS has no set {base!r}: did you mean {near}?")
         try:
             import tensorflow  # noqa: F401
@@ -47,14 +47,14 @@ def prepare(name: str, root: Path) -> Path:
             with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints; stdout is for results
                 builder.download_and_prepare()
     except (AssertionError, ImportError, OSError, ValueError, tfds.download.DownloadError) as error:
-        # AssertionError is how TFDS asks for files to be fetched by hand, as ImageNet's are.
-        if folder is None or not folder.is_dir():  # else another run has just prepared it too
+        # TFDS raises AssertionError for files that must be downloaded by hand, such as ImageNet's.
+        if folder is None or not folder.is_dir():  # otherwise a concurrent run has just prepared it
             raise UsageError(f"cannot prepare {name} in {root}: {error}") from None
     return folder
 
 
 def _check_reachable(homepage: str, timeout: float = 5.0) -> None:
-    """TFDS retries a dead network for minutes; ask once, first, whether the set's own site can be reached at all."""
+    """Check once that the set's site can be reached, as TFDS retries a dead network for minutes."""
     import socket
     from urllib.parse import urlparse
     from urllib.request import getproxies

@@ -1,4 +1,4 @@
-"""Image sets: what they hold, where they are read from, how they are split.
+"""Image sets: their content, where they are read from, and how they are split.
 
 `load(name)` returns a `Dataset` with three splits. A split has `len(source)` and
 `source[i] -> {"image": uint8 [H, W, C], "label": int32}`, which is also what Grain reads from. Small sets are decoded
@@ -26,7 +26,7 @@ MEMORY_LIMIT = 2 << 30  # bytes: sets that decode to no more than this live in m
 
 @dataclass(frozen=True, kw_only=True)
 class Dataset:
-    """Three splits of one set. `test` is looked at once, at the end; decisions are made on `validation`."""
+    """Three splits of one set. `test` is evaluated once, at the end; decisions are made on `validation`."""
 
     name: str
     classes: tuple[str, ...]
@@ -58,18 +58,19 @@ def load(
     broken: str = "refuse",
     memory_limit: int = MEMORY_LIMIT,
 ) -> Dataset:
-    """An image set by name, split three ways, in memory if it decodes to at most `memory_limit` bytes.
+    """Load an image set by name, split three ways, into memory if it decodes to at most `memory_limit` bytes.
 
     Args:
       name: `digits`, `synthetic`, `folder:DIR` (class = subfolder, with or without train/validation/test above), or a
         TFDS set prepared as ArrayRecord in `dir`: `NAME`, `NAME/VERSION` or `NAME/CONFIG/VERSION`.
-      dir: the TFDS data_dir; None is TFDS's own default, `TFDS_DATA_DIR` or a folder in the user's home.
-      image_size: side of the square that images are brought to; None keeps sets of one size as they are.
+      dir: the TFDS data_dir; None is TFDS's default, `TFDS_DATA_DIR` or a folder in the user's home.
+      image_size: side in pixels of the square that images are resized and cropped to; None keeps their size, which must
+        then be the same for all.
       validation: fraction of the training split held back where the set has no validation split, in (0, 1); also
         the fraction held back for test where there is no test split either.
-      split_seed: of that draw; not the run's seed, so that all runs hold back the same examples.
-      fraction: share of the training split that is kept, in (0, 1], drawn evenly from each class by `split_seed`; the
-        images that a fraction holds are part of any larger one.
+      split_seed: seed of that split; not the run's seed, so that all runs hold back the same examples.
+      fraction: fraction of the training split to keep, in (0, 1], sampled per class with `split_seed`; a smaller
+        fraction is a subset of any larger one.
       random_crop: see `Encoded`; the training split is then decoded again in every epoch.
       broken: `refuse` or `skip` images that cannot be decoded.
       memory_limit: see `in_memory`; 0 leaves everything encoded.
@@ -82,7 +83,7 @@ def load(
     if not 0 < fraction <= 1:
         raise UsageError(f"the fraction of the training split must lie above 0 and be at most 1, got {fraction}")
     if broken not in ("refuse", "skip"):
-        raise unknown("way with broken images", broken, ["refuse", "skip"])
+        raise unknown("policy for broken images", broken, ["refuse", "skip"])
     if name == "synthetic":
         classes, splits = _synthetic(image_size or 32)
     elif name.startswith("folder:"):
@@ -95,10 +96,10 @@ def load(
         splits["train"] = splits["train"].subset(share_of(known_labels(splits["train"]), fraction, split_seed))
     if random_crop:
         if image_size is None:
-            raise UsageError("--data.random-crop needs --data.image-size, the side that boxes are brought to")
+            raise UsageError("--data.random-crop needs --data.image-size, the side that boxes are resized to")
         if not isinstance(splits["train"], Encoded):
             raise UsageError(
-                f"{name} is not decoded, so nothing can be cut out meanwhile: leave out --data.random-crop"
+                f"{name} is not decoded, so nothing can be cropped while decoding: drop --data.random-crop"
             )
         splits["train"] = replace(splits["train"], random_crop=True)
     dataset = Dataset(name=name, classes=classes, **splits)
@@ -107,9 +108,9 @@ def load(
 
 
 def in_memory(dataset: Dataset, *, skip_broken: bool = False, limit: int = MEMORY_LIMIT) -> Dataset:
-    """The set with its encoded splits decoded, if all of them take at most `limit` bytes; else as it is.
+    """Decode a set's encoded splits into memory, if they take at most `limit` bytes together, else leave them.
 
-    Splits that cut random boxes out stay encoded: they are decoded again in every epoch.
+    Splits with random crops stay encoded: they are decoded again in every epoch.
 
     Raises:
       UsageError: images that cannot be decoded (unless they are skipped), or that differ in size.
@@ -142,9 +143,9 @@ def from_arrays(
     validation: float = 0.1,
     split_seed: int = 0,
 ) -> Dataset:
-    """Arrays in memory, images uint8 [N, H, W, C] and integer labels [N], as a `Dataset`.
+    """Make a `Dataset` of arrays in memory, images uint8 [N, H, W, C] and integer labels [N].
 
-    `test` are the test split's images and labels; without it a second fraction `validation` is held back for it.
+    `test` holds the test split's images and labels; without it a second fraction `validation` is held back for test.
     """
     splits: dict[str, Arrays | Encoded] = {"train": Arrays(images=images, labels=labels)}
     if test is not None:
@@ -157,7 +158,11 @@ def from_arrays(
 
 
 def check_labels(source: Arrays | Encoded, classes: int, name: str) -> None:
-    """Labels of a split in memory lie in 0..classes-1; encoded ones are checked as they are read."""
+    """Check that labels of a split in memory lie in 0..classes-1; encoded ones are checked as they are read.
+
+    Raises:
+      UsageError: they do not, or the split is empty.
+    """
     if len(source) == 0:
         raise UsageError(f"{name} holds no images")
     if isinstance(source, Arrays):
@@ -168,14 +173,14 @@ def check_labels(source: Arrays | Encoded, classes: int, name: str) -> None:
 
 
 def split_indices(count: int, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """(kept, held back): sorted indices of a seeded draw of `round(count * fraction)`, at least one, never the last."""
+    """Draw sorted indices (kept, held back): `round(count * fraction)` are held back, at least one, but never all."""
     order = np.random.default_rng(seed).permutation(count)
     held = min(max(round(count * fraction), 1), count - 1)
     return np.sort(order[held:]), np.sort(order[:held])
 
 
 def split_by_class(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """As `split_indices`, but drawn within each class, so that all classes of two or more appear in both parts."""
+    """As `split_indices`, but drawn within each class, so that each class of two or more examples appears in both."""
     parts = []
     for label in np.unique(labels):
         members = np.flatnonzero(labels == label)
@@ -186,7 +191,7 @@ def split_by_class(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.n
 
 
 def share_of(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
-    """Sorted indices of a seeded draw of `fraction` of each class, at least one example of it."""
+    """Draw sorted indices of `fraction` of each class, at least one example per class."""
     parts = []
     for label in np.unique(labels):
         members = np.flatnonzero(labels == label)
@@ -196,7 +201,7 @@ def share_of(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
 
 
 def known_labels(source: Arrays | Encoded) -> np.ndarray:
-    """Labels of a split in its order, int [N]; labels stored next to encoded images are read without decoding them."""
+    """Read the labels of a split in order, int [N], without decoding its images."""
     if isinstance(source, Arrays):
         return source.labels
     if source.labels is not None:
@@ -208,7 +213,7 @@ def known_labels(source: Arrays | Encoded) -> np.ndarray:
 
 
 def _complete(splits: dict[str, Any], fraction: float, seed: int) -> dict[str, Any]:
-    """Train, validation and test from whatever of them a set has."""
+    """Make train, validation and test splits from those that a set has."""
     if "test" not in splits and "validation" in splits:
         # A lone held-out split (ImageNet's "validation") is what results are reported on: the test split.
         splits["test"] = splits.pop("validation")
@@ -228,7 +233,7 @@ def _complete(splits: dict[str, Any], fraction: float, seed: int) -> dict[str, A
 
 
 def _synthetic(size: int, count: int = 2048, classes: int = 10) -> tuple[tuple[str, ...], dict[str, Any]]:
-    """Seeded noise over one smooth pattern a class: to try things and to measure speed, not to report accuracy on."""
+    """Make seeded noise over one smooth pattern per class, for trials and speed measurements, not for accuracy."""
     rng = np.random.default_rng(0)
     coarse = rng.integers(64, 192, (classes, 4, 4, 3), dtype=np.uint8)
     patterns = np.stack([np.asarray(Image.fromarray(c).resize((size, size))) for c in coarse]).astype(np.int16)
@@ -244,6 +249,7 @@ def _synthetic(size: int, count: int = 2048, classes: int = 10) -> tuple[tuple[s
 def _tfds(name: str, data_dir: Path | None, size: int | None) -> tuple[tuple[str, ...], dict[str, Any]]:
     import tensorflow_datasets as tfds
 
+    # Only `digits` can be prepared on demand: the others need TensorFlow and a download.
     root = data_dir or default_data_dir()
     if name == "digits" and not prepared_folder(name, root):
         prepare("digits", root)
@@ -261,6 +267,7 @@ def _tfds(name: str, data_dir: Path | None, size: int | None) -> tuple[tuple[str
     if None in image.shape[:2] and size is None:
         raise differ_in_size(f"the images of {name}")
 
+    # Images stay encoded here: they are decoded when a split is read into memory, or batch by batch.
     known = [s for s in ("train", "validation", "test") if s in builder.info.splits]
     if "train" not in known:
         raise UsageError(f"{name} has no split named train (there: {', '.join(builder.info.splits)})")
@@ -273,7 +280,7 @@ def _tfds(name: str, data_dir: Path | None, size: int | None) -> tuple[tuple[str
             f"with 'python -m train.data prepare {name}' and a different --dir"
         ) from None
     if "test" in sources and len(sources["test"]) and sources["test"][0][label_key] == -1:
-        del sources["test"]  # ImageNet's comes without labels: there is nothing to report on it
+        del sources["test"]  # ImageNet's test split has no labels, so it cannot be evaluated
 
     def encoded(split: str, records: Any) -> Encoded:
         def content(position: int, record: dict[str, Any]) -> tuple[bytes, int]:
@@ -306,12 +313,12 @@ def default_data_dir() -> Path:
 
 
 def prepared_folder(name: str, root: Path) -> Path | None:
-    """The folder of a prepared set's newest version, or of the one that `name` ends with."""
+    """Find the folder of a prepared set's newest version, or of the version that `name` ends with, else None."""
 
     def versions() -> Iterator[tuple[tuple[int, ...], Path]]:
         for path in (root / name, *(root / name).glob("*"), *(root / name).glob("*/*")):
             if re.fullmatch(r"\d+\.\d+\.\d+", path.name) and (path / "dataset_info.json").is_file():
                 yield tuple(map(int, path.name.split("."))), path
 
-    found = max(versions(), default=None) if name else None  # no name would find any set
+    found = max(versions(), default=None) if name else None  # an empty name would match any set
     return found[1] if found else None

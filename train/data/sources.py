@@ -1,4 +1,4 @@
-"""Sources: splits of an image set, in memory or decoded on access, and the way from one to the other."""
+"""Sources: splits of an image set, in memory or decoded on access, and decoding whole splits into memory."""
 
 import contextlib
 import math
@@ -53,13 +53,13 @@ class Encoded:
 
     Attributes:
       read: position -> (encoded image, label).
-      name: position -> what to call the image when it cannot be read.
+      name: position -> name of the image for error messages.
       indices: positions in this split.
       size: side of the square that images are resized and cropped to; None keeps images as they are.
       channels: 1 or 3.
-      random_crop: whether training cuts a random box out of the whole image while decoding, instead of the centre.
-      read_many: `read` for many positions at once, where that is quicker than one by one.
-      labels: label of each position, where they are known without reading.
+      random_crop: whether training crops a random box from the full image while decoding, instead of the centre.
+      read_many: `read` for many positions at once, if that is faster than one by one.
+      labels: label of each position, if known without reading.
     """
 
     read: Callable[[int], tuple[bytes, int]]
@@ -78,7 +78,7 @@ class Encoded:
         return self.example(index, None)
 
     def example(self, index: int, rng: np.random.Generator | None) -> Example:
-        """Example `index`; `rng` draws the box where `random_crop` is set."""
+        """Decode example `index`; `rng` draws the box if `random_crop` is set."""
         position = int(self.indices[index])
         box = rng if self.random_crop else None
         try:
@@ -92,7 +92,7 @@ class Encoded:
 
 
 def decode_all(source: Encoded, *, skip_broken: bool = False) -> Arrays:
-    """Decode a split into memory, in threads; broken images are refused together, or with `skip_broken` left out.
+    """Decode a split into memory, in threads; one error names all broken images, or `skip_broken` leaves them out.
 
     Raises:
       UsageError: images that cannot be read, or that differ in size while `source.size` is None.
@@ -128,14 +128,14 @@ def decode_all(source: Encoded, *, skip_broken: bool = False) -> Arrays:
 def decode_threads(shape: tuple[int, ...]) -> int:
     """Number of threads that decode images of this shape: one per core, or a single one for small images.
 
-    Decoding a small image is mostly Python, which one thread runs at a time: a second one at 32 pixels costs a quarter
-    of the speed, and gains half at 224 (docs/speed.md).
+    Decoding a small image is mostly Python, which one thread runs at a time: a second thread loses a quarter of the
+    speed at 32 pixels, and gains half at 224 (docs/speed.md).
     """
     return (os.cpu_count() or 1) if math.prod(shape[:2]) > SMALL_IMAGE else 1
 
 
 def image_shape(source: Encoded) -> tuple[int, ...]:
-    """Of a decoded image: where no size is set, of the first that can be read; zeros if none can."""
+    """Shape of decoded images: if no size is set, of the first that can be read; zeros if none can."""
     if source.size is not None:
         return (source.size, source.size, source.channels)
     for index in range(len(source)):
@@ -145,16 +145,16 @@ def image_shape(source: Encoded) -> tuple[int, ...]:
 
 
 def differ_in_size(what: str) -> UsageError:
-    """The error for images that cannot be stacked as they are."""
+    """Make the error for images that cannot be stacked, as their sizes differ."""
     return UsageError(f"{what} differ in size: pass --data.image-size")
 
 
 def report_broken(broken: Sequence[str], of: int, skip: bool) -> None:
-    """Refuse a set with broken images, or with `skip` warn of them: how many, and the first by name."""
+    """Refuse a set with broken images, or with `skip` warn about them: their number, and the first three by name."""
     if not broken:
         return
     shown = "; ".join(broken[:3]) + (f" and {len(broken) - 3} more" if len(broken) > 3 else "")
-    line = f"{len(broken)} of {of} images are broken: {shown}"
+    line = f"{len(broken)} of {of} images cannot be decoded: {shown}"
     if not skip:
-        raise UsageError(f"{line}. Mend or remove them, or pass --data.broken skip")
-    print(f"warning: skipped {line}", file=sys.stderr)
+        raise UsageError(f"{line}. Repair or remove them, or pass --data.broken skip")
+    print(f"warning: {line}; skipping them", file=sys.stderr)

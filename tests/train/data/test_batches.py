@@ -197,7 +197,7 @@ def test_evaluation_does_not_crop_at_random(sources, mesh):
 
 
 def test_evaluation_batch_of_nothing(sources, mesh):
-    with pytest.raises(UsageError, match="a batch of 0 holds no image"):
+    with pytest.raises(UsageError, match="a batch must hold at least one image, got 0"):
         next(eval_batches(sources["resident"], batch=0, mesh=mesh))
 
 

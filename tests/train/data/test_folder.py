@@ -163,7 +163,7 @@ def test_splits_of_different_sizes(tmp_path):
 
 
 def test_missing_folder(tmp_path):
-    with pytest.raises(UsageError, match=rf"no folder {tmp_path}/nowhere"):
+    with pytest.raises(UsageError, match=rf"there is no folder {tmp_path}/nowhere"):
         load_folder(tmp_path / "nowhere")
 
 
@@ -250,13 +250,15 @@ def test_broken_file_is_named_and_refused_or_skipped(name, tmp_path, capsys):
     fill(tmp_path, {"cat": 5, "dog": 5})
     data, reason = BROKEN[name]
     path = write(tmp_path / "cat" / name, data)
-    with pytest.raises(UsageError, match=rf"1 of \d+ images are broken: .*{path}: .*({reason}).*--data\.broken skip"):
+    with pytest.raises(
+        UsageError, match=rf"1 of \d+ images cannot be decoded: .*{path}: .*({reason}).*--data\.broken skip"
+    ):
         load_folder(tmp_path)
 
     data = load_folder(tmp_path, broken="skip")
     assert sum(map(len, data.splits.values())) == 10
     said = capsys.readouterr()
-    assert said.err.startswith("warning: skipped 1 of ")
+    assert said.err.startswith("warning: 1 of ") and "; skipping them" in said.err
     assert str(path) in said.err
     assert said.out == ""
 
@@ -267,7 +269,7 @@ def test_first_file_broken_in_its_middle(tmp_path):
     path = write(tmp_path / "cat" / "-.png", BROKEN["middle.png"][0])  # sorted before the others
     assert folder.read(tmp_path, size=6, skip_broken=False)[1]["train"].name(0) == str(path)
     for size in (6, None):
-        with pytest.raises(UsageError, match=rf"1 of \d+ images are broken: .*{path}"):
+        with pytest.raises(UsageError, match=rf"1 of \d+ images cannot be decoded: .*{path}"):
             load_folder(tmp_path, image_size=size)
         assert sum(map(len, load_folder(tmp_path, image_size=size, broken="skip").splits.values())) == 10
 
@@ -277,7 +279,7 @@ def test_broken_files_are_counted(tmp_path):
     for i in range(5):
         write(tmp_path / "dog" / f"bad{i}.jpg", b"")
     with pytest.raises(
-        UsageError, match=r"5 of 15 images are broken: .*bad0.*bad1.*bad2\.jpg: not an image and 2 more"
+        UsageError, match=r"5 of 15 images cannot be decoded: .*bad0.*bad1.*bad2\.jpg: not an image and 2 more"
     ):
         load_folder(tmp_path)
 

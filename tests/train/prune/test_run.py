@@ -256,7 +256,7 @@ def test_killed_it_ends_bit_equal(finished, command, tmp_path):
         assert process.returncode == -signal.SIGKILL
     third = command("train.prune", *by_command(out, "--save-steps", 2))
     assert third.returncode == 0, third.stderr
-    assert "going on from step" in third.stderr
+    assert "resuming from step" in third.stderr
     result, whole = json.loads(third.stdout.splitlines()[-1]), json.loads(finished[0].stdout.splitlines()[-1])
     for name in ("params_digest", "test_loss", "sparsity", "dense_accuracy", "pruned_bytes"):
         assert result[name] == whole[name]
@@ -498,7 +498,7 @@ def test_fine_tuning_of_a_dense_network(pruned, tmp_path, fails):
     for path, mask in masks_of(given).items():
         assert (flat(after.params)[path][~mask] != 0).mean() > 0.9
     line = fails(2, train_main, ["digits", "--dense", "--out", str(tmp_path / "other")])
-    assert "--dense frees the pruned weights of a sparse run: name it with --init" in line
+    assert "--dense frees the pruned weights of a sparse run: pass that run with --init" in line
 
 
 @pytest.mark.slow
