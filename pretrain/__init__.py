@@ -1,4 +1,4 @@
-"""Self-supervised pretraining: objectives, one contrastive step, and the quality of its encoders; on top of `train`.
+"""Self-supervised pretraining: objectives, one contrastive step, and evaluation of the encoders; built on `train`.
 
 The names in `__all__` are the public interface, each loaded on first use. The programs are functions of their modules,
 such as `pretrain.run.run` and `pretrain.evaluate.evaluate`.

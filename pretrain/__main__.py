@@ -1,4 +1,4 @@
-"""`python -m pretrain [PRESET] [--FIELD VALUE ...]`: a run of pretraining; the last line on stdout is its result."""
+"""`python -m pretrain [PRESET] [--FIELD VALUE ...]`: pretrain; the last line on stdout is the result as JSON."""
 
 from pretrain.presets import PRESETS
 from train.cli import run_command, start

@@ -11,65 +11,70 @@ from train.errors import UsageError, unknown
 
 @dataclass(frozen=True, kw_only=True)
 class ViewConfig(ImageConfig):
-    """Augmentation of views on the device; see `pretrain.views.view`. `resized_crop` is the large views' side."""
+    """Augmentation of views on the device; see `pretrain.views.view`. `resized_crop` is the side of the large views."""
 
     views: int = 2
-    """Large views of each image."""
+    """Number of large views of each image."""
     min_scale: float = 0.08
-    """Smallest share of the area that a large view keeps."""
+    """Smallest fraction of the image's area that a large view keeps."""
     flip: bool = True
-    """Mirror half of the views."""
+    """Mirror each view with probability 0.5."""
     jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.4, 0.1)
-    """Strengths of brightness, contrast, saturation and hue changes."""
+    """Strengths of the changes of brightness, contrast, saturation and hue."""
     grayscale: float = 0.2
-    """Probability of a view without colour."""
+    """Probability that a view is converted to grayscale."""
     blur: tuple[float, float] = (0.0, 0.0)
-    """Probability of blur in odd and in even views."""
+    """Probabilities of blur, for odd and for even views."""
     solarize: tuple[float, float] = (0.0, 0.0)
-    """Probability of solarisation in odd and in even views."""
+    """Probabilities of solarisation, for odd and for even views."""
     small_views: int = 0
-    """Further views of a small part of the image (multi-crop)."""
+    """Number of additional views of a small part of each image (multi-crop)."""
     small_crop: int = 96
-    """Their side."""
+    """Side of the small views in pixels."""
     small_scale: tuple[float, float] = (0.05, 0.14)
-    """Share of the area that they keep."""
+    """Smallest and largest fraction of the image's area that a small view keeps."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig:
-    """The method; what is None is the method's own, as in its paper for ImageNet (`pretrain.objectives`)."""
+    """The method; a field that is None takes the method's default for ImageNet (`pretrain.objectives`)."""
 
     name: str = "simclr"
     """simclr, supcon, mocov2, mocov3, byol, simsiam, barlow, vicreg, nnclr, swav or dino."""
     projector: tuple[int, ...] | None = None
-    """Layer sizes."""
+    """Layer sizes of the projector."""
     predictor: tuple[int, ...] | None = None
-    """Layer sizes, of methods that have one."""
+    """Layer sizes of the predictor, for methods that have one."""
     temperature: float | None = None
+    """Temperature of the similarities or scores."""
     teacher_temperature: float | None = None
-    """Of DINO's targets."""
+    """Temperature of DINO's targets."""
     target_momentum: float | None = None
-    """Of the target network at the start."""
+    """Initial momentum of the target network."""
     momentum_schedule: Literal["constant", "cosine"] | None = None
-    """Constant, or growing to 1 by a cosine."""
+    """Keep that momentum constant, or raise it to 1 along a cosine."""
     queue: int | None = None
-    """Embeddings that are kept: a multiple of the batch."""
+    """Number of earlier embeddings to keep, a multiple of the batch."""
     prototypes: int | None = None
+    """Number of prototypes (SwAV, DINO)."""
     frozen_prototypes: float = 0.0
-    """Epochs for which prototypes stay as they are."""
+    """Number of epochs at the start during which the prototypes do not change."""
     redundancy: float | None = None
-    """Weight of Barlow Twins' off-diagonal."""
+    """Weight of the off-diagonal terms of Barlow Twins' loss."""
     scale: float | None = None
-    """Factor of Barlow Twins' loss."""
+    """Factor that multiplies Barlow Twins' loss."""
     invariance: float | None = None
+    """Weight of VICReg's invariance term."""
     variance: float | None = None
+    """Weight of VICReg's variance term."""
     covariance: float | None = None
-    """Weights of VICReg's terms."""
+    """Weight of VICReg's covariance term."""
     epsilon: float | None = None
-    """Of SwAV's assignment: smaller is sharper."""
+    """Entropy regularisation of SwAV's assignment; smaller is sharper."""
     sinkhorn_iterations: int | None = None
+    """Sinkhorn-Knopp iterations of SwAV's assignment."""
     center_momentum: float | None = None
-    """Of DINO's center."""
+    """Momentum of DINO's center."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,17 +84,17 @@ class PretrainConfig(RunConfig):
     augment: ViewConfig = field(default_factory=ViewConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     probe_lr: float = 0.01
-    """Peak learning rate of the online probe (Adam, a cosine to 0)."""
+    """Peak learning rate of the online probe (Adam, decayed to 0 along a cosine)."""
     neighbours: int = 200
-    """k of the nearest-neighbour classifier."""
+    """Number of neighbours k of the nearest-neighbour classifier."""
     neighbour_temperature: float = 0.1
-    """Of its votes."""
+    """Temperature of the neighbours' votes."""
     neighbour_images: int | None = None
-    """Training images that are searched while training runs; None searches all of them, as the final figure does."""
+    """Training images to search during training; None searches all of them, as the final evaluation does."""
 
 
 def make_objective(config: ObjectiveConfig) -> Objective:
-    """The config's objective, with its options bound.
+    """Make the config's objective, with its options bound.
 
     Raises:
       UsageError: an unknown name, or an option that this method does not take.
@@ -123,16 +128,16 @@ def make_objective(config: ObjectiveConfig) -> Objective:
 
 
 def flag(name: str) -> str:
-    """`--objective.target-momentum` for `target_momentum`."""
+    """Command-line flag of a field: `--objective.target-momentum` for `target_momentum`."""
     return f"--objective.{name.replace('_', '-')}"
 
 
 def check(config: PretrainConfig) -> None:
-    """Refuse in one line what cannot work, before anything is loaded.
+    """Refuse settings that cannot work, in one line and before anything is loaded.
 
     Raises:
-      UsageError: a name in no table, a number out of its range, more views than the objective takes, a queue that is
-        not a multiple of the batch.
+      UsageError: an unknown name, a number out of range, more views than the objective takes, a queue that is not a
+        multiple of the batch.
     """
     o, a = config.objective, config.augment
     objective = make_objective(o)
@@ -170,26 +175,27 @@ def check(config: PretrainConfig) -> None:
         },
     )
     if config.data.random_crop:
-        raise UsageError("--data.random-crop cuts one box for all views of an image: leave it out")
+        raise UsageError("--data.random-crop cuts one box for all views of an image, which must differ: leave it out")
     if config.batch < 2:
-        raise UsageError("a batch of one has nothing to compare its image with: choose --batch 2 or more")
+        raise UsageError("a batch of one has no other image to compare with: choose --batch 2 or more")
     if a.views < 2 or (a.views > 2 and not objective.many_views):
         raise UsageError(f"{o.name} takes {'two or more' if objective.many_views else 'two'} views, not {a.views}")
     if a.small_views and not objective.small_views:
-        raise UsageError(f"{o.name} takes no small views: leave out --augment.small-views")
+        raise UsageError(f"{o.name} does not take small views: leave out --augment.small-views")
     if objective.predictor and objective.predictor[-1] != objective.projector[-1]:
         raise UsageError(
-            f"{flag('predictor')} ends in {objective.predictor[-1]}, and what it predicts in {objective.projector[-1]}"
+            f"{flag('predictor')} ends in {objective.predictor[-1]} but the projector in {objective.projector[-1]}: "
+            "the last sizes must be equal"
         )
     if objective.queue and objective.queue % config.batch:
         raise UsageError(f"{flag('queue')} {objective.queue} is not a multiple of --batch {config.batch}")
 
 
 def check_images(config: PretrainConfig, shape: tuple[int, int, int]) -> None:
-    """Refuse views that do not fit the images (H, W, C) of a set.
+    """Refuse views that do not fit a data set's images of shape (H, W, C).
 
     Raises:
-      UsageError: a crop larger than the images.
+      UsageError: a crop larger than the images, or small views that are not smaller than the large ones.
     """
     crops = {"resized-crop": config.augment.resized_crop}
     if config.augment.small_views:

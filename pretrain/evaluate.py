@@ -3,11 +3,12 @@
 Each protocol has its own name in the result, because their figures differ and are not comparable:
 
 - `knn`: weighted nearest neighbours on frozen features (k and T of the run, 200 and 0.1), no training;
-- `linear`: an offline linear probe on frozen features, its learning rate chosen on validation;
+- `linear`: an offline linear probe on frozen features, with the learning rate chosen on validation;
 - `finetune_1`, `finetune_10`, `finetune_100`: the whole network trained further on that percentage of the labels by the
-  supervised pipeline; `scratch_1`, `scratch_10`, `scratch_100`: the same from random weights, to compare with.
+  supervised pipeline; `scratch_1`, `scratch_10`, `scratch_100`: the same from random weights, for comparison.
 
-On a different set than the encoder was pretrained on, these measure transfer. Each evaluates once on the test split.
+On a different set from the one the encoder was pretrained on, these measure transfer. Each protocol evaluates the test
+split once.
 """
 
 import json
@@ -38,8 +39,8 @@ from train.weights import ENCODER, load_weights
 
 FROZEN = ("knn", "linear")
 TRAINED = tuple(f"{way}_{percent}" for way in ("finetune", "scratch") for percent in (1, 10, 100))
-MIN_SCALE = 0.2  # smallest share of the area that fine-tuning's crops keep
-UPDATES = 300  # at least, in each fine-tuning: an epoch of 1 % of a small set is a single update
+MIN_SCALE = 0.2  # smallest fraction of the area that the crops of fine-tuning keep
+UPDATES = 300  # minimum per fine-tuning: an epoch of 1 % of a small set is a single update
 
 
 def evaluate(
@@ -52,19 +53,19 @@ def evaluate(
     batch: int = 64,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Test accuracies, in [0, 1], of a finished run's encoder by protocol.
+    """Evaluate a finished run's encoder: test accuracies in [0, 1] by protocol.
 
-    Each is kept in RUN/evaluation-SET.json as soon as it is there, with its settings.
+    Each is written to RUN/evaluation-SET.json, with its settings, as soon as it has been measured.
 
     Args:
-      data: the set; None is the one that the encoder was pretrained on, split as it was there. Images are normalised as
-        they were in pretraining.
-      epochs, lr, batch, seed: of fine-tuning and of training from scratch: Nesterov SGD with a cosine, after a tenth of
-        warm-up, on resized crops of at least a fifth of the area, mirrored if pretraining did so; 300 updates or more.
-        The batch is at most the number of labelled images.
+      data: the set; None means the one that the encoder was pretrained on, with the same splits. Images are
+        normalised as in pretraining.
+      epochs, lr, batch, seed: settings of fine-tuning and of training from scratch: Nesterov SGD on a cosine schedule
+        after a warm-up of a tenth of the updates, on resized crops of at least a fifth of the area, mirrored if
+        pretraining did so; 300 updates or more. The batch is at most the number of labelled images.
 
     Raises:
-      UsageError: an unknown protocol, no finished run, a set that does not fit the encoder.
+      UsageError: an unknown protocol, a run that is not finished, a set that does not fit the encoder.
     """
     for protocol in protocols:
         if protocol not in (*FROZEN, *TRAINED):
@@ -74,13 +75,14 @@ def evaluate(
         raise UsageError(f"{run} is not finished: it has no {ENCODER}")
     keep_compiled(config.cache)
     if data is not None and data.name == config.data.name:
-        # The same set must be split in the same way, or images of its test split were pretrained on.
+        # The same set must have the same splits: otherwise its test split would contain images seen in pretraining.
         same = config.data
         data = replace(same, dir=data.dir or same.dir, image_size=data.image_size or same.image_size)
     config = replace(config, data=data or config.data, mode="jit", sync_bn=True)
     dataset = read_data(config, open_data(config))
     _check_fits(dataset, config, run, saved["image_shape"][-1])
 
+    # Keep figures of protocols that were evaluated before in the same file.
     set_name = re.sub(r"[/:]+", "_", dataset.name)
     path = run / f"evaluation-{set_name}.json"
     source = saved["config"]["data"]["name"]
@@ -94,12 +96,14 @@ def evaluate(
         kept["figures"][protocol] = {"accuracy": accuracy, **how, **environment()}
         write_json(path, kept)
 
+    # The protocols on frozen features share one pass over the splits.
     if set(protocols) & set(FROZEN):
         found = frozen_worth(config, run, dataset)
         if "knn" in protocols:
             keep("knn", found.knn, neighbours=config.neighbours, temperature=config.neighbour_temperature)
         if "linear" in protocols:
             keep("linear", found.linear, learning_rate=found.learning_rate, seed=config.seed)
+    # The others each train a network in a folder named by its settings, so that new settings start from scratch.
     for protocol in (name for name in protocols if name in TRAINED):
         way, _, percent = protocol.partition("_")
         fraction = int(percent) / 100
@@ -146,21 +150,21 @@ def _check_fits(dataset: Dataset, config: PretrainConfig, run: Path, channels: i
     if len(dataset.classes) < 2:
         raise UsageError(f"{dataset.name} has no labels to evaluate with: name a labelled set with --data")
     if theirs != channels:
-        raise UsageError(f"{dataset.name} has {theirs} channels, and {run} was pretrained on {channels}")
+        raise UsageError(f"{dataset.name} has {theirs} channels, but {run} was pretrained on {channels}")
     crop = config.augment.resized_crop
     if crop is not None and crop > min(height, width):
         raise UsageError(
-            f"{dataset.name} has images of {height}x{width}, and {run} looks at {crop} pixels: pass --image-size"
+            f"{dataset.name} has images of {height}x{width}, but {run} crops to {crop} pixels: pass --image-size"
         )
 
 
 def _here(kernels: Any) -> Any:
-    """The kernels that the run used, where these devices have them too."""
+    """The run's choice of kernels, with `auto` in place of `onednn`, which these devices may lack."""
     return "auto" if kernels == "onednn" else kernels
 
 
 def frozen_worth(config: PretrainConfig, run: Path, dataset: Dataset) -> FrozenAccuracy:
-    """`features.frozen_accuracy` of the encoder of a run on a set."""
+    """Compute `features.frozen_accuracy` of a run's encoder on a set."""
     mesh = make_mesh()
     kernels, _ = make_kernels(_here(config.kernels), config.mode, compute_dtype(config.dtype))
     encoder = make_model(config, None, axis_of(config.mode), kernels)
@@ -186,7 +190,7 @@ def frozen_worth(config: PretrainConfig, run: Path, dataset: Dataset) -> FrozenA
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Evaluate, print a line a protocol on stderr and the result as JSON on stdout."""
+    """Evaluate; print one line per protocol on stderr and the result as JSON on stdout."""
     import argparse
 
     parser = argparse.ArgumentParser(
@@ -195,11 +199,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("run", type=Path, help="the folder of a finished run of pretraining")
-    parser.add_argument("--protocol", nargs="+", default=list(FROZEN), metavar="NAME", help="which, by name")
-    parser.add_argument("--data", help="a different set than it was pretrained on: transfer")
+    parser.add_argument(
+        "--protocol",
+        nargs="+",
+        default=list(FROZEN),
+        metavar="NAME",
+        help="protocols to evaluate (default: knn linear)",
+    )
+    parser.add_argument("--data", help="a different set from the one it was pretrained on, to measure transfer")
     parser.add_argument("--dir", help="the TFDS data_dir of that set")
-    parser.add_argument("--image-size", type=int, help="side that its images are brought to")
-    parser.add_argument("--epochs", type=float, default=30, help="of fine-tuning and from scratch")
+    parser.add_argument("--image-size", type=int, help="resize the images of that set to this side")
+    parser.add_argument("--epochs", type=float, default=30, help="epochs of fine-tuning and of training from scratch")
     parser.add_argument("--lr", type=float, default=0.05)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
@@ -208,7 +218,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.data:
         data = DataConfig(name=args.data, dir=args.dir, image_size=args.image_size)
     elif args.dir or args.image_size:
-        raise UsageError("--dir and --image-size belong to a different set: name it with --data")
+        raise UsageError("--dir and --image-size apply only to a different set: name it with --data")
     tuning = {"epochs": args.epochs, "lr": args.lr, "batch": args.batch, "seed": args.seed}
     result = evaluate(args.run, args.protocol, data=data, **tuning)
     transfer = "" if result["dataset"] == result["pretrained_on"] else f", pretrained on {result['pretrained_on']}"

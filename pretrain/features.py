@@ -1,4 +1,4 @@
-"""A frozen encoder's features of whole splits, and the evaluations of them that train no network."""
+"""Features of whole splits from a frozen encoder, and the evaluations that train no network."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,11 +23,11 @@ class Features(NamedTuple):
 
 @dataclass(frozen=True)
 class Extractor:
-    """Features of splits: `extractor(variables, source)`.
+    """Extract the features of a split: `extractor(variables, source)`.
 
     Attributes:
-      step: a compiled `pretrain.steps.feature_step`, or one of its kind with more arrays to return.
-      batch, mesh, mode: how it was compiled.
+      step: a compiled `pretrain.steps.feature_step`, or a similar step that returns more arrays.
+      batch, mesh, mode: those that the step was compiled for.
     """
 
     step: Callable[[Any, Any], dict[str, Any]]
@@ -40,7 +40,7 @@ class Extractor:
         return Features(found["features"], found["label"])
 
     def arrays(self, variables: Any, source: Arrays | Encoded) -> dict[str, np.ndarray]:
-        """All that the step returns, of every example exactly once and in order."""
+        """Arrays that the step returns, by name, with every example exactly once and in order."""
         parts = []
         for batch in eval_batches(source, batch=self.batch, mesh=self.mesh, mode=self.mode):
             rows = {name: np.asarray(x) for name, x in self.step(variables, batch).items()}
@@ -50,7 +50,7 @@ class Extractor:
 
 
 class FrozenAccuracy(NamedTuple):
-    """Test accuracies of frozen features, in [0, 1]; the `validation` ones are those that decisions were made on."""
+    """Accuracies of frozen features, in [0, 1]: on test, and the `validation_` ones, for decisions."""
 
     knn: float
     linear: float
@@ -69,9 +69,9 @@ def frozen_accuracy(
     temperature: float = 0.1,
     seed: int = 0,
 ) -> FrozenAccuracy:
-    """Weighted nearest neighbours among the training features, and an offline linear probe on them.
+    """Evaluate weighted nearest neighbours among the training features, and an offline linear probe trained on them.
 
-    The probe's learning rate is the best one on `validation`; the test features are looked at once, with that.
+    The probe's learning rate is the best one on `validation`; the test features are used once, with that rate.
     """
     votes: dict[str, Any] = {"classes": classes, "k": neighbours, "temperature": temperature}
     probe = linear_probe(train, validation, classes=classes, seed=seed)

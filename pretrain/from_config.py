@@ -1,4 +1,4 @@
-"""From a config to the pieces of a run of pretraining: for the main, and for scripts that want a preset's pieces."""
+"""Build the pieces of a pretraining run from its config, for `pretrain.run` and for scripts."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -22,7 +22,7 @@ from train.state import init_variables
 
 
 def make_views(config: ViewConfig) -> tuple[Augment, ...]:
-    """The views of the config, large ones first, from images scaled to [0, 1] to normalised ones."""
+    """Make the config's views, large ones first: from images scaled to [0, 1] to normalised ones."""
     assert config.mean is not None and config.std is not None, "with_statistics fills them in"
     shared: dict[str, Any] = {
         "flip": config.flip,
@@ -51,7 +51,7 @@ def make_network(
     *,
     encoder: nn.Module | None = None,
 ) -> Network:
-    """The config's encoder, or the given one, with the objective's heads.
+    """Make the network: the config's encoder, or the given one, with the objective's heads.
 
     `axis_name`, `kernels`: see `train.from_config.make_model`.
     """
@@ -72,7 +72,7 @@ def make_network(
 
 
 def make_momentum(objective: Objective, steps: int) -> Callable[[jax.Array], Any] | None:
-    """The target network's momentum by step: constant, or along half a cosine to 1; None without a target network."""
+    """Target network's momentum by step: constant, or rising to 1 along half a cosine; None without a target network."""
     if objective.target is None:
         return None
     start = objective.target
@@ -83,17 +83,17 @@ def make_momentum(objective: Objective, steps: int) -> Callable[[jax.Array], Any
 
 
 def make_probe_tx(config: PretrainConfig, steps: int) -> optax.GradientTransformation:
-    """The online probe's optimizer: Adam, whose steps do not depend on how large features are, along a cosine to 0."""
+    """The online probe's optimizer: Adam, whose steps do not depend on the scale of the features, on a cosine to 0."""
     return optax.adam(optax.cosine_decay_schedule(config.probe_lr, steps))
 
 
 def init_network(
     config: PretrainConfig, network: Network, image_shape: tuple[int, int, int]
 ) -> tuple[dict[str, PyTree], jax.Array]:
-    """(the network's random variables, the run's key) of the config's seed.
+    """Draw (the network's random variables, the run's key) from the config's seed.
 
     Raises:
-      UsageError: an encoder that does not end at pooled features.
+      UsageError: the encoder does not return pooled features.
     """
     init_key, run_key = jax.random.split(jax.random.key(config.seed))
     try:
@@ -110,7 +110,7 @@ def make_pretrain_state(
     image_shape: tuple[int, int, int],
     classes: int,
 ) -> PretrainState:
-    """The state at step 0, from random variables."""
+    """Make the state at step 0, with random variables."""
     variables, key = init_network(config, network, image_shape)
     features = variables["params"]["projector"]["fc1"]["kernel"].shape[0]
     return init_pretrain_state(
@@ -127,7 +127,7 @@ def step_options(
     steps: int,
     epoch_steps: float,
 ) -> dict[str, Any]:
-    """The static arguments of `contrastive_step`."""
+    """Static arguments of `contrastive_step`."""
     return {
         "model": network,
         "tx": tx,

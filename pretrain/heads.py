@@ -1,4 +1,4 @@
-"""Heads of the encoder during pretraining: projector, predictor, prototypes; discarded afterwards."""
+"""Heads on the encoder during pretraining (projector, predictor, prototypes); they are discarded afterwards."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,15 +15,16 @@ Outputs = dict[str, jax.Array]
 
 
 class MLP(nn.Module):
-    """Dense layers of the given sizes, a norm and an activation after each but the last: [B, D] to [B, sizes[-1]].
+    """Dense layers, with a norm and an activation after each except the last: [B, D] to [B, sizes[-1]].
 
     Attributes:
-      sizes: of the layers; the last one puts out embeddings, float32.
-      norm: whether there is one between layers; MoCo v2 and DINO leave it out.
-      last_norm: ends in a norm too: `plain` has no scale and no bias, so that its output is standardised.
-      activation: between layers.
-      dtype: of the products; parameters and norms are float32.
-      axis_name: the axis that the batch is split over, for statistics of the whole batch; None under `jit`.
+      sizes: output sizes of the layers; the last layer returns the embeddings, float32.
+      norm: whether layers have a norm between them; MoCo v2 and DINO leave it out.
+      last_norm: norm after the last layer: None, `affine`, or `plain`, which has no scale and no bias, so the output is
+        standardised.
+      activation: the function between layers.
+      dtype: type of the matrix products; parameters and norms are float32.
+      axis_name: mesh axis that the batch is split over, for statistics of the whole batch; None under `jit`.
     """
 
     sizes: Sequence[int]
@@ -46,7 +47,7 @@ class MLP(nn.Module):
         last = len(self.sizes)
         for i, size in enumerate(self.sizes, start=1):
             normed = self.norm if i < last else self.last_norm is not None
-            # A norm takes the mean away, and a bias with it.
+            # A norm subtracts the mean, so a bias before it would have no effect.
             x = nn.Dense(size, use_bias=not normed, dtype=self.dtype, name=f"fc{i}")(x)
             if i < last:
                 x = self.activation(norm(x, f"norm{i}") if self.norm else x)
@@ -56,10 +57,11 @@ class MLP(nn.Module):
 
 
 class Prototypes(nn.Module):
-    """Cosines [B, count] of embeddings [B, D] and learned directions: SwAV's prototypes, DINO's last layer.
+    """Cosines [B, count] between embeddings [B, D] and learned directions: SwAV's prototypes, DINO's last layer.
 
-    The directions are the kernel's columns brought to length 1 in each call. SwAV's code (https://arxiv.org/abs/2006.09882)
-    does so to the parameters before each step, DINO's by weight normalisation with the gain fixed at 1.
+    The directions are the kernel's columns, normalised to length 1 in each call. SwAV's code
+    (https://arxiv.org/abs/2006.09882) normalises the parameters before each step; DINO's uses weight normalisation with
+    the gain fixed at 1.
     """
 
     count: int
@@ -73,8 +75,9 @@ class Prototypes(nn.Module):
 class Network(nn.Module):
     """An encoder with heads: images [B, H, W, C] to embeddings by name, float32.
 
-    `features` [B, F] are the encoder's, what is used afterwards; `projection` [B, D] is the projector's of them;
-    `prediction` [B, D] and `scores` [B, K] are the predictor's and the prototypes' of that, where there are any.
+    `features` [B, F] are the encoder's output, which is kept after pretraining; `projection` [B, D] is the projector's
+    output for them; `prediction` [B, D] and `scores` [B, K] are those of the predictor and the prototypes for the
+    projection, where the network has them.
 
     Raises:
       ValueError: the encoder does not end at pooled features [B, F].
@@ -86,7 +89,7 @@ class Network(nn.Module):
     prototypes: nn.Module | None = None
 
     def __call__(self, images: jax.Array, *, train: bool, predict: bool = True) -> Outputs:
-        """`predict=False` leaves the predictor out, which target networks do not have."""
+        """`predict=False` skips the predictor, which target networks do not have."""
         encoder: Any = self.encoder
         features = encoder(images, **train_argument(encoder, train))
         if features.ndim != 2:

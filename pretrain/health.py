@@ -1,4 +1,4 @@
-"""Is a representation healthy? Numbers that show collapse in features [B, D], one row an image, and a run's verdict."""
+"""Health of a representation: measures of collapse in features [B, D], one row per image, and the verdict on a run."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,11 +9,11 @@ import numpy as np
 
 from resnet_jax.contrastive import cosine, unit
 
-# A mean cosine c between different images makes `feature_std` about sqrt(1 - c): this is a cosine of 0.9975.
+# A mean cosine c between different images gives a `feature_std` of about sqrt(1 - c): here c = 0.9975.
 COLLAPSED_STD = 0.05
-# A dimension is dead whose standard deviation is a smaller part than this of the features' root mean square.
+# A dimension is dead if its standard deviation is at most this fraction of the features' root mean square.
 DEAD_STD = 1e-3
-# Rows of the matrix of distances that are held at once.
+# Rows of the distance matrix to hold in memory at once.
 ROWS = 256
 
 
@@ -21,12 +21,12 @@ ROWS = 256
 
 
 def alignment(a: jax.Array, b: jax.Array) -> jax.Array:
-    """Mean squared distance of the normalised rows of [B, D] and [B, D], in [0, 4]: https://arxiv.org/abs/2005.10242."""
+    """Mean squared distance of paired normalised rows of [B, D] and [B, D], in [0, 4]: https://arxiv.org/abs/2005.10242."""
     return jnp.sum(jnp.square(unit(a) - unit(b)), axis=-1).mean()
 
 
 def mean_similarity(a: jax.Array, b: jax.Array) -> jax.Array:
-    """Mean cosine of the rows of [B, D] with those of the same place in [B, D]."""
+    """Mean cosine of paired rows of [B, D] and [B, D]."""
     return cosine(a, b).mean()
 
 
@@ -70,9 +70,9 @@ def feature_std(x: jax.Array) -> jax.Array:
 
 
 def dead_fraction(x: jax.Array) -> jax.Array:
-    """Part of the dimensions, in [0, 1], that hardly move over the rows of [B, D]; see `DEAD_STD`."""
+    """Fraction of the dimensions, in [0, 1], that hardly vary over the rows of [B, D]; see `DEAD_STD`."""
     x = jnp.asarray(x, jnp.float32)
-    # Not more than, and not less than: where all is zero, all is dead.
+    # `<=` rather than `<`, so that every dimension of all-zero features is dead.
     return (x.std(0) <= DEAD_STD * jnp.sqrt(jnp.square(x).mean())).mean(dtype=jnp.float32)
 
 
@@ -82,21 +82,21 @@ def dead_fraction(x: jax.Array) -> jax.Array:
 def rank_me(x: Any) -> float:
     """RankMe, exp of the entropy of the normalised singular values of features [B, D]: https://arxiv.org/abs/2210.02885.
 
-    On the host in float64; in [1, min(B, D)], and 0 if all features are 0.
+    Computed on the host in float64; in [1, min(B, D)], and 0 if all features are 0.
     """
     x = np.asarray(x, np.float64)
     return _rank(x, np.linalg.norm(x))
 
 
 def effective_rank(x: Any) -> float:
-    """`rank_me` of features [B, D] without their mean row: 0 if all rows are equal."""
+    """`rank_me` of features [B, D] after subtracting their mean row: 0 if all rows are equal."""
     x = np.asarray(x, np.float64)
     return _rank(x - x.mean(0), np.linalg.norm(x))
 
 
 def _rank(x: np.ndarray, size: np.floating) -> float:
     singular = np.linalg.svd(x, compute_uv=False)
-    # Rounding errors of float32 features of this Frobenius norm span every dimension, and would look healthy.
+    # Drop singular values of the size of float32 rounding errors: those span every dimension and would look healthy.
     singular = singular[singular > np.finfo(np.float32).eps * size]
     p = singular / singular.sum()
     return float(np.exp(-np.sum(p * np.log(p)))) if p.size else 0.0
@@ -106,18 +106,20 @@ def _rank(x: np.ndarray, size: np.floating) -> float:
 
 
 def health(features_a: Any, features_b: Any) -> dict[str, float]:
-    """All of the above of two views' features [B, D] of the same images; what needs one view is of the first.
+    """Compute all of the above from two views' features [B, D] of the same images; measures of one view use the first.
 
     Returns:
       `alignment`, `positive_similarity`, `uniformity`, `negative_similarity`, `feature_std`, `dead_fraction`,
-      `rank_me`, `effective_rank`, and the sizes `images` (B) and `dimensions` (D) that bound the ranks.
+      `rank_me`, `effective_rank`, and the sizes `images` (B) and `dimensions` (D), which bound the ranks.
 
     Raises:
-      ValueError: the shapes differ or are not [B, D], there are no features, or some are not finite.
+      ValueError: the shapes differ or are not [B, D], the arrays are empty, or some features are not finite.
     """
     a, b = np.asarray(features_a, np.float32), np.asarray(features_b, np.float32)
     if a.shape != b.shape or a.ndim != 2 or not a.size:
-        raise ValueError(f"two views' features must have one shape [B, D], not {a.shape} and {b.shape}")
+        raise ValueError(
+            f"two views' features must have one shape [B, D] and not be empty, got {a.shape} and {b.shape}"
+        )
     if not (np.isfinite(a).all() and np.isfinite(b).all()):
         raise ValueError("some features are not finite")
     numbers = _numbers(jnp.asarray(a), jnp.asarray(b))
@@ -139,10 +141,10 @@ def _numbers(a: jax.Array, b: jax.Array) -> dict[str, jax.Array]:
 
 
 def collapse_step(rows: Sequence[Mapping[str, Any]], *, threshold: float = COLLAPSED_STD) -> int | None:
-    """The step from which on `projection_std` stays below `threshold` to the end of a run's history, or None.
+    """Find the step from which `projection_std` stays below `threshold` to the end of a run's history, or None.
 
-    A dip that recovers is not a collapse, nor is a single last row, unless it is the only one. Rows hold `step`, in
-    order; those without `projection_std` are skipped.
+    A dip that recovers is not a collapse, and neither is a single last row, unless it is the only one. Rows have `step`
+    and are in order; those without `projection_std` are skipped.
     """
     rows = [row for row in rows if "projection_std" in row]
     below = 0
@@ -152,11 +154,11 @@ def collapse_step(rows: Sequence[Mapping[str, Any]], *, threshold: float = COLLA
 
 
 def verdict(rows: Sequence[Mapping[str, Any]], final: Mapping[str, float]) -> str:
-    """One sentence on a run's representations: collapsed to a point, to few dimensions, or healthy.
+    """Judge a run's representations in one sentence: collapsed to a point, collapsed to few dimensions, or healthy.
 
     Args:
       rows: the run's history, as for `collapse_step`.
-      final: what `health` returns, at the end.
+      final: the result of `health` at the end of the run.
     """
     step = collapse_step(rows)
     if step is not None:

@@ -1,4 +1,4 @@
-"""The weighted k-nearest-neighbour classifier: how well features separate classes, with nothing trained."""
+"""The weighted k-nearest-neighbour classifier, which measures how well features separate classes without training."""
 
 from functools import partial
 from typing import Any
@@ -9,7 +9,7 @@ import numpy as np
 
 from resnet_jax.contrastive import unit
 
-CHUNK = 8192  # rows of a bank that are held against queries at once
+CHUNK = 8192  # rows of a bank to compare with the queries at once
 
 
 def knn_scores(
@@ -22,27 +22,27 @@ def knn_scores(
     temperature: float = 0.1,
     chunk: int = CHUNK,
 ) -> jax.Array:
-    """The votes of each query's k nearest neighbours by cosine similarity: https://arxiv.org/abs/1805.01978.
+    """Votes of each query's k nearest neighbours by cosine similarity: https://arxiv.org/abs/1805.01978.
 
-    A neighbour votes for its class with exp(similarity / `temperature`), here relative to that of the nearest one. Of
-    equally similar neighbours the earlier ones in the bank vote.
+    A neighbour votes for its class with exp(similarity / `temperature`), here divided by that of the nearest one.
+    Ties go to the lower index in the bank.
 
     Args:
       queries: float [Q, D].
       bank: float [N, D].
-      labels: int [N] in [0, `classes`), of the bank.
-      k: at least 1; more than N is N.
+      labels: int [N] in [0, `classes`), the classes of the bank's rows.
+      k: at least 1; a k above N means N.
       temperature: above 0.
-      chunk: rows of the bank that are held against the queries at once.
+      chunk: rows of the bank to compare with the queries at once.
 
     Returns:
-      Votes, float32 [Q, `classes`], of which the largest is the predicted class's.
+      Votes, float32 [Q, `classes`]; the predicted class has the largest.
     """
     return _votes(unit(queries), *_chunks(bank, chunk), labels, classes=classes, k=k, temperature=temperature)
 
 
 def _chunks(bank: jax.Array, chunk: int) -> tuple[jax.Array, int]:
-    """(normalised rows [parts, chunk, D], filled up with zeros; how many there are)."""
+    """Split a bank into (normalised rows [parts, chunk, D], padded with zeros; the number of rows without padding)."""
     size, chunk = len(bank), min(chunk, len(bank))
     return jnp.pad(unit(bank), ((0, -size % chunk), (0, 0))).reshape(-1, chunk, bank.shape[1]), size
 
@@ -57,9 +57,10 @@ def _votes(
     k: int,
     temperature: jax.Array | float,
 ) -> jax.Array:
-    """`knn_scores` of normalised queries among the chunks of a bank of `size` rows."""
+    """Compute `knn_scores` of normalised queries from the chunks of a bank of `size` rows."""
     k, chunk = min(k, size), chunks.shape[1]
 
+    # Scan over the chunks with the k nearest so far, so that no [Q, N] matrix of similarities is held.
     def merge(nearest: tuple[jax.Array, jax.Array], part: tuple[jax.Array, jax.Array]) -> Any:
         similarity, place = nearest
         rows, start = part
@@ -72,10 +73,10 @@ def _votes(
     none = jnp.full((len(queries), k), -jnp.inf), jnp.zeros((len(queries), k), jnp.int32)
     starts = jnp.arange(len(chunks)) * chunk
     (similarity, place), _ = jax.lax.scan(merge, none, (chunks, starts))
-    # The nearest votes with 1: at low temperatures exp alone would overflow.
+    # Scale votes so that the nearest has 1: at low temperatures exp alone would overflow.
     weights = jnp.exp((similarity - similarity[:, :1]) / temperature)
     voted = jnp.asarray(labels)[place]
-    # Class by class: a one-hot array [Q, k, classes] would be large, and a scatter adds in any order.
+    # Sum class by class: a one-hot array [Q, k, classes] would be large, and a scatter has no fixed order of addition.
     return jax.lax.map(lambda c: jnp.where(voted == c, weights, 0.0).sum(1), jnp.arange(classes)).T
 
 
@@ -97,11 +98,11 @@ def knn_accuracy(
     temperature: float = 0.1,
     block: int = 1024,
 ) -> float:
-    """The part of the queries, in [0, 1], whose class `knn_scores` predicts; `block` queries at a time.
+    """Accuracy in [0, 1] of `knn_scores` on the queries, `block` of them at a time.
 
     Raises:
-      ValueError: k < 1, temperature <= 0, nothing to compare, shapes that do not fit, labels that are not classes, or
-        features that are not finite.
+      ValueError: k < 1, temperature <= 0, empty features, shapes that do not match, labels out of range, or features
+        that are not finite.
     """
     if k < 1:
         raise ValueError(f"k must be at least 1, not {k}")
@@ -110,9 +111,9 @@ def knn_accuracy(
     queries, query_labels = labelled("queries", queries, query_labels, classes)
     bank, bank_labels = labelled("bank", bank, bank_labels, classes)
     if queries.shape[1] != bank.shape[1]:
-        raise ValueError(f"queries have {queries.shape[1]} dimensions, the bank {bank.shape[1]}")
+        raise ValueError(f"queries have {queries.shape[1]} dimensions, but the bank has {bank.shape[1]}")
     count, block = len(queries), min(block, len(queries))
-    # Rows of zeros fill up the last block, so that one compilation serves all.
+    # Pad the last block with zeros, so that all blocks share one compilation.
     queries = np.pad(queries, ((0, -count % block), (0, 0)))
     chunks, size = jax.jit(_chunks, static_argnums=1)(bank, CHUNK)
     on_device = chunks, jnp.asarray(bank_labels), temperature
@@ -122,16 +123,18 @@ def knn_accuracy(
 
 
 def labelled(name: str, features: Any, labels: Any, classes: int) -> tuple[np.ndarray, np.ndarray]:
-    """Features float32 [N, D] and labels int32 [N] of any arrays.
+    """Convert arrays to features float32 [N, D] and labels int32 [N].
 
     Raises:
-      ValueError: they are not that; the message begins with `name`.
+      ValueError: the shapes, types or values are wrong; the message begins with `name`.
     """
     features, labels = np.asarray(features, np.float32), np.asarray(labels)
     if features.ndim != 2 or not features.size:
         raise ValueError(f"{name}: features must be [N, D] and not empty, not {features.shape}")
     if labels.shape != features.shape[:1] or not np.issubdtype(labels.dtype, np.integer):
-        raise ValueError(f"{name}: {len(features)} features need as many int labels, not {labels.dtype} {labels.shape}")
+        raise ValueError(
+            f"{name}: {len(features)} features need int labels of the same number, got {labels.dtype} {labels.shape}"
+        )
     if labels.min() < 0 or labels.max() >= classes:
         raise ValueError(f"{name}: labels must be in [0, {classes}), not in [{labels.min()}, {labels.max()}]")
     if not np.isfinite(features).all():

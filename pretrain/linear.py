@@ -1,4 +1,4 @@
-"""The linear probe: a linear classifier on frozen features, its learning rate chosen on a validation split."""
+"""The linear probe: a linear classifier on frozen features, with the learning rate chosen on a validation split."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -17,14 +17,14 @@ Weights = dict[str, jax.Array]  # kernel [D, K], bias [K]
 
 
 class Probe(NamedTuple):
-    """A trained probe, logits `(features - mean) / std @ kernel + bias`.
+    """A trained probe, with logits `(features - mean) / std @ kernel + bias`.
 
     Attributes:
       kernel, bias: float32 [D, K] and [K].
-      mean, std: float32 [D], of the training features.
+      mean, std: float32 [D], statistics of the training features.
       learning_rate: the chosen one.
       validation_accuracy: its accuracy in [0, 1].
-      validation_accuracies: that of every learning rate, 0 where it diverged.
+      validation_accuracies: accuracy by learning rate, 0 where training diverged.
     """
 
     kernel: np.ndarray
@@ -50,26 +50,29 @@ def linear_probe(
 ) -> Probe:
     """Train a linear layer on standardised features at every learning rate, and keep the best on `validation`.
 
-    From zeros, by SGD on the mean softmax cross entropy, the learning rate a cosine down to 0. Of learning rates that
-    are equally good the smallest is kept.
+    Training starts from zeros and uses SGD on the mean softmax cross entropy, with the learning rate on a cosine to 0.
+    Ties go to the lowest learning rate.
 
     Args:
       train, validation: features [N, D] and labels int [N] in [0, `classes`).
-      batch: full shuffled batches each epoch, what is left over is dropped; at most N.
-      weight_decay: of the kernel, added to its gradient.
+      batch: size of the shuffled batches, at most N; an incomplete last batch of an epoch is dropped.
+      weight_decay: L2 coefficient of the kernel, added to its gradient.
 
     Raises:
-      ValueError: arrays that do not fit, numbers out of range, or every learning rate diverged.
+      ValueError: shapes that do not match, numbers out of range, or training diverged at every learning rate.
     """
     rates = sorted({float(rate) for rate in learning_rates})
     if not rates or not all(0 < rate < np.inf for rate in rates):
-        raise ValueError(f"learning rates must be at least one, above 0 and finite, not {list(learning_rates)}")
+        raise ValueError(f"pass at least one learning rate, all above 0 and finite, got {list(learning_rates)}")
     if epochs < 1 or batch < 1:
         raise ValueError(f"epochs and batch must be at least 1, not {epochs} and {batch}")
     features, labels = labelled("train", *train, classes)
     other, other_labels = labelled("validation", *validation, classes)
     if other.shape[1] != features.shape[1]:
-        raise ValueError(f"validation features have {other.shape[1]} dimensions, train features {features.shape[1]}")
+        raise ValueError(
+            f"validation features have {other.shape[1]} dimensions, but train features {features.shape[1]}"
+        )
+    # Train one probe per learning rate at once, then drop those that diverged.
     mean, std = _moments(features)
     weights = _fit(
         (features - mean) / std,
@@ -87,8 +90,8 @@ def linear_probe(
     predictions = np.asarray(jax.vmap(_predict, (0, None))(weights, (other - mean) / std))
     accuracies = np.where(finite, (predictions == other_labels).mean(1), 0.0)
     if not finite.any():
-        raise ValueError(f"the probe diverged at every learning rate, of which {rates[0]} is the lowest")
-    best = int(np.argmax(accuracies))  # the first of equals
+        raise ValueError(f"the probe diverged at every learning rate, even at the lowest, {rates[0]}")
+    best = int(np.argmax(accuracies))  # ties go to the lowest rate
     return Probe(
         kernel=kernels[best],
         bias=biases[best],
@@ -104,17 +107,19 @@ def probe_accuracy(probe: Probe, features: Any, labels: Any) -> float:
     """Accuracy in [0, 1] of a probe on features [N, D] and labels int [N].
 
     Raises:
-      ValueError: arrays that do not fit.
+      ValueError: shapes that do not match, or labels out of range.
     """
     features, labels = labelled("probe", features, labels, probe.kernel.shape[1])
     if features.shape[1] != len(probe.kernel):
-        raise ValueError(f"probe: features have {features.shape[1]} dimensions, not its {len(probe.kernel)}")
+        raise ValueError(
+            f"probe: features have {features.shape[1]} dimensions, but it was trained on {len(probe.kernel)}"
+        )
     weights = {"kernel": jnp.asarray(probe.kernel), "bias": jnp.asarray(probe.bias)}
     return float(np.mean(np.asarray(_predict(weights, (features - probe.mean) / probe.std)) == labels))
 
 
 def _moments(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation float32 [D]; 1 for a dimension that moves no more than float32 rounds."""
+    """Mean and standard deviation, float32 [D]; 1 for a dimension that varies by no more than float32 rounding."""
     mean = features.mean(0, dtype=np.float64)
     std = np.sqrt(np.square(features - mean.astype(np.float32)).mean(0, dtype=np.float64))
     moves = std > np.maximum(1e-6 * np.abs(mean), 1e-18)
@@ -143,7 +148,7 @@ def _fit(
     epochs: int,
     batch: int,
 ) -> Weights:
-    """Weights with a leading axis over `rates` [L], all of which see the same batches."""
+    """Train weights with a leading axis over `rates` [L]; every rate sees the same batches."""
     count, dimensions = features.shape
     steps = count // batch
 

@@ -1,7 +1,7 @@
-"""The objectives of pretraining: pure functions of two networks' outputs for the views of images.
+"""Pretraining objectives: pure functions of the two networks' outputs for the views of a batch.
 
-`OBJECTIVES[name]` says which parts a method needs in addition to its function, with the sizes of its authors' code for
-ImageNet. A new method is a function here and a line there.
+`OBJECTIVES[name]` lists the parts that a method needs in addition to its function, with the sizes of its authors' code
+for ImageNet. A new method needs a function here and an entry there.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,11 +23,11 @@ class Views(NamedTuple):
     """The inputs of an objective.
 
     Attributes:
-      online: the trained network's outputs by name, [V, B, D]: of the large views first, then of the small ones.
-      target: the target network's of the large views, [G, B, D], without a gradient; empty where there is none.
-      memory: what the objective keeps from step to step: `queue` [K, D], or `center` [K].
-      labels: int [B], for objectives that may look at them.
-      step: int32 scalar, steps done before this one.
+      online: outputs of the trained network by name, [V, B, D], for the large views first, then for the small ones.
+      target: outputs of the target network for the large views, [G, B, D], without a gradient; empty without one.
+      memory: state that the objective keeps from step to step: `queue` [K, D], or `center` [K].
+      labels: int [B], for objectives that use them.
+      step: int32 scalar, the number of steps done before this one.
     """
 
     online: Embeddings
@@ -45,22 +45,22 @@ Remember = Callable[..., Memory]  # (Views, *, axis_name, options) -> the next m
 
 
 def simclr(views: Views, *, temperature: float = 0.5, axis_name: str | None = None) -> jax.Array:
-    """NT-Xent of all views, https://arxiv.org/abs/2002.05709."""
+    """NT-Xent over all views, https://arxiv.org/abs/2002.05709."""
     return c.nt_xent(*views.online["projection"], temperature=temperature, axis_name=axis_name).mean()
 
 
 def supcon(views: Views, *, temperature: float = 0.1, axis_name: str | None = None) -> jax.Array:
-    """Supervised contrast: images of one class are one another's positives, https://arxiv.org/abs/2004.11362."""
+    """Supervised contrastive loss: images of the same class are positives, https://arxiv.org/abs/2004.11362."""
     projections = views.online["projection"]
     return c.sup_con(projections, views.labels, temperature=temperature, axis_name=axis_name).mean()
 
 
 def mocov2(views: Views, *, temperature: float = 0.2, axis_name: str | None = None) -> jax.Array:
-    """InfoNCE against a queue of earlier keys, https://arxiv.org/abs/2003.04297, both ways round.
+    """InfoNCE against a queue of earlier keys, https://arxiv.org/abs/2003.04297, in both directions.
 
-    The paper predicts view 2 from view 1 only; both directions cost twice as much per step and paid for peers.
+    The paper predicts view 2 from view 1 only. Both directions cost twice as much per step, which paid off for others.
     """
-    del axis_name  # a queue is the same everywhere
+    del axis_name  # every device has the whole queue
     queries, keys = views.online["projection"], views.target["projection"]
     losses = [c.info_nce(queries[v], keys[1 - v], views.memory["queue"], temperature=temperature) for v in (0, 1)]
     return _mean(losses)
@@ -81,7 +81,7 @@ def byol(views: Views, *, axis_name: str | None = None) -> jax.Array:
 
 
 def simsiam(views: Views, *, axis_name: str | None = None) -> jax.Array:
-    """Predict one's own projection of the other view, which stands still, https://arxiv.org/abs/2011.10566."""
+    """Predict the same network's projection of the other view, without a gradient into it, https://arxiv.org/abs/2011.10566."""
     del axis_name
     predictions, targets = views.online["prediction"], jax.lax.stop_gradient(views.online["projection"])
     return _mean([-c.cosine(predictions[v], targets[1 - v]) for v in (0, 1)])
@@ -108,7 +108,7 @@ def vicreg(
 
 
 def nnclr(views: Views, *, temperature: float = 0.1, axis_name: str | None = None) -> jax.Array:
-    """InfoNCE from a projection's nearest neighbour in a queue, https://arxiv.org/abs/2104.14548."""
+    """InfoNCE with each projection replaced by its nearest neighbour in a queue, https://arxiv.org/abs/2104.14548."""
     projections, predictions = jax.lax.stop_gradient(views.online["projection"]), views.online["prediction"]
 
     def one_way(v: int) -> jax.Array:
@@ -153,17 +153,17 @@ def _mean(losses: Sequence[jax.Array]) -> jax.Array:
 
 
 def queue_of_keys(views: Views, *, axis_name: str | None = None) -> Memory:
-    """The queue with the target's projections of the first view in place of its oldest."""
+    """Replace the queue's oldest rows with the target's projections of the first view."""
     return {"queue": c.enqueue(views.memory["queue"], views.target["projection"][0], views.step, axis_name=axis_name)}
 
 
 def queue_of_projections(views: Views, *, axis_name: str | None = None) -> Memory:
-    """The queue with the projections of the first view in place of its oldest."""
+    """Replace the queue's oldest rows with the projections of the first view."""
     return {"queue": c.enqueue(views.memory["queue"], views.online["projection"][0], views.step, axis_name=axis_name)}
 
 
 def moving_center(views: Views, *, center_momentum: float = 0.9, axis_name: str | None = None) -> Memory:
-    """The center moved towards the mean of the target's scores."""
+    """Move the center towards the mean of the target's scores."""
     scores = views.target["scores"]
     center = c.update_center(views.memory["center"], scores, momentum=center_momentum, axis_name=axis_name)
     return {"center": center}
@@ -174,21 +174,21 @@ def moving_center(views: Views, *, center_momentum: float = 0.9, axis_name: str 
 
 @dataclass(frozen=True, kw_only=True)
 class Objective:
-    """A method: its function, and what that needs.
+    """A method: its loss, and the parts that the loss needs.
 
     Attributes:
-      loss: `(Views, *, axis_name, options) -> scalar`, whose mean over shards is that of the whole batch.
-      projector, predictor: layer sizes; no predictor where that is empty.
-      norm: whether the projector's layers have norms between them; `last_norm`: what it ends in, see `heads.MLP`.
-      activation: of the projector's layers.
-      prototypes: how many; 0 is none.
-      target: whether a target network follows the trained one, and by which momentum at the start.
-      momentum_schedule: `constant`, or `cosine` from there to 1.
-      queue: rows of the memory's queue; 0 is none.
-      remember: what becomes of the memory after a step; None if there is none.
-      many_views: takes more than two large views.
-      small_views: takes additional small views (multi-crop).
-      evaluate_target: the encoder that is used afterwards is the target's.
+      loss: `(Views, *, axis_name, options) -> scalar`; its mean over shards is the loss of the whole batch.
+      projector, predictor: layer sizes; an empty predictor means none.
+      norm, last_norm: norms between the projector's layers and after the last one, see `heads.MLP`.
+      activation: the function between the projector's layers.
+      prototypes: number of prototypes; 0 means none.
+      target: initial momentum with which a target network follows the trained one; None means no target network.
+      momentum_schedule: `constant`, or `cosine` from the initial momentum to 1.
+      queue: number of rows of the memory's queue; 0 means none.
+      remember: update of the memory after a step; None without a memory.
+      many_views: whether the loss takes more than two large views.
+      small_views: whether the loss takes additional small views (multi-crop).
+      evaluate_target: whether the target's encoder is the one to evaluate and keep.
     """
 
     loss: Loss
@@ -208,13 +208,13 @@ class Objective:
 
     @property
     def options(self) -> dict[str, Any]:
-        """The numbers that its functions take, with their defaults."""
+        """Options of `loss` and `remember`, with their defaults."""
         functions = [f for f in (self.loss, self.remember) if f is not None]
         parameters = {name: p for f in functions for name, p in signature(f).parameters.items()}
         return {name: p.default for name, p in parameters.items() if name not in ("views", "axis_name")}
 
     def bind(self, **options: Any) -> "Objective":
-        """This objective with numbers of its own: a temperature, weights."""
+        """Set options of `loss` and `remember`, such as a temperature or weights."""
         bound: dict[str, Any] = {}
         for field in ("loss", "remember"):
             function = getattr(self, field)
@@ -224,7 +224,7 @@ class Objective:
         return replace(self, **bound)
 
     def init_memory(self, key: jax.Array) -> Memory:
-        """The memory at the start: a queue of random directions [queue, D], or a center of zeros [prototypes]."""
+        """Make the initial memory: a queue of random directions [queue, D], or a center of zeros [prototypes]."""
         if self.queue:
             return {"queue": c.unit(jax.random.normal(key, (self.queue, self.projector[-1]), jnp.float32))}
         return {"center": jnp.zeros(self.prototypes, jnp.float32)} if self.remember is not None else {}
@@ -263,7 +263,7 @@ OBJECTIVES: dict[str, Objective] = {
         loss=dino,
         projector=(2048, 2048, 256),
         norm=False,
-        activation=jax.nn.gelu,  # by tanh: under shard_map jax 0.12 cannot trace erf
+        activation=jax.nn.gelu,  # the tanh approximation: jax 0.12 cannot trace erf under shard_map
         prototypes=65536,
         target=0.996,
         momentum_schedule="cosine",
@@ -272,4 +272,4 @@ OBJECTIVES: dict[str, Objective] = {
         evaluate_target=True,
     ),
 }
-"""The methods by name."""
+"""Methods by name."""

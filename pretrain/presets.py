@@ -1,7 +1,7 @@
-"""Presets of pretraining: complete recipes by name. A docstring says what it is, how to run it and what to expect.
+"""Pretraining presets: complete recipes by name. Each docstring gives the method, the command and the expected result.
 
-Figures marked "measured" have their runs in results/; the others are the sources' own, not reproduced here. On CIFAR-10
-those train and probe on all 50,000 training images; here 5,000 are held back for validation.
+Figures marked "measured" have their runs in results/; the others are reported by the sources and not reproduced here.
+On CIFAR-10 the sources train and probe on all 50,000 training images; here 5,000 are held out for validation.
 """
 
 from collections.abc import Callable
@@ -12,9 +12,9 @@ from resnet_jax.augment import IMAGENET_MEAN, IMAGENET_STD
 from train.config import DataConfig, OptimConfig
 from train.presets import CIFAR10_MEAN, CIFAR10_STD
 
-# ---- handwritten digits: every method under one budget ---------------------------------------------------------------
+# ---- handwritten digits: every method on one budget ----------------------------------------------------------------
 
-# Heads that fit an encoder of 64 features and 1,293 images; queues and prototypes in proportion.
+# Heads, queues and prototypes are sized for an encoder of 64 features and 1,293 training images.
 DIGITS: dict[str, ObjectiveConfig] = {
     "simclr": ObjectiveConfig(name="simclr", projector=(128, 64)),
     "supcon": ObjectiveConfig(name="supcon", projector=(128, 64)),
@@ -33,15 +33,15 @@ DIGITS: dict[str, ObjectiveConfig] = {
     ),
 }
 DIGITS_OPTIM = OptimConfig(lr=0.1, nesterov=True, weight_decay=5e-4, warmup_epochs=5)
-# DINO learns little in so few steps of SGD: 82 % kNN on validation, and 90 % with Adam.
+# DINO learns little in this few steps of SGD: kNN on validation reaches 82 %, and 90 % with Adam.
 DIGITS_OPTIMS = {"dino": replace(DIGITS_OPTIM, name="adamw", lr=3e-3)}
 
 
 def digits(method: str) -> PretrainConfig:
-    """One of the methods on scikit-learn's handwritten digits, on any machine, offline; all under the same budget.
+    """One of the methods on scikit-learn's handwritten digits, on any machine, offline; all on the same budget.
 
     Command: python -m pretrain digits_METHOD; without a preset, SimCLR.
-    Hardware: 2 CPU cores, a minute or two. What each reaches is in README's table (measured).
+    Hardware: 2 CPU cores, a minute or two. The README's table has the accuracies (measured).
     """
     return PretrainConfig(
         model="resnet8",
@@ -68,7 +68,7 @@ def _of_digits(method: str) -> Callable[[], PretrainConfig]:
 
 
 def cifar10(objective: ObjectiveConfig, optim: OptimConfig, **fields: object) -> PretrainConfig:
-    """ResNet-18 with a 3x3 stem on CIFAR-10: what the recipes below share."""
+    """Make a recipe for ResNet-18 with a 3x3 stem on CIFAR-10, from the settings that the recipes below share."""
     shared: dict[str, object] = {
         "model": "resnet18_cifar",
         "data": DataConfig(name="cifar10"),
@@ -85,7 +85,7 @@ ASYMMETRIC = replace(SYMMETRIC, jitter=(0.4, 0.4, 0.2, 0.1), solarize=(0.0, 0.2)
 
 
 def solo_learn(lr: float, weight_decay: float) -> OptimConfig:
-    """LARS, numbers of solo-learn's CIFAR scripts, where the rate is a ceiling on the trust ratio, not a factor."""
+    """LARS with the settings of solo-learn's CIFAR scripts, where the rate caps the trust ratio, not scales it."""
     return OptimConfig(
         name="lars", lr=lr, weight_decay=weight_decay, trust_coefficient=0.02, schedule="cosine", warmup_epochs=10
     )
@@ -95,7 +95,7 @@ def cifar10_simclr_resnet18() -> PretrainConfig:
     """SimCLR (https://arxiv.org/abs/2002.05709), the recipe of google-research/simclr for CIFAR-10.
 
     Command: python -m train.data prepare cifar10 && python -m pretrain cifar10_simclr_resnet18
-    Hardware: one GPU. The source reports about 91 % by a linear probe; peers' kNN 87.9 % after 800 epochs.
+    Hardware: one GPU. The source reports about 91 % by a linear probe; others, 87.9 % by kNN after 800 epochs.
     """
     return cifar10(
         ObjectiveConfig(name="simclr", projector=(512, 512, 128), temperature=0.5),
@@ -105,10 +105,10 @@ def cifar10_simclr_resnet18() -> PretrainConfig:
 
 
 def cifar10_simclr_resnet20() -> PretrainConfig:
-    """SimCLR with the smallest ResNet of He et al. for half an hour of CPU: to see that it learns, not to be compared.
+    """SimCLR with the smallest ResNet of He et al. for half an hour of CPU: to see that it learns, not to compare.
 
     Command: python -m train.data prepare cifar10 && python -m pretrain cifar10_simclr_resnet20
-    Hardware: 2 CPU cores. What it reaches on `cifar10_jpeg` is in results/ (measured).
+    Hardware: 2 CPU cores. results/ has its accuracy on `cifar10_jpeg` (measured).
     """
     return cifar10(
         ObjectiveConfig(name="simclr", projector=(128, 128), temperature=0.2),
@@ -135,10 +135,11 @@ def cifar10_supcon_resnet18() -> PretrainConfig:
 
 
 def cifar10_mocov2_resnet18() -> PretrainConfig:
-    """MoCo v2 (https://arxiv.org/abs/2003.04297), symmetric, numbers of lightly's CIFAR-10 benchmark.
+    """MoCo v2 (https://arxiv.org/abs/2003.04297), symmetric, with the settings of lightly's CIFAR-10 benchmark.
 
     Command: python -m train.data prepare cifar10 && python -m pretrain cifar10_mocov2_resnet18
-    Hardware: one GPU. lightly reports kNN 89.9 % after 800 epochs with norms in eight splits, which are not built here.
+    Hardware: one GPU. lightly reports 89.9 % by kNN after 800 epochs, with each batch norm in eight splits, which this
+    code does not have.
     """
     return cifar10(
         ObjectiveConfig(name="mocov2", projector=(512, 128), temperature=0.1, queue=4096, target_momentum=0.99),
@@ -149,7 +150,7 @@ def cifar10_mocov2_resnet18() -> PretrainConfig:
 
 
 def cifar10_mocov3_resnet18() -> PretrainConfig:
-    """MoCo v3 (https://arxiv.org/abs/2104.02057), numbers of solo-learn's CIFAR script.
+    """MoCo v3 (https://arxiv.org/abs/2104.02057), with the settings of solo-learn's CIFAR script.
 
     Command: python -m train.data prepare cifar10 && python -m pretrain cifar10_mocov3_resnet18
     Hardware: one GPU. solo-learn reports 93.10 % (online linear).
@@ -159,16 +160,16 @@ def cifar10_mocov3_resnet18() -> PretrainConfig:
 
 
 def cifar10_byol_resnet18() -> PretrainConfig:
-    """BYOL (https://arxiv.org/abs/2006.07733), numbers of solo-learn's CIFAR script.
+    """BYOL (https://arxiv.org/abs/2006.07733), with the settings of solo-learn's CIFAR script.
 
     Command: python -m train.data prepare cifar10 && python -m pretrain cifar10_byol_resnet18
-    Hardware: one GPU. solo-learn reports 92.58 % (online linear), lightly kNN 91.0 % (best epoch, on the test split).
+    Hardware: one GPU. solo-learn reports 92.58 % (online linear), lightly 91.0 % by kNN (best test epoch).
     """
     return cifar10(ObjectiveConfig(name="byol", target_momentum=0.99), solo_learn(1.0, 1e-5), augment=ASYMMETRIC)
 
 
 def cifar10_simsiam_resnet18() -> PretrainConfig:
-    """SimSiam (https://arxiv.org/abs/2011.10566), its appendix on CIFAR-10: a projector of two layers.
+    """SimSiam (https://arxiv.org/abs/2011.10566), after its appendix on CIFAR-10, with a projector of two layers.
 
     Command: python -m train.data prepare cifar10 && python -m pretrain cifar10_simsiam_resnet18
     Hardware: one GPU. The paper reports 91.8 % by a linear probe after 800 epochs.
@@ -183,10 +184,10 @@ def cifar10_simsiam_resnet18() -> PretrainConfig:
 
 
 def cifar10_barlow_resnet18() -> PretrainConfig:
-    """Barlow Twins (https://arxiv.org/abs/2103.03230), numbers of solo-learn's CIFAR script.
+    """Barlow Twins (https://arxiv.org/abs/2103.03230), with the settings of solo-learn's CIFAR script.
 
     Command: python -m train.data prepare cifar10 && python -m pretrain cifar10_barlow_resnet18
-    Hardware: one GPU. solo-learn reports 92.10 % (online linear); a user got 91.56 % offline from that checkpoint.
+    Hardware: one GPU. solo-learn reports 92.10 % (online linear); a user measured 91.56 % offline with that checkpoint.
     """
     return cifar10(
         ObjectiveConfig(name="barlow", projector=(2048, 2048, 2048), scale=0.1),
@@ -199,7 +200,7 @@ def cifar10_vicreg_resnet18() -> PretrainConfig:
     """VICReg (https://arxiv.org/abs/2105.04906), with the optimizer of Barlow Twins above.
 
     Command: python -m train.data prepare cifar10 && python -m pretrain cifar10_vicreg_resnet18
-    Hardware: one GPU. solo-learn, whose numbers may differ, reports 92.07 %.
+    Hardware: one GPU. solo-learn, whose settings may differ, reports 92.07 %.
     """
     return cifar10(
         ObjectiveConfig(name="vicreg", projector=(2048, 2048, 2048)),
@@ -209,7 +210,7 @@ def cifar10_vicreg_resnet18() -> PretrainConfig:
 
 
 def cifar10_nnclr_resnet18() -> PretrainConfig:
-    """NNCLR (https://arxiv.org/abs/2104.14548), numbers of solo-learn's CIFAR script.
+    """NNCLR (https://arxiv.org/abs/2104.14548), with the settings of solo-learn's CIFAR script.
 
     Command: python -m train.data prepare cifar10 && python -m pretrain cifar10_nnclr_resnet18
     Hardware: one GPU. solo-learn reports 91.88 % (online linear).
@@ -220,9 +221,9 @@ def cifar10_nnclr_resnet18() -> PretrainConfig:
 
 
 def cifar10_swav_resnet18() -> PretrainConfig:
-    """SwAV (https://arxiv.org/abs/2006.09882), two views and four small ones of 16 pixels.
+    """SwAV (https://arxiv.org/abs/2006.09882), with two views and four small ones of 16 pixels.
 
-    Without the queue that assigns a small batch to thousands of prototypes, there are 512 of them.
+    It has only 512 prototypes, because it lacks the queue with which a small batch can be assigned to thousands.
 
     Command: python -m train.data prepare cifar10 && python -m pretrain cifar10_swav_resnet18
     Hardware: one GPU. solo-learn, with a queue and two views, reports 89.17 % (online linear).
@@ -235,7 +236,7 @@ def cifar10_swav_resnet18() -> PretrainConfig:
 
 
 def cifar10_dino_resnet18() -> PretrainConfig:
-    """DINO (https://arxiv.org/abs/2104.14294) for a convnet, two views and four small ones of 16 pixels.
+    """DINO (https://arxiv.org/abs/2104.14294) for a convnet, with two views and four small ones of 16 pixels.
 
     Command: python -m train.data prepare cifar10 && python -m pretrain cifar10_dino_resnet18
     Hardware: one GPU. solo-learn, with two views, reports 89.52 % (online linear).
@@ -254,8 +255,8 @@ def imagenet_simclr_resnet50() -> PretrainConfig:
     """SimCLR (https://arxiv.org/abs/2002.05709), 100 epochs at a batch of 4,096.
 
     Command: python -m train.data prepare imagenet2012 && python -m pretrain imagenet_simclr_resnet50
-    Hardware: 32 TPU v3 cores or 16 GPUs. The source reports about 64.5 % by a linear probe. The held-out split named
-    validation is the test. Views are cut from the central square, the source's from the whole image.
+    Hardware: 32 TPU v3 cores or 16 GPUs. The source reports about 64.5 % by a linear probe. ImageNet's validation
+    split is the test split here. Views are cropped from the central square; the source's, from the whole image.
     """
     return PretrainConfig(
         model="resnet50",
@@ -274,11 +275,11 @@ def imagenet_simclr_resnet50() -> PretrainConfig:
 
 
 def imagenet_mocov3_resnet50() -> PretrainConfig:
-    """MoCo v3 (https://arxiv.org/abs/2104.02057), 100 epochs at a batch of 4,096, views of BYOL.
+    """MoCo v3 (https://arxiv.org/abs/2104.02057), 100 epochs at a batch of 4,096, with the views of BYOL.
 
     Command: python -m train.data prepare imagenet2012 && python -m pretrain imagenet_mocov3_resnet50
-    Hardware: 16 GPUs or as many TPU cores. The source reports 68.9 % by a linear probe. Views are cut from the central
-    square, the source's from the whole image.
+    Hardware: 16 GPUs or TPU cores. The source reports 68.9 % by a linear probe. Views are cropped from the central
+    square; the source's, from the whole image.
     """
     return PretrainConfig(
         model="resnet50",

@@ -1,6 +1,6 @@
-"""Runs of pretraining side by side: `python -m pretrain.report RUN... [--json FILE] [--picture FILE.png] [--table]`.
+"""Compare runs of pretraining: `python -m pretrain.report RUN... [--json FILE] [--picture FILE.png] [--table]`.
 
-RUN is a run's folder, or a JSON file that `--json` wrote.
+RUN is a run folder, or a JSON file that `--json` wrote.
 """
 
 import json
@@ -18,15 +18,15 @@ Run = dict[str, Any]
 
 
 def minutes(run: Run, step: int) -> float:
-    """Minutes of training after which a run had done `step` steps, without evaluations; nan where it is not known."""
+    """Minutes of training, without evaluations, that a run took for its first `step` steps; nan if unknown."""
     speed = run["images_per_second"]
     return step * run["config"]["batch"] / speed / 60 if speed else math.nan
 
 
 def draw(runs: dict[str, Run], picture: Path, supervised: Run | None = None) -> None:
-    """Validation accuracy by kNN and online linear probe, and the representation's health, over time.
+    """Draw validation accuracy by kNN and online linear probe, and the effective rank of the features, over time.
 
-    Beside them, where it is given, the validation accuracy of a supervised run. Needs the extra `plot`.
+    `supervised` adds the validation accuracy of a supervised run. Needs the extra `plot`.
     """
     figure = new_figure(10, 4.2)
     accuracy, spread = figure.subplots(1, 2)
@@ -58,14 +58,14 @@ def draw(runs: dict[str, Run], picture: Path, supervised: Run | None = None) -> 
 
 
 def table(runs: Sequence[Run]) -> str:
-    """A Markdown table, a row a method: test accuracies in percent, mean (standard deviation) over its runs' seeds.
+    """Make a Markdown table, one row per method: test accuracies in percent, mean (standard deviation) over seeds.
 
     Raises:
-      UsageError: runs on different sets or of different networks, which do not belong into one table.
+      UsageError: runs on different sets or of different networks, which cannot be compared in one table.
     """
     kinds = {(run["dataset"], run["model"], run["config"]["width"]) for run in runs}
     if len(kinds) > 1:
-        raise UsageError(f"one table takes runs of one network on one set, not {sorted(map(str, kinds))}")
+        raise UsageError(f"a table needs runs of the same network on the same set, got {sorted(map(str, kinds))}")
     rows = [
         "| method | kNN | linear, offline | linear, online | training, s | runs |",
         "|---|---|---|---|---|---|",
@@ -81,6 +81,7 @@ def table(runs: Sequence[Run]) -> str:
         seconds = "" if prefix else cell([60 * minutes(run, run["steps"]) for run in group], 0)
         return f"| {name} | {cell(knn)} | {cell(linear)} | {online} | {seconds} | {len(group)} |"
 
+    # Random weights do not depend on the method: count them once per seed.
     groups: dict[str, list[Run]] = {}
     for run in runs:
         groups.setdefault(run["objective"], []).append(run)
@@ -91,10 +92,10 @@ def table(runs: Sequence[Run]) -> str:
 
 
 def read(path: Path, *, labelled: bool = False) -> Run:
-    """A run of pretraining, from its folder or from a file that `--json` wrote.
+    """Read a run of pretraining from its folder or from a file that `--json` wrote.
 
     Raises:
-      UsageError: no finished run of pretraining there, or with `labelled` one without accuracies.
+      UsageError: not a finished run of pretraining, or, with `labelled`, one without accuracies.
     """
     run = collect(path)
     if "objective" not in run:
@@ -105,21 +106,21 @@ def read(path: Path, *, labelled: bool = False) -> Run:
 
 
 def _name(path: Path, among: Sequence[Path]) -> str:
-    """The name of a run in a picture: its folder or file, with the parent folder where names would be equal."""
+    """Name of a run in a picture: its folder or file, with the parent folder where two names would be equal."""
     name = path.stem if path.suffix == ".json" else path.name
     return name if [other.name for other in among].count(path.name) < 2 else f"{path.parent.name}/{name}"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Read the runs, and write what is asked for."""
+    """Read the runs; write JSON, a picture or a table, as the flags request."""
     import argparse
 
     parser = argparse.ArgumentParser(prog="python -m pretrain.report", description=__doc__)
-    parser.add_argument("runs", nargs="+", type=Path, help="runs' folders, or JSON files that --json wrote")
-    parser.add_argument("--json", type=Path, help="write the run (of one) with its history here")
-    parser.add_argument("--picture", type=Path, help="draw the curves here, as .png, .svg or .pdf")
-    parser.add_argument("--supervised", type=Path, help="a run of training to draw beside them")
-    parser.add_argument("--table", action="store_true", help="print a Markdown table, a row a method")
+    parser.add_argument("runs", nargs="+", type=Path, help="run folders, or JSON files that --json wrote")
+    parser.add_argument("--json", type=Path, help="write the run (only one) with its history to this file")
+    parser.add_argument("--picture", type=Path, help="draw the curves to this file: .png, .svg or .pdf")
+    parser.add_argument("--supervised", type=Path, help="a run of supervised training to draw with them")
+    parser.add_argument("--table", action="store_true", help="print a Markdown table, one row per method")
     args = parser.parse_args(argv)
     if not (args.json or args.picture or args.table):
         raise UsageError("nothing to do: pass --json FILE, --picture FILE or --table")

@@ -1,4 +1,4 @@
-"""A run of pretraining from a config to a result: read it from top to bottom."""
+"""A run of pretraining, from config to result; to be read from top to bottom."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -30,7 +30,7 @@ from train.runtime import say
 from train.session import Session, open_session
 from train.weights import ENCODER, save_encoder
 
-HEALTH_IMAGES = 2048  # validation images that the health of representations is measured on
+HEALTH_IMAGES = 2048  # validation images on which the health of the representations is measured
 
 
 def run(
@@ -44,19 +44,19 @@ def run(
     dataset: Dataset | None = None,
     hooks: Sequence[Hook] = (),
 ) -> dict[str, Any]:
-    """Pretrain, watch on validation, evaluate the frozen encoder at the end; the result is in `out`/result.json.
+    """Pretrain, monitor on validation, evaluate the frozen encoder at the end; the result is in `out`/result.json.
 
-    The encoder is left in `out`/encoder.safetensors: `python -m train --init OUT` starts from it. Run again with the
-    same `out`, it goes on from the newest good checkpoint.
+    The encoder is saved to `out`/encoder.safetensors: `python -m train --init OUT` starts from it. Run again with the
+    same `out` to resume from the newest valid checkpoint.
 
     Args:
-      model, tx, objective, augment, dataset: pieces of your own in place of those that the config describes. The model
+      model, tx, objective, augment, dataset: your own pieces in place of those that the config describes. The model
         is an encoder that returns features [B, F], see `train.state.forward`; `augment` holds the views, large ones
         first.
       hooks: called with the state while training, see `train.loop.fit`.
 
     Raises:
-      UsageError: what the user can fix. RunError: what stopped a run.
+      UsageError: an error that the user can fix. RunError: a failure that stopped the run.
     """
     check(config)
     own = {"model": model, "tx": tx, "objective": objective, "augment": augment, "dataset": dataset}
@@ -101,7 +101,7 @@ def run(
         schedule=schedule,
         hooks=hooks,
         shown=("loss", "probe_accuracy", "projection_std") if labelled else ("loss", "projection_std"),
-        validate_first=True,  # the curve begins with random weights
+        validate_first=True,  # the curve starts at random weights
     )
 
     # ---- the end: one look at the test split ----
@@ -116,7 +116,7 @@ def run(
     if labelled:
         accuracies = final_accuracies(session, network, features, state, variables)
     else:
-        say("no labels, so only the encoder's health is reported: pretrain.evaluate takes a labelled set")
+        say("no labels, so only the encoder's health is reported: evaluate it with pretrain.evaluate on a labelled set")
     say(sentence)
     return session.finish(
         {
@@ -135,9 +135,10 @@ def run(
 def make_monitor(
     session: Session[PretrainConfig], objective: Objective, features: Extractor, pairs: Extractor
 ) -> Callable[[PretrainState], tuple[dict[str, float], str]]:
-    """`state -> (figures, line)`: how good and how healthy the encoder is, on validation images.
+    """Make `state -> (figures, line)`, which measures the encoder's accuracy and health on validation images.
 
-    Without labels only how healthy. `features` and `pairs` extract features of images and of two views of each.
+    Without labels it measures only the health. `features` and `pairs` extract features of images, and of two views of
+    each image.
     """
     config, dataset = session.config, session.dataset
     classes = len(dataset.classes)
@@ -146,7 +147,7 @@ def make_monitor(
     if config.neighbour_images is not None and config.neighbour_images < len(searched):
         order = np.random.default_rng(0).permutation(len(searched))
         searched = searched.subset(np.sort(order[: config.neighbour_images]))
-    # A random subset, as sets may be ordered by class.
+    # Take a random subset, because sets may be ordered by class.
     order = np.random.default_rng(0).permutation(len(dataset.validation))
     sample = dataset.validation.subset(np.sort(order[:HEALTH_IMAGES]))
 
@@ -176,7 +177,7 @@ def final_accuracies(
     state: PretrainState,
     variables: dict[str, PyTree],
 ) -> dict[str, Any]:
-    """Accuracies of the frozen encoder on the test split, next to those of the same encoder with random weights."""
+    """Measure the frozen encoder's accuracies on the test split, and those of the same encoder with random weights."""
     config, dataset = session.config, session.dataset
 
     def accuracy(variables: dict[str, PyTree]) -> tuple[FrozenAccuracy, float]:

@@ -1,4 +1,4 @@
-"""The state of pretraining: that of training, and what objectives and the online probe keep."""
+"""The state of pretraining: the state of training, with the objective's memory and the online probe."""
 
 from typing import Any
 
@@ -14,11 +14,11 @@ TARGET_PARTS = ("encoder", "projector", "prototypes")
 
 
 class PretrainState(TrainState):
-    """The state of a step of pretraining: the fields of `TrainState`, whose `params` are a `heads.Network`'s.
+    """The state between steps of pretraining: the fields of `TrainState`, with the `params` of a `heads.Network`.
 
     Attributes:
       ema: None, or the target network {"params", "batch_stats"}: encoder, projector and prototypes.
-      memory: what the objective keeps: `queue`, `center`, or nothing.
+      memory: state that the objective keeps: `queue`, `center`, or nothing.
       probe: the online linear probe: `params` {"kernel", "bias"} and its `opt_state`.
     """
 
@@ -27,11 +27,11 @@ class PretrainState(TrainState):
 
     @property
     def variables(self) -> dict[str, PyTree]:
-        """The trained network's: the target network is not an average of the one that is used."""
+        """Variables of the trained network; `ema` is the target network here, not an average to evaluate."""
         return {"params": self.params, "batch_stats": self.batch_stats}
 
     def encoder(self, *, target: bool = False) -> dict[str, PyTree]:
-        """The encoder's own variables {"params", "batch_stats"}: the trained network's, or the target's."""
+        """The encoder's variables {"params", "batch_stats"}, from the trained network or from the target."""
         network = self.ema if target else self.variables
         assert network is not None, "this objective has no target network"
         return encoder_of(network)
@@ -43,7 +43,7 @@ def encoder_of(variables: dict[str, PyTree]) -> dict[str, PyTree]:
 
 
 def target_of(variables: dict[str, PyTree]) -> dict[str, PyTree]:
-    """The part of a network's variables that its target network has too."""
+    """The part of a network's variables that its target network has as well."""
     return {name: {p: tree[p] for p in TARGET_PARTS if p in tree} for name, tree in variables.items()}
 
 
@@ -58,15 +58,15 @@ def init_pretrain_state(
     classes: int,
     masks: PyTree | None = None,
 ) -> PretrainState:
-    """A state at step 0 of a network's `variables`.
+    """Make the state at step 0 from a network's `variables`.
 
     Args:
-      key: the run's key.
-      features, classes: inputs and outputs of the online probe, which starts at zero.
+      key: random key of the run.
+      features, classes: numbers of inputs and outputs of the online probe, which starts at zero.
     """
     memory_key, run_key = jax.random.split(key)
     plain = init_state(variables, tx, run_key, masks=masks)
-    # A copy: donated buffers must not appear twice in a state.
+    # Copy, because donated buffers must not appear twice in a state.
     target = None if objective.target is None else jax.tree.map(jnp.copy, target_of(variables))
     weights = {"kernel": jnp.zeros((features, classes)), "bias": jnp.zeros(classes)}
     return PretrainState(
@@ -77,7 +77,7 @@ def init_pretrain_state(
 
 
 def pretrain_digest(state: PretrainState) -> str:
-    """sha256 over all that decides how the run goes on but the optimizer's state: equal digests mean bit-equal runs."""
+    """sha256 over the state except the optimizer's, step and key: equal digests mean bit-equal runs."""
     names = ("params", "batch_stats", "masks", "ema", "memory", "probe")
     return digest_of({name: getattr(state, name) for name in names})
 

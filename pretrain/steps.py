@@ -1,7 +1,7 @@
-"""The step of pretraining: a pure function of (state, batch), compiled by `resnet_jax.parallel.compile_step`.
+"""The pretraining step: a pure function of (state, batch), compiled by `resnet_jax.parallel.compile_step`.
 
-A batch is that of supervised training, `image` uint8 [B, H, W, C] and `label` int32 [B]; labels train the online probe,
-no gradient from which reaches the encoder, and the objectives that ask for them (SupCon).
+Batches are those of supervised training, `image` uint8 [B, H, W, C] and `label` int32 [B]. Labels train only the online
+probe (no gradient reaches the encoder), and supervised objectives (SupCon).
 """
 
 from collections.abc import Callable, Sequence
@@ -40,38 +40,41 @@ def contrastive_step(
     frozen_prototypes: int = 0,
     axis_name: str | None = None,
 ) -> tuple[PretrainState, Metrics]:
-    """One optimizer update: make the views, compare what the networks make of them, update, let the target follow.
+    """Do one optimizer update: make the views, compute the objective on the networks' outputs, update, move the target.
 
-    Views of one size go through the network as one batch, so its norms see them together. Nothing here knows a method:
-    all that differs between methods is in `objective`.
+    Views of one size go through the network as one batch, so its norms see them together. Nothing here depends on the
+    method: all differences between methods are in `objective`.
 
     Args:
       model: a `heads.Network`.
-      probe_tx: the online probe's optimizer; it trains on the first view's features, of the network that is used
-        afterwards, without a gradient into them.
-      views: as many as the objective takes, the large ones (at least two, of one size) first, the small ones of a
+      probe_tx: optimizer of the online probe, which trains on the first view's features from the network that is
+        evaluated, without a gradient into them.
+      views: the number that the objective takes: large ones (at least two, of one size) first, then small ones of a
         different size; see `views.view`.
-      objective: one of `OBJECTIVES`, its options bound.
-      momentum: of the target network's parameters, in [0, 1], by the number of the step; its statistics are its own.
-      frozen_prototypes: steps for which prototypes stay as they are.
+      objective: one of `OBJECTIVES`, with its options bound.
+      momentum: step -> momentum of the target network's parameters, in [0, 1]; its batch statistics come from its own
+        forward passes.
+      frozen_prototypes: number of steps at the start during which the prototypes do not change.
 
     Returns:
       The new state, and float32 scalars: `loss`, `probe_loss`, `probe_accuracy` (online, on augmented images),
-      `grad_norm`, and of the first two views' projections over the whole batch `projection_std` (0 when collapsed, 1
-      when isotropic), `projection_similarity` and `projection_negative_similarity` (mean cosines of positives, and
+      `grad_norm`, and, for the first two views' projections over the whole batch, `projection_std` (0 when collapsed,
+      1 when isotropic), `projection_similarity` and `projection_negative_similarity` (mean cosines of positives and
       of different images).
     """
+    # Draw the views by step and global example, so they do not depend on the number of devices.
     index = example_index(batch["label"].shape[0], axis_name)
     images = make_views(views, step_key(state.key, state.step), index, batch["image"])
 
     target_outputs: Outputs = {}
     target = state.ema
     if target is not None:
-        # Only large views, which come first.
+        # The target sees only the large views, which come first.
         target_outputs, stats = outputs_of(model, target, images[:1], predict=False)
         target_outputs = jax.lax.stop_gradient(target_outputs)
         target = {**target, "batch_stats": mean_over(stats, axis_name)}
 
+    # The probe shares the gradient pass: stop_gradient keeps its loss away from the network.
     def loss_of(trained: PyTree, stats: PyTree) -> tuple[jax.Array, Any]:
         variables = {"params": trained["network"], "batch_stats": stats}
         online, stats = outputs_of(model, variables, images)
@@ -95,7 +98,7 @@ def contrastive_step(
     new, figures = update(state, grads["network"], stats, tx=tx)
     params = new.params
     if frozen_prototypes:
-        # Weight decay moves parameters without a gradient too, so frozen ones are put back.
+        # Weight decay changes parameters without a gradient as well, so restore the frozen ones.
         params = map_with_path(
             lambda path, w, before: jnp.where(moves > 0, w, before) if path.startswith("prototypes/") else w,
             params,
@@ -103,9 +106,10 @@ def contrastive_step(
         )
     probe_updates, probe_opt_state = probe_tx.update(grads["probe"], state.probe["opt_state"], state.probe["params"])
     probe = {"params": optax.apply_updates(state.probe["params"], probe_updates), "opt_state": probe_opt_state}
+    # The target follows the updated parameters, under the same masks.
     if target is not None:
         if momentum is None:
-            raise ValueError("this objective's target network follows by a momentum: pass one")
+            raise ValueError("this objective has a target network, which needs a momentum: pass one")
         followed = target_of({"params": params})["params"]
         target = {**target, "params": ema(target["params"], followed, momentum(state.step))}
         target["params"] = apply_masks(target["params"], target_of({"masks": state.masks})["masks"])
@@ -114,7 +118,7 @@ def contrastive_step(
         memory = objective.remember(jax.lax.stop_gradient(outputs), axis_name=axis_name)
 
     state = new.replace(params=params, ema=target, memory=memory, probe=probe)
-    figures["grad_norm"] = global_norm(grads["network"])  # pruned weights count too
+    figures["grad_norm"] = global_norm(grads["network"])  # includes pruned weights
     spread = similarities(*outputs.online["projection"][:2], axis_name=axis_name)
     return state, metrics | figures | spread
 
@@ -122,9 +126,9 @@ def contrastive_step(
 def outputs_of(
     model: nn.Module, variables: PyTree, images: Sequence[jax.Array], **options: Any
 ) -> tuple[Outputs, PyTree]:
-    """({name: [V, B, D]}, statistics) of the views of `views.make_views`, each size of them in a pass of its own.
+    """Compute ({name: [V, B, D]}, statistics) for the views of `views.make_views`, with one pass per size.
 
-    Statistics are carried from one pass to the next.
+    Batch statistics are carried from one pass to the next.
     """
     stats, passes = variables["batch_stats"], []
     for part in images:
@@ -134,17 +138,17 @@ def outputs_of(
 
 
 def _rows(views: jax.Array) -> jax.Array:
-    """[B, V, ...] to [B V, ...]."""
+    """Reshape [B, V, ...] to [B V, ...]."""
     return views.reshape(-1, *views.shape[2:])
 
 
 def _views(rows: jax.Array, count: int) -> jax.Array:
-    """[B V, D] to [V, B, D]."""
+    """Reshape [B V, D] to [V, B, D]."""
     return rows.reshape(-1, count, rows.shape[-1]).swapaxes(0, 1)
 
 
 def similarities(a: jax.Array, b: jax.Array, *, axis_name: str | None = None) -> Metrics:
-    """How spread the embeddings [B, D] of two views are over the whole batch; see `contrastive_step`."""
+    """Measure the spread of the embeddings [B, D] of two views over the whole batch; see `contrastive_step`."""
     rows = unit(jnp.stack([a, b]))
     mean, square = mean_over((rows.mean(1), jnp.square(rows).mean(1)), axis_name)
     total = a.shape[0] * (1 if axis_name is None else jax.lax.axis_size(axis_name))
@@ -166,7 +170,7 @@ def feature_step(
     preprocess: aug.Augment = aug.identity,
     axis_name: str | None = None,
 ) -> dict[str, jax.Array]:
-    """The encoder's pooled features of a batch, whole on every device.
+    """Compute the encoder's pooled features of a batch, with all rows on every device.
 
     Returns:
       `features` float32 [B, F], `label` int32 [B], `valid` bool [B], False where a row is padding.
@@ -184,7 +188,11 @@ def view_step(
     views: Sequence[aug.Augment],
     axis_name: str | None = None,
 ) -> dict[str, jax.Array]:
-    """As `feature_step`, of two views of each image, drawn alike in every call: `a` and `b` float32 [B, F]."""
+    """Compute the features of two views of each image, the same views in every call.
+
+    Returns:
+      `a` and `b` float32 [B, F], `valid` bool [B], False where a row is padding.
+    """
     index = example_index(batch["label"].shape[0], axis_name)
     (images,) = make_views(views, jax.random.key(0), index, batch["image"])
     features, _ = forward(encoder, variables, _rows(images))

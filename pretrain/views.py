@@ -1,4 +1,4 @@
-"""The views of an image that are to be recognised as its own: augmentations of the spine, composed as published."""
+"""Random views of an image, composed of the augmentations in `resnet_jax.augment` as the papers describe."""
 
 from collections.abc import Sequence
 
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from resnet_jax import augment as aug
 from resnet_jax.keys import example_keys
 
-JITTER_P = 0.8  # how often colours are changed, in every recipe
+JITTER_P = 0.8  # probability of colour jitter, in every recipe
 
 
 def view(
@@ -23,16 +23,17 @@ def view(
     mean: float | Sequence[float] = aug.IMAGENET_MEAN,
     std: float | Sequence[float] = aug.IMAGENET_STD,
 ) -> aug.Augment:
-    """One kind of view: resized crop, flip, colour jitter, grayscale, blur, solarisation, normalisation, in that order.
+    """Make one kind of view: resized crop, flip, colour jitter, grayscale, blur, solarisation, normalisation.
 
-    The order and the shares are those of SimCLR (https://arxiv.org/abs/2002.05709, appendix A) and BYOL
+    The order and the probabilities are those of SimCLR (https://arxiv.org/abs/2002.05709, appendix A) and BYOL
     (https://arxiv.org/abs/2006.07733, appendix B). Images are float [H, W, C] in [0, 1]; the view is [size, size, C].
 
     Args:
-      size: None is the image's own.
-      scale: share of the area that the crop keeps, drawn uniformly.
-      jitter: strengths of brightness, contrast, saturation and hue; applied to 8 of 10 views.
-      grayscale, blur, solarize: probabilities.
+      size: side of the view in pixels; None keeps the image's own size.
+      scale: range of the fraction of the area that the crop keeps, drawn uniformly.
+      jitter: strengths of the changes of brightness, contrast, saturation and hue, applied with probability 0.8.
+      grayscale, blur, solarize: probabilities in [0, 1].
+      mean, std: per-channel statistics for the normalisation.
     """
 
     def crop(key: aug.Key, image: aug.Image) -> aug.Image:
@@ -53,10 +54,10 @@ def view(
 
 
 def make_views(views: Sequence[aug.Augment], key: jax.Array, index: jax.Array, images: jax.Array) -> list[jax.Array]:
-    """Each view of each image of images uint8 [B, H, W, C]: an array float32 [B, V, h, w, C] for each size, in order.
+    """Make every view of images uint8 [B, H, W, C]: one array float32 [B, V, h, w, C] per size, in order.
 
-    View `v` of the example with global index `i` draws from `fold_in(fold_in(key, v), i)`: the same on one device and
-    on eight. Views of one size that follow one another are together, for one pass of a network.
+    View `v` of the example with global index `i` draws from `fold_in(fold_in(key, v), i)`, so it is the same on one
+    device as on eight. Consecutive views of one size share an array, for one pass of a network.
     """
     made = [
         aug.augment_batch(view, example_keys(jax.random.fold_in(key, v), index), images) for v, view in enumerate(views)
@@ -67,5 +68,5 @@ def make_views(views: Sequence[aug.Augment], key: jax.Array, index: jax.Array, i
             groups[-1].append(batch)
         else:
             groups.append([batch])
-    # An example's views side by side: one after the other they would have to change devices.
+    # Stack an example's views in axis 1: in axis 0 they would have to move between devices.
     return [jnp.stack(group, axis=1) for group in groups]

@@ -171,7 +171,7 @@ def test_gradients_are_finite_at_zero():
 
 
 def test_bad_input_is_named():
-    with pytest.raises(ValueError, match=r"one shape \[B, D\], not \(4, 3\) and \(4, 2\)"):
+    with pytest.raises(ValueError, match=r"one shape \[B, D\] and not be empty, got \(4, 3\) and \(4, 2\)"):
         health(np.ones((4, 3)), np.ones((4, 2)))
     for shape in ((4,), (0, 3), (2, 2, 2)):
         with pytest.raises(ValueError, match="one shape"):

@@ -152,8 +152,11 @@ def test_lengths_and_the_order_of_the_bank_do_not_matter(seed, scale):
         ({"bank": np.zeros((0, 6))}, r"bank: features must be \[N, D\] and not empty"),
         ({"queries": np.ones((3, 2, 3))}, r"queries: features must be \[N, D\]"),
         ({"queries": np.ones((3, 5))}, "queries have 5 dimensions, the bank 6"),
-        ({"query_labels": np.zeros(4, int)}, r"queries: 3 features need as many int labels, not int64 \(4,\)"),
-        ({"bank_labels": np.zeros(8)}, "bank: 8 features need as many int labels, not float64"),
+        (
+            {"query_labels": np.zeros(4, int)},
+            r"queries: 3 features need int labels of the same number, got int64 \(4,\)",
+        ),
+        ({"bank_labels": np.zeros(8)}, "bank: 8 features need int labels of the same number, got float64"),
         ({"bank_labels": np.arange(8)}, r"bank: labels must be in \[0, 4\), not in \[0, 7\]"),
         ({"query_labels": np.asarray([0, -1, 0])}, r"queries: labels must be in \[0, 4\), not in \[-1, 0\]"),
         ({"bank": np.full((8, 6), np.nan)}, "bank: some features are not finite"),

@@ -294,12 +294,12 @@ BAD_INPUT = {
     "preset": (["digits_simclear"], "unknown preset 'digits_simclear': did you mean digits_simclr"),
     "field": (["--objective.temprature", "1"], "unknown field '--objective.temprature': did you mean --objective.temp"),
     "objective": (["--objective.name", "moco"], "unknown objective 'moco': did you mean mocov"),
-    "batch of one": (["--batch", "1"], "a batch of one has nothing to compare its image with"),
+    "batch of one": (["--batch", "1"], "a batch of one has no other image to compare with"),
     "temperature": (["--objective.temperature", "0"], "--objective.temperature 0.0 is out of range"),
     "momentum": (["digits_byol", "--objective.target-momentum", "1.5"], "--objective.target-momentum 1.5 is out of"),
     "views": (["digits_byol", "--augment.views", "3"], "byol takes two views, not 3"),
     "one view": (["--augment.views", "1"], "simclr takes two or more views, not 1"),
-    "small views": (["--augment.small-views", "4"], "simclr takes no small views"),
+    "small views": (["--augment.small-views", "4"], "simclr does not take small views"),
     "queue": (
         ["digits_mocov2", "--objective.queue", "1000"],
         "--objective.queue 1000 is not a multiple of --batch 128",
@@ -315,7 +315,7 @@ BAD_INPUT = {
     "prototypes": (["--objective.frozen-prototypes", "1"], "--objective.frozen-prototypes: simclr has no prototypes"),
     "predictor": (
         ["digits_byol", "--objective.predictor", "64", "32"],
-        "--objective.predictor ends in 32, and what it predicts in 64",
+        "--objective.predictor ends in 32 but the projector in 64: the last sizes must be equal",
     ),
     "crop": (["--augment.resized-crop", "16"], "--augment.resized-crop 16 is larger than the images, 8x8"),
     "random boxes": (["--data.random-crop"], "--data.random-crop cuts one box for all views of an image"),

@@ -588,7 +588,7 @@ def test_target_follows(name):
 def test_target_without_a_momentum():
     model = network_of(small("byol"), Encoder())
     options = {**options_of("byol", model), "momentum": None}
-    with pytest.raises(ValueError, match="target network follows by a momentum: pass one"):
+    with pytest.raises(ValueError, match="target network, which needs a momentum: pass one"):
         jax.eval_shape(partial(contrastive_step, **options), jax.eval_shape(lambda: init(small("byol"), model)), BATCH)
 
 
