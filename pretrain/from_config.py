@@ -72,7 +72,7 @@ def make_network(
 
 
 def make_momentum(objective: Objective, steps: int) -> Callable[[jax.Array], Any] | None:
-    """Target network's momentum by step: constant, or rising to 1 along half a cosine; None without a target network."""
+    """Target network's momentum by step: constant, or rising to 1 along half a cosine; None if there is no target."""
     if objective.target is None:
         return None
     start = objective.target
