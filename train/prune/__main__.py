@@ -1,7 +1,7 @@
-"""`python -m train.prune [RUN | PRESET] [--FIELD VALUE ...]`: train (or take a run), prune, train on, deliver.
+"""`python -m train.prune [RUN | PRESET] [--FIELD VALUE ...]`: train (or take a run), prune, keep training, deliver.
 
-The last line on stdout is the result as JSON. `python -m train.prune report RUN` says what it did, `curve RUN...` sets
-several side by side.
+The last line on stdout is the result as JSON. `python -m train.prune report RUN` shows what pruning did, and
+`curve RUN...` compares several runs.
 """
 
 import sys
@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UsageError(f"{named} is neither a preset ({', '.join(PRESETS)}) nor a run folder")
 
     def given() -> PruneConfig:
-        """A run that exists: its own settings."""
+        """Settings of the named run."""
         return of_run(Path(named))
 
     presets = {**PRESETS, named: given} if exists else PRESETS

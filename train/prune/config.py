@@ -1,4 +1,4 @@
-"""Configuration of pruning: that of a supervised run, with what to prune, when, and how to train the rest."""
+"""Configuration of pruning: that of a supervised run, plus what to prune, when, and how to train the rest."""
 
 import dataclasses
 import json
@@ -16,66 +16,66 @@ from train.run_folder import read_config
 
 Schedule = Literal["one_shot", "gradual", "iterative", "rigl", "set", "acdc"]
 
-# Scores that need no data but what a step has at hand, for schedules that prune inside it.
+# Scores that need only what a training step already has, for schedules that prune inside it.
 IN_STEP = ("magnitude", "random", "taylor", "norm_scale")
-AT_ONCE = ("one_shot", "iterative", "rigl", "set")  # schedules that score before training, from data if need be
+AT_ONCE = ("one_shot", "iterative", "rigl", "set")  # schedules that score before training, on data if needed
 CHANNELS = "channels"
 
 
 @dataclass(frozen=True, kw_only=True)
 class PruningConfig:
-    """What to prune, when, and how to train the rest."""
+    """Settings of pruning and of the training after or during it."""
 
     sparsity: float | None = None
-    """Share of the prunable weights, or channels, to remove, in [0, 1). Default: 0.9, or what N:M says."""
+    """Share of the prunable weights, or channels, to remove, in [0, 1). Default: 0.9, or the sparsity of N:M."""
     score: str = "magnitude"
     """Score of importance: `magnitude`, `random`, `snip`, `taylor`, `fisher`, `synflow`; `norm_scale` for channels."""
     scope: Scope = "global"
-    """One ranking over all layers (`global`, `lamp`), or a share for each layer (`uniform`, `erk`)."""
+    """Rank weights over all layers (`global`, `lamp`), or prune a share of each layer (`uniform`, `erk`)."""
     layers: tuple[str, ...] = ()
-    """Shares of single layers, PATTERN=SPARSITY each, in place of a scope; the others have `sparsity`."""
+    """Sparsities of single layers, each as PATTERN=SPARSITY, in place of a scope; other layers get `sparsity`."""
     structure: str = "unstructured"
     """`unstructured`, N:M such as 2:4, blocks such as 4x1 (inputs x outputs), or `channels`."""
     exclude: tuple[str, ...] = ("stem", "head")
     """Patterns of the kernels, or with `channels` of the channel groups, that are never pruned."""
     round_to: int = 8
-    """Widths are rounded to multiples of it when channels are pruned."""
+    """Round widths to multiples of this number when channels are pruned."""
     schedule: Schedule = "gradual"
     """`one_shot`, `gradual` (cubic), `iterative`, `rigl`, `set` or `acdc`."""
     start: Literal["trained", "random"] = "trained"
     """Prune the trained network, or prune and train from random weights by the dense run's recipe."""
     masks: str | None = None
-    """Take the masks of this sparse run or file, instead of scoring (with `one_shot`)."""
+    """Take the masks from this sparse run or file instead of scoring (with `one_shot`)."""
     epochs: float = 10
-    """Of the training after, or while, pruning."""
+    """Epochs of training after, or during, pruning."""
     lr: float = 0.02
-    """Peak learning rate of that training; it falls by a cosine."""
+    """Peak learning rate of that training, which decays along a cosine."""
     begin: float = 0.0
-    """When masks change first, as a fraction of the training (`gradual`, `acdc`)."""
+    """First change of the masks, as a fraction of the training (`gradual`, `acdc`)."""
     end: float = 0.7
-    """When masks change last, as a fraction of the training (`gradual`, `acdc`, `rigl`, `set`)."""
+    """Last change of the masks, as a fraction of the training (`gradual`, `acdc`, `rigl`, `set`)."""
     every: int = 50
-    """Steps between changes of the masks; with `acdc` of each phase."""
+    """Steps between changes of the masks; with `acdc`, steps per phase."""
     fraction: float = 0.3
-    """Share of each layer's weights that `rigl` and `set` replace at first."""
+    """Initial share of each layer's weights that `rigl` and `set` replace."""
     levels: int = 5
     """Rounds of pruning and training with `iterative`."""
     restart: Literal["rewind", "reinit", "finetune"] = "rewind"
-    """Where each level of `iterative` starts: the dense run's early weights, fresh ones, or the last level's."""
+    """Where each level of `iterative` starts: the dense run's early weights, fresh weights, or the previous level's."""
     rewind_epochs: float = 1.0
-    """Epochs of the dense run after which its early weights are kept."""
+    """Epochs of the dense run after which its weights are saved for rewinding."""
     rounds: int | None = None
-    """Scorings of a one-shot pruning, each pruning an equal share of the rest. Default: 1, `synflow` 100."""
+    """Rounds of scoring in one-shot pruning; each prunes the same share of the rest. Default: 1 (`synflow`: 100)."""
     batches: int = 8
-    """Training batches that scores, and statistics, are measured on."""
+    """Number of training batches on which scores and batch statistics are measured."""
     recalibrate: bool = False
     """Measure the batch statistics again after one-shot pruning, before training."""
     values: Literal["float32", "int8"] = "float32"
-    """Of the kept weights in the sparse file."""
+    """Type of the kept weights in the sparse file."""
 
     @property
     def final(self) -> float:
-        """The sparsity to reach."""
+        """Final sparsity, in [0, 1)."""
         kind, n, m = ("", 0, 1) if self.structure == CHANNELS else structure_of(self.structure)
         return self.sparsity if self.sparsity is not None else 1 - n / m if kind == "n:m" else 0.9
 
@@ -86,7 +86,7 @@ class PruningConfig:
 
     @property
     def needs_images(self) -> bool:
-        """Whether pruning looks at training images before the training."""
+        """Whether pruning uses training images before the training starts."""
         return self.recalibrate or (self.schedule in AT_ONCE and self.score in ("snip", "taylor", "fisher"))
 
     @property
@@ -97,18 +97,18 @@ class PruningConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PruneConfig(TrainConfig):
-    """A run of pruning. `init` is the trained run; without it one is trained first, by the other fields."""
+    """A run of pruning. `init` is the trained run; without it, a dense run is trained first, with the other fields."""
 
     prune: PruningConfig = field(default_factory=PruningConfig)
 
 
 def of_run(run: Path) -> PruneConfig:
-    """The default pruning of a trained run: its own settings, a third of its epochs, a fifth of its learning rate.
+    """Make the default pruning of a trained run: its own settings, a third of its epochs, a fifth of its learning rate.
 
-    For a run that was pruned already: that run's own settings.
+    For a run that is already pruned: the epochs and learning rate of its own pruning.
 
     Raises:
-      UsageError: no run of training there.
+      UsageError: `run` is not a run folder.
     """
     config, saved = read_config(run, PruneConfig)
     given = {f.name: getattr(config, f.name) for f in dataclasses.fields(TrainConfig)}
@@ -121,7 +121,7 @@ def of_run(run: Path) -> PruneConfig:
 
 
 def _epochs(run: Path, config: TrainConfig) -> float:
-    """Epochs that a run trained, or those of its config if it is not finished."""
+    """Number of epochs that a run trained, or that of its config if it is not finished."""
     try:
         return json.loads((run / "result.json").read_text())["epochs"]
     except (OSError, ValueError, KeyError):
@@ -129,10 +129,10 @@ def _epochs(run: Path, config: TrainConfig) -> float:
 
 
 def check_changes(config: PruneConfig, default: PruneConfig) -> None:
-    """Refuse fields that were changed from `default` and that this kind of pruning does not look at.
+    """Refuse fields that differ from `default` and have no effect on this kind of pruning.
 
     Raises:
-      UsageError: that, naming the field.
+      UsageError: there is such a field; the message names it.
     """
     p = config.prune
     applies = {
@@ -152,7 +152,7 @@ def check_changes(config: PruneConfig, default: PruneConfig) -> None:
         "prune.rounds": p.masks is None,
         "prune.batches": p.needs_images,
         "dense": p.start == "trained",
-        # Settings of the dense run, which exists already.
+        # These are settings of the dense run, which already exists if `init` is given.
         **dict.fromkeys(
             ("epochs", "steps", "optim.lr", "optim.schedule", "optim.warmup_epochs"),
             config.init is None or p.from_scratch,
@@ -161,18 +161,22 @@ def check_changes(config: PruneConfig, default: PruneConfig) -> None:
     changed, usual = flat(config), flat(default)
     for name, matters in applies.items():
         if not matters and changed[name] != usual[name]:
-            hint = "" if name.startswith("prune.") else ": the training after pruning has --prune.epochs and --prune.lr"
+            hint = (
+                ""
+                if name.startswith("prune.")
+                else ": the training after pruning is set by --prune.epochs and --prune.lr"
+            )
             raise UsageError(f"--{name.replace('_', '-')} has no effect on this pruning{hint}")
 
 
 def dense_config(config: PruneConfig, out: Path) -> TrainConfig:
-    """The supervised run that is trained first where none is given, in a folder of its own."""
+    """Config of the dense run, which is trained first in its own folder if no run is given."""
     fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(TrainConfig)}
     return TrainConfig(**{**fields, "out": str(out)})
 
 
 def retraining(config: PruneConfig) -> PruneConfig:
-    """The config with the recipe of the training after pruning in place of the dense run's."""
+    """Replace the dense run's recipe in the config with that of the training after pruning."""
     p = config.prune
     if p.from_scratch:
         return config
@@ -181,15 +185,15 @@ def retraining(config: PruneConfig) -> PruneConfig:
 
 
 def network_shape(crop: int | None, image_shape: Sequence[int]) -> tuple[int, ...]:
-    """The shape of the network's inputs, for images (H, W, C) that are cropped to the side `crop`, if any."""
+    """Shape of the network's inputs, for images (H, W, C) cropped to the side `crop`; None means no crop."""
     return (crop, crop, image_shape[-1]) if crop else tuple(image_shape)
 
 
 def check(config: PruneConfig) -> None:
-    """Refuse in one line what cannot work, before anything is loaded.
+    """Refuse settings that cannot work, in one line and before anything is loaded.
 
     Raises:
-      UsageError: a name in no table, a number out of its range, options that exclude each other.
+      UsageError: an unknown name, a number out of range, options that exclude each other.
     """
     p = config.prune
     if p.score not in SCORES:

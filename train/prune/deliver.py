@@ -1,4 +1,4 @@
-"""The files that a pruned run delivers: a sparse file and, with whole channels pruned, a smaller network as a run."""
+"""Files that a pruned run delivers: a sparse file and, if channels were pruned, a smaller network as a run folder."""
 
 import dataclasses
 import json
@@ -28,9 +28,9 @@ SPARSE, COMPACT = "sparse.safetensors", "compact"
 
 
 def deliver(session: Session[Any], model: nn.Module, state: TrainState, preprocess: Augment) -> dict[str, Any]:
-    """Write the files; returns their sizes, and how far a compact network's outputs are from the masked one's.
+    """Write the files; return their sizes, and the difference between a compact network's outputs and the masked one's.
 
-    Every host takes part, the first writes. `preprocess` maps validation images to the network's inputs.
+    Every host takes part; only the first writes. `preprocess` maps validation images to the network's inputs.
 
     Raises:
       RunError: the compact network's outputs differ from the masked one's; the disk is full.
@@ -38,10 +38,11 @@ def deliver(session: Session[Any], model: nn.Module, state: TrainState, preproce
     config = session.config
     variables, masks = jax.device_get((state.variables, state.masks))
     widths, folder, figures, dense = config.widths, session.out, {}, variables
+    # With pruned channels, the smaller network is delivered in place of the masked one.
     if config.prune.structure == CHANNELS:
         folder = session.out / COMPACT
         pixels = stacked(session.dataset.validation, range(min(64, len(session.dataset.validation))))["image"]
-        # In float32, whatever the run computes in: networks are compared, not rounding.
+        # Compare in float32 whatever the run's dtype, so that the difference is not due to rounding.
         small, variables, masks, error = compacted(
             model.clone(dtype=jnp.float32), variables, masks, preprocess_batch(preprocess, jnp.asarray(pixels))
         )
@@ -66,14 +67,15 @@ def deliver(session: Session[Any], model: nn.Module, state: TrainState, preproce
 def compacted(
     model: Any, variables: dict[str, PyTree], masks: PyTree, images: jax.Array
 ) -> tuple[Any, dict[str, PyTree], PyTree, float]:
-    """(smaller model, its variables, its masks, largest difference of logits on these images).
+    """Make (smaller model, its variables, its masks, largest difference of logits on these images).
 
-    Masks of single weights, where there are any besides, go with them.
+    If single weights were pruned as well, their masks are kept.
 
     Raises:
-      RunError: the outputs differ by more than rounding, as those of a network not trained under its masks would.
+      RunError: the outputs differ by more than rounding, as for a network that was not trained under its masks.
     """
     small, kept = compact(model, variables, masks)
+    # Masks of single weights shrink like the weights: compact them as if they were parameters.
     whole = jax.tree.map(lambda x, m: jnp.broadcast_to(m, x.shape).astype(jnp.float32), variables["params"], masks)
     _, cut = compact(model, {"params": whole}, masks)
     rest = jax.tree.map(lambda m: np.asarray(m > 0) if not (m > 0).all() else np.ones((), bool), cut["params"])
@@ -91,7 +93,7 @@ def compacted(
 def save_run(
     folder: Path, widths: Sequence[int], variables: dict[str, PyTree], masks: PyTree, session: Session[Any]
 ) -> None:
-    """A run of training that holds this network: to predict with, to start from, to prune further."""
+    """Save this network as a run of training: to predict with, to start from, to prune further."""
     small = dataclasses.replace(
         dense_config(session.config, folder), widths=tuple(widths), init=None, ema=None, dense=False, freeze=False
     )
@@ -105,7 +107,7 @@ def save_run(
 
 
 def stacked(source: Any, indices: Iterable[int]) -> dict[str, np.ndarray]:
-    """These examples of a split as one batch: `image` uint8 [B, H, W, C], `label` int32 [B]."""
+    """Stack these examples of a split into one batch: `image` uint8 [B, H, W, C], `label` int32 [B]."""
     examples = [source[int(i)] for i in indices]
     return {
         "image": np.stack([e["image"] for e in examples]),

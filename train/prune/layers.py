@@ -1,4 +1,4 @@
-"""A network layer by layer: weights and multiply-adds, and how many of each pruning kept."""
+"""Weights and multiply-adds of a network, layer by layer, and how many of each pruning kept."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -15,7 +15,7 @@ Row = dict[str, Any]
 
 
 def layer_table(model: nn.Module, variables: PyTree, masks: PyTree, image_shape: Sequence[int]) -> list[Row]:
-    """One row per convolution and dense layer, in the order of the forward pass; nothing is computed.
+    """Make one row per convolution and dense layer, in the order of the forward pass, without computing anything.
 
     Multiply-adds of one image (H, W, C) by convention: taps that fall on padding count, biases do not.
 
@@ -50,12 +50,12 @@ def layer_table(model: nn.Module, variables: PyTree, masks: PyTree, image_shape:
 
 
 def _output_positions(model: nn.Module, variables: PyTree, image_shape: Sequence[int]) -> dict[str, int]:
-    """How often the forward pass of one image uses each kernel: height times width of its layer's output, by path."""
+    """Count the uses of each kernel in the forward pass of one image: height times width of its layer's output."""
     positions: dict[str, int] = {}
 
     def record(call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
         result = call(*args, **kwargs)
-        # A layer is any module that owns a kernel, however it is computed.
+        # Count any module that owns a kernel as a layer, whichever way it is computed.
         if context.method_name == "__call__" and context.module.has_variable("params", "kernel"):
             path = "/".join((*context.module.path, "kernel"))
             positions[path] = positions.get(path, 0) + math.prod(result.shape[1:-1])
@@ -68,10 +68,10 @@ def _output_positions(model: nn.Module, variables: PyTree, image_shape: Sequence
 
 
 def totals(rows: Sequence[Row], variables: PyTree) -> dict[str, Any]:
-    """`parameters`, `kept_parameters`, `sparsity`, `macs` and `nonzero_macs` of the whole network.
+    """Sum up `parameters`, `kept_parameters`, `sparsity`, `macs` and `nonzero_macs` over the whole network.
 
-    Biases and norms are parameters too, and always count as kept; `sparsity` is the share pruned of all prunable
-    kernels, 0 without any.
+    Biases and norms are parameters and always count as kept; `sparsity` is the pruned share of all prunable kernels, 0
+    if there are none.
     """
     parameters = count(variables["params"])
     size, kept = (sum(row[name] for row in rows if row["prunable"]) for name in ("parameters", "kept"))
@@ -85,7 +85,7 @@ def totals(rows: Sequence[Row], variables: PyTree) -> dict[str, Any]:
 
 
 def text(rows: Sequence[Row]) -> str:
-    """The rows as a table for a terminal 100 columns wide, with their sums in the last line; MACs in millions."""
+    """Format the rows as a table for a terminal 100 columns wide, with sums in the last line; MACs in millions."""
     names = ("parameters", "kept", "macs", "nonzero_macs")
     sums = {name: sum(row[name] for row in rows) for name in names}
     last = {"path": "all of these", "shape": [], "sparsity": 1 - sums["kept"] / sums["parameters"], **sums}
@@ -98,12 +98,12 @@ def text(rows: Sequence[Row]) -> str:
 
 
 def short(path: str) -> str:
-    """A layer's name: the path of its kernel without `/kernel`."""
+    """Name of a layer: the path of its kernel without `/kernel`."""
     return path.removesuffix("/kernel")
 
 
 def aligned(lines: Sequence[Sequence[str]], edges: str) -> str:
-    """Lines of equally many cells in columns, two spaces apart, left-aligned where `edges` has <, else right."""
+    """Align lines of equal length in columns, two spaces apart: left where `edges` has <, otherwise right."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     forms = [f"{{:{edge}{width}}}" for edge, width in zip(edges.ljust(len(widths), ">"), widths, strict=True)]
     return "\n".join(

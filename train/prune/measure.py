@@ -47,12 +47,12 @@ class Network:
 def measure(
     run: Path, *, shares: Sequence[float] = (), images: int = 1000, steps: int = 20, repeats: int = 10
 ) -> Report:
-    """The report of a finished run: accuracy, bytes, multiply-adds and latency before and after, layer by layer.
+    """Report on a finished run: accuracy, bytes, multiply-adds and latency before and after, layer by layer.
 
     Args:
-      shares: sparsities for `sensitivity`; without any, it is not measured.
+      shares: sparsities for `sensitivity`, which is not measured if this is empty.
       images: number of validation images for `sensitivity`.
-      steps, repeats: of `latency`; with 0 steps it is not measured.
+      steps, repeats: arguments of `latency`, which is not measured with 0 steps.
 
     Raises:
       UsageError: `run` is not a finished run of pruning.
@@ -65,7 +65,7 @@ def measure(
     model = make_model(config, len(saved["classes"]), None, kernels)
     shape = network_shape(config.augment.resized_crop, saved["image_shape"])
 
-    # The network before is the one that the run started from, or trained first.
+    # "Before" is the network that the run started from, or trained first.
     state = load_state(run)
     source = run / "dense" if config.init is None else Path(config.init).expanduser()
     dense = dense_variables(source, {"params": state.params, "batch_stats": state.batch_stats})
@@ -77,7 +77,7 @@ def measure(
         accuracy=result["dense_accuracy"],
         stored_bytes=result["dense_bytes"],
     )
-    # The network after is the one that is delivered: smaller if whole channels were removed.
+    # "After" is the delivered network, which is smaller if channels were removed.
     if config.prune.structure == CHANNELS:
         state = load_state(run / COMPACT)
         model = model.clone(widths=read_config(run / COMPACT, PruneConfig)[0].widths)
@@ -89,6 +89,7 @@ def measure(
         stored_bytes=result["pruned_bytes"],
     )
 
+    # Timing and sensitivity take minutes, so both are optional.
     times = curves = None
     if steps:
         pair = {"before": (before.model, dense), "after": (after.model, after.variables)}
@@ -110,7 +111,7 @@ def measure(
 def _validation(
     config: PruneConfig, model: Any, variables: dict[str, PyTree], images: int, plain: bool
 ) -> Callable[[PyTree], float]:
-    """params -> accuracy on the first images of the validation split, compiled once."""
+    """Make params -> accuracy on the first images of the validation split, compiled once."""
     split = load_data(config).validation
     wanted = range(min(images, len(split)))
     batches = []
@@ -130,11 +131,11 @@ def describe(
     latency: Mapping[str, Mapping[str, Any]] | None = None,
     sensitivity: Mapping[str, Any] | None = None,
 ) -> Report:
-    """The content of `train.prune.report`, ready for JSON; images are (H, W, C).
+    """Describe both networks for `train.prune.report`, ready for JSON; images are (H, W, C).
 
     Args:
-      latency: of models named `before` and `after`, as `latency` returns it.
-      sensitivity: `sparsities`; `accuracy`, as `sensitivity` returns it for them; `baseline`, the accuracy of the
+      latency: result of `latency` for models named `before` and `after`.
+      sensitivity: `sparsities`; `accuracy`, the result of `sensitivity` for them; `baseline`, the accuracy of the
         network before on the same images.
 
     Returns:
@@ -156,7 +157,7 @@ def describe(
 
 
 def _left(before: Sequence[Row], after: Sequence[Row]) -> list[Row]:
-    """Rows of the network before, with what is left of each layer after; nothing of a layer that is gone."""
+    """Rows of the network before, with what remains of each layer after; zeros for a layer that was removed."""
     left = {row["path"]: row for row in after}
     gone = {"kept": 0, "prunable": True, "nonzero_macs": 0}
     rows = [{**row, **{name: left.get(row["path"], gone)[name] for name in gone}} for row in before]
@@ -175,10 +176,10 @@ def latency(
     """Time the forward passes of (model, variables) on images (H, W, C), interleaved in one process.
 
     Args:
-      models: by name; the others are compared with the first.
+      models: models by name; the first is the reference for the others.
       steps: timed calls per block.
-      repeats: blocks per model, two or more.
-      plain: the models compute with XLA only, without the kernels of `train.from_config.make_kernels`.
+      repeats: blocks per model, at least 2.
+      plain: whether the models use XLA only, without the kernels of `train.from_config.make_kernels`.
 
     Returns:
       By batch, as a string for JSON, and by name: `train.timing.summary` in milliseconds per batch and, except for the
@@ -200,8 +201,8 @@ def latency(
 
 
 def _runner(model: nn.Module, variables: PyTree, images: jax.Array, plain: bool) -> Callable[[], Any]:
-    """A compiled forward pass, ready to be called."""
-    # Variables are constants, as in train.predict: XLA may fold what depends only on them.
+    """Make a compiled forward pass, ready to call."""
+    # Variables are constants, as in train.predict, so XLA can fold what depends only on them.
     options = compiler_options(model.dtype, plain=plain)
     forward = jax.jit(lambda x: model.apply(variables, x, train=False), compiler_options=options)
     return lambda: forward(images)
@@ -210,7 +211,7 @@ def _runner(model: nn.Module, variables: PyTree, images: jax.Array, plain: bool)
 def sensitivity(
     evaluate: Callable[[PyTree], float], params: PyTree, paths: Sequence[str], sparsities: Sequence[float]
 ) -> dict[str, list[float]]:
-    """Accuracy by path, at each sparsity in [0, 1], with only that leaf pruned by magnitude, without retraining.
+    """Measure accuracy by path, at each sparsity in [0, 1], with only that leaf pruned by magnitude, not retrained.
 
     As in https://arxiv.org/abs/1608.08710 section 3.2, with single weights. `evaluate(params)` is called
     len(paths) * len(sparsities) times, always with the same shapes and dtypes: compile it once.
@@ -230,7 +231,7 @@ def sensitivity(
 
 
 def prune_smallest(kernel: jax.Array, sparsity: float) -> jax.Array:
-    """Set exactly round(sparsity * size) weights to zero, the smallest; ties keep the lower index.
+    """Set the round(sparsity * size) smallest weights to zero; of tied weights, keep those with the lower index.
 
     Raises:
       ValueError: a sparsity outside [0, 1].

@@ -1,6 +1,6 @@
 """Presets of pruning: complete recipes by name; see `train.presets`.
 
-Figures marked "measured" have their runs in results/; the others are the sources' own, not yet reproduced here.
+Figures marked "measured" have their runs in results/; the others are reported by the sources and not reproduced here.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ def _pruned(dense: TrainConfig, pruning: PruningConfig) -> PruneConfig:
 
 
 def digits_prune() -> PruneConfig:
-    """scikit-learn's digits: train, prune to 90 % while training on, on any machine, offline.
+    """scikit-learn's digits: train, then prune to 90 % during further training, on any machine, offline.
 
     Command: python -m train.prune
     Hardware: 2 CPU cores, about a minute. Expect the pruned network within a point of the dense one (measured).
@@ -29,8 +29,8 @@ def cifar10_resnet20_prune() -> PruneConfig:
     """ResNet-20 to 90 % by gradual magnitude pruning, https://arxiv.org/abs/1710.01878.
 
     Command: python -m train.data prepare cifar10 && python -m train.prune cifar10_resnet20_prune
-    Hardware: any GPU, minutes. `--init RUN` prunes a run of cifar10_resnet20 that is there already. Not measured on
-    CIFAR-10; results/cifar10_jpeg_prune has short runs on re-encoded images.
+    Hardware: any GPU, minutes. `--init RUN` prunes an existing run of cifar10_resnet20. Not measured on CIFAR-10;
+    results/cifar10_jpeg_prune has short runs on re-encoded images.
     """
     return _pruned(presets.cifar10_resnet20(), PruningConfig(sparsity=0.9, epochs=60, lr=0.02, every=100))
 
@@ -39,7 +39,7 @@ def cifar10_resnet56_channels() -> PruneConfig:
     """ResNet-56 without 30 % of its channels, compacted to a smaller network: half of the multiply-adds.
 
     Command: python -m train.data prepare cifar10 && python -m train.prune cifar10_resnet56_channels
-    Hardware: one GPU. Not measured; peers at about half the multiply-adds report 92.9-93.8 % (dense 93.5 %).
+    Hardware: one GPU. Not measured; others at about half the multiply-adds report 92.9-93.8 % (dense 93.5 %).
     """
     dense = dataclasses.replace(presets.cifar10_resnet20(), model="resnet56")
     pruning = PruningConfig(
@@ -52,7 +52,7 @@ def imagenet_resnet50_gmp80() -> PruneConfig:
     """ResNet-50 to 80 % by gradual magnitude pruning, the same share of every layer except the stem and the head.
 
     Command: python -m train.data prepare imagenet2012 && python -m train.prune imagenet_resnet50_gmp80
-    Hardware: 8 GPUs or a TPU v3-8. Not measured; peers report 75.5 % top-1 at 80 % (dense 76.7 %).
+    Hardware: 8 GPUs or a TPU v3-8. Not measured; others report 75.5 % top-1 at 80 % (dense 76.7 %).
     `--init resnet50.safetensors` prunes torchvision's weights.
     """
     pruning = PruningConfig(sparsity=0.8, scope="uniform", epochs=30, lr=0.08, every=200, end=0.6)

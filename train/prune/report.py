@@ -16,7 +16,7 @@ from train.run_folder import environment, write_json
 
 Curves = dict[str, dict[float, list[float]]]  # name -> sparsity -> pruned accuracies
 
-NAMED = 24  # curves that a legend can name and still be read
+NAMED = 24  # curves in a legend that is still readable
 ABOVE: dict[str, Any] = {"loc": "lower right", "bbox_to_anchor": (1, 1), "ncols": 2, "fontsize": 8, "frameon": False}
 
 
@@ -32,7 +32,7 @@ def report_main(argv: Sequence[str] | None = None) -> None:
         type=float,
         nargs="*",
         metavar="SPARSITY",
-        help="also prune each layer alone to these sparsities (default: 0.5 0.8 0.9 0.95)",
+        help="also measure accuracy with only one layer pruned, to these sparsities (default: 0.5 0.8 0.9 0.95)",
     )
     parser.add_argument("--images", type=int, default=1000, help="validation images for --sensitivity")
     parser.add_argument("--steps", type=int, default=20, help="timed calls per block; 0 skips latency")
@@ -73,18 +73,18 @@ def curve_main(argv: Sequence[str] | None = None) -> None:
 
 
 def text(report: Report) -> str:
-    """Before and after side by side, the layers, and the sensitivity of each; for a terminal 100 columns wide."""
+    """Format both networks side by side, the layers, and their sensitivity, for a terminal 100 columns wide."""
     lines: list[Sequence[str]] = [("", "before", "after", "")]
     for (label, before, after, form), change in zip(_figures(report), _changes(report), strict=True):
         lines.append((label, form(before), form(after), change))
     parts = [aligned(lines, "<>><")]
     if report["after"]["nonzero_macs"] < report["after"]["macs"]:
         parts[0] += "\nZeros are multiplied like other weights: only smaller shapes compute less."
-    parts.append("What is left of each layer\n" + layers_text(report["layers"]))
+    parts.append("Weights and MACs kept in each layer\n" + layers_text(report["layers"]))
     if found := report["sensitivity"]:
         lines = [("layer", *(f"{100 * share:g}%" for share in found["sparsities"]))]
         lines += [(short(path), *(f"{100 * x:.1f}" for x in row)) for path, row in _curves(report).items()]
-        parts.append("Accuracy (%) with one layer alone pruned to a sparsity of\n" + aligned(lines, "<"))
+        parts.append("Accuracy (%) with only one layer pruned to a sparsity of\n" + aligned(lines, "<"))
     return "\n\n".join(parts)
 
 
@@ -111,7 +111,7 @@ def _figures(report: Report) -> list[tuple[str, float, float, Callable[[float], 
 
 
 def _changes(report: Report) -> list[str]:
-    """The change of each of `_figures`, in words."""
+    """Describe the change of each of `_figures`."""
     (_, *accuracy, _), *figures = _figures(report)
     changes = [f"{100 * (accuracy[1] - accuracy[0]):+.2f} points"]
     for _, before, after, _ in figures[: len(figures) - len(report["before"]["latency_ms"])]:
@@ -193,7 +193,7 @@ def _draw_sensitivity(axes: Any, report: Report) -> None:
     named = sorted(curves, key=lambda path: sum(curves[path]))[:NAMED]
     shares = [100 * share for share in report["sensitivity"]["sparsities"]]
     for number, (path, accuracies) in enumerate(curves.items()):
-        # Neighbouring layers have similar colours, so markers distinguish them.
+        # Adjacent layers have similar colours, so markers distinguish them.
         look = {"marker": "os^D"[number % 4], "label": short(path)} if path in named else {"alpha": 0.3}
         axes.plot(shares, [100 * accuracy for accuracy in accuracies], color=colours[path], ms=3.5, lw=1.2, **look)
     axes.axhline(100 * report["sensitivity"]["baseline"], color="grey", lw=0.8, ls=":")
@@ -208,7 +208,7 @@ def _colours(number: int) -> list[Any]:
 
 
 def name_of(run: Report) -> str:
-    """How a run was pruned: schedule, score, and scope, structure and start if they are not the defaults."""
+    """Name a run by its pruning: schedule, score, and scope, structure and start if they are not the defaults."""
     p = run["config"]["prune"]
     when = p["restart"] if p["schedule"] == "iterative" else p["schedule"].replace("_", "-")
     others = [p[field] for field, usual in (("scope", "global"), ("structure", "unstructured")) if p[field] != usual]
@@ -216,7 +216,7 @@ def name_of(run: Report) -> str:
 
 
 def curves_of(runs: Sequence[Report]) -> Curves:
-    """Test accuracies by name and sparsity (rounded to 0.001, as counts are integers), one per seed."""
+    """Collect test accuracies by name and sparsity (rounded to 0.001, because counts are integers), one per seed."""
     curves: Curves = {}
     for run in runs:
         points = curves.setdefault(name_of(run), {})

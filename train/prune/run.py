@@ -1,4 +1,4 @@
-"""Pruning from a config to a result: the dense run, the training after or while pruning, what is delivered."""
+"""A run of pruning, from config to result: the dense run, the training after or during pruning, the delivery."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -46,16 +46,16 @@ def run(
     dataset: Dataset | None = None,
     hooks: Sequence[Hook] = (),
 ) -> dict[str, Any]:
-    """Train a network unless `config.init` is one, prune it, train on, deliver; the result is in `out`/result.json too.
+    """Train a network unless `config.init` names one, prune it, keep training, deliver; also writes `out`/result.json.
 
-    The folder is that of a run of training: `train.predict`, `--init` and further pruning take it, masks and all.
-    Run again with the same `out`, it goes on where it was.
+    The folder is also a run of training: `train.predict`, `--init` and further pruning take it, including the masks.
+    Run again with the same `out` to resume.
 
     Args:
-      model, tx, objective, augment, dataset, hooks: pieces of your own, see `train.run.run`; every training uses them.
+      model, tx, objective, augment, dataset, hooks: your own pieces, see `train.run.run`; every training uses them.
 
     Raises:
-      UsageError: what the user can fix. RunError: what stopped a run.
+      UsageError: an error that the user can fix. RunError: a failure that stopped the run.
     """
     check(config)
     config = with_widths(config)
@@ -81,18 +81,18 @@ def run(
 
 
 def open_own(config: Any, preset: str, own: dict[str, Any]) -> Session[Any]:
-    """A session with the pieces that were passed to the run, its config checked as one of training."""
+    """Open a session with the pieces that were passed to the run, after checking its config as one of training."""
     check_training(config)
     return open_session(config, preset, dataset=own.get("dataset"), replaced=list(own))
 
 
 def own_pieces(own: dict[str, Any]) -> dict[str, Any]:
-    """The pieces of a training among those that were passed to the run."""
+    """Select the pieces of a training from those that were passed to the run."""
     return {name: piece for name, piece in own.items() if name != "dataset"}
 
 
 def train_dense(config: PruneConfig, preset: str, out: Path, own: dict[str, Any], hooks: Sequence[Hook]) -> None:
-    """The dense run, which keeps its early weights where pruning will rewind to them."""
+    """Train the dense run, which saves its early weights if pruning will rewind to them."""
     session = open_own(dense_config(config, out), preset, own)
     if session.finished is not None:
         return
@@ -110,7 +110,7 @@ def train_dense(config: PruneConfig, preset: str, out: Path, own: dict[str, Any]
 def train_once(
     config: PruneConfig, preset: str, dense: Path, own: dict[str, Any], hooks: Sequence[Hook]
 ) -> dict[str, Any]:
-    """One training after, or while, pruning."""
+    """Prune and train once."""
     source = dense if config.prune.start == "trained" else None
     say(f"pruning to {config.prune.final:.1%} ({config.prune.schedule}) and training in {config.out}")
     return train_pruned(config, preset, dense, own, hooks, source=source)
@@ -119,8 +119,9 @@ def train_once(
 def train_levels(
     config: PruneConfig, preset: str, dense: Path, own: dict[str, Any], hooks: Sequence[Hook]
 ) -> dict[str, Any]:
-    """Levels that each prune the same share of the remaining weights, the last one in the run's own folder."""
+    """Prune and train in levels that each prune the same share of what remains; the last is in the run's own folder."""
     p, previous, result = config.prune, dense, {}
+    # Levels divide what remains to be pruned, so measure what the dense run already lacks.
     already = 0.0
     if not config.dense and (dense / "checkpoints").is_dir():
         state, (_, saved) = load_state(dense), read_config(dense, TrainConfig)
@@ -157,19 +158,19 @@ def train_pruned(
     source: Path | None,
     before: Path | None = None,
 ) -> dict[str, Any]:
-    """One training after, or while, pruning, and its delivery.
+    """Train once, after or during pruning, and deliver.
 
     Args:
       dense: the trained run, or weights, that the pruned network is compared with.
-      source: the run or weights to start from; None is random weights.
-      before: where a level of iterative pruning does not go on from the level before: that level's run, whose weights
+      source: the run or weights to start from; None means random weights.
+      before: run of the previous level of iterative pruning, if this one does not start from its weights: they only
         decide what is pruned now.
     """
     session = open_own(retraining(config), preset, own)
     if session.finished is not None:
         return session.finished
     pieces = make_pieces(session, **own_pieces(own))
-    # Scores and masks are computed outside of the training's axis and without its compute kernels.
+    # Scores and masks are computed outside the training's mesh axis, so with a model without it or special kernels.
     model = own.get("model") or make_model(config, len(session.dataset.classes))
     p = session.config.prune
 
@@ -196,14 +197,14 @@ def train_pruned(
 
 
 def make_remask(p: PruningConfig, model: nn.Module, steps: int) -> mask_schedules.MaskSchedule | None:
-    """The schedule that changes masks inside the step of a training of `steps`; None where they stay."""
+    """Make the schedule that changes masks inside the step of a training of `steps`; None if they do not change."""
     end = max(round(p.end * steps), 1)
     begin = min(round(p.begin * steps), end - 1)
     dates: dict[str, Any] = {"begin_step": begin, "end_step": end, "every": p.every}
     if p.schedule == "gradual":
         return mask_schedules.gradual(in_step(p, model), final=p.final, **dates)
     if p.schedule == "acdc":
-        begin = max(begin, 1)  # schedules look at the masks after a step
+        begin = max(begin, 1)  # schedules see the masks after a step
         return mask_schedules.alternating(
             in_step(p, model), final=p.final, begin_step=begin, end_step=end, every=p.every
         )
@@ -216,10 +217,10 @@ def make_remask(p: PruningConfig, model: nn.Module, steps: int) -> mask_schedule
 
 
 def pruning_figures(training: Training, state: TrainState, model: nn.Module, dense: Path) -> dict[str, Any]:
-    """The result's figures of pruning: the dense accuracy, sparsity, and what was delivered.
+    """Figures of pruning for the result: the dense accuracy, the sparsity, and those of `deliver`.
 
     Raises:
-      RunError: pruned weights are not zero, which is a fault of this program.
+      RunError: pruned weights are not zero, which is a bug in this program.
     """
     session = training.session
     p = session.config.prune
@@ -235,7 +236,7 @@ def pruning_figures(training: Training, state: TrainState, model: nn.Module, den
     }
     if p.structure == CHANNELS:
         figures["channels_pruned"] = pruned_share(state.masks, state.params, config=p, model=model)
-    if p.values == "int8":  # the file is not the network that was measured
+    if p.values == "int8":  # rounded weights differ from the network measured above
         rounded, _, _ = load_sparse(session.out / SPARSE)
         figures["file_accuracy"] = training.measure(session.place(rounded), "test")["accuracy"]
     return figures

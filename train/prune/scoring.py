@@ -1,4 +1,4 @@
-"""From a network and its config to masks: scores, inside a step or from training images, and what they select."""
+"""Masks from a network and its config: scores, inside a step or from training images, and the selection by them."""
 
 import inspect
 import re
@@ -26,11 +26,11 @@ ROUNDS_OF_SYNFLOW = 100  # https://arxiv.org/abs/2006.05467
 
 
 def select(found: PyTree, sparsity: Any, masks: PyTree | None, *, config: PruningConfig, model: nn.Module) -> PyTree:
-    """Masks by the config's structure, scope and exclusions, from scores shaped like the parameters.
+    """Select masks by the config's structure, scope and exclusions, from scores shaped like the parameters.
 
     Args:
-      sparsity: may be traced.
-      masks: the present ones, of which nothing returns; None is none.
+      sparsity: share to prune, in [0, 1]; may be traced.
+      masks: the present masks; what they prune stays pruned. None means nothing is pruned yet.
 
     Raises:
       ValueError: nothing is prunable, a structure or a pattern that does not fit the model.
@@ -59,18 +59,18 @@ def select(found: PyTree, sparsity: Any, masks: PyTree | None, *, config: Prunin
 
 
 def prunable_leaves(config: PruningConfig) -> Predicate:
-    """The predicate of the kernels that none of the exclusions match."""
+    """Predicate of the kernels that match none of the exclusions."""
     return kernels_except(config.exclude)
 
 
 def prunable_groups(model: Any, params: PyTree, config: PruningConfig) -> list[ChannelGroup]:
-    """The groups of channels whose names match none of the exclusions; `params` may be their shapes."""
+    """Groups of channels whose names match none of the exclusions; `params` may be their shapes."""
     groups = channel_groups(model, params)
     return [g for g in groups if not any(re.search(pattern, g.name) for pattern in config.exclude)]
 
 
 def _by_layer(found: PyTree, sparsity: Any, config: PruningConfig) -> dict[str, Any]:
-    """Shares by path: on the way to the final sparsity each layer is as far as all are."""
+    """Sparsities by path: each layer's final sparsity, scaled by the overall progress towards the final sparsity."""
     prunable = prunable_leaves(config)
     paths = [path for path, x in leaves(found).items() if prunable(path, x)]
     for pattern in config.by_layer:
@@ -84,12 +84,12 @@ def _by_layer(found: PyTree, sparsity: Any, config: PruningConfig) -> dict[str, 
 
 
 def in_step(config: PruningConfig, model: nn.Module) -> MaskFn:
-    """Scores and selection as a schedule calls them inside the step."""
+    """Make the scoring and selection that a schedule calls inside the step."""
     scored: dict[str, Callable[..., PyTree]] = {
         "magnitude": lambda params, grads, key: scores.magnitude(params),
         "random": lambda params, grads, key: scores.random(params, key=key),
         "norm_scale": lambda params, grads, key: scores.norm_scale(params),
-        # Of the step's own batch: https://arxiv.org/abs/1906.10771 with one minibatch.
+        # On the step's own batch: https://arxiv.org/abs/1906.10771 with one minibatch.
         "taylor": lambda params, grads, key: jax.tree.map(lambda w, g: jnp.square(w * g), params, grads),
     }
     score = scored[config.score]
@@ -113,19 +113,20 @@ def prune_at_once(
     image_shape: Sequence[int],
     key: jax.Array,
 ) -> PyTree:
-    """Masks at the config's final sparsity, starting from `masks`, in as many rounds of scoring as it asks for.
+    """Prune to the config's final sparsity, starting from `masks`, in the config's number of rounds of scoring.
 
     Args:
-      loss, preprocess, batches: for scores that depend on data: `(logits, soft labels) -> losses`, how images are
-        normalised, and batches of training images and labels.
-      image_shape: of the network's inputs, for scores that pass an image of ones.
+      loss, preprocess, batches: for scores that depend on data: `(logits, soft labels) -> losses`, the normalisation of
+        images, and batches of training images and labels.
+      image_shape: shape of the network's inputs, for scores that use an image of ones.
 
     Raises:
-      ValueError: as `select`, or scores that are not finite.
+      ValueError: the errors of `select`, or scores that are not finite.
     """
     rounds = config.rounds or (ROUNDS_OF_SYNFLOW if config.score == "synflow" else 1)
     already = pruned_share(masks, params, config=config, model=model)
     chosen = jax.jit(partial(select, config=config, model=model))
+    # Each score declares the arguments that it needs: pass only those.
     function: Any = scores.SCORES[config.score]
     offered: dict[str, Any] = {
         "loss": per_example_loss(model, stats, loss, preprocess),
@@ -135,6 +136,7 @@ def prune_at_once(
     }
     taken = inspect.signature(function).parameters
     given = {name: value for name, value in offered.items() if name in taken}
+    # Every round keeps the same share of the remaining weights, so that the last one reaches the final sparsity.
     for number in range(1, rounds + 1):
         sparsity = 1 - (1 - already) * ((1 - config.final) / (1 - already)) ** (number / rounds)
         masks = chosen(function(apply_masks(params, masks), **given), jnp.float32(sparsity), masks)
@@ -142,7 +144,7 @@ def prune_at_once(
 
 
 def pruned_share(masks: PyTree, params: PyTree, *, config: PruningConfig, model: nn.Module) -> float:
-    """The share that is pruned already of what `config.sparsity` counts: prunable weights, or channels."""
+    """Share of the prunable weights, or channels, that is already pruned, as `config.sparsity` counts it."""
     if config.structure != CHANNELS:
         prunable, held = prunable_leaves(config), leaves(masks)
         return float(sparsity_of([held[path] for path, x in leaves(params).items() if prunable(path, x)]))
@@ -151,21 +153,21 @@ def pruned_share(masks: PyTree, params: PyTree, *, config: PruningConfig, model:
 
 
 def check_patterns(params: PyTree, *, config: PruningConfig, model: nn.Module) -> None:
-    """Refuse a pattern that the user gave and that matches nothing.
+    """Refuse a pattern from the user that matches nothing.
 
     Raises:
-      ValueError: that, with some of the names there are.
+      ValueError: there is such a pattern; the message lists some of the names.
     """
     channels = config.structure == CHANNELS
     groups: list[ChannelGroup] = list(channel_groups(model, params)) if channels else []  # type: ignore[arg-type]
     names = [g.name for g in groups] or [path for path, x in leaves(params).items() if is_kernel(path, x)]
     for pattern in config.exclude:
         if pattern not in PruningConfig().exclude and not any(re.search(pattern, name) for name in names):
-            raise ValueError(f"--prune.exclude {pattern} matches nothing: there are {', '.join(names[:3])}, ...")
+            raise ValueError(f"--prune.exclude {pattern} matches none of the names {', '.join(names[:3])}, ...")
 
 
 def per_example_loss(model: nn.Module, stats: PyTree, loss: Loss, preprocess: Augment) -> scores.Loss:
-    """(params, batch) -> losses [B] of images that are normalised and not augmented, with running statistics."""
+    """Make (params, batch) -> losses [B] on images that are normalised but not augmented, with running statistics."""
 
     def losses(params: PyTree, batch: Any) -> jax.Array:
         images = preprocess_batch(preprocess, batch["image"])
@@ -176,7 +178,7 @@ def per_example_loss(model: nn.Module, stats: PyTree, loss: Loss, preprocess: Au
 
 
 def neutral_forward(model: nn.Module, stats: PyTree, image_shape: Sequence[int]) -> Callable[[PyTree], jax.Array]:
-    """The network on an image of ones, norms and biases doing nothing, as SynFlow asks for."""
+    """Make the network's forward pass on an image of ones, with norms and biases neutral, as SynFlow requires."""
     neutral = map_with_path(lambda path, x: jnp.full_like(x, path.endswith("/var")), stats)
     images = jnp.ones((1, *image_shape))
 
@@ -194,10 +196,10 @@ def neutral_forward(model: nn.Module, stats: PyTree, image_shape: Sequence[int])
 def recalibrate(
     params: PyTree, stats: PyTree, batches: Iterable[Any], *, model: nn.Module, preprocess: Augment
 ) -> PyTree:
-    """Batch statistics of the network as it is now, a mean over batches of training images that are not augmented.
+    """Measure the network's batch statistics again, as a mean over batches of training images that are not augmented.
 
-    They forget the network before pruning: they start at zero, and the weights that their decay gives to the batches
-    are made to sum to one.
+    The old statistics have no influence: the new ones start at zero and are divided by the sum of the weights that the
+    decay gives to the batches.
     """
 
     @partial(jax.jit, compiler_options=compiler_options(getattr(model, "dtype", jnp.float32)))

@@ -86,7 +86,7 @@ def save_sparse(
 
 
 def load_sparse(path: Path) -> tuple[dict[str, PyTree], PyTree, dict[str, str]]:
-    """(variables, masks, metadata) as they were saved: nested dicts of NumPy arrays, float32 and bool.
+    """Load (variables, masks, metadata) as they were saved: nested dicts of NumPy arrays, float32 and bool.
 
     Raises:
       UsageError: no such file, a file of a different kind or version, or a damaged one.
@@ -131,13 +131,14 @@ def sizes(path: Path, variables: dict[str, PyTree]) -> dict[str, float]:
 
 
 def _encode(variables: dict[str, PyTree], masks: PyTree, kind: str) -> dict[str, np.ndarray]:
-    """The tensors of a file, each [n]."""
+    """Encode a network as the tensors of a file, each [n]."""
     flat = flatten_dict(variables, keep_empty_nodes=True)
     flat_masks = flatten_dict({"params": masks}, keep_empty_nodes=True)
     nodes = {(keys, leaf is empty_node) for keys, leaf in flat.items() if keys[0] == "params"}
     if unmatched := sorted(nodes ^ {(keys, mask is empty_node) for keys, mask in flat_masks.items()}):
         raise ValueError(f"masks are not shaped like params: {'/'.join(unmatched[0][0])} is not in both")
 
+    # Concatenate leaves in the order of their paths: a tensor each would cost a header of about 100 bytes.
     layout: list[Any] = []
     bits, kept, scales, dense = ([np.empty(0, dtype)] for dtype in (bool, kind, np.float32, np.float32))
     for keys in sorted(flat):
@@ -183,7 +184,7 @@ def _encode(variables: dict[str, PyTree], masks: PyTree, kind: str) -> dict[str,
 
 
 def _decode(tensors: dict[str, np.ndarray]) -> tuple[dict[str, PyTree], PyTree]:
-    """(variables, masks) from a file's tensors; sizes are checked before memory is allocated."""
+    """Decode a file's tensors to (variables, masks); sizes are checked before memory is allocated."""
     int8 = "scales" in tensors
     wanted = {"layout": "uint8", "mask": "uint8", "values": "int8" if int8 else "float32", "dense": "float32"}
     wanted |= {"scales": "float32"} if int8 else {}
@@ -210,7 +211,7 @@ def _decode(tensors: dict[str, np.ndarray]) -> tuple[dict[str, PyTree], PyTree]:
     rest = {"bits": bits, "weights": weights, "scales": scales, "dense": tensors["dense"]}
 
     def take(name: str, shape: tuple[int, ...]) -> np.ndarray:
-        """The next leaf from a vector; ValueError if it is too short."""
+        """Take the next leaf from a vector; ValueError if it is too short."""
         size = math.prod(shape)
         piece, rest[name] = rest[name][:size], rest[name][size:]
         return piece.reshape(shape)
@@ -235,7 +236,7 @@ def _decode(tensors: dict[str, np.ndarray]) -> tuple[dict[str, PyTree], PyTree]:
 
 
 def _layout(tensor: np.ndarray) -> list[tuple[Any, Any, bool]]:
-    """(path, shape, masked) of each leaf; ValueError or TypeError unless they form a tree with masks in `params`."""
+    """(path, shape, masked) of each leaf; ValueError or TypeError if they do not form a tree with masks in `params`."""
     entries = json.loads(_inflate(tensor.tobytes(), MAX_LAYOUT))
     layout = [(tuple(keys), None if shape is None else tuple(shape), masked) for keys, shape, masked in entries]
     for keys, shape, masked in layout:

@@ -1,4 +1,4 @@
-"""The start of a training after, or while, pruning: its masks, and what changes before the first step."""
+"""The start of a training after, or during, pruning: its masks, and the changes before the first step."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -34,7 +34,7 @@ REWIND = "rewind"  # the dense run's early weights
 
 @contextmanager
 def usage_errors() -> Iterator[None]:
-    """Turn the library's complaints about a config into the user's errors."""
+    """Raise the library's `ValueError`s about a config as `UsageError`s."""
     try:
         yield
     except ValueError as error:
@@ -42,7 +42,7 @@ def usage_errors() -> Iterator[None]:
 
 
 def start_masks(p: PruningConfig, model: nn.Module, params: PyTree, given: PyTree | None) -> PyTree:
-    """Masks at step 0, as arrays where pruning will change them; `given` are those of the network to start from.
+    """Make the masks at step 0, as arrays where pruning will change them; `given` are those of the initial network.
 
     Raises:
       UsageError: nothing to prune, a structure or a pattern that does not fit the model.
@@ -53,10 +53,10 @@ def start_masks(p: PruningConfig, model: nn.Module, params: PyTree, given: PyTre
         if p.structure == CHANNELS:
             full = select(magnitudes, 0.0, None, config=p, model=model)
         else:
-            # Tracing the selection shows whether there is something to prune, and whether the structure divides it.
+            # Trace the selection to check that there is something to prune and that the structure divides it.
             jax.eval_shape(lambda: select(magnitudes, p.final, None, config=p, model=model))
             full = full_masks(params, prunable_leaves(p))
-    if p.masks is not None:  # arrays where these are, too
+    if p.masks is not None:  # arrays where the named masks are arrays, too
         full = jax.tree.map(lambda f, m: jnp.ones(m.shape or f.shape, bool), full, named_masks(p.masks, params))
     return full if given is None else jax.tree.map(jnp.logical_and, full, given)
 
@@ -64,12 +64,12 @@ def start_masks(p: PruningConfig, model: nn.Module, params: PyTree, given: PyTre
 def prune_start(
     training: Training, state: TrainState, model: nn.Module, *, dense: Path, before: Path | None
 ) -> TrainState:
-    """The state to train: masks chosen where pruning comes first, statistics measured again where that is asked for.
+    """Prepare the state to train: choose masks if pruning comes first, and recalibrate batch statistics if configured.
 
     Args:
       model: without the training's axis and compute kernels.
       dense: the network that the pruned one is compared with.
-      before: the level before, where this one does not go on from it.
+      before: run of the previous level, if this one does not start from its weights.
 
     Raises:
       UsageError: a sparsity below the present one, scores that are not finite, a leaf that would lose all its weights.
@@ -84,18 +84,19 @@ def prune_start(
     dense_variables(dense, jax.device_get(state.variables))
     current = pruned_share(state.masks, state.params, config=p, model=model)
     if p.final < current - 1e-6:
-        raise UsageError(f"--prune.sparsity {p.final:g} is less than the {current:.4g} that is pruned already: "
-                         "choose more, or free what is pruned with --dense")  # fmt: skip
+        raise UsageError(f"--prune.sparsity {p.final:g} is less than the {current:.4g} already pruned: "
+                         "choose a higher one, or unprune the network with --dense")  # fmt: skip
     if p.schedule == "acdc" and current > 0:
-        raise UsageError("--prune.schedule acdc frees what is pruned already: say so with --dense")
+        raise UsageError("--prune.schedule acdc frees weights that are already pruned: confirm with --dense")
 
+    # Measure accuracy before and after pruning, to show what pruning alone costs.
     untouched = training.measure(state.variables, "validation")
     batches = first_batches(session)
     if p.schedule in AT_ONCE:
         deciding = last or state
         masks = chosen_masks(training, model, deciding, state.masks, batches)
         state = masked(state, session.place(masks))
-    else:  # the masks that the schedule would end in without any training
+    else:  # check the masks that the schedule would reach without any training
         final = select(scores.magnitude(state.params), p.final, state.masks, config=p, model=model)
         with usage_errors():
             check_masks(final, state.params)
@@ -118,7 +119,7 @@ def prune_start(
 
 
 def masked(state: TrainState, masks: PyTree) -> TrainState:
-    """The state with these masks, and its weights and their moving average masked."""
+    """Set the masks of a state and apply them to its weights and their moving average."""
     state = state.replace(masks=masks, params=apply_masks(state.params, masks))
     if state.ema is None:
         return state
@@ -128,7 +129,7 @@ def masked(state: TrainState, masks: PyTree) -> TrainState:
 def chosen_masks(
     training: Training, model: nn.Module, deciding: TrainState, masks: PyTree, batches: Iterable[Any]
 ) -> PyTree:
-    """The masks of pruning at once, on the host: those that the config names, or by scores of the `deciding` weights.
+    """Choose the masks of one-shot pruning, on the host: those that the config names, or by scores of `deciding`.
 
     Raises:
       UsageError: scores that are not finite, a leaf that would lose all its weights.
@@ -141,7 +142,7 @@ def chosen_masks(
         if p.masks is not None:
             chosen = jax.tree.map(jnp.logical_and, masks, named_masks(p.masks, params))
         else:
-            if p.start == "random" and p.needs_images:  # statistics of nothing yet
+            if p.start == "random" and p.needs_images:  # random weights have no statistics yet
                 stats = recalibrate(params, stats, batches, model=model, preprocess=preprocess)
             chosen = prune_at_once(
                 params,
@@ -160,10 +161,10 @@ def chosen_masks(
 
 
 def named_masks(name: str, params: PyTree) -> PyTree:
-    """The masks that `--prune.masks` names, for these parameters.
+    """Load the masks that `--prune.masks` names, for these parameters.
 
     Raises:
-      UsageError: there are none, or they belong to a different model.
+      UsageError: no such masks, or masks of a different model.
     """
     path = Path(name).expanduser()
     if not path.exists():
@@ -177,7 +178,7 @@ def named_masks(name: str, params: PyTree) -> PyTree:
 
 
 def first_batches(session: Session[Any]) -> Sequence[dict[str, np.ndarray]]:
-    """The first training batches of the run, the same on every host; empty where pruning looks at no images."""
+    """Load the first training batches of the run, the same on every host; empty if pruning uses no images."""
     config, source = session.config, session.dataset.train
     if not config.prune.needs_images:
         return ()
@@ -186,15 +187,15 @@ def first_batches(session: Session[Any]) -> Sequence[dict[str, np.ndarray]]:
 
 
 def rewind_step(session: Session[Any], epochs: float) -> int:
-    """The step of the dense run whose weights are kept."""
+    """Step of the dense run whose weights are saved for rewinding."""
     return round(epochs * session.epoch_steps)
 
 
 def keep_early_weights(session: Session[Any], state: TrainState, epochs: float) -> list[Hook]:
-    """The hooks that keep the dense run's weights after `epochs`; those of step 0 are kept at once.
+    """Make the hooks that save the dense run's weights after `epochs`; those of step 0 are saved immediately.
 
     Raises:
-      UsageError: the dense run ends before that.
+      UsageError: the dense run ends before then.
     """
     step = rewind_step(session, epochs)
     if step >= session.steps:
@@ -211,10 +212,10 @@ def keep_early_weights(session: Session[Any], state: TrainState, epochs: float) 
 
 
 def restarted(session: Session[Any], state: TrainState, last: TrainState, model: nn.Module, dense: Path) -> TrainState:
-    """The state that a level starts from: the dense run's early one, or fresh weights, pruned as the level before.
+    """Make the state that a level starts from: the dense run's early state, or fresh weights, with the previous masks.
 
     Raises:
-      UsageError: the dense run has not kept its early weights.
+      UsageError: the dense run did not save its early weights.
     """
     config, p = session.config, session.config.prune
     so_far = jax.device_get(state.masks)
@@ -225,7 +226,7 @@ def restarted(session: Session[Any], state: TrainState, last: TrainState, model:
         restored = checkpoints.restore(state)
         checkpoints.close()
         if restored is None or int(restored[0].step) != rewind_step(session, p.rewind_epochs):
-            raise UsageError(f"{dense} has not kept the early weights to rewind to: choose a different --out")
+            raise UsageError(f"{dense} did not save the early weights to rewind to: choose a different --out")
         state, position = restored
         session.stream.restore(position)
     else:

@@ -529,9 +529,9 @@ def test_pruned_less(pruned, tmp_path, fails):
     given, _, _ = pruned(*GRADUAL)
     arguments = [given, *after(*ONE_SHOT), "--prune.sparsity", "0.5"]
     line = fails(2, main, [*map(str, arguments), "--out", str(tmp_path / "run")])
-    assert "--prune.sparsity 0.5 is less than the 0.8 that is pruned already" in line and "--dense" in line
+    assert "--prune.sparsity 0.5 is less than the 0.8 already pruned" in line and "--dense" in line
     alternating = [str(given), *after("--prune.schedule", "acdc"), "--out", str(tmp_path / "run")]
-    assert "acdc frees what is pruned already: say so with --dense" in fails(2, main, alternating)
+    assert "acdc frees weights that are already pruned: confirm with --dense" in fails(2, main, alternating)
     less = prune(*arguments, "--dense", "--out", tmp_path / "run")
     assert_pruned(less.out, less.result, 0.5)
 
@@ -793,11 +793,11 @@ BAD_FOR_THE_RUN = {
     "all groups excluded": (["--prune.structure", "channels", "--prune.exclude", "."], "no channels to prune"),
     "unmatched exclusion": (
         ["--prune.exclude", "stage7"],
-        "--prune.exclude stage7 matches nothing: there are head/kernel",
+        "--prune.exclude stage7 matches none of the names head/kernel",
     ),
     "unmatched group": (
         ["--prune.structure", "channels", "--prune.exclude", "stage7"],
-        "--prune.exclude stage7 matches nothing: there are stream",
+        "--prune.exclude stage7 matches none of the names stream",
     ),
     "unmatched pattern": (["--prune.layers", "stage7=0.5"], "--prune.layers stage7 matches no prunable kernel: stage1"),
     "undivided": (
