@@ -151,7 +151,7 @@ def test_lengths_and_the_order_of_the_bank_do_not_matter(seed, scale):
         ({"queries": np.zeros((0, 6))}, r"queries: features must be \[N, D\] and not empty, not \(0, 6\)"),
         ({"bank": np.zeros((0, 6))}, r"bank: features must be \[N, D\] and not empty"),
         ({"queries": np.ones((3, 2, 3))}, r"queries: features must be \[N, D\]"),
-        ({"queries": np.ones((3, 5))}, "queries have 5 dimensions, the bank 6"),
+        ({"queries": np.ones((3, 5))}, "queries have 5 dimensions, but the bank has 6"),
         (
             {"query_labels": np.zeros(4, int)},
             r"queries: 3 features need int labels of the same number, got int64 \(4,\)",
