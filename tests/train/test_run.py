@@ -231,7 +231,7 @@ BAD_INPUT = {
     "parts": (["--accumulate", "3"], "--accumulate 3 does not divide the 8 images per device"),
     "folder": (["--data.name", "folder:nowhere"], "there is no folder nowhere"),
     "weights": (["--init", "nowhere.pth"], "no weights at nowhere.pth"),
-    "frozen nothing": (["--freeze"], "name it with --init"),
+    "frozen nothing": (["--freeze"], "needs a pretrained backbone: pass --init"),
     "statistics": (["--augment.mean", "0.5", "0.5", "0.5", "--augment.std", "1", "1", "1"], "need 1 values each"),
     "local statistics": (["--no-sync-bn"], "--no-sync-bn needs --mode shard_map or pmap"),
     "compiler option": (["--xla", "fast"], "--xla 'fast' is not of the form NAME=VALUE"),

@@ -745,7 +745,7 @@ BAD_SETTINGS = {
         ["--prune.structure", "channels", "--prune.values", "int8"],
         "the compact network is the delivery",
     ),
-    "dense without init": (["--dense"], "name it with --init"),
+    "dense without init": (["--dense"], "pass that run with --init"),
     "no pattern": (["--prune.exclude", "(stem"], "'(stem' is not a valid regular expression: missing )"),
     "no pattern of layers": (["--prune.layers", "*=0.5"], "'*' is not a valid regular expression: nothing to repeat"),
 }
