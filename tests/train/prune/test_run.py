@@ -811,15 +811,15 @@ BAD_FOR_THE_RUN = {
     ),
     "epochs": (
         ["--epochs", "3"],
-        "--epochs has no effect on this pruning: the training after pruning has --prune.epochs",
+        "--epochs has no effect on this pruning: the training after pruning is set by --prune.epochs",
     ),
     "steps": (
         ["--steps", "30"],
-        "--steps has no effect on this pruning: the training after pruning has --prune.epochs",
+        "--steps has no effect on this pruning: the training after pruning is set by --prune.epochs",
     ),
     "rate": (
         ["--optim.lr", "0.3"],
-        "--optim.lr has no effect on this pruning: the training after pruning has --prune.epochs",
+        "--optim.lr has no effect on this pruning: the training after pruning is set by --prune.epochs",
     ),
     "other width": (["--width", "8"], "comes from a different model"),
 }
