@@ -1,4 +1,4 @@
-"""Every test runs on 8 forced CPU devices, with warnings and silent rank promotion as errors, without a network."""
+"""Every test runs on 8 forced CPU devices, without a network; warnings and implicit rank promotion are errors."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""The public names: each resolves, has a docstring, and stands once on its package's API page."""
+"""Every public name resolves, has a docstring, and appears once on its package's API page."""
 
 import importlib
 import importlib.util

@@ -1,4 +1,4 @@
-"""Every notebook runs from top to bottom; it holds no outputs of somebody's machine."""
+"""Every notebook runs from top to bottom and is stored without outputs."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The README tells the truth: its Python runs, its commands parse, its table lists the presets, its links exist."""
+"""The documentation is correct: its Python runs, its commands parse, its tables are complete, its links exist."""
 
 import re
 import shlex
@@ -24,7 +24,7 @@ from train.run import run
 
 pytestmark = pytest.mark.usefixtures("unoptimised")
 
-# What a program's presets are called, and what they are.
+# For each program: its presets, the default one, and the class of its configs.
 KINDS = {
     "train": (PRESETS, "digits", TrainConfig),
     "pretrain": (pretrain_presets.PRESETS, "digits_simclr", PretrainConfig),
@@ -126,7 +126,9 @@ def test_table_lists_every_preset():
         "CONTRIBUTING.md",
         "results/README.md",
         "docs/pretraining.md",
+        "docs/protocol.md",
         "docs/pruning.md",
+        "docs/speed.md",
         "docs/objectives.md",
     ],
 )

@@ -1,4 +1,4 @@
-"""`python -m pretrain.bench`: the task that it adds to `train.bench`."""
+"""`python -m pretrain.bench`: the task that it adds to those of `train.bench`."""
 
 from functools import partial
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""The heads: layers by name, sizes as published, what they put out."""
+"""Heads: layers by name, published sizes, outputs."""
 
 from functools import cache, partial
 

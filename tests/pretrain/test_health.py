@@ -1,4 +1,4 @@
-"""Health of representations against NumPy written out, on features that are known to be sound or collapsed."""
+"""Health of representations against plain NumPy, on features known to be healthy or collapsed."""
 
 import json
 from functools import partial

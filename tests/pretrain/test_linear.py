@@ -1,4 +1,4 @@
-"""The linear probe against plain NumPy and scikit-learn, and what may decide its learning rate."""
+"""The linear probe against plain NumPy and scikit-learn; only validation decides its learning rate."""
 
 import jax
 import numpy as np

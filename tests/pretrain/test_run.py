@@ -1,4 +1,4 @@
-"""`python -m pretrain` from end to end: its folder, resuming, evaluation, fine-tuning, every refusal."""
+"""`python -m pretrain` from end to end: its folder, resuming, evaluation, fine-tuning, every error."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""The step of pretraining: every objective on one device and on eight, and each part of it by what it must do."""
+"""The pretraining step: every objective on one device and on eight, and the effect of each part."""
 
 from dataclasses import dataclass, replace
 from functools import cache, partial

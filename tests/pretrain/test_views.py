@@ -1,4 +1,4 @@
-"""Views: what they are composed of and in which order, how they are drawn, and every preset's step as a whole."""
+"""Views: their parts and order, their random draws, and the whole step of every preset."""
 
 from dataclasses import replace
 from functools import partial

@@ -1,6 +1,6 @@
-"""PyTorch's outputs for the parity tests: run `python -m tests.reference.make_golden` writes golden/parity.npz.
+"""PyTorch's outputs for the parity tests: `python -m tests.reference.make_golden` writes golden/parity.npz.
 
-Weights and inputs follow from a net's name alone (`weights`, `batch`), so only PyTorch's answers are stored.
+Weights and inputs depend only on a net's name (`weights`, `batch`), so only PyTorch's outputs are stored.
 """
 
 import zlib

@@ -1,7 +1,7 @@
-"""NT-Xent and its gradient with all similarities at once and block by block: `python -m tests.reference.nt_xent_bench`.
+"""Time NT-Xent and its gradient, whole and in blocks: `python -m tests.reference.nt_xent_bench`.
 
-Both in turns in one process, two views of each example, float32 embeddings. Memory is what XLA sets aside beside
-inputs and outputs. Blocks are those that `contrast` chooses, which are all rows while the batch is small, or --block.
+Both are timed interleaved in one process, with two views of each example and float32 embeddings. Memory is what XLA
+allocates in addition to inputs and outputs. `contrast` chooses the blocks (all rows for small batches), or --block.
 """
 
 import argparse

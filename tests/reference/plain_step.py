@@ -1,7 +1,7 @@
-"""FROZEN: steps as one would first write them in Flax, what `python -m train.bench --gate` holds ours against.
+"""FROZEN: plain Flax steps that `python -m train.bench --gate` compares ours with.
 
-A ResNet-20 (https://arxiv.org/abs/1512.03385 section 4.2) of stock parts, `jax.jit`, optax; nothing of this project.
-Do not make it faster: what counts is the ratio to it, and gate.json holds what that was.
+A ResNet-20 (https://arxiv.org/abs/1512.03385 section 4.2) from stock Flax, `jax.jit` and optax, without code of this
+project. Do not make it faster: the gate compares ratios to it with those in gate.json.
 """
 
 from functools import partial

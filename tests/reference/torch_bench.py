@@ -1,10 +1,10 @@
-"""Our train step beside PyTorch's, interleaved: `python -m tests.reference.torch_bench --result FILE.json`.
+"""Time our train step and PyTorch's, interleaved: `python -m tests.reference.torch_bench --result FILE.json`.
 
-PyTorch runs in a process of its own, so that neither library's threads are in the other's way; the two take turns
-block by block, and each waits while the other works. Both do the same: float32 on CPU, bfloat16 (autocast there) on
+PyTorch runs in a process of its own, so that the threads of the two libraries do not compete; the two alternate block
+by block, and each waits while the other runs. Both do the same: float32 on CPU, bfloat16 (autocast there) on
 GPU; uint8 images to [0, 1], forward in training mode, cross entropy, backward, SGD with momentum; PyTorch in
-channels_last, eager, and with --compiled also by torch.compile. With --keep-memory both keep what they free
-(`train.runtime.keep_memory`).
+channels_last, eager, and with --compiled also by torch.compile. With --keep-memory both keep the memory that they
+free (`train.runtime.keep_memory`).
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""PyTorch twins of `resnet_jax.contrastive`, for parity tests only: written from the papers as their repositories are.
+"""PyTorch twins of `resnet_jax.contrastive`, for parity tests only, written from the papers.
 
 Each takes one process's batch and returns a scalar, the mean over examples; views are lists of [B, D] or [B, K].
 """

@@ -1,6 +1,6 @@
 """Train the CIFAR ResNet-20 of He et al. 2015 (https://arxiv.org/abs/1512.03385) in PyTorch, on a CPU.
 
-The reference for the JAX trainer: same split, order of examples, augmentation and optimisation, written apart from it.
+A reference for the JAX trainer: same split, order of examples, augmentation and optimisation, written independently.
 Needs `torch` and `tensorflow_datasets`; run from the repository root:
 
     python -m tests.reference.torch_train --data-dir ../shared/data --epochs 3 --seed 0 --result FILE.json

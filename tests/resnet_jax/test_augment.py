@@ -1,4 +1,4 @@
-"""Augmentations against plain NumPy, colorsys and Pillow references, and properties that all of them have."""
+"""Augmentations against NumPy, colorsys and Pillow references, and properties that all of them share."""
 
 import colorsys
 import inspect

@@ -1,4 +1,4 @@
-"""Channel pruning: the masked network is the compacted one, for every family; counts, ties and traces of the masks."""
+"""Channel pruning: the compact network equals the masked one for every family; counts, ties and traces of the masks."""
 
 from functools import partial, reduce
 from typing import Any

@@ -1,8 +1,8 @@
-"""The losses of self-supervised learning: the papers' formulas and gradients, symmetries, blocks, all shards' examples.
+"""Self-supervised losses: the papers' formulas and gradients, symmetries, blocks, examples of all shards.
 
-References are float64 NumPy; their gradients are finite differences. A case's arrays
-are [B, ...] by name, views on axis 1, beside what all examples share. Every gradient is that of a weighted mean over
-examples, so that no example may stand for another.
+References are float64 NumPy; their gradients are finite differences. A case has arrays [B, ...] by name, with views on
+axis 1, and arrays that all examples share. Every gradient is that of a weighted mean over examples, so that an example
+that is mixed up with a different one changes it.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""Schedules of masks: literal steps and fractions, and one trace."""
+"""Mask schedules: literal steps and fractions, and one trace."""
 
 import jax
 import jax.numpy as jnp

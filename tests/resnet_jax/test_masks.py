@@ -1,4 +1,4 @@
-"""Masks: literal small arrays with ties, exact counts, the papers' rules by loops, structures, and what is refused."""
+"""Masks: small literal arrays with ties, exact counts, the papers' rules as loops, structures, errors."""
 
 from functools import cache
 

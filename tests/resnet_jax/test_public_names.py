@@ -1,4 +1,4 @@
-"""The public names of the library: all resolve, all are documented where they are defined, and nothing else leaks."""
+"""Every public name of the library resolves and is documented where it is defined; no other names leak."""
 
 import ast
 import types

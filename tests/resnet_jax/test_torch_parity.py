@@ -1,6 +1,6 @@
-"""The same weights give what PyTorch gives: evaluation, every stage, training mode, statistics, gradients.
+"""With the same weights, results equal PyTorch's: evaluation, every stage, training mode, statistics, gradients.
 
-Always against the stored answers of `make_golden.py`; where torch is installed also against the twins, in full.
+The tests always compare with the stored outputs of `make_golden.py`, and with the whole twins if torch is installed.
 """
 
 import importlib.util

@@ -1,4 +1,4 @@
-"""Checkpoints: exact round trips, other device counts, damage, other models, a disk that refuses."""
+"""Checkpoints: exact round trips, different device counts, damage, different models, failing disks."""
 
 import shutil
 

@@ -1,4 +1,4 @@
-"""From a config to the pieces: every field reaches the piece that it is about."""
+"""From a config to its pieces: every field reaches the piece that it describes."""
 
 import dataclasses
 

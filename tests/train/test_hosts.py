@@ -1,4 +1,4 @@
-"""Two processes on this machine, four devices each, as two hosts: one run, the result of a single process."""
+"""Two processes with four devices each, acting as two hosts, give the same result as a single process."""
 
 import json
 import socket

@@ -1,4 +1,4 @@
-"""The loop around any step: what it calls when, how it reports, how it stops."""
+"""The training loop: when it calls hooks, what it reports, how it stops."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Runs that version 0.1 wrote (commit 9ac8e3e): they load, go on, and are what they were."""
+"""Runs written by version 0.1 (commit 9ac8e3e) load, resume, and give the same results."""
 
 import json
 import tarfile

@@ -1,4 +1,4 @@
-"""Models that are no ResNets, and other pieces of one's own, through every pipeline."""
+"""Models other than ResNets, and other pieces of your own, in every pipeline."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""Runs as files to publish."""
+"""Publishing a run: one file, one picture."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""`python -m train` from end to end: the run folder, resuming after a kill, presets, every refusal."""
+"""`python -m train` from end to end: the run folder, resuming after a kill, presets, every error."""
 
 import dataclasses
 import json

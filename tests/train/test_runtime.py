@@ -1,4 +1,4 @@
-"""The compile cache is found again, and the memory that XLA frees stays with the process."""
+"""The compile cache is reused, and the memory that XLA frees stays with the process."""
 
 import subprocess
 import sys

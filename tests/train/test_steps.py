@@ -1,4 +1,4 @@
-"""The supervised step: golden metrics, overfitting, and each option by what it must do."""
+"""The supervised step: golden metrics, overfitting, and the effect of each option."""
 
 from functools import partial
 

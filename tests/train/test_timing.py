@@ -1,4 +1,4 @@
-"""Interleaved timing: whose turn it is, medians and their spread, the interval of a ratio."""
+"""Interleaved timing: the order of measurements, medians and their spread, the interval of a ratio."""
 
 import time
 

@@ -1,4 +1,4 @@
-"""`python -m train.bench` from end to end: what a result holds. How fast anything is, it does not test."""
+"""`python -m train.bench` from end to end: the contents of a result, never speed."""
 
 import json
 import subprocess

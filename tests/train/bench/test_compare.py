@@ -1,4 +1,4 @@
-"""Two configs against each other, and the gate."""
+"""Comparing two configs, and the gate."""
 
 import json
 import time

@@ -1,4 +1,4 @@
-"""The benchmark's flags: what `--versus` takes, and what is refused."""
+"""The benchmark's flags: those of `--versus`, and errors."""
 
 import pytest
 

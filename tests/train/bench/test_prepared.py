@@ -1,4 +1,4 @@
-"""One step made ready: what does not fit or compile is refused, JAX is left as it was; shares of the time."""
+"""A prepared step: errors for steps that do not fit or compile, JAX's settings restored, shares of the time."""
 
 from functools import partial
 

@@ -1,4 +1,4 @@
-"""A workload that compiles at once, for tests of the measuring rather than of what is measured."""
+"""A workload that compiles at once, to test the measuring itself."""
 
 from dataclasses import replace
 

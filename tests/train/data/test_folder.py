@@ -1,4 +1,4 @@
-"""The user's own images: what is found, how it is split, and what is said about everything that is wrong with it."""
+"""Folders of images: which files are found, how they are split, and the message for every fault."""
 
 import io
 

@@ -1,4 +1,4 @@
-"""Image sets: decoding, splitting, prepared TFDS sets and what is said about the ones that cannot be used."""
+"""Image sets: decoding, splitting, prepared TFDS sets and the messages for unusable ones."""
 
 import hashlib
 import io

@@ -1,4 +1,4 @@
-"""What pruning did, counted, timed, printed and drawn."""
+"""Reports of pruning: counts, times, text and pictures."""
 
 import functools
 import json

@@ -1,4 +1,4 @@
-"""`python -m train.prune` from end to end: schedules, scores, structures, what it delivers, resuming, every refusal."""
+"""`python -m train.prune` from end to end: schedules, scores, structures, delivered files, resuming, every error."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""From scores to masks: rounds, shares, what scores are given, statistics measured anew."""
+"""From scores to masks: rounds, sparsities per layer, inputs of the scores, recomputed statistics."""
 
 import dataclasses
 from functools import partial

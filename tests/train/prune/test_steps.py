@@ -1,4 +1,4 @@
-"""Pruning inside the step: the same masks on one device and on eight, and nothing that moves what is pruned."""
+"""Pruning inside the step: the same masks on one device and on eight, and pruned weights that stay zero."""
 
 from functools import partial
 from itertools import pairwise
