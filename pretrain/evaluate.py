@@ -174,7 +174,7 @@ def frozen_worth(config: PretrainConfig, run: Path, dataset: Dataset) -> FrozenA
         partial(feature_step, encoder=encoder, preprocess=eval_augment(config.augment)),
         mesh=mesh,
         donate=False,
-        compiler_options=compiler_options(encoder.dtype, plain=not kernels) or None,
+        compiler_options=compiler_options(encoder.dtype, plain=not kernels),
     )
     extract = Extractor(step, config.eval_batch, mesh, "jit")
     train, validation, test = (extract(variables, dataset.splits[name]) for name in ("train", "validation", "test"))

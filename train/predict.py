@@ -44,7 +44,7 @@ def load(run: str | Path, *, model: nn.Module | None = None, top: int = 5) -> Ca
     variables = jax.tree.map(jnp.asarray, load_state(run).variables)
     preprocess = eval_augment(config.augment)
 
-    @partial(jax.jit, compiler_options=compiler_options(compute_dtype(config.dtype)) or None)
+    @partial(jax.jit, compiler_options=compiler_options(compute_dtype(config.dtype)))
     def probabilities(images: jax.Array) -> jax.Array:
         logits, _ = forward(model, variables, preprocess_batch(preprocess, images))
         return jax.nn.softmax(logits)

@@ -142,11 +142,11 @@ class Session(Generic[Config]):
         # Compile in a separate thread while images are decoded: both release Python's global lock.
         compiler = ThreadPoolExecutor(1)
         try:
-            program = compiled_for(step, compiler_options={**options, **xla_options(config.xla)} or None)
+            program = compiled_for(step, compiler_options={**options, **xla_options(config.xla)})
             shapes = jax.eval_shape(lambda: state)
             tasks = [compile_in(compiler, program, shapes, train_like, pmap=pmap, xla=config.xla)]
             for evaluation, example in evaluations:
-                program = compiled_for(evaluation, donate=False, compiler_options=options or None)
+                program = compiled_for(evaluation, donate=False, compiler_options=options)
                 tasks.append(compile_in(compiler, program, example, eval_like, pmap=pmap))
             began = time.perf_counter()
             self.dataset = read_data(config, self.dataset)
