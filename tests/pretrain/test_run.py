@@ -187,8 +187,8 @@ def test_transfer_says_so(finished, tfds_dir, capsys):
     ("arguments", "message"),
     [
         (["--protocol", "kmeans"], "unknown protocol 'kmeans'"),
-        (["--dir", "somewhere"], "--dir and --image-size belong to a different set: name it with --data"),
-        (["--data", "synthetic"], "synthetic has 3 channels, and"),
+        (["--dir", "somewhere"], "--dir and --image-size apply only to a different set: name it with --data"),
+        (["--data", "synthetic"], "synthetic has 3 channels, but"),
     ],
 )
 def test_evaluation_refuses(finished, fails, arguments, message):
