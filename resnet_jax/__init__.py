@@ -4,141 +4,58 @@ The names in `__all__` are the public interface. Names that would be ambiguous h
 `mix.mix`, `scores.random`, `contrastive.cosine` and `masks.pack`; so do the oneDNN kernels in `resnet_jax.onednn`.
 """
 
+# fmt: off
+# isort: off
 from resnet_jax.augment import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    Augment,
-    augment_batch,
-    center_crop,
-    choose,
-    color_jitter,
-    compose,
-    cutout,
-    gaussian_blur,
-    grayscale,
-    identity,
-    normalize,
-    preprocess_batch,
-    random_crop,
-    random_erasing,
-    random_flip,
-    random_resized_crop,
-    randomly,
-    resize,
-    solarize,
+    IMAGENET_MEAN, IMAGENET_STD, Augment, augment_batch, center_crop, choose, color_jitter, compose, cutout,
+    gaussian_blur, grayscale, identity, normalize, preprocess_batch, random_crop, random_erasing, random_flip,
+    random_resized_crop, randomly, resize, solarize,
 )
 from resnet_jax.auto_augment import rand_augment, trivial_augment
 from resnet_jax.channels import (
-    ChannelGroup,
-    channel_groups,
-    channel_masks,
-    channel_scores,
-    compact,
-    kept_channels,
-    widths_of,
+    ChannelGroup, channel_groups, channel_masks, channel_scores, compact, kept_channels, widths_of,
 )
 from resnet_jax.contrastive import (
-    barlow_twins,
-    byol,
-    dino,
-    enqueue,
-    info_nce,
-    nearest,
-    nt_xent,
-    sinkhorn,
-    sup_con,
-    swav,
-    update_center,
-    vicreg,
+    barlow_twins, byol, dino, enqueue, info_nce, nearest, nt_xent, sinkhorn, sup_con, swav, update_center, vicreg,
 )
 from resnet_jax.keys import example_index, example_keys, step_key
 from resnet_jax.layers import (
-    BatchNorm,
-    CifarPreActStem,
-    CifarStem,
-    DeepStem,
-    DropPath,
-    ImageNetStem,
-    NormAct,
-    PlainProjection,
-    PooledProjection,
-    PreActStem,
-    Projection,
-    SqueezeExcite,
-    Stem,
-    ZeroPad,
+    BatchNorm, CifarPreActStem, CifarStem, DeepStem, DropPath, ImageNetStem, NormAct, PlainProjection, PooledProjection,
+    PreActStem, Projection, SqueezeExcite, Stem, ZeroPad,
 )
 from resnet_jax.losses import LOSSES, sigmoid_cross_entropy, smooth_labels, softmax_cross_entropy
 from resnet_jax.mask_schedules import MaskFn, MaskSchedule, alternating, cubic_sparsity, gradual, rigl
 from resnet_jax.masks import (
-    apply_masks,
-    check_masks,
-    erk_shares,
-    full_masks,
-    kernels_except,
-    make_masks,
-    no_masks,
-    sparsity_of,
+    apply_masks, check_masks, erk_shares, full_masks, kernels_except, make_masks, no_masks, sparsity_of,
 )
 from resnet_jax.mix import cutmix, mixup
 from resnet_jax.parallel import (
-    Mode,
-    all_rows,
-    axis_of,
-    batch_sharding,
-    compile_step,
-    make_mesh,
-    mean_over,
-    place,
-    replicated,
-    shard_batch,
-    sum_over,
-    vary,
+    Mode, all_rows, axis_of, batch_sharding, compile_step, make_mesh, mean_over, place, replicated, shard_batch,
+    sum_over, vary,
 )
 from resnet_jax.resnet import MODELS, BasicBlock, Block, Bottleneck, PreActBlock, PreActBottleneck, ResNet
 from resnet_jax.scores import SCORES, fisher, magnitude, norm_scale, snip, synflow, taylor
 from resnet_jax.torch_weights import from_torch, to_torch
 from resnet_jax.tree import Predicate, count, ema, global_norm, is_head, is_kernel, leaves, map_with_path, select
+# isort: on
 
 __version__ = "0.2.0"
 
-# fmt: off
-__all__ = [  # noqa: RUF022 (by subject)
-    # models
-    "MODELS", "BasicBlock", "Block", "Bottleneck", "PreActBlock", "PreActBottleneck", "ResNet",
-    # parts of models
-    "BatchNorm", "CifarPreActStem", "CifarStem", "DeepStem", "DropPath", "ImageNetStem", "NormAct",
-    "PlainProjection", "PooledProjection", "PreActStem", "Projection", "SqueezeExcite", "Stem", "ZeroPad",
-    # augmentation
-    "IMAGENET_MEAN", "IMAGENET_STD", "Augment", "augment_batch", "center_crop", "choose", "color_jitter", "compose",
-    "cutout", "gaussian_blur", "grayscale", "identity", "normalize", "preprocess_batch", "random_crop",
-    "random_erasing", "random_flip", "random_resized_crop", "randomly", "resize", "solarize",
-    # automatic augmentation
-    "rand_augment", "trivial_augment",
-    # mixing
-    "cutmix", "mixup",
-    # losses
-    "LOSSES", "sigmoid_cross_entropy", "smooth_labels", "softmax_cross_entropy",
-    # self-supervised losses
-    "barlow_twins", "byol", "dino", "enqueue", "info_nce", "nearest", "nt_xent", "sinkhorn", "sup_con", "swav",
-    "update_center", "vicreg",
-    # masks
-    "apply_masks", "check_masks", "erk_shares", "full_masks", "kernels_except", "make_masks", "no_masks",
-    "sparsity_of",
-    # pruning scores
-    "SCORES", "fisher", "magnitude", "norm_scale", "snip", "synflow", "taylor",
-    # mask schedules
-    "MaskFn", "MaskSchedule", "alternating", "cubic_sparsity", "gradual", "rigl",
-    # channel pruning
-    "ChannelGroup", "channel_groups", "channel_masks", "channel_scores", "compact", "kept_channels", "widths_of",
-    # devices
-    "Mode", "all_rows", "axis_of", "batch_sharding", "compile_step", "make_mesh", "mean_over", "place",
-    "replicated", "shard_batch", "sum_over", "vary",
-    # random keys
-    "example_index", "example_keys", "step_key",
-    # parameter trees
-    "Predicate", "count", "ema", "global_norm", "is_head", "is_kernel", "leaves", "map_with_path", "select",
-    # PyTorch weights
-    "from_torch", "to_torch",
+__all__ = [
+    "IMAGENET_MEAN", "IMAGENET_STD", "LOSSES", "MODELS", "SCORES", "Augment", "BasicBlock", "BatchNorm", "Block",
+    "Bottleneck", "ChannelGroup", "CifarPreActStem", "CifarStem", "DeepStem", "DropPath", "ImageNetStem", "MaskFn",
+    "MaskSchedule", "Mode", "NormAct", "PlainProjection", "PooledProjection", "PreActBlock", "PreActBottleneck",
+    "PreActStem", "Predicate", "Projection", "ResNet", "SqueezeExcite", "Stem", "ZeroPad", "all_rows", "alternating",
+    "apply_masks", "augment_batch", "axis_of", "barlow_twins", "batch_sharding", "byol", "center_crop",
+    "channel_groups", "channel_masks", "channel_scores", "check_masks", "choose", "color_jitter", "compact",
+    "compile_step", "compose", "count", "cubic_sparsity", "cutmix", "cutout", "dino", "ema", "enqueue", "erk_shares",
+    "example_index", "example_keys", "fisher", "from_torch", "full_masks", "gaussian_blur", "global_norm", "gradual",
+    "grayscale", "identity", "info_nce", "is_head", "is_kernel", "kept_channels", "kernels_except", "leaves",
+    "magnitude", "make_masks", "make_mesh", "map_with_path", "mean_over", "mixup", "nearest", "no_masks", "norm_scale",
+    "normalize", "nt_xent", "place", "preprocess_batch", "rand_augment", "random_crop", "random_erasing", "random_flip",
+    "random_resized_crop", "randomly", "replicated", "resize", "rigl", "select", "shard_batch", "sigmoid_cross_entropy",
+    "sinkhorn", "smooth_labels", "snip", "softmax_cross_entropy", "solarize", "sparsity_of", "step_key", "sum_over",
+    "sup_con", "swav", "synflow", "taylor", "to_torch", "trivial_augment", "update_center", "vary", "vicreg",
+    "widths_of",
 ]
 # fmt: on

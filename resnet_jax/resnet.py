@@ -57,11 +57,12 @@ class Block(nn.Module):
     widths: Sequence[int] | None = None
 
     expansion = 1
+    kernel_sizes = (3, 3)
 
     @property
     def default_widths(self) -> tuple[int, ...]:
         """Output channels of each convolution before pruning."""
-        raise NotImplementedError
+        return (self.filters,) * (len(self.kernel_sizes) - 1) + (self.filters * self.expansion,)
 
     @property
     def features(self) -> tuple[int, ...]:
@@ -80,38 +81,43 @@ class Block(nn.Module):
         """Whether the shape changes before pruning; a pruned network keeps the kind of its shortcuts."""
         return self.strides > 1 or self.in_channels != self.filters * self.expansion
 
+    def convolutions(self) -> list[tuple[int, int, int]]:
+        """Return (features, kernel size, strides) of each convolution; the first 3x3 has the strides ("V1.5")."""
+        strided = self.kernel_sizes.index(3)
+        strides = [self.strides if i == strided else 1 for i in range(len(self.kernel_sizes))]
+        return list(zip(self.features, self.kernel_sizes, strides, strict=True))
+
     def apply_shortcut(self, x: jax.Array) -> jax.Array:
         """Apply the shortcut, [B, H, W, C] to [B, H / strides, W / strides, features[-1]]."""
         if not self.changes_shape:
             return x
         return self.shortcut(self.features[-1], self.strides, conv=self.conv, norm=self.norm, name="shortcut")(x)
 
-    def apply_attention(self, x: jax.Array) -> jax.Array:
-        return x if self.attention is None else self.attention(dtype=x.dtype, name="attention")(x)
-
-    @property
-    def last_scale(self) -> nn.initializers.Initializer:
-        return nn.initializers.zeros if self.zero_init else nn.initializers.ones
+    def end_branch(self, y: jax.Array, *, train: bool) -> jax.Array:
+        """Apply attention, if any, and stochastic depth, which end the residual branch."""
+        if self.attention is not None:
+            y = self.attention(dtype=y.dtype, name="attention")(y)
+        return self.drop_path(name="drop_path")(y, train=train)
 
 
 class BasicBlock(Block):
-    """Two 3x3 convolutions, https://arxiv.org/abs/1512.03385."""
+    """Two 3x3 convolutions, each followed by a norm, and ReLU between and after: https://arxiv.org/abs/1512.03385."""
 
-    @property
-    def default_widths(self) -> tuple[int, ...]:
-        return self.filters, self.filters
+    groups = 1
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        first, last = self.features
-        y = self.conv(first, 3, self.strides, name="conv1")(x)
-        y = norm_relu(self.norm(name="norm1"), y)
-        y = self.conv(last, 3, name="conv2")(y)
-        y = self.apply_attention(self.norm(name="norm2", scale_init=self.last_scale)(y))
-        return nn.relu(self.apply_shortcut(x) + self.drop_path(name="drop_path")(y, train=train))
+        y, last = x, len(self.kernel_sizes)
+        for i, (features, size, strides) in enumerate(self.convolutions(), start=1):
+            y = self.conv(features, size, strides, groups=self.groups if size > 1 else 1, name=f"conv{i}")(y)
+            if i < last:
+                y = norm_relu(self.norm(name=f"norm{i}"), y)
+        scale_init = nn.initializers.zeros if self.zero_init else nn.initializers.ones
+        y = self.end_branch(self.norm(name=f"norm{last}", scale_init=scale_init)(y), train=train)
+        return nn.relu(self.apply_shortcut(x) + y)
 
 
-class Bottleneck(Block):
+class Bottleneck(BasicBlock):
     """1x1, 3x3 and 1x1 convolutions with the stride on the 3x3 ("V1.5"), like torchvision.
 
     `groups` and `group_width` turn it into ResNeXt (https://arxiv.org/abs/1611.05431) or a wide ResNet
@@ -122,36 +128,21 @@ class Bottleneck(Block):
     group_width: int = 64
 
     expansion = 4
+    kernel_sizes = (1, 3, 1)
 
     @property
     def default_widths(self) -> tuple[int, ...]:
         width = self.filters * self.group_width // 64 * self.groups
         return width, width, self.filters * self.expansion
 
-    @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        first, middle, last = self.features
-        y = self.conv(first, 1, name="conv1")(x)
-        y = norm_relu(self.norm(name="norm1"), y)
-        y = self.conv(middle, 3, self.strides, groups=self.groups, name="conv2")(y)
-        y = norm_relu(self.norm(name="norm2"), y)
-        y = self.conv(last, 1, name="conv3")(y)
-        y = self.apply_attention(self.norm(name="norm3", scale_init=self.last_scale)(y))
-        return nn.relu(self.apply_shortcut(x) + self.drop_path(name="drop_path")(y, train=train))
-
 
 class PreActBlock(Block):
-    """Norm and ReLU before each convolution, and nothing after the sum: https://arxiv.org/abs/1603.05027.
+    """Norm and ReLU before each 3x3 convolution, and nothing after the sum: https://arxiv.org/abs/1603.05027.
 
     The branch ends in a convolution: `zero_init` zeroes its kernel, as a zero scale before a ReLU gets no gradient.
     """
 
     shortcut: ModuleDef = PlainProjection
-    kernel_sizes: Sequence[int] = (3, 3)
-
-    @property
-    def default_widths(self) -> tuple[int, ...]:
-        return (self.filters,) * (len(self.kernel_sizes) - 1) + (self.filters * self.expansion,)
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
@@ -159,26 +150,19 @@ class PreActBlock(Block):
         # A projection takes the activated input; an identity takes the input itself.
         skip = self.apply_shortcut(y) if self.changes_shape else x
         last = len(self.kernel_sizes)
-        for i, (features, size) in enumerate(zip(self.features, self.kernel_sizes, strict=True), start=1):
-            strides = self.strides if i == self.stride_index else 1
+        for i, (features, size, strides) in enumerate(self.convolutions(), start=1):
             zero = {"kernel_init": nn.initializers.zeros} if self.zero_init and i == last else {}
             y = self.conv(features, size, strides, name=f"conv{i}", **zero)(y)
             if i < last:
                 y = norm_relu(self.norm(name=f"norm{i + 1}"), y)
-        return skip + self.drop_path(name="drop_path")(self.apply_attention(y), train=train)
-
-    @property
-    def stride_index(self) -> int:
-        """Number of the convolution that has the stride, counted from 1: the first 3x3."""
-        return list(self.kernel_sizes).index(3) + 1
+        return skip + self.end_branch(y, train=train)
 
 
 class PreActBottleneck(PreActBlock):
     """Pre-activation bottleneck with the stride on the 3x3, https://arxiv.org/abs/1603.05027."""
 
-    kernel_sizes: Sequence[int] = (1, 3, 1)
-
     expansion = 4
+    kernel_sizes = (1, 3, 1)
 
 
 def split_widths(widths: Sequence[int] | None, blocks: int) -> tuple[int | None, list[Sequence[int] | None]]:
@@ -301,62 +285,37 @@ STAGES: dict[int, tuple[tuple[int, ...], ModuleDef]] = {
     101: ((3, 4, 23, 3), Bottleneck),
     152: ((3, 8, 36, 3), Bottleneck),
 }
-PREACT: dict[ModuleDef, ModuleDef] = {BasicBlock: PreActBlock, Bottleneck: PreActBottleneck}
-
-# Three stages of 2n + 2n + 2n layers for 32x32 images, https://arxiv.org/abs/1512.03385 section 4.2.
-cifar_resnet = partial(ResNet, num_classes=10, width=16, stem=CifarStem)
-cifar_preact = partial(cifar_resnet, stem=CifarPreActStem, final=NormAct)
-CIFAR_DEPTHS = (8, 20, 32, 44, 56, 110)
-
-
-def wide_resnet(depth: int, factor: int) -> ModuleDef:
-    """Return WRN-`depth`-`factor` for 32x32 images, https://arxiv.org/abs/1605.07146."""
-    return partial(
-        cifar_preact, stage_sizes=((depth - 4) // 6,) * 3, block=PreActBlock, width=16 * factor, stem_width=16
-    )
-
 
 MODELS: dict[str, ModuleDef] = {
-    **{f"resnet{d}": partial(ResNet, sizes, block) for d, (sizes, block) in STAGES.items()},
-    **{
-        f"resnet{d}d": partial(ResNet, sizes, partial(block, shortcut=PooledProjection), stem=DeepStem)
-        for d, (sizes, block) in STAGES.items()
-    },
-    **{
-        f"seresnet{d}": partial(ResNet, sizes, partial(block, attention=SqueezeExcite))
-        for d, (sizes, block) in STAGES.items()
-    },
-    **{
-        f"preact_resnet{d}": partial(ResNet, sizes, PREACT[block], stem=PreActStem, final=NormAct)
-        for d, (sizes, block) in STAGES.items()
-    },
+    # https://arxiv.org/abs/1611.05431
     "resnext50_32x4d": partial(ResNet, (3, 4, 6, 3), partial(Bottleneck, groups=32, group_width=4)),
     "resnext101_32x8d": partial(ResNet, (3, 4, 23, 3), partial(Bottleneck, groups=32, group_width=8)),
+    # https://arxiv.org/abs/1605.07146
     "wide_resnet50_2": partial(ResNet, (3, 4, 6, 3), partial(Bottleneck, group_width=128)),
     "wide_resnet101_2": partial(ResNet, (3, 4, 23, 3), partial(Bottleneck, group_width=128)),
-    **{
-        f"resnet{d}": partial(cifar_resnet, ((d - 2) // 6,) * 3, partial(BasicBlock, shortcut=ZeroPad))
-        for d in CIFAR_DEPTHS
-    },
-    **{f"preact_resnet{d}": partial(cifar_preact, ((d - 2) // 6,) * 3, PreActBlock) for d in CIFAR_DEPTHS},
-    **{
-        f"resnet{d}_cifar": partial(ResNet, sizes, block, num_classes=10, stem=CifarStem)
-        for d, (sizes, block) in STAGES.items()
-    },
-    **{
-        f"seresnet{d}_cifar": partial(
-            ResNet, sizes, partial(block, attention=SqueezeExcite), num_classes=10, stem=CifarStem
-        )
-        for d, (sizes, block) in STAGES.items()
-    },
-    **{
-        f"preact_resnet{d}_cifar": partial(
-            ResNet, sizes, PREACT[block], num_classes=10, stem=CifarPreActStem, final=NormAct
-        )
-        for d, (sizes, block) in STAGES.items()
-    },
-    "wrn_16_4": wide_resnet(16, 4),
-    "wrn_28_10": wide_resnet(28, 10),
-    "wrn_40_2": wide_resnet(40, 2),
 }
 """Published networks by name: callables that take fields of `ResNet` as keywords and return a `ResNet`."""
+
+for d, (sizes, block) in STAGES.items():
+    squeezed = partial(block, attention=SqueezeExcite)
+    preact = partial(ResNet, sizes, PreActBlock if block is BasicBlock else PreActBottleneck, final=NormAct)
+    cifar = {"num_classes": 10, "stem": CifarStem}
+    MODELS |= {
+        f"resnet{d}": partial(ResNet, sizes, block),
+        f"resnet{d}d": partial(ResNet, sizes, partial(block, shortcut=PooledProjection), stem=DeepStem),
+        f"seresnet{d}": partial(ResNet, sizes, squeezed),
+        f"preact_resnet{d}": partial(preact, stem=PreActStem),
+        f"resnet{d}_cifar": partial(ResNet, sizes, block, **cifar),
+        f"seresnet{d}_cifar": partial(ResNet, sizes, squeezed, **cifar),
+        f"preact_resnet{d}_cifar": partial(preact, num_classes=10, stem=CifarPreActStem),
+    }
+
+# Three stages for 32x32 images, https://arxiv.org/abs/1512.03385 section 4.2 and https://arxiv.org/abs/1605.07146.
+small = partial(ResNet, num_classes=10, width=16, stem=CifarStem)
+small_preact = partial(small, block=PreActBlock, stem=CifarPreActStem, final=NormAct)
+for d in (8, 20, 32, 44, 56, 110):
+    sizes = ((d - 2) // 6,) * 3
+    MODELS[f"resnet{d}"] = partial(small, sizes, partial(BasicBlock, shortcut=ZeroPad))
+    MODELS[f"preact_resnet{d}"] = partial(small_preact, sizes)
+for d, factor in ((16, 4), (28, 10), (40, 2)):
+    MODELS[f"wrn_{d}_{factor}"] = partial(small_preact, ((d - 4) // 6,) * 3, width=16 * factor, stem_width=16)
