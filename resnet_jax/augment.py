@@ -22,6 +22,7 @@ Image = jax.Array
 Augment = Callable[[Key, Image], Image]
 """A pure function `(key, image) -> image` of a typed key and a float32 image [H, W, C]."""
 Size = int | tuple[int, int]
+Range = tuple[float, float]
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 """Channel means of ImageNet's training images in [0, 1]."""
@@ -112,9 +113,7 @@ def normalize(mean: float | Sequence[float] = IMAGENET_MEAN, std: float | Sequen
 
 
 def random_crop(padding: int = 4, *, mode: str = "constant") -> Augment:
-    """Pad each side by `padding` pixels (`mode` "constant" means zeros, or "reflect"), then crop [H, W, C] randomly."""
-    if mode not in ("constant", "reflect"):
-        raise ValueError(f"mode must be 'constant' or 'reflect', got {mode!r}")
+    """Pad each side by `padding` pixels (`mode` is that of `jnp.pad`; "constant" means zeros), then crop randomly."""
 
     def augment(key: Key, image: Image) -> Image:
         padded = jnp.pad(image, ((padding, padding), (padding, padding), (0, 0)), mode=mode)
@@ -145,23 +144,16 @@ def center_crop(size: Size) -> Augment:
 
 def resize(size: Size, *, antialias: bool = True) -> Augment:
     """Resample [H, W, C] bilinearly to `size` (int for a square, or (h, w)); `antialias` averages when downsampling."""
-    height, width = _pair(size)
 
     def augment(key: Key, image: Image) -> Image:
         del key
-        rows = _resampling(image.shape[0], 0.0, float(image.shape[0]), height, antialias)
-        columns = _resampling(image.shape[1], 0.0, float(image.shape[1]), width, antialias)
-        return _resample(image, rows, columns)
+        return _resample(image, (image.shape[0], image.shape[1], 0, 0), size, antialias)
 
     return augment
 
 
 def random_resized_crop(
-    size: Size,
-    *,
-    scale: tuple[float, float] = (0.08, 1.0),
-    ratio: tuple[float, float] = (3 / 4, 4 / 3),
-    antialias: bool = False,
+    size: Size, *, scale: Range = (0.08, 1.0), ratio: Range = (3 / 4, 4 / 3), antialias: bool = False
 ) -> Augment:
     """Crop a random box and resample it bilinearly to `size` (int or (h, w)): https://arxiv.org/abs/1409.4842.
 
@@ -169,22 +161,14 @@ def random_resized_crop(
     `ratio`. If none of ten draws fits, it is the largest central box that respects `ratio`, as in torchvision. Without
     `antialias`, downsampling skips pixels.
     """
-    height, width = _pair(size)
 
     def augment(key: Key, image: Image) -> Image:
         rows, columns = image.shape[:2]
-        fallback_height = min(rows, round(columns / ratio[0]))
-        fallback_width = min(columns, round(rows * ratio[1]))
-        box_height, box_width, top, left, fits = _random_box(key, rows, columns, scale, ratio)
-        box_height = jnp.where(fits, box_height, fallback_height)
-        box_width = jnp.where(fits, box_width, fallback_width)
-        top = jnp.where(fits, top, (rows - fallback_height) // 2)
-        left = jnp.where(fits, left, (columns - fallback_width) // 2)
-        return _resample(
-            image,
-            _resampling(rows, top, box_height, height, antialias),
-            _resampling(columns, left, box_width, width, antialias),
-        )
+        height, width = min(rows, round(columns / ratio[0])), min(columns, round(rows * ratio[1]))
+        central = height, width, (rows - height) // 2, (columns - width) // 2
+        box, fits = _random_box(key, rows, columns, scale, ratio)
+        box = [jnp.where(fits, value, fallback) for value, fallback in zip(box, central, strict=True)]
+        return _resample(image, box, size, antialias)
 
     return augment
 
@@ -197,10 +181,8 @@ def _uniform(key: Key, shape: tuple[int, ...], low: ArrayLike, high: ArrayLike) 
     return jax.random.uniform(key, shape, jnp.float32, low, high)
 
 
-def _random_box(
-    key: Key, rows: int, columns: int, scale: tuple[float, float], ratio: tuple[float, float]
-) -> tuple[jax.Array, ...]:
-    """Draw ten boxes and return the first that fits: height, width, top, left (whole numbers, float32) and `fits`."""
+def _random_box(key: Key, rows: int, columns: int, scale: Range, ratio: Range) -> tuple[list[jax.Array], jax.Array]:
+    """Draw ten boxes and return [height, width, top, left] (whole float32) of the first that fits, and `fits`."""
     area_key, ratio_key, place_key = jax.random.split(key, 3)
     area = rows * columns * _uniform(area_key, (10,), *scale)
     aspect = jnp.exp(_uniform(ratio_key, (10,), math.log(ratio[0]), math.log(ratio[1])))
@@ -210,21 +192,25 @@ def _random_box(
     height, width = heights[first], widths[first]
     down, right = _uniform(place_key, (2,), 0.0, 1.0)
     top, left = jnp.floor(down * (rows - height + 1)), jnp.floor(right * (columns - width + 1))
-    return height, width, top, left, fitting[first]
+    return [height, width, top, left], fitting[first]
 
 
-def _resampling(length: int, start: jax.Array | float, extent: jax.Array | float, size: int, antialias: bool):
-    """Return a matrix [size, length] that resamples pixels [start, start + extent) bilinearly; rows sum to one."""
-    step = extent / size
-    center = (start + (jnp.arange(size, dtype=jnp.float32) + 0.5) * step - 0.5)[:, None]
-    pixel = jnp.arange(length, dtype=jnp.float32)[None]
-    weights = jnp.maximum(0.0, 1 - jnp.abs(pixel - center) / (jnp.maximum(step, 1.0) if antialias else 1.0))
-    # Dropping pixels outside the box and renormalizing is the same as repeating its edge.
-    weights = jnp.where((pixel >= start) & (pixel < start + extent), weights, 0.0)
-    return weights / jnp.sum(weights, axis=1, keepdims=True)
+def _resample(image: Image, box: Sequence[ArrayLike], size: Size, antialias: bool) -> Image:
+    """Resample a box (height, width, top, left) of the image bilinearly to `size`."""
+    height, width, top, left = box
 
+    def weights(length: int, start: Any, extent: Any, size: int) -> jax.Array:
+        """Return a matrix [size, length] that resamples pixels [start, start + extent); rows sum to one."""
+        step = extent / size
+        center = (start + (jnp.arange(size, dtype=jnp.float32) + 0.5) * step - 0.5)[:, None]
+        pixel = jnp.arange(length, dtype=jnp.float32)[None]
+        near = jnp.maximum(0.0, 1 - jnp.abs(pixel - center) / (jnp.maximum(step, 1.0) if antialias else 1.0))
+        # Dropping pixels outside the box and renormalizing is the same as repeating its edge.
+        near = jnp.where((pixel >= start) & (pixel < start + extent), near, 0.0)
+        return near / jnp.sum(near, axis=1, keepdims=True)
 
-def _resample(image: Image, rows: jax.Array, columns: jax.Array) -> Image:
+    rows = weights(image.shape[0], top, height, _pair(size)[0])
+    columns = weights(image.shape[1], left, width, _pair(size)[1])
     # The default precision on accelerators would round pixels to 8 bits of mantissa.
     image = jnp.einsum("xw,hwc->xhc", columns, image, precision="highest")
     return jnp.einsum("yh,xhc->yxc", rows, image, precision="highest")
@@ -247,11 +233,7 @@ def cutout(size: Size = 16, *, p: float = 1.0, fill: float = 0.0) -> Augment:
 
 
 def random_erasing(
-    *,
-    p: float = 0.5,
-    scale: tuple[float, float] = (0.02, 0.33),
-    ratio: tuple[float, float] = (0.3, 3.3),
-    value: float = 0.0,
+    *, p: float = 0.5, scale: Range = (0.02, 0.33), ratio: Range = (0.3, 3.3), value: float = 0.0
 ) -> Augment:
     """With probability `p`, fill a random box inside the image: https://arxiv.org/abs/1708.04896.
 
@@ -261,8 +243,8 @@ def random_erasing(
 
     def augment(key: Key, image: Image) -> Image:
         rows, columns = image.shape[:2]
-        height, width, top, left, fits = _random_box(key, rows, columns, scale, ratio)
-        return jnp.where(fits & _box(rows, columns, height, width, top, left), value, image)
+        box, fits = _random_box(key, rows, columns, scale, ratio)
+        return jnp.where(fits & _box(rows, columns, *box), value, image)
 
     return randomly(augment, p)
 
@@ -332,7 +314,7 @@ def solarize(threshold: float = 0.5, *, p: float = 0.2) -> Augment:
     return randomly(lambda key, image: invert_above(image, threshold), p)
 
 
-def gaussian_blur(sigma: tuple[float, float] = (0.1, 2.0), *, kernel_size: int | None = None) -> Augment:
+def gaussian_blur(sigma: Range = (0.1, 2.0), *, kernel_size: int | None = None) -> Augment:
     """Blur [H, W, C] with a Gaussian of standard deviation uniform in `sigma` (pixels), reflecting at the border.
 
     `kernel_size` is odd; by default it is about a tenth of the image height and at least 3, as in

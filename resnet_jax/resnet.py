@@ -6,7 +6,7 @@ torchvision's (V1.5). Members of the family differ only in blocks, stems, shortc
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -57,7 +57,7 @@ class Block(nn.Module):
     widths: Sequence[int] | None = None
 
     expansion = 1
-    kernel_sizes = (3, 3)
+    kernel_sizes: ClassVar[tuple[int, ...]] = (3, 3)
 
     @property
     def default_widths(self) -> tuple[int, ...]:
@@ -278,7 +278,7 @@ class ResNet(nn.Module):
 
 
 # Stage sizes and blocks of four-stage networks by depth, https://arxiv.org/abs/1512.03385 table 1.
-STAGES: dict[int, tuple[tuple[int, ...], ModuleDef]] = {
+STAGES: dict[int, tuple[tuple[int, ...], type[BasicBlock]]] = {
     18: ((2, 2, 2, 2), BasicBlock),
     34: ((3, 4, 6, 3), BasicBlock),
     50: ((3, 4, 6, 3), Bottleneck),
@@ -299,7 +299,7 @@ MODELS: dict[str, ModuleDef] = {
 for d, (sizes, block) in STAGES.items():
     squeezed = partial(block, attention=SqueezeExcite)
     preact = partial(ResNet, sizes, PreActBlock if block is BasicBlock else PreActBottleneck, final=NormAct)
-    cifar = {"num_classes": 10, "stem": CifarStem}
+    cifar: dict[str, Any] = {"num_classes": 10, "stem": CifarStem}
     MODELS |= {
         f"resnet{d}": partial(ResNet, sizes, block),
         f"resnet{d}d": partial(ResNet, sizes, partial(block, shortcut=PooledProjection), stem=DeepStem),
