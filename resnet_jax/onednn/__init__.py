@@ -6,9 +6,9 @@ to rounding, the same outputs, statistics and gradients as the plain network. on
 of the installed jaxlib. This needs Linux, a C++ compiler, and oneDNN 3 with its headers, which are installed with this
 project on x86; elsewhere use conda-forge's `onednn` or Debian's `libdnnl-dev`.
 
-`jit`, `grad`, `vmap` (sequential over examples), `pmap` and `shard_map` work. Second derivatives work for the
-convolution only. Forward mode (`jax.jvp`, `jax.linearize`) raises an error, and under `jit` XLA cannot partition the
-work over several devices; use the plain modules in these cases and for a network that is to be exported.
+`jit`, `grad`, `vmap` (sequential over examples), `pmap` and `shard_map` work. Second derivatives and forward mode
+(`jax.jvp`, `jax.linearize`) raise an error, and under `jit` XLA cannot partition the work over several devices; use the
+plain modules in these cases and for a network that is to be exported.
 """
 
 from resnet_jax.onednn.convolution import Conv as Conv

@@ -1,7 +1,7 @@
-"""Convolution and its gradients, which are differentiable any number of times."""
+"""Convolution and its gradients."""
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -30,15 +30,6 @@ class Conv(nn.Module):
         return convolution(x, kernel, strides=self.strides, groups=self.groups)
 
 
-class Geometry(NamedTuple):
-    """Geometry of a convolution that the shapes of its operands do not determine."""
-
-    size: tuple[int, int]
-    kernel_size: tuple[int, int]
-    strides: int
-    groups: int
-
-
 def convolution(images: jax.Array, kernel: jax.Array, *, strides: int = 1, groups: int = 1) -> jax.Array:
     """Convolve images [B, H, W, C] with a kernel [h, w, C / groups, K].
 
@@ -55,49 +46,37 @@ def convolution(images: jax.Array, kernel: jax.Array, *, strides: int = 1, group
         raise ValueError(f"cannot convolve images of shape {images.shape} with a kernel of shape {kernel.shape}")
     if images.dtype != kernel.dtype or images.dtype not in DTYPES:
         raise TypeError(f"oneDNN convolves float32 or bfloat16, got {images.dtype} images and a {kernel.dtype} kernel")
-    (_, rows, columns, channels), (height, width, inputs, outputs) = images.shape, kernel.shape
+    channels, (*_, inputs, outputs) = images.shape[3], kernel.shape
     if channels != inputs * groups or outputs % groups:
         raise ValueError(f"{channels} channels in {groups} groups do not fit a kernel {kernel.shape}")
-    return _convolution(Geometry((rows, columns), (height, width), strides, groups), images, kernel)
+    return _convolution(images, kernel, strides, groups)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _convolution(geometry: Geometry, images: jax.Array, kernel: jax.Array) -> jax.Array:
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _convolution(images: jax.Array, kernel: jax.Array, strides: int, groups: int) -> jax.Array:
     rows, columns = (
-        (size + 2 * ((window - 1) // 2) - window) // geometry.strides + 1
-        for size, window in zip(geometry.size, geometry.kernel_size, strict=True)
+        (size + 2 * ((window - 1) // 2) - window) // strides + 1
+        for size, window in zip(images.shape[1:3], kernel.shape[:2], strict=True)
     )
-    return _call("convolution", geometry, images, kernel, (images.shape[0], rows, columns, kernel.shape[3]))
+    shape = (images.shape[0], rows, columns, kernel.shape[3])
+    return _call("convolution", shape, images, kernel, strides, groups)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _input_gradient(geometry: Geometry, kernel: jax.Array, gradient: jax.Array) -> jax.Array:
-    shape = (gradient.shape[0], *geometry.size, kernel.shape[2] * geometry.groups)
-    return _call("input_gradient", geometry, kernel, gradient, shape)
+def _forward(images: jax.Array, kernel: jax.Array, strides: int, groups: int) -> Any:
+    return _convolution(images, kernel, strides, groups), (images, kernel)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _weight_gradient(geometry: Geometry, images: jax.Array, gradient: jax.Array) -> jax.Array:
-    shape = (*geometry.kernel_size, images.shape[3] // geometry.groups, gradient.shape[3])
-    return _call("weight_gradient", geometry, images, gradient, shape)
+def _backward(strides: int, groups: int, saved: tuple[jax.Array, jax.Array], gradient: jax.Array) -> Any:
+    images, kernel = saved
+    return (
+        _call("input_gradient", images.shape, kernel, gradient, strides, groups),
+        _call("weight_gradient", kernel.shape, images, gradient, strides, groups),
+    )
 
 
-def _call(name: str, geometry: Geometry, a: jax.Array, b: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    numbers = {"stride": np.int64(geometry.strides), "groups": np.int64(geometry.groups)}
-    (y,) = call(name, (jax.ShapeDtypeStruct(shape, a.dtype),), a, b, **numbers)
-    return y
+_convolution.defvjp(_forward, _backward)
 
 
-# A convolution is linear in each operand, so the gradients of these three functions are again among the three.
-_convolution.defvjp(
-    lambda geometry, images, kernel: (_convolution(geometry, images, kernel), (images, kernel)),
-    lambda geometry, saved, ct: (_input_gradient(geometry, saved[1], ct), _weight_gradient(geometry, saved[0], ct)),
-)
-_input_gradient.defvjp(
-    lambda geometry, kernel, gradient: (_input_gradient(geometry, kernel, gradient), (kernel, gradient)),
-    lambda geometry, saved, ct: (_weight_gradient(geometry, ct, saved[1]), _convolution(geometry, ct, saved[0])),
-)
-_weight_gradient.defvjp(
-    lambda geometry, images, gradient: (_weight_gradient(geometry, images, gradient), (images, gradient)),
-    lambda geometry, saved, ct: (_input_gradient(geometry, ct, saved[1]), _convolution(geometry, saved[0], ct)),
-)
+def _call(name: str, shape: tuple[int, ...], a: jax.Array, b: jax.Array, strides: int, groups: int) -> jax.Array:
+    result = jax.ShapeDtypeStruct(shape, a.dtype)
+    return call(name, [result], a, b, stride=np.int64(strides), groups=np.int64(groups))[0]

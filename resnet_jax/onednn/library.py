@@ -21,7 +21,7 @@ from resnet_jax.parallel import varying_axes
 
 DTYPES = (jnp.float32, jnp.bfloat16)
 SOURCE = Path(__file__).with_name("handlers.cc")
-HANDLERS = (
+HANDLERS = [
     "convolution",
     "input_gradient",
     "weight_gradient",
@@ -29,7 +29,8 @@ HANDLERS = (
     "norm_gradient",
     "max_pool",
     "max_pool_gradient",
-)
+]
+TARGET = "resnet_jax_onednn_{}"  # the name of a handler in XLA
 
 
 class Unavailable(RuntimeError):
@@ -38,7 +39,7 @@ class Unavailable(RuntimeError):
 
 def call(name: str, results: Sequence[Any], *operands: jax.Array, **numbers: Any) -> Sequence[jax.Array]:
     """Call a handler; `results` are the shapes of its results, `numbers` its attributes as NumPy scalars."""
-    outputs = jax.ffi.ffi_call(_target(name), tuple(results), vmap_method="sequential")(*operands, **numbers)
+    outputs = jax.ffi.ffi_call(TARGET.format(name), tuple(results), vmap_method="sequential")(*operands, **numbers)
     # Under shard_map, results vary over all axes of the operands, which the FFI call does not declare.
     axes = frozenset().union(*map(varying_axes, operands))
 
@@ -61,11 +62,6 @@ def workspace(name: str, x: jax.Array | jax.ShapeDtypeStruct) -> int:
     return size
 
 
-def _target(name: str) -> str:
-    """Return the name of a handler in XLA."""
-    return f"resnet_jax_onednn_{name}"
-
-
 def cache_folder() -> Path:
     """Return the folder for files that can be rebuilt: resnet-jax in XDG_CACHE_HOME, or in ~/.cache."""
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "resnet-jax"
@@ -79,8 +75,7 @@ def load() -> ctypes.CDLL:
     Raises:
       Unavailable: this is not Linux, the compiler or oneDNN is missing, or they are incompatible.
     """
-    result = _load_once()
-    if isinstance(result, Unavailable):
+    if isinstance(result := _load(), Unavailable):
         raise Unavailable(*result.args)
     return result
 
@@ -95,24 +90,18 @@ def check(dtype: Any) -> None:
 
 
 @cache
-def _load_once() -> ctypes.CDLL | Unavailable:
+def _load() -> ctypes.CDLL | Unavailable:
     """Return the handlers, or the error; failures are cached too."""
+    if sys.platform != "linux":
+        return Unavailable("the oneDNN kernels need Linux")
     try:
-        return _load()
+        handlers = ctypes.CDLL(str(_compiled_library(*_find_library())))
     except Unavailable as error:
         return error
-
-
-def _load() -> ctypes.CDLL:
-    if sys.platform != "linux":
-        raise Unavailable("the oneDNN kernels need Linux")
-    include, library = _find_library()
-    try:
-        handlers = ctypes.CDLL(str(_compiled_library(include, library)))
     except OSError as error:
-        raise Unavailable(f"cannot load the compiled handlers.cc: {error}") from None
+        return Unavailable(f"cannot load the compiled handlers.cc: {error}")
     for name in HANDLERS:
-        jax.ffi.register_ffi_target(_target(name), jax.ffi.pycapsule(getattr(handlers, name)), platform="cpu")
+        jax.ffi.register_ffi_target(TARGET.format(name), jax.ffi.pycapsule(getattr(handlers, name)), platform="cpu")
     for size in (handlers.norm_workspace, handlers.max_pool_workspace):
         size.argtypes, size.restype = [*[ctypes.c_int64] * 4, ctypes.c_bool], ctypes.c_int64
     return handlers
@@ -133,15 +122,10 @@ def _find_library() -> tuple[Path, Path]:
 
 
 def _compiled_library(include: Path, library: Path) -> Path:
+    """Return the compiled `handlers.cc`, whose name depends on everything that it was compiled from."""
     stat = library.stat()
-    inputs: list[Any] = [
-        SOURCE.read_text(),
-        metadata.version("jaxlib"),
-        jax.ffi.include_dir(),
-        str(include),
-        str(library),
-    ]
-    inputs += [stat.st_size, stat.st_mtime_ns]
+    paths = (jax.ffi.include_dir(), str(include), str(library))
+    inputs = (SOURCE.read_text(), metadata.version("jaxlib"), *paths, stat.st_size, stat.st_mtime_ns)
     name = f"onednn-{hashlib.sha256(repr(inputs).encode()).hexdigest()[:16]}.so"
     try:
         target = cache_folder() / name

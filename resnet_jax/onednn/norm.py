@@ -48,8 +48,7 @@ def batch_norm(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Normalize [B, H, W, C] over all axes except channels; return (y, mean [C], biased variance [C]).
 
-    `x` is float32 or bfloat16; everything else is float32. Gradients flow through `y` only, and have no gradient
-    themselves.
+    `x` is float32 or bfloat16; everything else is float32. Gradients flow through `y` only.
 
     Raises:
       Unavailable: see `library.load`.
@@ -81,16 +80,11 @@ def _forward(statics: tuple[float, bool], x: jax.Array, scale: jax.Array, bias: 
     return (y, mean, var, kept), (x, scale, mean, var, kept)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _gradient(statics: tuple[float, bool], *operands: jax.Array) -> Any:
-    (epsilon, relu), (x, scale) = statics, operands[:2]
-    results = tuple(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (x, scale, scale))
-    return call("norm_gradient", results, *operands, epsilon=np.float32(epsilon), relu=np.bool_(relu))
+def _backward(statics: tuple[float, bool], saved: tuple[jax.Array, ...], cotangents: Any) -> Any:
+    (epsilon, relu), (x, scale) = statics, saved[:2]
+    results = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (x, scale, scale)]
+    gradients = call("norm_gradient", results, *saved, cotangents[0], epsilon=np.float32(epsilon), relu=np.bool_(relu))
+    return tuple(gradients)
 
 
-def _no_second(statics: Any, saved: Any, cotangents: Any) -> Any:
-    raise NotImplementedError("oneDNN's norm has no second derivative: build the network with the plain kernels")
-
-
-_norm.defvjp(_forward, lambda statics, saved, cotangents: _gradient(statics, *saved, cotangents[0]))
-_gradient.defvjp(lambda statics, *operands: (_gradient(statics, *operands), None), _no_second)
+_norm.defvjp(_forward, _backward)

@@ -11,8 +11,7 @@ from resnet_jax.onednn.library import DTYPES, call, workspace
 def max_pool(x: jax.Array) -> jax.Array:
     """Max-pool 3x3 with stride 2, [B, H, W, C] to [B, ceil(H / 2), ceil(W / 2), C], float32 or bfloat16.
 
-    Equals `layers.max_pool`. Ties pass the gradient to the first maximum, as in XLA. The gradient has no gradient
-    itself.
+    Equals `layers.max_pool`. Ties pass the gradient to the first maximum, as in XLA.
 
     Raises:
       Unavailable: see `library.load`.
@@ -42,18 +41,7 @@ def _forward(x: jax.Array) -> Any:
 
 def _backward(saved: Any, cotangents: Any) -> Any:
     kept, like = saved
-    return (_gradient(like, kept, cotangents[0]),)
-
-
-@jax.custom_vjp
-def _gradient(like: jax.Array, kept: jax.Array, g: jax.Array) -> jax.Array:
-    (x,) = call("max_pool_gradient", (jax.ShapeDtypeStruct(like.shape[1:], like.dtype),), kept, g)
-    return x
-
-
-def _no_second(saved: Any, cotangents: Any) -> Any:
-    raise NotImplementedError("oneDNN's max-pool has no second derivative: build the network with the plain kernels")
+    return tuple(call("max_pool_gradient", [jax.ShapeDtypeStruct(like.shape[1:], like.dtype)], kept, cotangents[0]))
 
 
 _max_pool.defvjp(_forward, _backward)
-_gradient.defvjp(lambda *operands: (_gradient(*operands), None), _no_second)
