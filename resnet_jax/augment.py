@@ -314,20 +314,14 @@ def solarize(threshold: float = 0.5, *, p: float = 0.2) -> Augment:
     return randomly(lambda key, image: invert_above(image, threshold), p)
 
 
-def gaussian_blur(sigma: Range = (0.1, 2.0), *, kernel_size: int | None = None) -> Augment:
+def gaussian_blur(sigma: Range = (0.1, 2.0)) -> Augment:
     """Blur [H, W, C] with a Gaussian of standard deviation uniform in `sigma` (pixels), reflecting at the border.
 
-    `kernel_size` is odd; by default it is about a tenth of the image height and at least 3, as in
-    https://arxiv.org/abs/2002.05709.
-
-    Raises:
-      ValueError: `kernel_size` is even.
+    The kernel covers about a tenth of the image height, at least 3 pixels, as in https://arxiv.org/abs/2002.05709.
     """
-    if kernel_size is not None and kernel_size % 2 == 0:
-        raise ValueError(f"kernel_size must be odd, got {kernel_size}")
 
     def augment(key: Key, image: Image) -> Image:
-        radius = max(1, image.shape[0] // 20) if kernel_size is None else kernel_size // 2
+        radius = max(1, image.shape[0] // 20)
         weights = jnp.exp(-0.5 * (jnp.arange(-radius, radius + 1) / _uniform(key, (), *sigma)) ** 2)
         weights = weights / jnp.sum(weights)
         padded = jnp.pad(image, ((radius, radius), (radius, radius), (0, 0)), mode="reflect")

@@ -19,28 +19,29 @@ _RAND = _WIDE | {
     "brightness": 0.9, "color": 0.9, "contrast": 0.9, "sharpness": 0.9, "posterize": 4.0,
 }  # fmt: skip
 _OPS = tuple(_WIDE)
+BINS = 31  # strengths, from 0 to the maximum
 _SIGNED = np.array([op not in ("posterize", "solarize") for op in _OPS])
 _FAMILY = np.array([0, 1, 1, 1, 1, 1, 2, 2, 2, 2, 3, 4, 5, 6])  # index into the branches of `_apply_op`
 
 
-def trivial_augment(*, num_bins: int = 31, fill: float = 0.0) -> Augment:
-    """Apply one of 14 operations at one of `num_bins` strengths, both drawn uniformly (TrivialAugmentWide).
+def trivial_augment() -> Augment:
+    """Apply one of 14 operations at one of 31 strengths, both drawn uniformly (TrivialAugmentWide).
 
     https://arxiv.org/abs/2103.10158, with torchvision's ranges. C is 1 or 3. Geometric operations use the nearest
-    pixel, and `fill` outside the image; posterize and equalize round to 8 bits and have no gradient. Under vmap, every
+    pixel, and 0 outside the image; posterize and equalize round to 8 bits and have no gradient. Under vmap, every
     family of operations is computed for every image.
     """
 
     def augment(key: Key, image: Image) -> Image:
         level_key, key = jax.random.split(key)
-        level = jax.random.randint(level_key, (), 0, num_bins) / (num_bins - 1)
-        return _random_op(key, image, _WIDE, level, fill)
+        level = jax.random.randint(level_key, (), 0, BINS) / (BINS - 1)
+        return _random_op(key, image, _WIDE, level)
 
     return augment
 
 
-def rand_augment(num_ops: int = 2, magnitude: int = 9, *, num_bins: int = 31, fill: float = 0.0) -> Augment:
-    """Apply `num_ops` of 14 operations, drawn uniformly, at strength `magnitude` in [0, num_bins) (RandAugment).
+def rand_augment(num_ops: int = 2, magnitude: int = 9) -> Augment:
+    """Apply `num_ops` of 14 operations, drawn uniformly, at strength `magnitude` in [0, 31) (RandAugment).
 
     https://arxiv.org/abs/1909.13719, with torchvision's ranges. C is 1 or 3. The rest is as in `trivial_augment`.
     """
@@ -49,27 +50,27 @@ def rand_augment(num_ops: int = 2, magnitude: int = 9, *, num_bins: int = 31, fi
         rows, columns = image.shape[:2]
         maxima = _RAND | {name: _RAND[name] * n for name, n in (("translate_x", columns), ("translate_y", rows))}
         for position in range(num_ops):
-            image = _random_op(jax.random.fold_in(key, position), image, maxima, magnitude / (num_bins - 1), fill)
+            image = _random_op(jax.random.fold_in(key, position), image, maxima, magnitude / (BINS - 1))
         return image
 
     return augment
 
 
-def _random_op(key: Key, image: Image, maxima: dict[str, float], level: jax.Array | float, fill: float) -> Image:
+def _random_op(key: Key, image: Image, maxima: dict[str, float], level: jax.Array | float) -> Image:
     op_key, sign_key = jax.random.split(key)
     op = jax.random.randint(op_key, (), 0, len(_OPS))
     strength = level * jnp.asarray(list(maxima.values()), jnp.float32)[op]
     negative = jax.random.bernoulli(sign_key) & jnp.asarray(_SIGNED)[op]
-    return _apply_op(image, op, jnp.where(negative, -strength, strength), fill)
+    return _apply_op(image, op, jnp.where(negative, -strength, strength))
 
 
-def _apply_op(image: Image, op: jax.Array, strength: jax.Array, fill: float = 0.0) -> Image:
+def _apply_op(image: Image, op: jax.Array, strength: jax.Array) -> Image:
     """Apply operation number `op` of `_OPS`; a family shares one computation because vmap computes every branch."""
     is_color(image)
     image = jnp.asarray(image)
     families = (
         lambda: image,
-        lambda: _warp(image, op, strength, fill),
+        lambda: _warp(image, op, strength),
         lambda: _enhance(image, op, 1 + strength),
         lambda: _posterize(image, 8 - jnp.round(strength).astype(jnp.int32)),
         lambda: invert_above(image, 1 - strength),
@@ -79,7 +80,7 @@ def _apply_op(image: Image, op: jax.Array, strength: jax.Array, fill: float = 0.
     return jax.lax.switch(jnp.asarray(_FAMILY)[op], families)
 
 
-def _warp(image: Image, op: jax.Array, strength: jax.Array, fill: float) -> Image:
+def _warp(image: Image, op: jax.Array, strength: jax.Array) -> Image:
     """Shear about the top left corner, translate, or rotate about the center: one affine map from output to input."""
 
     def for_op(name: str, value: jax.Array) -> jax.Array:
@@ -95,7 +96,7 @@ def _warp(image: Image, op: jax.Array, strength: jax.Array, fill: float) -> Imag
     source_y = y0 + cos * (y - y0) + (for_op("shear_y", strength) * x + sin * (x - x0)) - shift_y
     row, column = jnp.floor(source_y).astype(jnp.int32), jnp.floor(source_x).astype(jnp.int32)
     inside = (row >= 0) & (row < rows) & (column >= 0) & (column < columns)
-    return jnp.where(inside[..., None], image[row.clip(0, rows - 1), column.clip(0, columns - 1)], fill)
+    return jnp.where(inside[..., None], image[row.clip(0, rows - 1), column.clip(0, columns - 1)], 0.0)
 
 
 def _enhance(image: Image, op: jax.Array, factor: jax.Array) -> Image:

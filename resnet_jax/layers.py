@@ -28,14 +28,9 @@ BatchNorm = partial(nn.BatchNorm, momentum=0.9, epsilon=1e-5)
 def conv(features: int, kernel_size: int = 3, strides: int = 1, groups: int = 1, **kwargs: Any) -> nn.Conv:
     """Build a square convolution without bias, padded like torchvision (XLA's "SAME" differs where `strides` > 1)."""
     pad = (kernel_size - 1) // 2
-    options: dict[str, Any] = {"padding": ((pad, pad), (pad, pad)), "use_bias": False, "kernel_init": kernel_init}
-    return nn.Conv(
-        features,
-        (kernel_size, kernel_size),
-        strides=(strides, strides),
-        feature_group_count=groups,
-        **(options | kwargs),
-    )
+    fixed: dict[str, Any] = {"padding": ((pad, pad), (pad, pad)), "use_bias": False}
+    options = {"kernel_init": kernel_init, **kwargs, **fixed}
+    return nn.Conv(features, (kernel_size,) * 2, strides=(strides,) * 2, feature_group_count=groups, **options)
 
 
 def max_pool(x: jax.Array) -> jax.Array:

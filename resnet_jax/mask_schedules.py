@@ -6,7 +6,6 @@ applied to `params`.
 """
 
 from collections.abc import Callable
-from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -15,13 +14,8 @@ from resnet_jax.masks import largest, sortable
 from resnet_jax.scores import random
 from resnet_jax.tree import Predicate, PyTree, abbreviate, is_kernel, leaves, map_with_path
 
-
-class MaskSchedule(Protocol):
-    """Pure function `(step, params, grads, masks, key) -> masks`; see the module."""
-
-    def __call__(self, step: jax.Array, params: PyTree, grads: PyTree, masks: PyTree, key: jax.Array) -> PyTree: ...
-
-
+MaskSchedule = Callable[[jax.Array, PyTree, PyTree, PyTree, jax.Array], PyTree]
+"""Pure function `(step, params, grads, masks, key) -> masks`; see the module."""
 MaskFn = Callable[[PyTree, PyTree, PyTree, jax.Array, jax.Array], PyTree]
 """`(params, grads, masks, key, sparsity) -> masks`: computes scores, then calls `make_masks` or `channel_masks`."""
 
@@ -96,33 +90,24 @@ def rigl(
                 "nothing to prune: no prunable leaf has a mask; start from `full_masks`; the default predicate looks "
                 f"for leaves named `kernel`; leaves: {abbreviate(leaves(masks))}"
             )
-        return jax.lax.cond(due, lambda: _replace(movable, params, grads, masks, key, share, grow), lambda: masks)
+
+        def replace() -> PyTree:
+            weights, growth_scores = leaves(params), leaves(grads if grow == "gradient" else random(params, key=key))
+            # A leaf grows as many weights as it drops, limited by the number of pruned ones.
+            active = jnp.stack([m.sum(dtype=jnp.int32) for m in movable.values()])
+            free = jnp.array([m.size for m in movable.values()], jnp.int32) - active
+            count = jnp.minimum(jnp.floor(share * active).astype(jnp.int32), free)
+            # Growth ranks only weights that were pruned before, so dropped weights cannot return in the same update.
+            each = list(range(len(movable)))
+            kept = largest([sortable(jnp.abs(weights[path]), m) for path, m in movable.items()], active - count, each)
+            grown = largest([sortable(jnp.abs(growth_scores[path]), ~m) for path, m in movable.items()], count, each)
+            new = {path: (k & m) | g for (path, m), k, g in zip(movable.items(), kept, grown, strict=True)}
+            return map_with_path(lambda path, m: new.get(path, m), masks)
+
+        return jax.lax.cond(due, replace, lambda: masks)
 
     return remask
 
 
 def _is_due(step: jax.Array, begin_step: int, end_step: int, every: int) -> jax.Array:
     return (step >= begin_step) & (step < end_step) & ((step - begin_step) % every == 0)
-
-
-def _replace(
-    movable: dict[str, jax.Array],
-    params: PyTree,
-    grads: PyTree,
-    masks: PyTree,
-    key: jax.Array,
-    share: jax.Array,
-    grow: str,
-) -> PyTree:
-    weights = leaves(params)
-    growth_scores = leaves(grads if grow == "gradient" else random(params, key=key))
-    # A leaf grows as many weights as it drops, limited by the number of pruned ones.
-    active = jnp.stack([m.sum(dtype=jnp.int32) for m in movable.values()])
-    free = jnp.array([m.size for m in movable.values()], jnp.int32) - active
-    count = jnp.minimum(jnp.floor(share * active).astype(jnp.int32), free)
-    # Growth ranks only weights that were pruned before, so dropped weights cannot return in the same update.
-    each = list(range(len(movable)))
-    kept = largest([sortable(jnp.abs(weights[path]), m) for path, m in movable.items()], active - count, each)
-    grown = largest([sortable(jnp.abs(growth_scores[path]), ~m) for path, m in movable.items()], count, each)
-    new = {path: (k & m) | g for (path, m), k, g in zip(movable.items(), kept, grown, strict=True)}
-    return map_with_path(lambda path, m: new.get(path, m), masks)

@@ -76,9 +76,9 @@ def make_masks(
     if scope not in get_args(Scope):
         raise ValueError(f"unknown scope {scope!r}; choose one of {', '.join(get_args(Scope))}")
     shares = dict(sparsity) if isinstance(sparsity, Mapping) else dict.fromkeys(candidates, sparsity)
+    if missing := sorted(candidates.keys() - shares.keys()):
+        raise ValueError(f"no sparsity is given for {missing[0]}")
     for path in candidates:
-        if path not in shares:
-            raise ValueError(f"no sparsity is given for {path}")
         if not isinstance(shares[path], jax.core.Tracer) and not 0 <= float(shares[path]) < 1:
             raise ValueError(f"sparsity must be in [0, 1), got {shares[path]}")
     check_structure(candidates, structure)
@@ -97,7 +97,15 @@ def make_masks(
     if kind == "n:m":
         kept = {path: _n_of_m(key, shares[path], *size) for path, key in keys.items()}
     else:
-        kept = _largest_in_scope(keys, {path: candidates[path].shape for path in keys}, sparsity, shares, scope)
+        sizes, group = np.array([key.size for key in keys.values()]), list(range(len(keys)))
+        if isinstance(sparsity, Mapping) or scope == "uniform":
+            share = jnp.stack([jnp.asarray(shares[path]) for path in keys])
+        elif scope == "erk":
+            share = erk_shares([candidates[path].shape for path in keys], sparsity)
+        else:
+            share, group, sizes = jnp.asarray(sparsity)[None], [0] * len(keys), sizes.sum(keepdims=True)
+        counts = jnp.asarray(sizes, jnp.int32) - jnp.round(share * sizes.astype(np.float32)).astype(jnp.int32)
+        kept = dict(zip(keys, largest(list(keys.values()), counts, group), strict=True))
 
     # Expand blocks to weights; single weights inside a kept block may have been pruned before.
     new = {path: _repeat_blocks(x, block) & previous.get(path, True) for path, x in kept.items()}
@@ -166,19 +174,14 @@ def largest(keys: Sequence[jax.Array], counts: jax.Array, group: Sequence[int]) 
       group: the group, in [0, G), of each array.
     """
     # Number the elements of each group consecutively over its arrays: positions break ties.
-    sums = np.zeros((len(counts), len(keys)), np.int32)
-    sums[list(group), np.arange(len(keys))] = 1
-    starts = np.zeros(len(keys), np.uint32)
-    for g in range(len(counts)):
-        members = [i for i, of_key in enumerate(group) if of_key == g]
-        starts[members] = np.cumsum([0, *(keys[i].size for i in members)])[:-1]
-    positions = [
-        jnp.arange(key.size, dtype=jnp.uint32).reshape(key.shape) + start
-        for key, start in zip(keys, starts, strict=True)
-    ]
+    positions, ends = [], [0] * len(counts)
+    for key, g in zip(keys, group, strict=True):
+        positions.append(jnp.arange(key.size, dtype=jnp.uint32).reshape(key.shape) + np.uint32(ends[g]))
+        ends[g] += key.size
+    belongs = (np.arange(len(counts))[:, None] == np.array(group)[None]).astype(np.int32)
 
     def group_counts(tests: list[jax.Array]) -> jax.Array:
-        return (jnp.asarray(sums) * jnp.stack([test.sum(dtype=jnp.int32) for test in tests])[None]).sum(1)
+        return (belongs * jnp.stack([test.sum(dtype=jnp.int32) for test in tests])[None]).sum(1)
 
     def largest_value(condition: Callable[[jax.Array], jax.Array]) -> jax.Array:
         """Return the largest uint32 [G] that satisfies `condition`, which must hold up to some value and not beyond."""
@@ -205,25 +208,6 @@ def sortable(x: jax.Array, alive: jax.Array | bool = True) -> jax.Array:
     """Map float32 values to uint32 keys in the same order, for `largest`; 0, below all others, where not `alive`."""
     bits = jax.lax.bitcast_convert_type(jnp.where(x == 0, 0.0, x.astype(jnp.float32)), jnp.uint32)  # -0 is 0
     return jnp.where(alive, jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31)), jnp.uint32(0))
-
-
-def _largest_in_scope(
-    keys: dict[str, jax.Array],
-    shapes: dict[str, Sequence[int]],
-    sparsity: Share | Mapping[str, Share],
-    shares: dict[str, Share],
-    scope: Scope,
-) -> dict[str, jax.Array]:
-    sizes = np.array([key.size for key in keys.values()])
-    group = list(range(len(keys)))
-    if isinstance(sparsity, Mapping) or scope == "uniform":
-        share = jnp.stack([jnp.asarray(shares[path]) for path in keys])
-    elif scope == "erk":
-        share = erk_shares([shapes[path] for path in keys], sparsity)
-    else:
-        share, group, sizes = jnp.asarray(sparsity)[None], [0] * len(keys), sizes.sum(keepdims=True)
-    counts = jnp.asarray(sizes, jnp.int32) - jnp.round(share * sizes.astype(np.float32)).astype(jnp.int32)
-    return dict(zip(keys, largest(list(keys.values()), counts, group), strict=True))
 
 
 def _lamp(x: jax.Array) -> jax.Array:

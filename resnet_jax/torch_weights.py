@@ -5,7 +5,7 @@ values that `numpy.asarray` takes, such as `safetensors.numpy.load_file(path)` o
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -85,11 +85,6 @@ def canonical(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     return {re.sub(r"^(layer\d+\.\d+)\.shortcut\.", r"\1.downsample.", name): x for name, x in names.items()}
 
 
-def has_pooled_shortcuts(names: Iterable[str]) -> bool:
-    """Return whether the shortcuts number an average-pool before their convolution, as in timm's ResNet-D."""
-    return any(re.fullmatch(r"layer\d+\.\d+\.downsample\.2\..+", name) for name in names)
-
-
 def from_torch(state_dict: Mapping[str, Any], variables: PyTree, *, new_head: bool = False) -> PyTree:
     """Return `variables` with all values replaced from a PyTorch `state_dict`, in the layout and dtype of `variables`.
 
@@ -107,7 +102,7 @@ def from_torch(state_dict: Mapping[str, Any], variables: PyTree, *, new_head: bo
       ValueError: tensors are missing, unexpected or have a different shape; one line names the first of each kind.
     """
     source = canonical(state_dict)
-    pooled = has_pooled_shortcuts(source)
+    pooled = any(re.fullmatch(r"layer\d+\.\d+\.downsample\.2\..+", name) for name in source)
     if new_head:
         source = {name: x for name, x in source.items() if not name.startswith("fc.")}
     missing, shapes, used = [], [], set()

@@ -17,19 +17,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from resnet_jax.parallel import varying_axes
+from resnet_jax.parallel import vary, varying_axes
 
 DTYPES = (jnp.float32, jnp.bfloat16)
 SOURCE = Path(__file__).with_name("handlers.cc")
-HANDLERS = [
-    "convolution",
-    "input_gradient",
-    "weight_gradient",
-    "norm",
-    "norm_gradient",
-    "max_pool",
-    "max_pool_gradient",
-]
+FORWARD = ("convolution", "norm", "max_pool")
+BACKWARD = ("input_gradient", "weight_gradient", "norm_gradient", "max_pool_gradient")
 TARGET = "resnet_jax_onednn_{}"  # the name of a handler in XLA
 
 
@@ -41,13 +34,9 @@ def call(name: str, results: Sequence[Any], *operands: jax.Array, **numbers: Any
     """Call a handler; `results` are the shapes of its results, `numbers` its attributes as NumPy scalars."""
     outputs = jax.ffi.ffi_call(TARGET.format(name), tuple(results), vmap_method="sequential")(*operands, **numbers)
     # Under shard_map, results vary over all axes of the operands, which the FFI call does not declare.
-    axes = frozenset().union(*map(varying_axes, operands))
-
-    def cast(y: jax.Array) -> jax.Array:
-        missing = tuple(axes - varying_axes(y))
-        return jax.lax.pcast(y, missing, to="varying") if missing else y
-
-    return [cast(y) for y in outputs]
+    for axis in frozenset().union(*map(varying_axes, operands)):
+        outputs = vary(outputs, axis)
+    return outputs
 
 
 def workspace(name: str, x: jax.Array | jax.ShapeDtypeStruct) -> int:
@@ -100,7 +89,7 @@ def _load() -> ctypes.CDLL | Unavailable:
         return error
     except OSError as error:
         return Unavailable(f"cannot load the compiled handlers.cc: {error}")
-    for name in HANDLERS:
+    for name in FORWARD + BACKWARD:
         jax.ffi.register_ffi_target(TARGET.format(name), jax.ffi.pycapsule(getattr(handlers, name)), platform="cpu")
     for size in (handlers.norm_workspace, handlers.max_pool_workspace):
         size.argtypes, size.restype = [*[ctypes.c_int64] * 4, ctypes.c_bool], ctypes.c_int64
