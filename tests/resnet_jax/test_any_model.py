@@ -5,7 +5,6 @@ from functools import cache
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 from resnet_jax.losses import softmax_cross_entropy
@@ -13,8 +12,6 @@ from resnet_jax.mask_schedules import alternating, gradual, rigl
 from resnet_jax.masks import (
     apply_masks,
     check_masks,
-    full_masks,
-    kernels_except,
     make_masks,
     no_masks,
     pack,
@@ -97,55 +94,3 @@ def test_masks_and_schedules(name):
         check_masks(masks, params)
         jax.tree.map(np.testing.assert_array_equal, unpack(pack(masks), params), masks)
     check_masks(no_masks(params), params)
-
-
-def sentences(seed, size, length=8):
-    """Random one-hot tokens [size, length, 1, 8], in which a marker 0 precedes a word 1..4, the label."""
-    rng = np.random.default_rng(seed)
-    tokens = rng.integers(1, 8, (size, length))
-    labels, places = rng.integers(0, CLASSES, size), rng.integers(0, length - 1, size)
-    tokens[np.arange(size), places] = 0
-    tokens[np.arange(size), places + 1] = 1 + labels
-    return np.eye(8, dtype=np.float32)[tokens][:, :, None], labels
-
-
-def test_a_transformer_is_pruned_in_training():
-    """80 % of all kernels except the head's, gradually, in a step that knows nothing of ResNets."""
-    model, tx, prunable = VisionTransformer(patch=1, width=32), optax.adam(5e-3), kernels_except(["^head/"])
-
-    def make(params, grads, masks, key, sparsity):
-        return make_masks(magnitude(params), sparsity, prunable=prunable, masks=masks)
-
-    remask = gradual(make, final=0.8, begin_step=60, end_step=180, every=20)
-    traces = []
-
-    def loss(params, x, labels):
-        logits = model.apply({"params": params}, x)
-        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-
-    @quick_jit
-    def step(number, params, opt_state, masks, x, labels):
-        traces.append(1)
-        grads = jax.grad(loss)(params, x, labels)
-        updates, opt_state = tx.update(apply_masks(grads, masks), opt_state, params)
-        params = apply_masks(optax.apply_updates(params, updates), masks)
-        masks = remask(number + 1, params, grads, masks, KEY)
-        return apply_masks(params, masks), opt_state, masks
-
-    params = quick_jit(model.init)(KEY, sentences(0, 1)[0])["params"]
-    masks, opt_state = full_masks(params, prunable), tx.init(params)
-    for number in range(240):
-        params, opt_state, masks = step(number, params, opt_state, masks, *sentences(number, 64))
-    assert len(traces) == 1
-
-    chosen = {path: np.asarray(m) for path, m in leaves(masks).items() if m.ndim}
-    parts = ["down", "patches", "up", *(f"attention/{name}" for name in ("key", "out", "query", "value"))]
-    assert chosen.keys() == {f"{name}/kernel" for name in parts}
-    assert chosen["attention/query/kernel"].shape == (32, 4, 8)
-    assert sum((~m).sum() for m in chosen.values()) == round(0.8 * sum(m.size for m in chosen.values()))
-    for path, mask in chosen.items():
-        np.testing.assert_array_equal(np.asarray(leaves(params)[path]) != 0, mask)
-    assert (np.asarray(params["head"]["kernel"]) != 0).all() and (np.asarray(params["places"]) != 0).all()
-
-    x, labels = sentences(10_000, 512)
-    assert (quick_jit(model.apply)({"params": params}, x).argmax(-1) == labels).mean() > 0.9

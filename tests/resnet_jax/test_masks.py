@@ -224,27 +224,16 @@ def test_n_of_m_keeps_n_in_each_group(kernels, sparsity):
 
 @PROPERTY
 @given(TREES, st.tuples(SPARSITY, SPARSITY))
-def test_sparser_masks_are_subsets(kernels, sparsities):
-    low, high = sorted(sparsities)
-    kernels = [np.abs(x) for x in kernels]
-    for scope in SCOPES:
-        denser, sparser = (kernels_of(masks_of(tree_of(kernels), s, scope=scope)) for s in (low, high))
-        assert all((a | ~b).all() for a, b in zip(denser, sparser, strict=True)), scope
-    for structure in ("2:4", "2x2", "4x1"):
-        denser, sparser = (masks_of({"kernel": kernels[0]}, s, structure=structure)["kernel"] for s in (low, high))
-        assert (denser | ~sparser).all(), structure
-
-
-@PROPERTY
-@given(TREES, st.tuples(SPARSITY, SPARSITY))
-def test_pruning_again_is_pruning_at_once(kernels, sparsities):
+def test_sparser_masks_are_subsets_and_pruning_again_is_pruning_at_once(kernels, sparsities):
     """Earlier masks of the same scores change nothing: what they pruned counts."""
     low, high = sorted(sparsities)
     scores = tree_of([np.abs(x) for x in kernels])
-    for scope in ("global", "uniform"):
-        again = masks_of(scores, high, masks=masks_of(scores, low, scope=scope), scope=scope)
-        at_once = masks_of(scores, high, scope=scope)
-        jax.tree.map(np.testing.assert_array_equal, again, at_once)
+    structures = [{"structure": structure, "prunable": is_first} for structure in ("2:4", "2x2", "4x1")]
+    for chosen in [*({"scope": scope} for scope in SCOPES), *structures]:
+        denser, sparser = (masks_of(scores, s, **chosen) for s in (low, high))
+        assert jax.tree.all(jax.tree.map(lambda a, b: (a | ~b).all(), denser, sparser)), chosen
+        if chosen.get("scope") in ("global", "uniform"):
+            jax.tree.map(np.testing.assert_array_equal, masks_of(scores, high, masks=denser, **chosen), sparser)
 
 
 KEYS = st.sampled_from([0, 1, 7, 2**31, 2**32 - 1])
@@ -296,7 +285,7 @@ def erk_by_rounds(shapes, sparsity):
 RESNET = [(3, 3, 3, 16), (3, 3, 16, 16), (3, 3, 16, 32), (1, 1, 16, 32), (3, 3, 32, 32), (3, 3, 32, 64), (64, 10)]
 
 
-@pytest.mark.parametrize("sparsity", [0.0, 0.1, 0.3, 0.5, 0.8, 0.9, 0.95, 0.99])
+@pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.8, 0.99])
 def test_erk_is_the_rule_by_rounds(sparsity):
     for shapes in (RESNET, [(5, 7)], [(4, 4), (4, 4)], list(SHAPES.values()), RESNET[::-1]):
         got = np.asarray(ERK(tuple(shapes), sparsity))
@@ -337,13 +326,12 @@ def test_lamp_is_the_paper_s_by_loops(sparsity, ties):
     np.testing.assert_array_equal(np.concatenate([m.ravel() for m in got]), best(flat, kept_of(flat.size, sparsity)))
 
 
-@pytest.mark.parametrize("scale", [1e-30, 1e-25, 1e25, 1e37])
+@pytest.mark.parametrize("scale", [1e-30, 1e37])
 def test_lamp_of_scores_whose_squares_float32_does_not_hold(scale):
     """As synaptic flow's may be: each leaf's own scale does not matter."""
     a, b, c = (np.abs(x) for x in draw())
-    plain, scaled = (kernels_of(masks_of(tree_of([a, b * np.float32(s), c]), 0.6, scope="lamp")) for s in (1.0, scale))
-    for x, y in zip(plain, scaled, strict=True):
-        np.testing.assert_array_equal(x, y)
+    plain, scaled = (masks_of(tree_of([a, b * np.float32(s), c]), 0.6, scope="lamp") for s in (1.0, scale))
+    jax.tree.map(np.testing.assert_array_equal, plain, scaled)
 
 
 def test_lamp_of_zeros_keeps_what_is_not():
@@ -364,9 +352,7 @@ def test_lamp_of_zeros_keeps_what_is_not():
         ({"a/kernel": 0.5, "b/kernel": 2.0}, {}, r"sparsity must be in \[0, 1\), got 2.0"),
         ({"a/kernel": 0.5}, {}, "no sparsity is given for b/kernel"),
         (0.5, {"scope": "local"}, "unknown scope 'local'; choose one of global, uniform, erk, lamp"),
-        (0.5, {"structure": "4:2"}, "unknown structure '4:2'"),
         (0.5, {"structure": "2:4"}, r"2:4 does not divide a/kernel of shape 2x2 \(inputs, outputs last\)"),
-        (0.5, {"structure": "2x4"}, "2x4 does not divide a/kernel of shape 2x2"),
         (
             0.5,
             {"prunable": lambda path, leaf: False},
@@ -379,32 +365,23 @@ def test_refused(sparsity, options, message):
         make_masks(PAIR, sparsity, **options)
 
 
-@pytest.mark.parametrize(
-    "name", ["", "4:4", "4:2", "0:4", "0x4", "4x0", "2:4:8", "x", ":", "2:-4", "2.0x1", " 2:4", "2:4\n"]
-)
+@pytest.mark.parametrize("name", ["", "4:4", "4:2", "0:4", "0x4", "4x0", "2:4:8", "2:-4", "2.0x1", " 2:4", "2:4\n"])
 def test_unknown_structures(name):
     with pytest.raises(ValueError, match=r"\Aunknown structure .*: choose unstructured, N:M such as 2:4"):
         structure_of(name)
 
 
-def test_structure_of():
-    assert structure_of("unstructured") == ("block", 1, 1)
-    assert structure_of("2:4") == ("n:m", 2, 4) and structure_of("16:32") == ("n:m", 16, 32)
-    assert structure_of("4x1") == ("block", 4, 1) and structure_of("1x16") == ("block", 1, 16)
-
-
 def test_check_structure_names_the_leaf():
-    chosen = {"good/kernel": jnp.zeros((8, 4)), "bad/kernel": jnp.zeros((3, 3, 6, 4))}
+    """The last two axes are inputs and outputs; only a structure without blocks fits a vector."""
+    kernel, vector = {"bad/kernel": jnp.zeros((3, 3, 6, 4))}, {"b": jnp.zeros(4)}
     for structure in ("unstructured", "1:2", "3:6", "2x2", "6x4", "1x1"):
-        check_structure({"bad/kernel": chosen["bad/kernel"]}, structure)
-    for structure in ("2:4", "4x1", "2x4"):
-        check_structure({"good/kernel": chosen["good/kernel"]}, structure)
+        check_structure(kernel, structure)
+    check_structure(vector, "unstructured")
     for structure in ("2:4", "4x1", "1x3"):
         with pytest.raises(ValueError, match=rf"\A{structure} does not divide bad/kernel of shape 3x3x6x4 "):
-            check_structure({**chosen, "good/kernel": jnp.zeros((8, 3))}, structure)
-    check_structure({"b": jnp.zeros(3)}, "unstructured")
+            check_structure({"good/kernel": jnp.zeros((8, 3)), **kernel}, structure)
     with pytest.raises(ValueError, match="1:2 does not divide b of shape 4"):
-        check_structure({"b": jnp.zeros(4)}, "1:2")
+        check_structure(vector, "1:2")
 
 
 def test_check_masks():
@@ -478,6 +455,8 @@ def test_full_masks():
     assert {path: m.shape for path, m in leaves(masks).items() if m.ndim} == SHAPES
     assert all(m.dtype == bool and np.asarray(m).all() for m in jax.tree.leaves(masks))
     jax.tree.map(np.testing.assert_array_equal, apply_masks(params, masks), params)
+    masked = apply_masks({"a": jnp.asarray([1.0, -2.0, jnp.inf])}, {"a": jnp.asarray([True, False, False])})
+    np.testing.assert_array_equal(masked["a"], [1, 0, 0])
     only = full_masks(params, lambda path, leaf: path == "scale")
     assert {path for path, m in leaves(only).items() if m.ndim} == {"scale"}
     assert jax.tree.structure(masks) == jax.tree.structure(params)

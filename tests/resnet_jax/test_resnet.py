@@ -52,7 +52,14 @@ COUNTS = {
     "resnet56": 853_018,
     "resnet110": 1_727_962,
 }
-CONVS = {BasicBlock: 2, Bottleneck: 3, PreActBlock: 2, PreActBottleneck: 3}
+
+
+def depth_of(name: str) -> int:
+    return int(re.findall(r"\d+", name)[0])
+
+
+def block_of(model: ResNet) -> Any:
+    return getattr(model.block, "func", model.block)
 
 
 def narrow(name: str, **options: Any) -> ResNet:
@@ -81,7 +88,11 @@ def images(*shape: int, seed: int = 0) -> np.ndarray:
     return np.random.RandomState(seed).normal(size=shape).astype(np.float32)
 
 
-@pytest.mark.parametrize("name", COUNTS)
+# One depth of each kind of network; tracing the deep ones takes seconds.
+SHALLOW = [name for name in MODELS if depth_of(name) in (16, 18, 20, 50)]
+
+
+@pytest.mark.parametrize("name", [n if n in SHALLOW else pytest.param(n, marks=pytest.mark.slow) for n in COUNTS])
 def test_published_parameter_count(name: str) -> None:
     shape = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
     variables = jax.eval_shape(MODELS[name]().init, jax.random.key(0), shape)
@@ -91,16 +102,15 @@ def test_published_parameter_count(name: str) -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_depth_is_what_the_name_says(name: str) -> None:
     model = MODELS[name]()
-    block = getattr(model.block, "func", model.block)
-    layers = sum(model.stage_sizes) * CONVS[block] + 2  # the stem and the head are one each
+    layers = sum(model.stage_sizes) * len(block_of(model).kernel_sizes) + 2  # the stem and the head are one each
     if name.startswith("wrn"):
         layers += 2  # their authors count the two projections
-    assert re.findall(r"\d+", name)[0] == str(layers)
+    assert depth_of(name) == layers
 
 
 @pytest.mark.parametrize(("channels", "num_classes", "dtype"), [(1, 7, "float32"), (4, None, "bfloat16")])
-@pytest.mark.parametrize("name", MODELS)
-def test_every_model(name: str, channels: int, num_classes: int | None, dtype: str) -> None:
+@pytest.mark.parametrize("name", SHALLOW)
+def test_every_kind_of_model(name: str, channels: int, num_classes: int | None, dtype: str) -> None:
     """Levels, strides, dtypes and names, on an odd size that no stride divides."""
     model = narrow(name, num_classes=num_classes, dtype=dtype)
     levels, variables = init_with_maps(model, (2, 33, 29, channels))
@@ -109,18 +119,14 @@ def test_every_model(name: str, channels: int, num_classes: int | None, dtype: s
     assert set(levels) == {"stem", *(f"stage{i + 1}" for i in range(stages)), "pooled", *head}
 
     cifar = stages == 3 or name.endswith("_cifar")
-    features = 16 * 2 ** (stages - 1) * (4 if CONVS[getattr(model.block, "func", model.block)] == 3 else 1)
+    features = 16 * 2 ** (stages - 1) * block_of(model).expansion
+    shapes = {"pooled": (2, features), "logits": (2, num_classes)}
     for i in range(stages):
         stride = (1 if cifar else 4) * 2**i
-        level = levels[f"stage{i + 1}"]
-        assert level.shape == (2, -(-33 // stride), -(-29 // stride), features // 2 ** (stages - 1 - i))
-        assert level.dtype == jnp.dtype(dtype)
-    assert levels["stem"].shape[:3] == levels["stage1"].shape[:3]
-    assert levels["pooled"].shape == (2, features)
-    assert levels["pooled"].dtype == jnp.float32
-    if num_classes is not None:
-        assert levels["logits"].shape == (2, num_classes)
-        assert levels["logits"].dtype == jnp.float32
+        shapes[f"stage{i + 1}"] = (2, -(-33 // stride), -(-29 // stride), features // 2 ** (stages - 1 - i))
+    shapes["stem"] = (*shapes["stage1"][:3], 16)
+    for level, x in levels.items():
+        assert (x.shape, x.dtype) == (shapes[level], "float32" if level in ("pooled", "logits") else dtype)
 
     assert set(variables) == {"params", "batch_stats"}
     assert ("head" in variables["params"]) == (num_classes is not None)
