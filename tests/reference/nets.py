@@ -52,13 +52,6 @@ class VisionTransformer(nn.Module):
         return nn.Dense(CLASSES, name="head")(x.mean(1))
 
 
-def score_arguments(name: str, loss: Any, batches: Any, forward: Any) -> dict[str, Any]:
-    """Arguments of `SCORES[name]` after the parameters."""
-    if name in ("snip", "taylor", "fisher"):
-        return {"loss": loss, "batches": batches}
-    return {"random": {"key": jax.random.key(0)}, "synflow": {"forward": forward}}.get(name, {})
-
-
 def tiny_tx(lr: float = 0.1, steps: int = 100) -> Any:
     schedule = make_schedule("cosine", peak=lr, steps=steps, warmup=2)
     return make_optimizer("sgd", schedule, nesterov=True, weight_decay=1e-3)

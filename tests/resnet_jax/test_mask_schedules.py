@@ -11,6 +11,8 @@ from resnet_jax.scores import magnitude
 from resnet_jax.tree import leaves, map_with_path
 from tests.reference.nets import quick_jit
 
+pytestmark = pytest.mark.usefixtures("unoptimised")
+
 KEY = jax.random.key(0)
 
 

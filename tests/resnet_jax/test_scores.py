@@ -1,5 +1,7 @@
 """Pruning scores: literal values, finite differences in float64, conservation."""
 
+import inspect
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,6 @@ from resnet_jax import scores
 from resnet_jax.losses import softmax_cross_entropy
 from resnet_jax.scores import SCORES, fisher, magnitude, norm_scale, random, snip, synflow, taylor
 from resnet_jax.tree import leaves
-from tests.reference.nets import score_arguments
 
 pytestmark = pytest.mark.usefixtures("unoptimised")
 
@@ -192,9 +193,12 @@ def test_synflow_of_a_net_that_overflows():
 
 @pytest.mark.parametrize("name", SCORES)
 def test_any_tree(name):
-    """Lists and tuples in dicts, leaves of no axes and of bfloat16, in NumPy and in JAX."""
+    """Lists and tuples in dicts, leaves of no axes and of bfloat16, in NumPy and in JAX; pruned weights score 0."""
     params = {
-        "layers": [(np.full((3, 2), -0.5, np.float32), jnp.ones(2, jnp.bfloat16)), (jnp.ones((2, 4)), jnp.zeros(4))],
+        "layers": [
+            (np.full((3, 2), -0.5, np.float32), jnp.ones(2, jnp.bfloat16)),
+            (jnp.eye(2, 4) + jnp.eye(2, 4, 2), jnp.zeros(4)),
+        ],
         "norm": {"scale": jnp.asarray(1.5)},
     }
 
@@ -206,11 +210,13 @@ def test_any_tree(name):
     def loss(params, batch):
         return softmax_cross_entropy(forward(params, batch["image"]), jax.nn.one_hot(batch["label"], 4))
 
-    got = SCORES[name](params, **score_arguments(name, loss, BATCHES, forward))
+    offered = {"loss": loss, "batches": BATCHES, "forward": forward, "key": jax.random.key(0)}
+    got = SCORES[name](params, **{k: v for k, v in offered.items() if k in inspect.signature(SCORES[name]).parameters})
     assert jax.tree.structure(got) == jax.tree.structure(params)
     for score, w in zip(jax.tree.leaves(got), jax.tree.leaves(params), strict=True):
         assert (score.shape, score.dtype) == (w.shape, jnp.float32)
         assert float(score.min()) >= 0
+        assert name == "random" or not score[w == 0].any()
     assert sum(float(score.sum()) for score in jax.tree.leaves(got)) > 0
 
 
