@@ -71,11 +71,7 @@ def choose(*augments: Augment) -> Augment:
 
 
 def augment_batch(augment: Augment, keys: Key, images: jax.Array) -> jax.Array:
-    """Augment each image with its own key.
-
-    Args:
-      keys: typed keys [B].
-      images: [B, H, W, C]; uint8 is scaled to float32 in [0, 1], float32 is used as is.
+    """Augment images [B, H, W, C], uint8 (scaled to float32 in [0, 1]) or float32, each with its own typed key of [B].
 
     Raises:
       TypeError: the images have a different dtype.
@@ -88,10 +84,9 @@ def augment_batch(augment: Augment, keys: Key, images: jax.Array) -> jax.Array:
 
 
 def preprocess_batch(augment: Augment, images: jax.Array) -> jax.Array:
-    """Apply a deterministic augmentation, such as evaluation preprocessing, to images [B, H, W, C] without keys.
+    """Apply a deterministic augmentation, such as evaluation preprocessing, as `augment_batch` does, but without keys.
 
-    Images are scaled as in `augment_batch`. If the augmentation does draw, image i draws from `fold_in(key(0), i)`, so
-    the result is the same in every call.
+    If the augmentation does draw, image i draws from `fold_in(key(0), i)`, so the result is the same in every call.
     """
     return augment_batch(augment, example_keys(jax.random.key(0), jnp.arange(len(images))), images)
 

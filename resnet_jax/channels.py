@@ -60,10 +60,8 @@ def widths_of(model: ResNet, params: PyTree) -> tuple[int, ...]:
       ValueError: the parameters lack the stem or a block of the model.
     """
     flat = leaves(params)
-    widths = [flat[_kernels(flat, "stem")[-1]].shape[-1]]
-    for _, block in _blocks(model):
-        widths += [flat[path].shape[-1] for path in _kernels(flat, block)]
-    return tuple(widths)
+    kernels = [_kernels(flat, "stem")[-1], *(path for _, block in _blocks(model) for path in _kernels(flat, block))]
+    return tuple(flat[path].shape[-1] for path in kernels)
 
 
 def channel_groups(model: ResNet, params: PyTree) -> tuple[ChannelGroup, ...]:
@@ -76,9 +74,7 @@ def channel_groups(model: ResNet, params: PyTree) -> tuple[ChannelGroup, ...]:
     channels added by the second stage, half below and half above the previous ones. They are pruned as pairs, the i-th
     below with the i-th above, so that both halves stay equal and the shortcut's padding stays valid.
 
-    Args:
-      model: a `ResNet` with blocks from `resnet_jax.resnet`, dense or already compacted.
-      params: its parameters, or their shapes.
+    The model has blocks from `resnet_jax.resnet` and may be compacted already; `params` may be shapes.
 
     Raises:
       ValueError: the parameters lack the stem or a block of the model.
@@ -261,13 +257,9 @@ def kept_channels(masks: PyTree, groups: Sequence[ChannelGroup]) -> dict[str, An
 def compact(model: ResNet, variables: PyTree, masks: PyTree) -> tuple[ResNet, PyTree]:
     """Remove the channels that the masks remove: return a model with smaller `widths`, and its variables.
 
-    The outputs equal those of the masked network. Partially masked channels stay, with their masks applied. Runs on the
-    host.
-
-    Args:
-      model: a `ResNet`, dense or already compacted.
-      variables: `params` and any other collections, such as `batch_stats`.
-      masks: a tree with the structure of the parameters, from `channel_masks` or elsewhere.
+    The outputs equal those of the masked network. Partially masked channels stay, with their masks applied. `variables`
+    has `params` and any other collections, such as `batch_stats`; `masks` may come from `channel_masks` or elsewhere.
+    Runs on the host.
 
     Raises:
       ValueError: the masks come from a different model, or keep no channel of a group.

@@ -134,9 +134,7 @@ def nearest(queries: jax.Array, bank: jax.Array) -> jax.Array:
 
 
 def enqueue(queue: jax.Array, embeddings: jax.Array, step: jax.Array, *, axis_name: str | None = None) -> jax.Array:
-    """Replace the oldest rows of the queue [K, D] by the normalized embeddings [B, D] of the whole batch.
-
-    The position of the oldest rows follows from `step`.
+    """Replace the oldest rows of the queue [K, D], found from `step`, by the normalized embeddings [B, D] of the batch.
 
     Raises:
       ValueError: K is not a multiple of the size of the whole batch.
@@ -261,17 +259,13 @@ def dino(
 ) -> jax.Array:
     """Return the DINO loss in nats, float32 [B]: each student view predicts the teacher on different views.
 
-    https://arxiv.org/abs/2104.14294.
-
-    Args:
-      student: scores [V, B, K], the teacher's views first.
-      teacher: scores [G, B, K] of the large crops; no gradient flows into them.
-      center: [K], subtracted from the teacher's scores; no gradient flows into it. See `update_center`.
+    https://arxiv.org/abs/2104.14294. `student` are scores [V, B, K], the teacher's views first, and `teacher` those of
+    the large crops, [G, B, K], from which `center` [K] is subtracted; see `update_center`. No gradient flows into the
+    latter two.
     """
     targets = jax.nn.softmax((teacher.astype(jnp.float32) - center[None, None]) / teacher_temperature)
-    return _mean_cross_entropy(
-        jax.lax.stop_gradient(targets), jax.nn.log_softmax(student.astype(jnp.float32) / temperature)
-    )
+    log_p = jax.nn.log_softmax(student.astype(jnp.float32) / temperature)
+    return _mean_cross_entropy(jax.lax.stop_gradient(targets), log_p)
 
 
 def update_center(
@@ -286,9 +280,6 @@ def _mean_cross_entropy(targets: jax.Array, log_p: jax.Array) -> jax.Array:
     """Average the cross entropy [B] over pairs of a target view [G, B, K] and a different view of `log_p` [V, B, K]."""
     pairs = [(g, v) for g in range(len(targets)) for v in range(len(log_p)) if g != v]
     return -jnp.stack([jnp.sum(targets[g] * log_p[v], axis=-1) for g, v in pairs]).mean(0)
-
-
-# --- details ----------------------------------------------------------------------------------------------------------
 
 
 def unit(x: jax.Array) -> jax.Array:

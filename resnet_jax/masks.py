@@ -82,8 +82,8 @@ def make_masks(
         if not isinstance(shares[path], jax.core.Tracer) and not 0 <= float(shares[path]) < 1:
             raise ValueError(f"sparsity must be in [0, 1), got {shares[path]}")
     check_structure(candidates, structure)
-    kind, *size = structure_of(structure)
-    block = size if kind == "block" else (1, 1)
+    kind, first, second = structure_of(structure)
+    block = (first, second) if kind == "block" else (1, 1)
 
     # Compute one sort key per block (a single weight if unstructured); blocks that are already pruned get the lowest.
     previous = {} if masks is None else {p: m for p, m in leaves(masks).items() if p in candidates and m.ndim}
@@ -95,7 +95,7 @@ def make_masks(
 
     # N:M selects within each group of inputs; the other structures select within a leaf or over all leaves.
     if kind == "n:m":
-        kept = {path: _n_of_m(key, shares[path], *size) for path, key in keys.items()}
+        kept = {path: _n_of_m(key, shares[path], first, second) for path, key in keys.items()}
     else:
         sizes, group = np.array([key.size for key in keys.values()]), list(range(len(keys)))
         if isinstance(sparsity, Mapping) or scope == "uniform":
@@ -108,7 +108,9 @@ def make_masks(
         kept = dict(zip(keys, largest(list(keys.values()), counts, group), strict=True))
 
     # Expand blocks to weights; single weights inside a kept block may have been pruned before.
-    new = {path: _repeat_blocks(x, block) & previous.get(path, True) for path, x in kept.items()}
+    if block != (1, 1):
+        kept = {path: jnp.repeat(jnp.repeat(x, block[0], -2), block[1], -1) for path, x in kept.items()}
+    new = {path: x & previous.get(path, True) for path, x in kept.items()}
     default = jax.tree.map(lambda _: jnp.ones((), bool), scores) if masks is None else masks
     return map_with_path(lambda path, _, mask: new.get(path, mask), scores, default)
 
@@ -230,19 +232,13 @@ def _n_of_m(key: jax.Array, sparsity: Share, n: int, m: int) -> jax.Array:
     return jnp.moveaxis(keep.reshape(*key.shape[:-2], key.shape[-1], -1), -1, -2)
 
 
-def _block_sums(x: jax.Array, block: Sequence[int]) -> jax.Array:
+def _block_sums(x: jax.Array, block: tuple[int, int]) -> jax.Array:
     """Sum over blocks of the last two axes."""
-    rows, columns = block
-    if rows * columns == 1:
+    if block == (1, 1):
         return x
+    rows, columns = block
     parts = x.reshape(*x.shape[:-2], x.shape[-2] // rows, rows, x.shape[-1] // columns, columns)
     return parts.sum((-3, -1))
-
-
-def _repeat_blocks(x: jax.Array, block: Sequence[int]) -> jax.Array:
-    """Repeat each value over its block, which brings masks of blocks to the shape of the weights."""
-    rows, columns = block
-    return x if rows * columns == 1 else jnp.repeat(jnp.repeat(x, rows, -2), columns, -1)
 
 
 def sparsity_of(masks: PyTree) -> jax.Array:

@@ -30,9 +30,6 @@ MAX_EXAMPLE_GRADIENTS = 1 << 27
 NON_FINITE_SQUARES = "the gradients are not finite, or overflow when squared"
 
 
-# --- without data -----------------------------------------------------------------------------------------------------
-
-
 def magnitude(params: PyTree) -> PyTree:
     """Score by the absolute value of each weight, in [0, inf): https://arxiv.org/abs/1506.02626."""
     return jax.tree.map(lambda w: jnp.abs(_float32(w)), params)
@@ -70,9 +67,6 @@ def synflow(params: PyTree, *, forward: Callable[[PyTree], jax.Array]) -> PyTree
     """
     hint = "if the network overflows float32, scale its input and its output down, which scales all scores equally"
     return _finite(_synflow(params, forward), "synflow", hint)
-
-
-# --- with gradients ---------------------------------------------------------------------------------------------------
 
 
 def snip(params: PyTree, *, loss: Loss, batches: Iterable[Batch]) -> PyTree:
@@ -115,13 +109,7 @@ def fisher(params: PyTree, *, loss: Loss, batches: Iterable[Batch]) -> PyTree:
 
 
 SCORES: dict[str, Callable[..., PyTree]] = {
-    "magnitude": magnitude,
-    "random": random,
-    "snip": snip,
-    "taylor": taylor,
-    "fisher": fisher,
-    "norm_scale": norm_scale,
-    "synflow": synflow,
+    score.__name__: score for score in (magnitude, random, snip, taylor, fisher, norm_scale, synflow)
 }
 """Scores by name: `(params, ...) -> scores`; each documents its further arguments."""
 

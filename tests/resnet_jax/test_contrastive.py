@@ -455,10 +455,7 @@ def test_sinkhorn_shares_out_alike():
     np.testing.assert_array_equal(gradient, 0)
 
 
-@given(
-    arrays(np.float32, (B, K), elements=st.floats(-1, 1, width=32)),
-    st.sampled_from([1.0, 1e2, 1e4, 1e6]),
-)
+@given(arrays(np.float32, (B, K), elements=st.floats(-1, 1, width=32)), st.sampled_from([1.0, 1e2, 1e4, 1e6]))
 @settings(deadline=None, max_examples=20)
 def test_sinkhorn_of_any_scores(scores, scale):
     codes = share_out(scores * np.float32(scale))

@@ -355,11 +355,7 @@ def test_lamp_of_zeros_keeps_what_is_not():
         ({"a/kernel": 0.5}, {}, "no sparsity is given for b/kernel"),
         (0.5, {"scope": "local"}, "unknown scope 'local'; choose one of global, uniform, erk, lamp"),
         (0.5, {"structure": "2:4"}, r"2:4 does not divide a/kernel of shape 2x2 \(inputs, outputs last\)"),
-        (
-            0.5,
-            {"prunable": lambda path, leaf: False},
-            "no leaf is prunable; .* named `kernel`; leaves: 4: a/bias",
-        ),
+        (0.5, {"prunable": lambda path, leaf: False}, "no leaf is prunable; .* named `kernel`; leaves: 4: a/bias"),
     ],
 )
 def test_refused(sparsity, options, message):
@@ -400,10 +396,7 @@ def test_check_masks():
         (changed(lambda m: ~m[0, 0, 0, 0]), "nothing would be left of layers/1/kernel"),
         (changed(lambda m: m[0]), r"layers/1/kernel is \(3, 4, 2\), not \(1, 3, 4, 2\)"),
         ({**good, "new": jnp.ones((), bool)}, r"\Athe masks come from a different model: new is only in the masks\Z"),
-        (
-            {k: v for k, v in good.items() if k != "scale"},
-            r"\A.* a different model: scale is only in the model\Z",
-        ),
+        ({k: v for k, v in good.items() if k != "scale"}, r"\A.* a different model: scale is only in the model\Z"),
     ]:
         with pytest.raises(ValueError, match=message):
             check_masks(masks, params)
