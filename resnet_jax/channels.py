@@ -14,13 +14,14 @@ from dataclasses import dataclass
 from functools import reduce
 from itertools import pairwise
 from math import gcd
+from types import ModuleType
 from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from resnet_jax.masks import apply_masks, check_masks, largest, sortable
+from resnet_jax.masks import check_masks, largest, sortable
 from resnet_jax.resnet import PreActBlock, ResNet
 from resnet_jax.tree import PyTree, leaves, map_with_path
 
@@ -272,16 +273,15 @@ def compact(model: ResNet, variables: PyTree, masks: PyTree) -> tuple[ResNet, Py
     for name, channels in kept.items():
         if not channels.any():
             raise ValueError(f"no channel would be left of {name}: lower the sparsity, or exclude it")
-    whole_channels = jax.jit(lambda kept: _masks_of(kept, groups, params))(kept)
-    masked = jax.jit(apply_masks)(params, masks)
-    masks_by_path = {path: np.asarray(mask) for path, mask in leaves(whole_channels).items()}
+    axes = _kept_axes(kept, groups, params, np)
 
     def cut(path: str, x: Any) -> jax.Array:
-        x, mask = np.asarray(x), masks_by_path.get(path, np.ones((), bool))
-        for axis in range(mask.ndim):
-            x = np.compress(mask.any(_other_axes(mask.ndim, axis)), x, axis)
+        x = np.asarray(x)
+        for axis in range(x.ndim):
+            x = np.compress(axes.get((path, axis), np.ones(x.shape[axis], bool)), x, axis)
         return jnp.asarray(x)
 
+    masked = jax.tree.map(lambda x, mask: np.where(mask, x, np.zeros((), x.dtype)), params, masks)
     small = {
         # Statistics have the same channels as the scale of the same norm.
         name: map_with_path(lambda path, x: cut(f"{path.rpartition('/')[0]}/scale", x), tree)
@@ -308,26 +308,31 @@ def _kernels(flat: dict[str, Any], module: str) -> list[str]:
     return paths
 
 
-def _other_axes(ndim: int, axis: int) -> tuple[int, ...]:
-    return tuple(other for other in range(ndim) if other != axis)
-
-
 def _along(x: Any, member: Member, size: int, reduce: Literal["sum", "any"]) -> Any:
     """Reduce a NumPy or JAX leaf over everything except the channels of a member: [size]."""
-    reduced = getattr(x, reduce)(_other_axes(x.ndim, member.axis))
+    reduced = getattr(x, reduce)(tuple(axis for axis in range(x.ndim) if axis != member.axis))
     return reduced[member.offset : member.offset + size]
+
+
+def _kept_axes(
+    kept: dict[str, Any], groups: Sequence[ChannelGroup], params: PyTree, xp: ModuleType
+) -> dict[tuple[str, int], Any]:
+    """Return which channels are kept along each axis that carries a group, by path and axis; `xp` is NumPy or JAX."""
+    shapes = {path: leaf.shape for path, leaf in leaves(params).items()}
+    axes: dict[tuple[str, int], Any] = {}
+    for group in groups:
+        for m in group.members:
+            before = axes.get((m.path, m.axis), np.ones(shapes[m.path][m.axis], bool))
+            parts = before[: m.offset], kept[group.name], before[m.offset + group.size :]
+            axes[m.path, m.axis] = xp.concatenate(parts)
+    return axes
 
 
 def _masks_of(kept: dict[str, jax.Array], groups: Sequence[ChannelGroup], params: PyTree) -> PyTree:
     """Return masks that are False wherever a leaf carries a channel that is not `kept`."""
     shapes = {path: leaf.shape for path, leaf in leaves(params).items()}
-    axes: dict[tuple[str, int], jax.Array] = {}
-    for group in groups:
-        for m in group.members:
-            before = axes.get((m.path, m.axis), jnp.ones(shapes[m.path][m.axis], bool))
-            axes[m.path, m.axis] = before.at[m.offset : m.offset + group.size].set(kept[group.name])
     masks: dict[str, jax.Array] = {}
-    for (path, axis), keep in axes.items():
+    for (path, axis), keep in _kept_axes(kept, groups, params, jnp).items():
         shape = [-1 if i == axis else 1 for i in range(len(shapes[path]))]
         masks[path] = masks.get(path, jnp.ones(shapes[path], bool)) & keep.reshape(shape)
     return map_with_path(lambda path, _: masks.get(path, jnp.ones((), bool)), params)

@@ -1,9 +1,8 @@
 """oneDNN's kernels equal XLA's: outputs, gradients, whole networks, all modes."""
 
 import os
-import subprocess
 import time
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -41,14 +40,11 @@ FAST = {"conv": onednn.Conv, "norm": onednn.BatchNorm, "max_pool": onednn.max_po
 
 # (batch, height, width, channels, features, kernel, strides, groups)
 SHAPES = [
-    (2, 8, 8, 16, 16, 3, 1, 1),
     (2, 8, 8, 16, 32, 3, 2, 1),
     (1, 9, 7, 5, 3, 3, 2, 1),  # odd sizes, odd channels, batch of one
     (1, 1, 1, 4, 8, 3, 1, 1),  # the kernel is larger than the image
-    (3, 7, 7, 8, 32, 1, 1, 1),
     (3, 7, 8, 8, 16, 1, 2, 1),
     (2, 15, 16, 3, 8, 7, 2, 1),
-    (2, 6, 6, 4, 4, 5, 1, 1),
     (2, 6, 6, 16, 32, 3, 2, 4),
     (2, 6, 6, 8, 8, 3, 1, 8),  # depthwise
 ]
@@ -75,28 +71,29 @@ def operands(shape, dtype=np.float32):
     return jnp.asarray(images, dtype), jnp.asarray(kernel, dtype)
 
 
-X, W = operands(SHAPES[0])
+X, W = operands((2, 8, 8, 16, 16, 3, 1, 1))
 
 
 def near(got, want, tolerance=1e-5):
-    for path, leaf in leaves(want).items():
-        error = np.abs(np.asarray(leaves(got)[path], np.float64) - leaf).max()
+    for (path, leaf), other in zip(leaves(want).items(), jax.tree.leaves(got), strict=True):
+        error = np.abs(np.asarray(other, np.float64) - leaf).max()
         assert error <= tolerance * max(np.abs(leaf).max(), 1e-3), f"{path}: {error}"
-
-
-def through(conv, strides, groups):
-    """A scalar of a convolution whose gradients depend on both operands."""
-    return lambda images, kernel: jnp.sin(conv(images, kernel, strides=strides, groups=groups)).sum()
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_outputs_and_gradients(shape):
     *_, strides, groups = shape
-    images, kernel = operands(shape)
-    got = onednn.convolution(images, kernel, strides=strides, groups=groups)
-    near({"y": got}, {"y": plain(images, kernel, strides, groups)})
-    grads = [jax.grad(through(f, strides, groups), (0, 1))(images, kernel) for f in (onednn.convolution, plain)]
-    near(*(dict(zip("xw", g, strict=True)) for g in grads))
+
+    @jax.jit
+    def answers(images, kernel):
+        def of(conv):
+            conv = partial(conv, strides=strides, groups=groups)
+            gradient = jax.grad(lambda x, w: jnp.sin(conv(x, w)).sum(), (0, 1))
+            return conv(images, kernel), gradient(images, kernel)
+
+        return of(onednn.convolution), of(plain)
+
+    near(*answers(*operands(shape)))
 
 
 @pytest.mark.slow
@@ -124,16 +121,17 @@ def test_bfloat16():
     images, kernel = X.astype(jnp.bfloat16), W.astype(jnp.bfloat16)
     got = onednn.convolution(images, kernel)
     assert got.dtype == jnp.bfloat16
-    near({"y": got}, {"y": np.asarray(plain(images, kernel, 1, 1), np.float32)}, 1e-2)
+    near(got, np.asarray(plain(images, kernel, 1, 1), np.float32), 1e-2)
 
 
 def test_vmap_and_per_example_gradients():
-    images, kernel = operands(SHAPES[1])
+    images, kernel = operands(SHAPES[0])
 
     def per_example(conv):
-        return jax.vmap(jax.grad(lambda w, x: through(conv, 2, 1)(x[None], w)), (None, 0))(kernel, images)
+        loss = jax.grad(lambda w, x: jnp.sin(conv(x[None], w, strides=2, groups=1)).sum())
+        return jax.jit(jax.vmap(loss, (None, 0)))(kernel, images)
 
-    near({"g": per_example(onednn.convolution)}, {"g": per_example(plain)})
+    near(per_example(onednn.convolution), per_example(plain))
 
 
 def normalize(x, channels=4):
@@ -176,7 +174,7 @@ def test_refused(call, error, message):
 
 
 @pytest.mark.parametrize("relu", [False, True])
-@pytest.mark.parametrize("shape", [(4, 8, 8, 16), (3, 5, 7, 5), (1, 2, 2, 64), (7, 1, 1, 3)], ids=str)
+@pytest.mark.parametrize("shape", [(3, 5, 7, 5), (1, 2, 2, 64)], ids=str)
 def test_batch_norm(shape, relu):
     """Outputs, gradients of all three operands, running statistics: those of Flax's."""
     x = 3 * jax.random.normal(jax.random.key(0), shape) + 1
@@ -197,7 +195,7 @@ def test_batch_norm(shape, relu):
         return {"relu": relu} if isinstance(module, onednn.BatchNorm) else {}
 
     (got, got_aux), (want, want_aux) = (through(m(use_running_average=False)) for m in (onednn.BatchNorm, BatchNorm))
-    near({"grads": got, "aux": got_aux}, {"grads": want, "aux": want_aux}, 5e-5)
+    near((got, got_aux), (want, want_aux), 5e-5)
 
 
 def test_batch_norm_is_exact_to_float32():
@@ -215,27 +213,31 @@ def test_batch_norm_in_evaluation():
     module = onednn.BatchNorm(use_running_average=True)
     x = jnp.linspace(-2, 2, 32).reshape(2, 2, 2, 4)
     variables = module.init(jax.random.key(0), x)
-    near({"y": module.apply(variables, x, method="with_relu")}, {"y": jax.nn.relu(x) / np.sqrt(1 + 1e-5)})
+    near(module.apply(variables, x, method="with_relu"), jax.nn.relu(x) / np.sqrt(1 + 1e-5))
 
 
 def test_unusual_norms_are_the_plain_ones():
     x = jax.random.normal(jax.random.key(0), (2, 4, 4, 8))
     module = onednn.BatchNorm(use_running_average=False, use_scale=False)
     y, _ = module.apply(module.init(jax.random.key(0), x), x, mutable=["batch_stats"])
-    near({"mean": y.mean((0, 1, 2)), "var": y.var((0, 1, 2))}, {"mean": jnp.zeros(8), "var": jnp.ones(8)}, 1e-3)
+    near((y.mean((0, 1, 2)), y.var((0, 1, 2))), (jnp.zeros(8), jnp.ones(8)), 1e-3)
 
 
 # ---- max-pool -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shape", [(2, 8, 8, 16), (1, 7, 9, 3), (3, 1, 2, 5)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 7, 8, 5), (3, 1, 2, 5)], ids=str)
 def test_max_pool(shape):
     """Outputs and gradients, with the many equal zeros that a ReLU leaves."""
     x = jax.nn.relu(jax.random.normal(jax.random.key(0), shape))
     weight = jax.random.normal(jax.random.key(1), max_pool(x).shape)
-    np.testing.assert_array_equal(onednn.max_pool(x), max_pool(x))
-    got, want = (jax.grad(lambda x, pool=pool: (pool(x) * weight).sum())(x) for pool in (onednn.max_pool, max_pool))
-    np.testing.assert_allclose(got, want, atol=1e-6)
+
+    def of(pool):
+        return jax.jit(lambda x: (pool(x), jax.grad(lambda x: (pool(x) * weight).sum())(x)))(x)
+
+    (got, got_gradient), (want, gradient) = of(onednn.max_pool), of(max_pool)
+    np.testing.assert_array_equal(got, want)
+    np.testing.assert_allclose(got_gradient, gradient, atol=1e-6)
 
 
 # ---- networks -------------------------------------------------------------------------------------------------------
@@ -252,18 +254,16 @@ def answers(model, variables, images, labels):
     return {"train": logits, "stats": stats, "grads": grads, "eval": model.apply(variables, images, train=False)}
 
 
+OTHERS = ("resnet50", "preact_resnet18_cifar", "resnet8", "resnet18", "resnext50_32x4d")
+
+
 @pytest.mark.parametrize(
-    "name",
-    [
-        "resnet50",
-        "preact_resnet18_cifar",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("resnet8", "resnet18", "resnext50_32x4d")),
-    ],
+    ("name", "stages"), [("resnet50", 1), *(pytest.param(name, 3, marks=pytest.mark.slow) for name in OTHERS)]
 )
-def test_networks(name):
+def test_networks(name, stages):
     """Each block and stem, one block a stage: outputs, statistics and gradients of whole networks."""
     model = MODELS[name](num_classes=CLASSES, width=16)
-    model = model.clone(stage_sizes=(1,) * min(len(model.stage_sizes), 3))
+    model = model.clone(stage_sizes=(1,) * stages)
     variables = init_variables(model, jax.random.key(0), (33, 33, 3))
     images = jax.random.normal(jax.random.key(1), (4, 33, 33, 3))
     labels = np.arange(4)
@@ -276,19 +276,28 @@ def test_networks(name):
     assert off < 0.03 * jnp.sqrt(sum((b**2).sum() for b in jax.tree.leaves(want_grads)))
 
 
-@pytest.mark.parametrize("mode", ["jit", "pmap", "shard_map"])
-def test_three_modes(mode, images):
-    """Three steps on eight devices equal three plain steps on one."""
-    states = {}
-    for fields, devices, how in (({}, 1, "jit"), (FAST, 8, mode)):
+@pytest.fixture(scope="module")
+def params_after(images):
+    """`params_after(mode, devices, fast)`: after three steps of a small net."""
+
+    @cache
+    def run(mode, devices, fast):
         mesh = make_mesh(jax.devices()[:devices])
-        model = tiny(axis_name=axis_of(how), **fields)
-        step = compile_step(partial(train_step, model=model, tx=tiny_tx()), mesh=mesh, mode=how)
+        model = tiny(axis_name=axis_of(mode), **(FAST if fast else {}))
+        step = compile_step(partial(train_step, model=model, tx=tiny_tx()), mesh=mesh, mode=mode)
         state = jax.device_put(tiny_state(tiny_tx()), replicated(mesh))
         for _ in range(3):
-            state, _ = step(state, shard_batch(batch_of(images), mesh, mode=how))
-        states[devices] = jax.device_get(state.params)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6, rtol=0), states[8], states[1])
+            state, _ = step(state, shard_batch(batch_of(images), mesh, mode=mode))
+        return jax.device_get(state.params)
+
+    return run
+
+
+@pytest.mark.parametrize("mode", [pytest.param("jit", marks=pytest.mark.slow), "pmap", "shard_map"])
+def test_three_modes(mode, params_after):
+    """Three steps on eight devices equal three plain steps on one."""
+    near = partial(np.testing.assert_allclose, atol=2e-6, rtol=0)
+    jax.tree.map(near, params_after(mode, 8, True), params_after("jit", 1, False))
 
 
 # ---- the library ----------------------------------------------------------------------------------------------------
@@ -321,9 +330,11 @@ def test_unavailable(fresh, monkeypatch, change, message):
 
 def test_compiled_once(fresh, monkeypatch):
     include, path = library._find_library()
+    calls = []
+    monkeypatch.setattr(library, "_compile", lambda output, *_: (calls.append(output), output.touch()))
     compiled = library._compiled_library(include, path)
     assert compiled.parent == fresh / "resnet-jax"
-    monkeypatch.setattr(subprocess, "run", lambda *a, **k: pytest.fail("compiled again"))
     # That the library has been read since is not a change.
     os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))
     assert library._compiled_library(include, path) == compiled
+    assert len(calls) == 1
