@@ -27,10 +27,9 @@ BatchNorm = partial(nn.BatchNorm, momentum=0.9, epsilon=1e-5)
 
 def conv(features: int, kernel_size: int = 3, strides: int = 1, groups: int = 1, **kwargs: Any) -> nn.Conv:
     """Build a square convolution without bias, padded like torchvision (XLA's "SAME" differs where `strides` > 1)."""
-    pad = (kernel_size - 1) // 2
-    fixed: dict[str, Any] = {"padding": ((pad, pad), (pad, pad)), "use_bias": False}
-    options = {"kernel_init": kernel_init, **kwargs, **fixed}
-    return nn.Conv(features, (kernel_size,) * 2, strides=(strides,) * 2, feature_group_count=groups, **options)
+    options: dict[str, Any] = {"use_bias": False, "kernel_init": kernel_init, "feature_group_count": groups} | kwargs
+    padding = ((kernel_size - 1) // 2,) * 2
+    return nn.Conv(features, (kernel_size,) * 2, strides=(strides,) * 2, padding=(padding, padding), **options)
 
 
 def max_pool(x: jax.Array) -> jax.Array:
@@ -127,9 +126,8 @@ class PooledProjection(Projection):
     def __call__(self, x: jax.Array) -> jax.Array:
         if self.strides > 1:
             window = (self.strides, self.strides)
-            height, width = (-size % self.strides for size in x.shape[1:3])
             # At an odd edge, average over the pixels that exist, like PyTorch's ceil_mode.
-            padding = ((0, height), (0, width))
+            padding = tuple((0, -size % self.strides) for size in x.shape[1:3])
             x = nn.avg_pool(x, window, strides=window, padding=padding, count_include_pad=False)
         x = self.conv(self.features, 1, 1, name="conv")(x)
         return self.norm(name="norm")(x)

@@ -12,26 +12,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from resnet_jax.layers import (
-    BatchNorm,
-    CifarPreActStem,
-    CifarStem,
-    DeepStem,
-    DropPath,
-    ImageNetStem,
-    ModuleDef,
-    NormAct,
-    PlainProjection,
-    PooledProjection,
-    PreActStem,
-    Projection,
-    SqueezeExcite,
-    ZeroPad,
-    conv,
-    dense_init,
-    max_pool,
-    norm_relu,
-)
+from resnet_jax import layers
+from resnet_jax.layers import ModuleDef, norm_relu
 
 
 class Block(nn.Module):
@@ -51,7 +33,7 @@ class Block(nn.Module):
     conv: ModuleDef
     norm: ModuleDef
     drop_path: ModuleDef
-    shortcut: ModuleDef = Projection
+    shortcut: ModuleDef = layers.Projection
     attention: ModuleDef | None = None
     zero_init: bool = False
     widths: Sequence[int] | None = None
@@ -142,7 +124,7 @@ class PreActBlock(Block):
     The branch ends in a convolution: `zero_init` zeroes its kernel, as a zero scale before a ReLU gets no gradient.
     """
 
-    shortcut: ModuleDef = PlainProjection
+    shortcut: ModuleDef = layers.PlainProjection
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
@@ -208,7 +190,7 @@ class ResNet(nn.Module):
     block: ModuleDef
     num_classes: int | None = 1000
     width: int = 64
-    stem: ModuleDef = ImageNetStem
+    stem: ModuleDef = layers.ImageNetStem
     stem_width: int | None = None
     final: ModuleDef | None = None
     drop_path: float = 0.0
@@ -216,9 +198,9 @@ class ResNet(nn.Module):
     dtype: Any = jnp.float32
     axis_name: str | None = None
     sync_bn: bool = True
-    conv: ModuleDef = conv
-    norm: ModuleDef = BatchNorm
-    max_pool: ModuleDef = max_pool
+    conv: ModuleDef = layers.conv
+    norm: ModuleDef = layers.BatchNorm
+    max_pool: ModuleDef = layers.max_pool
     widths: Sequence[int] | None = None
 
     @nn.compact
@@ -253,7 +235,7 @@ class ResNet(nn.Module):
                     in_channels=in_channels,
                     conv=conv,
                     norm=norm,
-                    drop_path=partial(DropPath, rate=rate, axis_name=self.axis_name),
+                    drop_path=partial(layers.DropPath, rate=rate, axis_name=self.axis_name),
                     zero_init=self.zero_init,
                     widths=block_widths[block_index],
                     name=f"stage{stage}_block{block}",
@@ -267,7 +249,7 @@ class ResNet(nn.Module):
             levels[f"stage{len(self.stage_sizes)}"] = x
         levels["pooled"] = x.mean((1, 2), dtype=jnp.float32)
         if self.num_classes is not None:
-            head = nn.Dense(self.num_classes, kernel_init=dense_init, dtype=jnp.float32, name="head")
+            head = nn.Dense(self.num_classes, kernel_init=layers.dense_init, dtype=jnp.float32, name="head")
             levels["logits"] = head(levels["pooled"])
         return levels
 
@@ -297,25 +279,25 @@ MODELS: dict[str, ModuleDef] = {
 """Published networks by name: callables that take fields of `ResNet` as keywords and return a `ResNet`."""
 
 for d, (sizes, block) in STAGES.items():
-    squeezed = partial(block, attention=SqueezeExcite)
-    preact = partial(ResNet, sizes, PreActBlock if block is BasicBlock else PreActBottleneck, final=NormAct)
-    cifar: dict[str, Any] = {"num_classes": 10, "stem": CifarStem}
+    squeezed = partial(block, attention=layers.SqueezeExcite)
+    preact = partial(ResNet, sizes, PreActBlock if block is BasicBlock else PreActBottleneck, final=layers.NormAct)
+    cifar: dict[str, Any] = {"num_classes": 10, "stem": layers.CifarStem}
     MODELS |= {
         f"resnet{d}": partial(ResNet, sizes, block),
-        f"resnet{d}d": partial(ResNet, sizes, partial(block, shortcut=PooledProjection), stem=DeepStem),
+        f"resnet{d}d": partial(ResNet, sizes, partial(block, shortcut=layers.PooledProjection), stem=layers.DeepStem),
         f"seresnet{d}": partial(ResNet, sizes, squeezed),
-        f"preact_resnet{d}": partial(preact, stem=PreActStem),
+        f"preact_resnet{d}": partial(preact, stem=layers.PreActStem),
         f"resnet{d}_cifar": partial(ResNet, sizes, block, **cifar),
         f"seresnet{d}_cifar": partial(ResNet, sizes, squeezed, **cifar),
-        f"preact_resnet{d}_cifar": partial(preact, num_classes=10, stem=CifarPreActStem),
+        f"preact_resnet{d}_cifar": partial(preact, num_classes=10, stem=layers.CifarPreActStem),
     }
 
 # Three stages for 32x32 images, https://arxiv.org/abs/1512.03385 section 4.2 and https://arxiv.org/abs/1605.07146.
-small = partial(ResNet, num_classes=10, width=16, stem=CifarStem)
-small_preact = partial(small, block=PreActBlock, stem=CifarPreActStem, final=NormAct)
+small = partial(ResNet, num_classes=10, width=16, stem=layers.CifarStem)
+small_preact = partial(small, block=PreActBlock, stem=layers.CifarPreActStem, final=layers.NormAct)
 for d in (8, 20, 32, 44, 56, 110):
     sizes = ((d - 2) // 6,) * 3
-    MODELS[f"resnet{d}"] = partial(small, sizes, partial(BasicBlock, shortcut=ZeroPad))
+    MODELS[f"resnet{d}"] = partial(small, sizes, partial(BasicBlock, shortcut=layers.ZeroPad))
     MODELS[f"preact_resnet{d}"] = partial(small_preact, sizes)
 for d, factor in ((16, 4), (28, 10), (40, 2)):
     MODELS[f"wrn_{d}_{factor}"] = partial(small_preact, ((d - 4) // 6,) * 3, width=16 * factor, stem_width=16)

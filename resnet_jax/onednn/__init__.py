@@ -11,12 +11,9 @@ project on x86; elsewhere use conda-forge's `onednn` or Debian's `libdnnl-dev`.
 plain modules in these cases and for a network that is to be exported.
 """
 
-from resnet_jax.onednn.convolution import Conv as Conv
-from resnet_jax.onednn.convolution import convolution as convolution
-from resnet_jax.onednn.library import Unavailable as Unavailable
-from resnet_jax.onednn.library import cache_folder as cache_folder
-from resnet_jax.onednn.library import check as check
-from resnet_jax.onednn.library import load as load
-from resnet_jax.onednn.norm import BatchNorm as BatchNorm
-from resnet_jax.onednn.norm import batch_norm as batch_norm
-from resnet_jax.onednn.pool import max_pool as max_pool
+from resnet_jax.onednn.convolution import Conv, convolution
+from resnet_jax.onednn.library import Unavailable, cache_folder, check, load
+from resnet_jax.onednn.norm import BatchNorm, batch_norm
+from resnet_jax.onednn.pool import max_pool
+
+__all__ = ["BatchNorm", "Conv", "Unavailable", "batch_norm", "cache_folder", "check", "convolution", "load", "max_pool"]

@@ -58,8 +58,6 @@ class SqueezeExcite(nn.Module):
 
     def __init__(self, channels: int, reduction: int = 16) -> None:
         super().__init__()
-        if channels < reduction:
-            raise ValueError(f"{channels} channels leave no hidden unit at reduction {reduction}: take a larger width")
         self.fc1 = nn.Conv2d(channels, channels // reduction, 1)
         self.fc2 = nn.Conv2d(channels // reduction, channels, 1)
 
@@ -111,8 +109,6 @@ class Bottleneck(nn.Module):
     ) -> None:
         super().__init__()
         outplanes, width = planes * self.expansion, planes * group_width // 64 * groups
-        if width == 0:
-            raise ValueError(f"{planes} planes leave no channel in each of {groups} groups: take a larger width")
         self.conv1 = conv(inplanes, width, 1)
         self.bn1 = nn.BatchNorm2d(width)
         self.conv2 = conv(width, width, 3, stride, groups)
@@ -208,10 +204,8 @@ class ResNet(nn.Module):
                 *(conv(half, half, 3), nn.BatchNorm2d(half), nn.ReLU()),
                 conv(half, inplanes, 3),
             )
-        elif stem in ("imagenet", "cifar"):
-            self.conv1 = conv(in_channels, inplanes, *((7, 2) if stem == "imagenet" else (3, 1)))
         else:
-            raise ValueError(f"stem must be imagenet, deep or cifar, got {stem!r}")
+            self.conv1 = conv(in_channels, inplanes, *((7, 2) if stem == "imagenet" else (3, 1)))
         self.preact = preact
         if not preact:
             self.bn1 = nn.BatchNorm2d(inplanes)

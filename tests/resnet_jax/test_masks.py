@@ -17,7 +17,6 @@ from resnet_jax.masks import (
     erk_shares,
     full_masks,
     kernels_except,
-    largest,
     make_masks,
     no_masks,
     pack,
@@ -236,26 +235,6 @@ def test_sparser_masks_are_subsets_and_pruning_again_is_pruning_at_once(kernels,
         assert jax.tree.all(jax.tree.map(lambda a, b: (a | ~b).all(), denser, sparser)), chosen
         if chosen.get("scope") in ("global", "uniform"):
             jax.tree.map(np.testing.assert_array_equal, masks_of(scores, high, masks=denser, **chosen), sparser)
-
-
-KEYS = st.sampled_from([0, 1, 7, 2**31, 2**32 - 1])
-
-
-@PROPERTY
-@given(
-    st.tuples(*(arrays(np.uint32, shape, elements=KEYS) for shape in ((2, 3), (5,), (4, 1, 2)))),
-    st.integers(0, 14),
-    st.integers(0, 5),
-)
-def test_largest_is_a_stable_sort_in_each_group(keys, first, second):
-    """The first and the third array are of one group, the second of another."""
-    got = [np.asarray(x) for x in LARGEST(list(keys), jnp.asarray([first, second]))]
-    a, b, c = (x.ravel().astype(np.float64) for x in keys)
-    np.testing.assert_array_equal(np.concatenate([got[0].ravel(), got[2].ravel()]), best(np.concatenate([a, c]), first))
-    np.testing.assert_array_equal(got[1], best(b, second))
-
-
-LARGEST = quick_jit(lambda keys, counts: largest(keys, counts, [0, 1, 0]))
 
 
 def test_sortable_is_in_the_order_of_floats():
