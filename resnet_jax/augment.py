@@ -30,12 +30,8 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 """Channel standard deviations of ImageNet's training images in [0, 1]."""
 
 
-# --- combinators ------------------------------------------------------------------------------------------------------
-
-
 def identity(key: Key, image: Image) -> Image:
     """Return the image [H, W, C] unchanged."""
-    del key
     return image
 
 
@@ -91,15 +87,11 @@ def preprocess_batch(augment: Augment, images: jax.Array) -> jax.Array:
     return augment_batch(augment, example_keys(jax.random.key(0), jnp.arange(len(images))), images)
 
 
-# --- crops, flips and resampling --------------------------------------------------------------------------------------
-
-
 def normalize(mean: float | Sequence[float] = IMAGENET_MEAN, std: float | Sequence[float] = IMAGENET_STD) -> Augment:
     """Return `(image - mean) / std` for images in [0, 1]; `mean` and `std` are scalars or one value per channel."""
     center, scale = (np.asarray(value, np.float32).reshape(1, 1, -1) for value in (mean, std))
 
     def augment(key: Key, image: Image) -> Image:
-        del key
         if {center.size, scale.size} - {1, image.shape[-1]}:
             raise ValueError(f"normalize: {center.size} means, {scale.size} stds for an image of shape {image.shape}")
         return (image - center) / scale
@@ -128,7 +120,6 @@ def center_crop(size: Size) -> Augment:
     height, width = _pair(size)
 
     def augment(key: Key, image: Image) -> Image:
-        del key
         if height > image.shape[0] or width > image.shape[1]:
             raise ValueError(f"cannot crop {height}x{width} from an image of shape {image.shape}")
         top, left = round((image.shape[0] - height) / 2), round((image.shape[1] - width) / 2)
@@ -141,7 +132,6 @@ def resize(size: Size, *, antialias: bool = True) -> Augment:
     """Resample [H, W, C] bilinearly to `size` (int for a square, or (h, w)); `antialias` averages when downsampling."""
 
     def augment(key: Key, image: Image) -> Image:
-        del key
         return _resample(image, (image.shape[0], image.shape[1], 0, 0), size, antialias)
 
     return augment
@@ -211,9 +201,6 @@ def _resample(image: Image, box: Sequence[ArrayLike], size: Size, antialias: boo
     return jnp.einsum("yh,xhc->yxc", rows, image, precision="highest")
 
 
-# --- erasing ----------------------------------------------------------------------------------------------------------
-
-
 def cutout(size: Size = 16, *, p: float = 1.0, fill: float = 0.0) -> Augment:
     """With probability `p`, fill a box of `size` (int or (h, w)) around a random pixel, clipped at the border.
 
@@ -254,9 +241,6 @@ def random_centered_box(key: Key, rows: int, columns: int, height: Any, width: A
     """Return a boolean [rows, columns, 1], True in a `height` x `width` box around a random pixel, clipped."""
     y, x = jax.random.randint(key, (2,), 0, np.array([rows, columns]))
     return _box(rows, columns, height, width, y - height // 2, x - width // 2)
-
-
-# --- color ------------------------------------------------------------------------------------------------------------
 
 
 def color_jitter(brightness: float = 0.4, contrast: float = 0.4, saturation: float = 0.4, hue: float = 0.1) -> Augment:

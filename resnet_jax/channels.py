@@ -191,6 +191,8 @@ def channel_masks(
 ) -> PyTree:
     """Return masks that keep the channels with the highest scores; ties keep the lower index.
 
+    They are bool in the shape of each leaf that carries a group, and a 0-d True for every other leaf.
+
     The number of channels left in a group is rounded to the nearest multiple of `round_to` (ties round up), at least
     one multiple, or to all channels if that is nearer.
 
@@ -203,9 +205,6 @@ def channel_masks(
         scores of a group by their mean, and counts a pair as one channel.
       round_to: at least 1.
       masks: previous masks; the channels they remove stay removed and count as removed.
-
-    Returns:
-      A tree with the structure of `params`: bool in the shape of each leaf that carries a group, 0-d True elsewhere.
 
     Raises:
       ValueError: there are no groups, the scope is unknown, or `sparsity` or `round_to` is out of range.

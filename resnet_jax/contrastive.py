@@ -20,9 +20,6 @@ from resnet_jax.parallel import all_rows, mean_over, vary
 MAX_SIMILARITIES = 1 << 22
 
 
-# --- contrastive losses -----------------------------------------------------------------------------------------------
-
-
 def nt_xent(
     *views: jax.Array, temperature: float = 0.5, axis_name: str | None = None, block: int | None = None
 ) -> jax.Array:
@@ -146,9 +143,6 @@ def enqueue(queue: jax.Array, embeddings: jax.Array, step: jax.Array, *, axis_na
     return jax.lax.dynamic_update_slice_in_dim(queue, rows, start, axis=0)
 
 
-# --- loss against a target --------------------------------------------------------------------------------------------
-
-
 def cosine(a: jax.Array, b: jax.Array) -> jax.Array:
     """Return the cosine similarity of the rows of [..., D], float32 [...]; it is 0 for rows of length 0."""
     return jnp.sum(unit(a) * unit(b), axis=-1)
@@ -160,9 +154,6 @@ def byol(predictions: jax.Array, targets: jax.Array) -> jax.Array:
     https://arxiv.org/abs/2006.07733. No gradient flows into the targets.
     """
     return 2 - 2 * cosine(predictions, jax.lax.stop_gradient(targets))
-
-
-# --- statistics of the batch ------------------------------------------------------------------------------------------
 
 
 def barlow_twins(a: jax.Array, b: jax.Array, *, redundancy: float = 0.0051, axis_name: str | None = None) -> jax.Array:
@@ -209,9 +200,6 @@ def vicreg(
     (shortfall_a, off_a), (shortfall_b, off_b) = spread(a), spread(b)
     distance = _batch_mean(jnp.square(a - b), axis_name).mean()
     return invariance * distance + variance * (shortfall_a + shortfall_b) / 2 + covariance * (off_a + off_b)
-
-
-# --- prototypes -------------------------------------------------------------------------------------------------------
 
 
 def sinkhorn(

@@ -66,18 +66,18 @@ class Stem(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        x = self.conv(self.features, self.kernel_size, self.strides, name="conv")(x)
-        x = norm_relu(self.norm(name="norm"), x)
+        x = self.activate(self.conv(self.features, self.kernel_size, self.strides, name="conv")(x))
         return self.max_pool(x) if self.pool else x
+
+    def activate(self, x: jax.Array) -> jax.Array:
+        return norm_relu(self.norm(name="norm"), x)
 
 
 class PreActStem(Stem):
     """Convolution and, if `pool`, max-pool; norm and ReLU belong to the first pre-activation block."""
 
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        x = self.conv(self.features, self.kernel_size, self.strides, name="conv")(x)
-        return self.max_pool(x) if self.pool else x
+    def activate(self, x: jax.Array) -> jax.Array:
+        return x
 
 
 class DeepStem(nn.Module):

@@ -105,8 +105,7 @@ def compile_step(
     if mode == "pmap":
         if compiler_options:
             raise ValueError("pmap takes no compiler options; use mode jit or shard_map")
-        local = [d for d in mesh.devices.flat if d.process_index == jax.process_index()]
-        devices = local if jax.process_count() == 1 else None
+        devices = list(mesh.devices.flat) if jax.process_count() == 1 else None
         axes: dict[str, Any] = {"in_axes": (None, 0), "out_axes": 0 if rows else None}
         return jax.pmap(step, axis_name=AXIS, **axes, donate_argnums=donate_argnums, devices=devices)
     out = batch_sharding(mesh) if rows else replicated(mesh)

@@ -1,11 +1,8 @@
 """Pruning scores: how important each parameter is; masks keep the largest.
 
 Scores are a float32 tree with the structure of `params`, which may be any tree of float arrays. Scores that use data
-take
-
-- `loss(params, batch)`, which returns per-example losses, float32 [B];
-- `batches`, a finite iterable of trees of arrays [B, ...]. All batches have equal weight; each new shape is traced
-  again.
+take `loss(params, batch)`, which returns per-example losses, float32 [B], and `batches`, a finite iterable of trees of
+arrays [B, ...]. All batches have equal weight; each new shape is traced again.
 
 `loss` and `forward` must be pure. Passing the same function object again, also in later calls, reuses its compiled
 code, so iterative pruning compiles once; values that such a function closes over must not change between calls.

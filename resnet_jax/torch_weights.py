@@ -134,13 +134,13 @@ def from_torch(state_dict: Mapping[str, Any], variables: PyTree, *, new_head: bo
 def to_torch(variables: PyTree) -> dict[str, np.ndarray]:
     """Return the state dict, arrays by torchvision's and timm's names, of a `ResNet`'s variables.
 
-    Takes any tree with their structure, such as gradients in `{"params": gradients}`. A deep stem implies ResNet-D,
-    whose shortcuts timm names `downsample.1` and `downsample.2`. PyTorch's `load_state_dict` accepts the result, also
-    in strict mode, although `num_batches_tracked` is absent. `from_torch` restores the same bits.
+    Takes any tree with their structure, such as gradients in `{"params": gradients}`. PyTorch's `load_state_dict`
+    accepts the result in strict mode, although `num_batches_tracked` is absent. `from_torch` restores the same bits.
 
     Raises:
       ValueError: these are not the variables of a `ResNet`.
     """
     flat = {path.partition("/")[2]: leaf for path, leaf in leaves(jax.device_get(variables)).items()}
+    # A deep stem implies ResNet-D.
     pooled = any(path.startswith("stem/conv1/") for path in flat)
     return {torch_name(path, pooled=pooled): from_layout(path, leaf) for path, leaf in flat.items()}
