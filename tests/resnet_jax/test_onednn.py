@@ -13,8 +13,7 @@ from resnet_jax import MODELS, onednn
 from resnet_jax.layers import BatchNorm, max_pool
 from resnet_jax.onednn import library
 from resnet_jax.parallel import axis_of, compile_step, make_mesh, replicated, shard_batch
-from resnet_jax.tree import leaves
-from tests.reference.nets import CLASSES, batch_of, tiny, tiny_state, tiny_tx
+from tests.reference.nets import CLASSES, assert_near, batch_of, tiny, tiny_state, tiny_tx
 from train.state import init_variables
 from train.steps import train_step
 
@@ -74,12 +73,6 @@ def operands(shape, dtype=np.float32):
 X, W = operands((2, 8, 8, 16, 16, 3, 1, 1))
 
 
-def near(got, want, tolerance=1e-5):
-    for (path, leaf), other in zip(leaves(want).items(), jax.tree.leaves(got), strict=True):
-        error = np.abs(np.asarray(other, np.float64) - leaf).max()
-        assert error <= tolerance * max(np.abs(leaf).max(), 1e-3), f"{path}: {error}"
-
-
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_outputs_and_gradients(shape):
     *_, strides, groups = shape
@@ -93,7 +86,7 @@ def test_outputs_and_gradients(shape):
 
         return of(onednn.convolution), of(plain)
 
-    near(*answers(*operands(shape)))
+    assert_near(*answers(*operands(shape)))
 
 
 @pytest.mark.slow
@@ -121,7 +114,7 @@ def test_bfloat16():
     images, kernel = X.astype(jnp.bfloat16), W.astype(jnp.bfloat16)
     got = onednn.convolution(images, kernel)
     assert got.dtype == jnp.bfloat16
-    near(got, np.asarray(plain(images, kernel, 1, 1), np.float32), 1e-2)
+    assert_near(got, np.asarray(plain(images, kernel, 1, 1), np.float32), 1e-2)
 
 
 def test_vmap_and_per_example_gradients():
@@ -131,7 +124,7 @@ def test_vmap_and_per_example_gradients():
         loss = jax.grad(lambda w, x: jnp.sin(conv(x[None], w, strides=2, groups=1)).sum())
         return jax.jit(jax.vmap(loss, (None, 0)))(kernel, images)
 
-    near(per_example(onednn.convolution), per_example(plain))
+    assert_near(per_example(onednn.convolution), per_example(plain))
 
 
 def normalize(x, channels=4):
@@ -195,7 +188,7 @@ def test_batch_norm(shape, relu):
         return {"relu": relu} if isinstance(module, onednn.BatchNorm) else {}
 
     (got, got_aux), (want, want_aux) = (through(m(use_running_average=False)) for m in (onednn.BatchNorm, BatchNorm))
-    near((got, got_aux), (want, want_aux), 5e-5)
+    assert_near((got, got_aux), (want, want_aux), 5e-5)
 
 
 def test_batch_norm_is_exact_to_float32():
@@ -213,14 +206,14 @@ def test_batch_norm_in_evaluation():
     module = onednn.BatchNorm(use_running_average=True)
     x = jnp.linspace(-2, 2, 32).reshape(2, 2, 2, 4)
     variables = module.init(jax.random.key(0), x)
-    near(module.apply(variables, x, method="with_relu"), jax.nn.relu(x) / np.sqrt(1 + 1e-5))
+    assert_near(module.apply(variables, x, method="with_relu"), jax.nn.relu(x) / np.sqrt(1 + 1e-5))
 
 
 def test_unusual_norms_are_the_plain_ones():
     x = jax.random.normal(jax.random.key(0), (2, 4, 4, 8))
     module = onednn.BatchNorm(use_running_average=False, use_scale=False)
     y, _ = module.apply(module.init(jax.random.key(0), x), x, mutable=["batch_stats"])
-    near((y.mean((0, 1, 2)), y.var((0, 1, 2))), (jnp.zeros(8), jnp.ones(8)), 1e-3)
+    assert_near((y.mean((0, 1, 2)), y.var((0, 1, 2))), (jnp.zeros(8), jnp.ones(8)), 1e-3)
 
 
 # ---- max-pool -------------------------------------------------------------------------------------------------------
@@ -270,7 +263,7 @@ def test_networks(name, stages):
     want = jax.jit(partial(answers, model))(variables, images, labels)
     got = jax.jit(partial(answers, model.clone(**FAST)))(variables, images, labels)
     grads, want_grads = got.pop("grads"), want.pop("grads")
-    near(got, want, 2e-4)
+    assert_near(got, want, 2e-4)
     # One activation that rounds to the other side of zero moves whole kernels: hold their norm, not each entry.
     off = jnp.sqrt(sum(((a - b) ** 2).sum() for a, b in zip(*map(jax.tree.leaves, (grads, want_grads)), strict=True)))
     assert off < 0.03 * jnp.sqrt(sum((b**2).sum() for b in jax.tree.leaves(want_grads)))
@@ -296,8 +289,8 @@ def params_after(images):
 @pytest.mark.parametrize("mode", [pytest.param("jit", marks=pytest.mark.slow), "pmap", "shard_map"])
 def test_three_modes(mode, params_after):
     """Three steps on eight devices equal three plain steps on one."""
-    near = partial(np.testing.assert_allclose, atol=2e-6, rtol=0)
-    jax.tree.map(near, params_after(mode, 8, True), params_after("jit", 1, False))
+    close = partial(np.testing.assert_allclose, atol=2e-6, rtol=0)
+    jax.tree.map(close, params_after(mode, 8, True), params_after("jit", 1, False))
 
 
 # ---- the library ----------------------------------------------------------------------------------------------------

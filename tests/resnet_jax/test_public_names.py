@@ -14,7 +14,3 @@ def test_nothing_else_leaks():
     rest = {name: getattr(resnet_jax, name) for name in names}
     assert all(isinstance(x, types.ModuleType) and x.__name__ == f"resnet_jax.{name}" for name, x in rest.items())
     assert not {path.stem for path in ROOT.iterdir()} & set(resnet_jax.__all__)
-
-
-def test_version():
-    assert all(part.isdigit() for part in resnet_jax.__version__.split("."))

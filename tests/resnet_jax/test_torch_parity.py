@@ -16,6 +16,7 @@ from resnet_jax.resnet import MODELS, ResNet
 from resnet_jax.torch_weights import from_torch, to_torch
 from resnet_jax.tree import leaves
 from tests.reference.make_golden import CASES, CLASSES, GOLDEN, batch, shallow, summary, torch_reference, weights
+from tests.reference.nets import assert_near
 
 pytestmark = pytest.mark.usefixtures("unoptimised")
 
@@ -65,13 +66,6 @@ def ours(name: str) -> dict[str, np.ndarray]:
     return found | {f"{'stats' if '.running_' in k else 'grad'}/{k}": v for k, v in named.items()}
 
 
-def assert_near(got: np.ndarray, want: np.ndarray, what: str, tolerance: float) -> None:
-    """Largest difference at most `tolerance` of the largest value."""
-    assert got.shape == want.shape, what
-    error = np.abs(got - want).max() / max(np.abs(want).max(), 1e-3)
-    assert error < tolerance, f"{what}: {error:.2e}"
-
-
 # One net of each kind by default; the others share their blocks and stems.
 KINDS = {"resnet20", "seresnet18", "resnext50_32x4d"}
 
@@ -86,13 +80,13 @@ def test_golden(name):
         for key, got in summary(found).items():
             want = stored[f"{name}/{key}"]
             if key in found:
-                assert_near(got, want, key, 2e-4)
+                assert_near(got, want, 2e-4, key)
                 continue
             # A row for each tensor, (norm, first value): each is held to its own norm, not to the largest one.
             names = sorted(k for k in found if k.startswith(key))
             assert len(want) == len(names), key
             for row, ours_, theirs in zip(names, got, want, strict=True):
-                assert_near(ours_, theirs, row, 5e-4 if key == "grad" else 2e-4)
+                assert_near(ours_, theirs, 5e-4 if key == "grad" else 2e-4, row)
 
 
 @pytest.mark.skipif(not HAS_TORCH, reason="needs the extra parity")
@@ -101,7 +95,7 @@ def test_live(name):
     want, got = torch_reference(name), ours(name)
     assert want.keys() == got.keys()
     for key, value in want.items():
-        assert_near(got[key], value, key, 5e-4 if key.startswith("grad") else 1e-4)
+        assert_near(got[key], value, 5e-4 if key.startswith("grad") else 1e-4, key)
 
 
 # ---- names -----------------------------------------------------------------------------------------------------------
