@@ -17,7 +17,7 @@ KEY = jax.random.key(0)
 NETS = {"resnet": tiny(), "mlp": Mlp(), "vit": VisionTransformer()}
 
 
-@pytest.mark.parametrize("name", ["mlp", "vit", pytest.param("resnet", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["mlp", *(pytest.param(name, marks=pytest.mark.slow) for name in ("vit", "resnet"))])
 def test_masks_and_schedules(name):
     """All scopes prune the exact number of all kernels; schedules end where they should; masks fit and are packed."""
     params = quick_jit(NETS[name].init)(KEY, jnp.zeros((1, 8, 8, 3)))["params"]

@@ -460,15 +460,12 @@ def test_mixing_shards_equal_one_device():
     mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
     split, whole = PartitionSpec("data"), PartitionSpec()
 
-    @partial(jax.jit, static_argnums=1)
-    def run(key, axis_name):
-        def both(key, images, labels):
-            return [MIXES[name](key, images, labels, axis_name=axis_name) for name in ("mixup", "cutmix")]
-
-        if axis_name:
-            both = jax.shard_map(both, mesh=mesh, in_specs=(whole, split, split), out_specs=split)
-        return both(key, IMAGES, LABELS)
+    @jax.jit
+    @partial(jax.shard_map, mesh=mesh, in_specs=(whole, split, split), out_specs=split)
+    def sharded(key, images, labels):
+        return [MIXES[name](key, images, labels, axis_name="data") for name in ("mixup", "cutmix")]
 
     for seed in range(3):
-        key = jax.random.key(seed)
-        jax.tree.map(partial(np.testing.assert_allclose, atol=1e-6), run(key, "data"), run(key, None))
+        arguments = jax.random.key(seed), IMAGES, LABELS
+        expected = [mixer(name)(*arguments) for name in ("mixup", "cutmix")]
+        jax.tree.map(partial(np.testing.assert_allclose, atol=1e-6), sharded(*arguments), expected)

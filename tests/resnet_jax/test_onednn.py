@@ -286,7 +286,9 @@ def params_after(images):
     return run
 
 
-@pytest.mark.parametrize("mode", [pytest.param("jit", marks=pytest.mark.slow), "pmap", "shard_map"])
+@pytest.mark.parametrize(
+    "mode", ["shard_map", *(pytest.param(mode, marks=pytest.mark.slow) for mode in ("jit", "pmap"))]
+)
 def test_three_modes(mode, params_after):
     """Three steps on eight devices equal three plain steps on one."""
     close = partial(np.testing.assert_allclose, atol=2e-6, rtol=0)
