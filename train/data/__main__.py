@@ -11,12 +11,11 @@ from train.errors import one_line
 def main() -> None:
     """Parse the command line, prepare the set, and print its folder."""
     parser = argparse.ArgumentParser(prog="python -m train.data", description=__doc__)
-    commands = parser.add_subparsers(required=True)
-    command = commands.add_parser("prepare", help="download and prepare a stock TFDS set as ArrayRecord")
-    command.add_argument("name")
-    command.add_argument("--dir", type=Path, default=None, help="the TFDS data_dir")
+    parser.add_argument("command", choices=["prepare"])
+    parser.add_argument("name")
+    parser.add_argument("--dir", type=Path, default=default_data_dir(), help="the TFDS data_dir")
     args = parser.parse_args()
-    print(prepare(args.name, args.dir or default_data_dir()))
+    print(prepare(args.name, args.dir))
 
 
 if __name__ == "__main__":

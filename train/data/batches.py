@@ -27,9 +27,17 @@ PART = 16  # most examples per task of a decoding thread
 class Batches(Protocol):
     """An endless iterator of device batches whose position can be saved and restored."""
 
+    position: int
+
     def __next__(self) -> Batch: ...
-    def state(self) -> dict[str, Any]: ...
-    def restore(self, state: dict[str, Any]) -> None: ...
+
+    def state(self) -> dict[str, Any]:
+        """Return the position in the stream, for a checkpoint."""
+        return {"position": self.position}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continue from a saved position."""
+        self.position = int(state["position"])
 
 
 @lru_cache(maxsize=2)
@@ -87,7 +95,7 @@ def padded(batch: int, mesh: Mesh) -> int:
     return -(-batch // mesh.size) * mesh.size
 
 
-class ResidentBatches:
+class ResidentBatches(Batches):
     """Batches gathered on the device from a split stored there as uint8: the host only draws indices."""
 
     def __init__(self, source: Arrays, *, batch: int, seed: int, mesh: Mesh, mode: Mode) -> None:
@@ -96,8 +104,7 @@ class ResidentBatches:
         # pmap takes this host's devices only, and needs a device axis before the example axis.
         self.local = mode == "pmap"
         mesh = make_mesh(mesh.local_devices) if self.local else mesh
-        self.devices = mesh.size
-        self.sharding = batch_sharding(mesh)
+        self.devices, self.sharding = mesh.size, batch_sharding(mesh)
         arrays = {"image": source.images, "label": source.labels.astype(np.int32)}
         self.arrays = place(arrays, replicated(mesh))
         self.take = jax.jit(_take, out_shardings=self.sharding)
@@ -109,12 +116,6 @@ class ResidentBatches:
             indices = _own_part(indices).reshape(self.devices, -1)
         return self.take(self.arrays, place(indices, self.sharding))
 
-    def state(self) -> dict[str, Any]:
-        return {"position": self.position}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        self.position = int(state["position"])
-
 
 def _take(arrays: Batch, indices: jax.Array) -> Batch:
     return jax.tree.map(lambda x: x[indices], arrays)
@@ -125,39 +126,29 @@ def _own_part(indices: np.ndarray) -> np.ndarray:
     return np.split(indices, jax.process_count())[jax.process_index()]
 
 
-class StreamedBatches:
+class StreamedBatches(Batches):
     """Batches decoded by Grain's threads, up to `ahead` batches before the step needs them."""
 
     def __init__(self, source: Encoded, *, batch: int, seed: int, mesh: Mesh, mode: Mode) -> None:
-        self.batch, self.seed, self.mesh = batch, seed, mesh
+        self.source, self.batch, self.seed, self.mesh = source, batch, seed, mesh
         self.mode: Mode = mode
-        self.own = batch // jax.process_count()
-        self.source, self.threads = source, decode_threads(image_shape(source))
-        self.ahead = max(2, -(-self.threads * math.gcd(self.own, PART) // self.own))
-        self._start(0)
+        self.threads, own = decode_threads(image_shape(source)), batch // jax.process_count()
+        self.ahead = max(2, -(-self.threads * math.gcd(own, PART) // own))
+        self.restore({"position": 0})
 
-    def _start(self, position: int) -> None:
-        self.position = position
-        first = position // self.batch * self.own
-        self.iterator = iter(_decoded(lambda row: self._example(first + row), self.own, self.threads))
+    def restore(self, state: dict[str, Any]) -> None:
+        super().restore(state)
+        self.iterator = iter(_decoded(self._example, self.batch, self.threads, start=self.position))
 
-    def _example(self, own_position: int) -> Example:
-        """Decode the example at one of this process's positions: a pure function of it, so any thread may call it."""
-        step, row = divmod(own_position, self.own)
-        position = step * self.batch + jax.process_index() * self.own + row
+    def _example(self, position: int) -> Example:
+        """Decode the example at a position of the stream: a pure function of it, so any thread may call it."""
         epoch, offset = divmod(position, len(self.source))
         index = int(epoch_order(len(self.source), self.seed, epoch)[offset])
         return self.source.example(index, np.random.default_rng([self.seed, position, 1]))
 
     def __next__(self) -> Batch:
         self.position += self.batch
-        return shard_batch(_whole(next(self.iterator)), self.mesh, mode=self.mode)
-
-    def state(self) -> dict[str, Any]:
-        return {"position": self.position}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        self._start(int(state["position"]))
+        return shard_batch(next(self.iterator), self.mesh, mode=self.mode)
 
 
 def eval_batches(source: Arrays | Encoded, *, batch: int, mesh: Mesh, mode: Mode = "jit") -> Iterator[Batch]:
@@ -171,43 +162,42 @@ def eval_batches(source: Arrays | Encoded, *, batch: int, mesh: Mesh, mode: Mode
     if batch < 1:
         raise UsageError(f"a batch must hold at least one image, got {batch}")
     batch = padded(batch, mesh)
-    own = batch // jax.process_count()
-    steps = -(-len(source) // batch)
+    count = len(source)
+    steps = -(-count // batch)
 
-    def example(own_position: int) -> Example:
-        step, row = divmod(own_position, own)
-        position = step * batch + jax.process_index() * own + row
-        valid = position < len(source)
-        return {**source[min(position, len(source) - 1)], "valid": np.bool_(valid)}
+    def example(position: int) -> Example:
+        return {**source[min(position, count - 1)], "valid": np.bool_(position < count)}
 
     if isinstance(source, Arrays):
         for step in range(steps):
             positions = _own_part(np.arange(step * batch, (step + 1) * batch))
-            rows = np.minimum(positions, len(source) - 1)
+            rows = np.minimum(positions, count - 1)
             part = {"image": source.images[rows], "label": source.labels[rows].astype(np.int32)}
-            yield shard_batch({**part, "valid": positions < len(source)}, mesh, mode=mode)
+            yield shard_batch({**part, "valid": positions < count}, mesh, mode=mode)
     else:
-        for part in _decoded(example, own, decode_threads(image_shape(source)), steps * own):
-            yield shard_batch(_whole(part), mesh, mode=mode)
+        for part in _decoded(example, batch, decode_threads(image_shape(source)), steps=steps):
+            yield shard_batch(part, mesh, mode=mode)
 
 
 def _decoded(
-    example: Callable[[int], dict[str, Any]], batch: int, threads: int, count: int = 2**62
+    example: Callable[[int], Example], batch: int, threads: int, *, start: int = 0, steps: int = 2**40
 ) -> grain.IterDataset:
-    """Decode batches of `example(0)`, `example(1)`, ... in threads, ahead of use: arrays [parts, batch / parts, ...].
+    """Decode this process's part of each global batch of `example(start)`, `example(start + 1)`, ... ahead of use.
 
     A thread receives several examples per task: for single small images, dispatching costs more than decoding.
     """
-    size = math.gcd(batch, PART)
+    own = batch // jax.process_count()
+    size = math.gcd(own, PART)
+    first = start + jax.process_index() * own
 
-    def part(number: int) -> dict[str, np.ndarray]:
-        rows = [example(number * size + row) for row in range(size)]
-        return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+    def part(number: int) -> Batch:
+        step, row = divmod(number * size, own)
+        examples = [example(first + step * batch + row + i) for i in range(size)]
+        return {name: np.stack([e[name] for e in examples]) for name in examples[0]}
 
-    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(2 * batch // size, threads))
-    parts = grain.MapDataset.range(count // size).map(part).to_iter_dataset(options)
-    return parts.batch(batch // size, drop_remainder=True)
+    def whole(parts: Batch) -> Batch:
+        return {name: x.reshape(-1, *x.shape[2:]) for name, x in parts.items()}
 
-
-def _whole(batch: Batch) -> Batch:
-    return {name: x.reshape(-1, *x.shape[2:]) for name, x in batch.items()}
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(2 * own // size, threads))
+    parts = grain.MapDataset.range(steps * own // size).map(part).to_iter_dataset(options)
+    return parts.batch(own // size, drop_remainder=True).map(whole)

@@ -7,8 +7,6 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
-TEST_FRACTION = 0.2
-
 
 class Digits(tfds.core.GeneratorBasedBuilder):
     """1,797 digits, https://archive.ics.uci.edu/dataset/80: 1,437 to train on, 360 to test, the same for everybody."""
@@ -36,7 +34,7 @@ class Digits(tfds.core.GeneratorBasedBuilder):
 
         images, labels = load_digits(return_X_y=True)
         pixels = np.rint(images.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
-        train, test = train_test_split(np.arange(len(labels)), test_size=TEST_FRACTION, stratify=labels, random_state=0)
+        train, test = train_test_split(np.arange(len(labels)), test_size=0.2, stratify=labels, random_state=0)
         return {
             "train": self._generate_examples(pixels, labels, np.sort(train)),
             "test": self._generate_examples(pixels, labels, np.sort(test)),

@@ -37,11 +37,10 @@ def read(root: Path, *, size: int | None, skip_broken: bool) -> tuple[tuple[str,
             raise UsageError(f"{root} holds {' and '.join(p.name for p in inside)}, but no folder train")
         folders = {"train": root}
     classes = tuple(p.name for p in _subfolders(folders["train"]))
-    if not classes and _images(folders["train"]):
-        return (UNLABELLED,), {split: _encoded(_images(f), None, f, size, skip_broken) for split, f in folders.items()}
-    if not classes:
+    if not classes and not _images(folders["train"]):
         raise UsageError(f"{folders['train']} holds no class folders (one subfolder of images for each class)")
-    return classes, {split: _split(folder, classes, size, skip_broken) for split, folder in folders.items()}
+    splits = {split: _split(folder, classes, size, skip_broken) for split, folder in folders.items()}
+    return classes or (UNLABELLED,), splits
 
 
 def _images(folder: Path) -> list[Path]:
@@ -56,28 +55,20 @@ def _subfolders(folder: Path) -> list[Path]:
 
 
 def _split(folder: Path, classes: Sequence[str], size: int | None, skip_broken: bool) -> Encoded:
+    """Make a split of the images in class folders, or without classes, of all images as a single one."""
     files: list[Path] = []
     labels: list[int] = []
-    for path in _subfolders(folder):
-        if path.name not in classes:
+    for path in _subfolders(folder) if classes else [folder]:
+        if classes and path.name not in classes:
             raise UsageError(f"{path} is a class that the training split does not have")
         images = _images(path)
         if not images:
             raise UsageError(f"{path} holds no images ({', '.join(sorted(SUFFIXES))})")
         files += images
-        labels += [classes.index(path.name)] * len(images)
+        labels += [classes.index(path.name) if classes else 0] * len(images)
     if not files:
         raise UsageError(f"{folder} holds no class folders with images")
-    return _encoded(files, labels, folder, size, skip_broken)
 
-
-def _encoded(
-    files: Sequence[Path], of_class: Sequence[int] | None, folder: Path, size: int | None, skip_broken: bool
-) -> Encoded:
-    """Make a split of these files, of a single class if there are no labels."""
-    if not files:
-        raise UsageError(f"{folder} holds no images ({', '.join(sorted(SUFFIXES))})")
-    labels = [0] * len(files) if of_class is None else of_class
     with ThreadPoolExecutor() as pool:
         seen = list(pool.map(_look, files))
     broken = [f"{file}: {wrong}" for file, wrong in zip(files, seen, strict=True) if isinstance(wrong, str)]

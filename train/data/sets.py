@@ -8,10 +8,10 @@ once into `Arrays`; large ones stay encoded and are decoded by `train.data.batch
 import math
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
@@ -19,7 +19,7 @@ from PIL import Image
 from train.data import folder
 from train.data.prepare import prepare
 from train.data.sources import Arrays, Encoded, decode_all, differ_in_size, image_shape
-from train.errors import UsageError, unknown
+from train.errors import UsageError
 
 MEMORY_LIMIT = 2 << 30  # bytes: sets that decode to no more than this live in memory
 
@@ -55,7 +55,7 @@ def load(
     split_seed: int = 0,
     fraction: float = 1.0,
     random_crop: bool = False,
-    broken: str = "refuse",
+    broken: Literal["refuse", "skip"] = "refuse",
     memory_limit: int = MEMORY_LIMIT,
 ) -> Dataset:
     """Load an image set by name, split three ways, into memory if it decodes to at most `memory_limit` bytes.
@@ -82,8 +82,6 @@ def load(
         raise UsageError(f"the validation fraction must lie between 0 and 1, got {validation}")
     if not 0 < fraction <= 1:
         raise UsageError(f"the fraction of the training split must lie above 0 and be at most 1, got {fraction}")
-    if broken not in ("refuse", "skip"):
-        raise unknown("policy for broken images", broken, ["refuse", "skip"])
     if name == "synthetic":
         classes, splits = _synthetic(image_size or 32)
     elif name.startswith("folder:"):
@@ -102,8 +100,7 @@ def load(
                 f"{name} is not decoded, so nothing can be cropped while decoding: drop --data.random-crop"
             )
         splits["train"] = replace(splits["train"], random_crop=True)
-    dataset = Dataset(name=name, classes=classes, **splits)
-    _check(dataset)
+    dataset = _checked(Dataset(name=name, classes=classes, **splits))
     return dataset if memory_limit == 0 else in_memory(dataset, skip_broken=broken == "skip", limit=memory_limit)
 
 
@@ -117,21 +114,25 @@ def in_memory(dataset: Dataset, *, skip_broken: bool = False, limit: int = MEMOR
     """
     encoded = {s: x for s, x in dataset.splits.items() if isinstance(x, Encoded) and not x.random_crop}
     shapes = {split: image_shape(source) for split, source in encoded.items()}
+    if len({shape for shape in shapes.values() if any(shape)}) > 1:
+        raise differ_in_size(f"the splits of {dataset.name}")
     if sum(len(source) * math.prod(shapes[split]) for split, source in encoded.items()) > limit:
-        if len({shape for shape in shapes.values() if any(shape)}) > 1:
-            raise differ_in_size(f"the splits of {dataset.name}")
         return dataset
     decoded: dict[str, Any] = {split: decode_all(source, skip_broken=skip_broken) for split, source in encoded.items()}
-    if len({source.images.shape[1:] for source in decoded.values()}) > 1:
-        raise differ_in_size(f"the splits of {dataset.name}")
-    dataset = replace(dataset, **decoded)
-    _check(dataset)
-    return dataset
+    return _checked(replace(dataset, **decoded))
 
 
-def _check(dataset: Dataset) -> None:
+def _checked(dataset: Dataset) -> Dataset:
+    """Check that splits hold images, and labels in memory lie in 0..classes-1; encoded ones are checked when read."""
     for split, source in dataset.splits.items():
-        check_labels(source, len(dataset.classes), f"{dataset.name} {split}")
+        if len(source) == 0:
+            raise UsageError(f"{dataset.name} {split} holds no images")
+        if isinstance(source, Arrays):
+            low, high, classes = source.labels.min(), source.labels.max(), len(dataset.classes)
+            if low < 0 or high >= classes:
+                span = f"there are {classes} classes (0 to {classes - 1})"
+                raise UsageError(f"{dataset.name} {split}: labels run from {low} to {high}, but {span}")
+    return dataset
 
 
 def from_arrays(
@@ -151,25 +152,7 @@ def from_arrays(
     if test is not None:
         splits["test"] = Arrays(images=test[0], labels=test[1])
     names = tuple(classes) if classes else tuple(str(c) for c in range(int(labels.max(initial=-1)) + 1))
-    splits = _complete(splits, validation, split_seed)
-    for split, source in splits.items():
-        check_labels(source, len(names), split)
-    return Dataset(name="arrays", classes=names, **splits)
-
-
-def check_labels(source: Arrays | Encoded, classes: int, name: str) -> None:
-    """Check that labels of a split in memory lie in 0..classes-1; encoded ones are checked as they are read.
-
-    Raises:
-      UsageError: they do not, or the split is empty.
-    """
-    if len(source) == 0:
-        raise UsageError(f"{name} holds no images")
-    if isinstance(source, Arrays):
-        low, high = source.labels.min(), source.labels.max()
-        if low < 0 or high >= classes:
-            span = f"there are {classes} classes (0 to {classes - 1})"
-            raise UsageError(f"{name}: labels run from {low} to {high}, but {span}")
+    return _checked(Dataset(name="arrays", classes=names, **_complete(splits, validation, split_seed)))
 
 
 def split_indices(count: int, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -184,10 +167,9 @@ def split_by_class(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.n
     parts = []
     for label in np.unique(labels):
         members = np.flatnonzero(labels == label)
-        kept, held = split_indices(len(members), fraction, seed + int(label))
-        parts.append((members[kept], members[held]))
-    kept, held = (np.sort(np.concatenate(part)) for part in zip(*parts, strict=True))
-    return kept, held
+        parts.append(members[split_indices(len(members), fraction, seed + int(label))[1]])
+    held = np.sort(np.concatenate(parts))
+    return np.setdiff1d(np.arange(len(labels)), held), held
 
 
 def share_of(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
@@ -251,9 +233,7 @@ def _tfds(name: str, data_dir: Path | None, size: int | None) -> tuple[tuple[str
 
     # Only `digits` can be prepared on demand: the others need TensorFlow and a download.
     root = data_dir or default_data_dir()
-    if name == "digits" and not prepared_folder(name, root):
-        prepare("digits", root)
-    folder = prepared_folder(name, root)
+    folder = prepared_folder(name, root) or (prepare(name, root) if name == "digits" else None)
     if folder is None:
         have = sorted(p.name for p in root.glob("*") if prepared_folder(p.name, root)) if root.is_dir() else []
         raise UsageError(
@@ -314,11 +294,8 @@ def default_data_dir() -> Path:
 
 def prepared_folder(name: str, root: Path) -> Path | None:
     """Find the folder of a prepared set's newest version, or of the version that `name` ends with, else None."""
-
-    def versions() -> Iterator[tuple[tuple[int, ...], Path]]:
-        for path in (root / name, *(root / name).glob("*"), *(root / name).glob("*/*")):
-            if re.fullmatch(r"\d+\.\d+\.\d+", path.name) and (path / "dataset_info.json").is_file():
-                yield tuple(map(int, path.name.split("."))), path
-
-    found = max(versions(), default=None) if name else None  # an empty name would match any set
-    return found[1] if found else None
+    if not name:
+        return None  # it would match any set
+    paths = (root / name, *(root / name).glob("*"), *(root / name).glob("*/*"))
+    versions = [p for p in paths if re.fullmatch(r"\d+\.\d+\.\d+", p.name) and (p / "dataset_info.json").is_file()]
+    return max(versions, key=lambda path: tuple(map(int, path.name.split("."))), default=None)

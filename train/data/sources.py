@@ -98,26 +98,24 @@ def decode_all(source: Encoded, *, skip_broken: bool = False) -> Arrays:
       UsageError: images that cannot be read, or that differ in size while `source.size` is None.
     """
 
-    def decode(indices: np.ndarray) -> list[Example | str]:
+    def decode(indices: np.ndarray) -> tuple[list[Example], list[str]]:
         part = source.subset(indices)
         if part.read_many is not None:
             positions = part.indices.tolist()
             part = replace(part, read=dict(zip(positions, part.read_many(positions), strict=True)).__getitem__)
-        examples: list[Example | str] = []
+        good, broken = [], []
         for index in range(len(part)):
             try:
-                examples.append(part[index])
+                good.append(part[index])
             except BrokenImage as error:
-                examples.append(str(error))
-        return examples
+                broken.append(str(error))
+        return good, broken
 
-    first, *chunks = np.split(np.arange(len(source)), range(256, len(source), 256))
-    examples = decode(first)
-    shape = next((e["image"].shape for e in examples if not isinstance(e, str)), (0, 0, 0))
-    with ThreadPoolExecutor(decode_threads(shape)) as pool:
-        examples += [example for chunk in pool.map(decode, chunks) for example in chunk]
-    report_broken([e for e in examples if isinstance(e, str)], len(examples), skip_broken)
-    good = [e for e in examples if not isinstance(e, str)]
+    chunks = np.split(np.arange(len(source)), range(256, len(source), 256))
+    with ThreadPoolExecutor(decode_threads(image_shape(source))) as pool:
+        parts = list(pool.map(decode, chunks))
+    good = [example for part, _ in parts for example in part]
+    report_broken([line for _, part in parts for line in part], len(source), skip_broken)
     if not good:
         raise UsageError("no image of this set can be read")
     if len({e["image"].shape for e in good}) > 1:

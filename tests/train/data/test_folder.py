@@ -6,10 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from resnet_jax.parallel import make_mesh
 from train.data import folder
-from train.data.batches import train_batches
-from train.data.sets import Arrays, Encoded, load
+from train.data.sets import Arrays, load
 from train.errors import UsageError
 
 
@@ -27,8 +25,9 @@ def write(path, data=None, **options):
 
 
 def fill(root, counts, **options):
-    """`counts` images in each class folder of `root`."""
+    """`counts` images in each folder below `root`."""
     for name, count in counts.items():
+        (root / name).mkdir(parents=True)
         for i in range(count):
             write(root / name / f"{i}.jpg", seed=i, **options)
     return root
@@ -38,22 +37,22 @@ def load_folder(root, **options):
     return load(f"folder:{root}", **{"image_size": 6, **options})
 
 
-def counts(source, classes):
-    return dict(zip(classes, np.bincount(source.labels, minlength=len(classes)).tolist(), strict=True))
+def sizes(data):
+    return [len(source) for source in data.splits.values()]
 
 
 # ---- what is found -------------------------------------------------------------------------------------------------
 
 
 def test_class_folders_are_split_within_each_class(tmp_path):
-    fill(tmp_path, {"cat": 10, "dog": 20, "eel": 3})
+    fill(tmp_path, {"cat": 10, "dog": 20, "eel": 3, "fly": 2, "gnu": 1})
     data = load_folder(tmp_path, validation=0.2)
-    assert data.classes == ("cat", "dog", "eel")
+    assert data.classes == ("cat", "dog", "eel", "fly", "gnu")
     assert data.image_shape == (6, 6, 3)
-    # A fifth of each class for test, then a fifth of what is left for validation, always one at least.
-    assert counts(data.test, data.classes) == {"cat": 2, "dog": 4, "eel": 1}
-    assert counts(data.validation, data.classes) == {"cat": 2, "dog": 3, "eel": 1}
-    assert counts(data.train, data.classes) == {"cat": 6, "dog": 13, "eel": 1}
+    assert all(isinstance(source, Arrays) for source in data.splits.values())
+    # A fifth of each class for test, then a fifth of what is left for validation, one at least, but never the last.
+    counted = {split: np.bincount(source.labels, minlength=5).tolist() for split, source in data.splits.items()}
+    assert counted == {"train": [6, 13, 1, 1, 1], "validation": [2, 3, 1, 0, 0], "test": [2, 4, 1, 1, 0]}
 
 
 def test_the_split_is_seeded_and_complete(tmp_path):
@@ -66,30 +65,33 @@ def test_the_split_is_seeded_and_complete(tmp_path):
     assert sorted(np.concatenate(parts)) == list(range(24))
 
 
+def split_folders(train, validation, test):
+    return {f"{name}/{c}": n for name, n in ((train, 4), (validation, 2), (test, 3)) for c in ("cat", "dog")}
+
+
 @pytest.mark.parametrize(
-    "names", [("train", "val", "test"), ("training", "valid", "testing"), ("Train", "Validation", "TEST")]
+    ("layout", "classes", "want"),
+    [
+        (split_folders("train", "val", "test"), ("cat", "dog"), [8, 4, 6]),
+        (split_folders("training", "valid", "testing"), ("cat", "dog"), [8, 4, 6]),
+        (split_folders("Train", "Validation", "TEST"), ("cat", "dog"), [8, 4, 6]),
+        ({"train/cat": 10, "train/dog": 10, "test/cat": 2, "test/dog": 2}, ("cat", "dog"), [18, 2, 4]),
+        # A lone validation folder is the test split.
+        ({"train/cat": 10, "train/dog": 10, "val/cat": 2, "val/dog": 3}, ("cat", "dog"), [18, 2, 5]),
+        # A class may be named like a split.
+        ({"test": 4, "control": 4}, ("control", "test"), [4, 2, 2]),
+        # Images without classes are one, which is enough for pretraining.
+        ({"train": 8, "test": 2}, ("unlabelled",), [7, 1, 2]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
 )
-def test_split_folders(names, tmp_path):
-    for name, count in zip(names, (4, 2, 3), strict=True):
-        fill(tmp_path / name, {"cat": count, "dog": 1})
-    data = load_folder(tmp_path)
-    assert {k: len(s) for k, s in data.splits.items()} == {"train": 5, "validation": 3, "test": 4}
+def test_layouts(layout, classes, want, tmp_path):
+    data = load_folder(fill(tmp_path, layout))
+    assert data.classes == classes
+    assert sizes(data) == want
 
 
-def test_train_and_test_folders_alone(tmp_path):
-    fill(tmp_path / "train", {"cat": 10, "dog": 10})
-    fill(tmp_path / "test", {"cat": 2, "dog": 2})
-    data = load_folder(tmp_path)
-    assert {k: len(s) for k, s in data.splits.items()} == {"train": 18, "validation": 2, "test": 4}
-
-
-def test_a_lone_val_folder_is_the_test_split(tmp_path):
-    fill(tmp_path / "train", {"cat": 10, "dog": 10})
-    fill(tmp_path / "val", {"cat": 2, "dog": 3})
-    assert {k: len(s) for k, s in load_folder(tmp_path).splits.items()} == {"train": 18, "validation": 2, "test": 5}
-
-
-def test_nested_files_capitals_and_kinds(tmp_path):
+def test_nested_files_capitals_kinds_and_hidden_files(tmp_path):
     fill(tmp_path, {"dog": 5})
     write(tmp_path / "cat" / "a.JPG")
     write(tmp_path / "cat" / "deep" / "er" / "b.PnG", kind="PNG")
@@ -97,19 +99,12 @@ def test_nested_files_capitals_and_kinds(tmp_path):
     write(tmp_path / "cat" / "d.jpeg")
     write(tmp_path / "cat" / "e.GIF", kind="GIF")
     write(tmp_path / "cat" / "notes.txt", b"not an image, and not taken for one")
-    classes, splits = folder.read(tmp_path, size=6, skip_broken=False)
-    assert classes == ("cat", "dog")
-    assert np.bincount(splits["train"].labels).tolist() == [5, 5]
-
-
-def test_hidden_files_and_folders_are_left_alone(tmp_path):
-    fill(tmp_path, {"cat": 3, "dog": 3})
     write(tmp_path / "cat" / "._0.jpg", b"left by a desktop")
     write(tmp_path / "cat" / ".ipynb_checkpoints" / "0-checkpoint.jpg")
     write(tmp_path / ".cache" / "0.jpg")
     classes, splits = folder.read(tmp_path, size=6, skip_broken=False)
     assert classes == ("cat", "dog")
-    assert len(splits["train"]) == 6
+    assert np.bincount(splits["train"].labels).tolist() == [5, 5]
 
 
 def test_home_folder(tmp_path, monkeypatch):
@@ -130,11 +125,6 @@ def test_labels_are_known_without_reading_a_file_again(tmp_path, monkeypatch):
 # ---- sizes ---------------------------------------------------------------------------------------------------------
 
 
-def test_one_size_needs_no_image_size(tmp_path):
-    fill(tmp_path, {"cat": 4, "dog": 4}, size=(10, 8))
-    assert load_folder(tmp_path, image_size=None).image_shape == (8, 10, 3)
-
-
 @pytest.mark.parametrize("memory_limit", [0, 1 << 20])
 def test_several_sizes_without_image_size(memory_limit, tmp_path):
     fill(tmp_path, {"cat": 4, "dog": 4})
@@ -144,7 +134,7 @@ def test_several_sizes_without_image_size(memory_limit, tmp_path):
     assert load_folder(tmp_path).image_shape == (6, 6, 3)
 
 
-def test_a_photo_on_its_side_counts_as_it_is_seen(tmp_path):
+def test_one_size_needs_no_image_size_and_a_photo_on_its_side_counts_as_it_is_seen(tmp_path):
     fill(tmp_path, {"cat": 4, "dog": 4}, size=(10, 8))
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -152,83 +142,38 @@ def test_a_photo_on_its_side_counts_as_it_is_seen(tmp_path):
     assert load_folder(tmp_path, image_size=None).image_shape == (8, 10, 3)
 
 
-def test_splits_of_different_sizes(tmp_path):
+@pytest.mark.parametrize("memory_limit", [1, 1 << 20])
+def test_splits_of_different_sizes(memory_limit, tmp_path):
     fill(tmp_path / "train", {"cat": 4, "dog": 4}, size=(10, 8))
     fill(tmp_path / "test", {"cat": 1, "dog": 1}, size=(8, 8))
     with pytest.raises(UsageError, match=r"the splits of folder:.* differ in size: pass --data\.image-size"):
-        load_folder(tmp_path, image_size=None)
+        load_folder(tmp_path, image_size=None, memory_limit=memory_limit)
 
 
 # ---- wrong folders -------------------------------------------------------------------------------------------------
 
 
-def test_missing_folder(tmp_path):
-    with pytest.raises(UsageError, match=rf"there is no folder {tmp_path}/nowhere"):
-        load_folder(tmp_path / "nowhere")
-
-
-def test_images_without_classes_are_one(tmp_path):
-    """Enough for pretraining; in subfolders that are no classes, such as train and test, too."""
-    for split, count in {"train": 8, "test": 2}.items():
-        for i in range(count):
-            write(tmp_path / split / f"{i}.jpg")
-    dataset = load_folder(tmp_path)
-    assert dataset.classes == ("unlabelled",)
-    assert [len(source) for source in dataset.splits.values()] == [7, 1, 2]
-    assert dataset.train[0]["label"] == 0
-
-
-def test_no_classes(tmp_path):
-    with pytest.raises(UsageError, match=rf"{tmp_path} holds no class folders \(one subfolder of images for each"):
-        load_folder(tmp_path)
-
-
-def test_empty_class(tmp_path):
-    fill(tmp_path, {"cat": 4, "dog": 4})
-    (tmp_path / "emu").mkdir()
-    with pytest.raises(UsageError, match=rf"{tmp_path}/emu holds no images \(\.bmp, "):
-        load_folder(tmp_path)
-
-
-def test_class_that_training_does_not_have(tmp_path):
-    fill(tmp_path / "train", {"cat": 4, "dog": 4})
-    fill(tmp_path / "test", {"cat": 1, "eel": 1})
-    with pytest.raises(UsageError, match=rf"{tmp_path}/test/eel is a class that the training split does not have"):
-        load_folder(tmp_path)
-
-
-def test_split_folder_without_classes(tmp_path):
-    fill(tmp_path / "train", {"cat": 4, "dog": 4})
-    write(tmp_path / "test" / "0.jpg")
-    with pytest.raises(UsageError, match=rf"{tmp_path}/test holds no class folders with images"):
-        load_folder(tmp_path)
-
-
-def test_val_and_test_are_not_taken_for_classes(tmp_path):
-    fill(tmp_path / "val", {"cat": 4, "dog": 4})
-    fill(tmp_path / "test", {"cat": 4, "dog": 4})
-    with pytest.raises(UsageError, match="holds test and val, but no folder train"):
-        load_folder(tmp_path)
-
-
-def test_a_class_may_be_named_like_a_split(tmp_path):
-    fill(tmp_path, {"test": 4, "control": 4})
-    assert load_folder(tmp_path).classes == ("control", "test")
-
-
 @pytest.mark.parametrize(
-    ("sizes", "message"),
-    [({"cat": 1, "dog": 1}, "2 images are too few"), ({"cat": 1, "dog": 1, "eel": 1}, "a class needs two images")],
+    ("layout", "message"),
+    [
+        ({}, "there is no folder {}"),
+        ({".": 0}, r"{} holds no class folders \(one subfolder of images for each"),
+        ({"cat": 4, "dog": 4, "emu": 0}, r"{}/emu holds no images \(\.bmp, "),
+        (
+            {"train/cat": 4, "test/cat": 1, "test/eel": 1},
+            "{}/test/eel is a class that the training split",
+        ),
+        ({"train/cat": 4, "train/dog": 4, "test": 1}, "{}/test holds no class folders with images"),
+        ({"val/cat": 4, "test/cat": 4}, "{} holds test and val, but no folder train"),
+        ({"cat": 1, "dog": 1}, "2 images are too few"),
+        ({"cat": 1, "dog": 1, "eel": 1}, "a class needs two images"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
 )
-def test_too_few_images_to_hold_some_back(sizes, message, tmp_path):
-    fill(tmp_path, sizes)
-    with pytest.raises(UsageError, match=message):
-        load_folder(tmp_path)
-
-
-def test_tiny_classes_keep_an_image_to_train_on(tmp_path):
-    fill(tmp_path, {"cat": 12, "dog": 2, "eel": 1})
-    assert counts(load_folder(tmp_path).train, ("cat", "dog", "eel")) == {"cat": 10, "dog": 1, "eel": 1}
+def test_wrong_folders(layout, message, tmp_path):
+    root = fill(tmp_path / "set", layout)
+    with pytest.raises(UsageError, match=message.format(root)):
+        load_folder(root)
 
 
 # ---- broken files --------------------------------------------------------------------------------------------------
@@ -242,36 +187,27 @@ BROKEN = {
     "text.jpg": (b"This is a letter, not a photograph.", "not an image"),
     # Both ends are whole: only decoding finds the fault.
     "middle.png": (PNG[:800] + bytes(64) + PNG[864:], "broken|unrecognized"),
+    # Sorted before the others: the image that the size of the set is judged by.
+    "-.png": (PNG[:800] + bytes(64) + PNG[864:], "broken|unrecognized"),
 }
 
 
+@pytest.mark.parametrize("size", [6, None])
 @pytest.mark.parametrize("name", BROKEN)
-def test_broken_file_is_named_and_refused_or_skipped(name, tmp_path, capsys):
-    fill(tmp_path, {"cat": 5, "dog": 5})
+def test_broken_file_is_named_and_refused_or_skipped(name, size, tmp_path, capsys):
+    fill(tmp_path, {"cat": 5, "dog": 5}, size=(40, 30))
     data, reason = BROKEN[name]
     path = write(tmp_path / "cat" / name, data)
     with pytest.raises(
         UsageError, match=rf"1 of \d+ images cannot be decoded: .*{path}: .*({reason}).*--data\.broken skip"
     ):
-        load_folder(tmp_path)
+        load_folder(tmp_path, image_size=size)
 
-    data = load_folder(tmp_path, broken="skip")
-    assert sum(map(len, data.splits.values())) == 10
+    assert sum(sizes(load_folder(tmp_path, image_size=size, broken="skip"))) == 10
     said = capsys.readouterr()
     assert said.err.startswith("warning: 1 of ") and "; skipping them" in said.err
     assert str(path) in said.err
     assert said.out == ""
-
-
-def test_first_file_broken_in_its_middle(tmp_path):
-    """The image that the size of the set is judged by may be the one that cannot be decoded."""
-    fill(tmp_path, {"cat": 5, "dog": 5}, size=(40, 30))
-    path = write(tmp_path / "cat" / "-.png", BROKEN["middle.png"][0])  # sorted before the others
-    assert folder.read(tmp_path, size=6, skip_broken=False)[1]["train"].name(0) == str(path)
-    for size in (6, None):
-        with pytest.raises(UsageError, match=rf"1 of \d+ images cannot be decoded: .*{path}"):
-            load_folder(tmp_path, image_size=size)
-        assert sum(map(len, load_folder(tmp_path, image_size=size, broken="skip").splits.values())) == 10
 
 
 def test_broken_files_are_counted(tmp_path):
@@ -285,8 +221,7 @@ def test_broken_files_are_counted(tmp_path):
 
 
 def test_nothing_but_broken_files(tmp_path):
-    for i in range(3):
-        write(tmp_path / "cat" / f"{i}.jpg", b"")
+    write(tmp_path / "cat" / "0.jpg", b"")
     with pytest.raises(UsageError, match=rf"{tmp_path} holds no image that can be read"):
         load_folder(tmp_path, broken="skip")
 
@@ -295,7 +230,7 @@ def test_nothing_but_broken_files(tmp_path):
 def test_data_behind_the_end_is_no_fault(extra, tmp_path):
     fill(tmp_path, {"cat": 5, "dog": 5})
     write(tmp_path / "cat" / "camera.jpg", WHOLE + extra)
-    assert sum(map(len, load_folder(tmp_path).splits.values())) == 11
+    assert sum(sizes(load_folder(tmp_path))) == 11
 
 
 def test_file_that_went_away_is_named(tmp_path):
@@ -305,22 +240,4 @@ def test_file_that_went_away_is_named(tmp_path):
     path.unlink()
     with pytest.raises(UsageError, match=rf"cannot read image {path}: "):
         for source in data.splits.values():
-            for i in range(len(source)):
-                source[i]
-
-
-def test_file_broken_in_its_middle_stops_a_stream_with_its_name(tmp_path):
-    for split in ("train", "test"):
-        fill(tmp_path / split, {"cat": 6, "dog": 6})
-    path = write(tmp_path / "train" / "cat" / "middle.png", BROKEN["middle.png"][0])
-    data = load_folder(tmp_path, memory_limit=0, validation=0.01)
-    assert isinstance(data.train, Encoded)
-    stream = train_batches(data.train, batch=8, seed=0, mesh=make_mesh())
-    with pytest.raises(UsageError, match=rf"cannot read image {path}: "):
-        for _ in range(3):
-            next(stream)
-
-
-def test_in_memory_by_default(tmp_path):
-    fill(tmp_path, {"cat": 5, "dog": 5})
-    assert all(isinstance(source, Arrays) for source in load_folder(tmp_path).splits.values())
+            list(source)
