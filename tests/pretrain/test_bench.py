@@ -10,13 +10,14 @@ import pytest
 from pretrain.bench import OPTIONS, contrastive, with_views
 from pretrain.heads import MLP, Network
 from resnet_jax.resnet import MODELS
-from tests.train.bench.toy import FLAGS, tiny
+from tests.train.bench.toy import FLAGS, quick_variables, tiny
 from train.bench import bench, work
 from train.bench.__main__ import main
 
 
-@pytest.fixture(scope="module")
-def workload():
+@pytest.fixture
+def workload(monkeypatch):
+    monkeypatch.setattr("pretrain.from_config.init_variables", quick_variables)
     return contrastive(tiny())
 
 
@@ -45,7 +46,7 @@ def test_step_and_its_parts(workload):
 @pytest.mark.parametrize("mode", ["jit", "shard_map"])
 def test_contrastive(mode):
     options = {name: OPTIONS[name] for name in ("tasks", "augmentations")}
-    result = bench(tiny(task="contrastive", mode=mode, cache=jax.config.jax_compilation_cache_dir), **options)
+    result = bench(tiny(task="contrastive", mode=mode), **options)
     assert result["task"] == "contrastive" and result["traces"] == 1
     assert result["memory"]["aliased_bytes"] > 0
 

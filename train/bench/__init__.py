@@ -8,6 +8,7 @@ print(result["images_per_second"])
 import os
 import time
 from dataclasses import asdict, replace
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from resnet_jax.parallel import make_mesh
-from train.bench.compare import gate, load_gate, versus
+from train.bench.compare import gate, versus
 from train.bench.config import BenchConfig, check, other
 from train.bench.feeding import Augmentations, augmentations, augments, inputs
 from train.bench.prepared import described, prepare, shares, time_steps
@@ -31,42 +32,41 @@ from train.timing import interleaved, ratio
 
 __all__ = ["BenchConfig", "bench"]
 
+# Environment variables that a speed depends on.
+TUNABLES = ("XLA_FLAGS", "LD_PRELOAD", "GLIBC_TUNABLES", "JAX_PLATFORMS", "OMP_NUM_THREADS")
 
-def bench(
-    config: BenchConfig,
-    *,
-    tasks: Tasks = TASKS,
-    augmentations: Augmentations = augmentations,
-    process: dict[str, Any] | None = None,
-) -> dict[str, Any]:
+
+def bench(config: BenchConfig, *, tasks: Tasks = TASKS, augmentations: Augmentations = augmentations) -> dict[str, Any]:
     """Measure what `config` describes; with `out`, the result is also written to a file of its own.
 
     Args:
-      tasks: the tasks to choose from, beside `augment` and `input`.
+      tasks: the tasks to choose from, in addition to `augment` and `input`.
       augmentations: timed by the task `augment`; `train` must be one of them.
-      process: anything else to record about this process, such as whether it keeps its memory.
 
     Raises:
-      UsageError: something that the user can fix. RunError: a gate that fails.
+      UsageError: something that the user can fix.
+      RunError: a gate that fails.
     """
     check(config, tasks)
     second = other(config, tasks) if config.versus else None
-    plain = load_gate(Path(config.gate), config.gate_record) if config.gate else None
     if config.out is not None:
         try:
             Path(config.out).mkdir(parents=True, exist_ok=True)  # before the time is spent
         except OSError as error:
             raise UsageError(f"cannot make the folder --out {config.out}: {error.strerror}") from None
-    conditions = surroundings()
-    devices = devices_of(config.device)
+    conditions = {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        "usable_cores": usable_cores(),
+        "environment_variables": {name: os.environ[name] for name in TUNABLES if name in os.environ},
+    }
 
-    if plain is not None:
-        result = gate(config, plain, make_mesh(devices[:1]))
+    if config.gate is not None:
+        result = gate(config, make_mesh(jax.devices()[:1]))
     else:
-        mesh = make_mesh(devices)
-        check_batch(config.batch, mesh.size)
-        if second is not None:
-            check_batch(second.batch, mesh.size)
+        mesh = make_mesh()
+        for one in (config, second or config):
+            check_batch(one.batch, mesh.size)
         # Before anything has warmed up the machine.
         say("measuring the ceilings of the device")
         ceiling = ceilings(mesh, compute_dtype(config.dtype), config.peak)
@@ -79,7 +79,7 @@ def bench(
         else:
             result = measured(config, mesh, tasks, ceiling)
         result["ceilings"] = ceiling
-    result |= {**environment(), **conditions, **(process or {}), "config": asdict(config)}
+    result |= {**environment(), **conditions, "config": asdict(config)}
     if config.out is not None:
         path = free_path(Path(config.out), result)
         write_json(path, result)
@@ -107,46 +107,13 @@ def measured(config: BenchConfig, mesh: Mesh, tasks: Tasks, ceiling: dict[str, A
         new_masks = np.median(seconds["every"]) - np.median(one.seconds["each"])
         result["new_masks_ms"] = float(max(new_masks, 0) * 1e3)
     if config.task == "predict":
-        result["latency_ms"] = latency(config, mesh, tasks)
+        # Latency: a single image on one device.
+        single = replace(config, batch=1)
+        one = prepare(single, make_mesh([mesh.devices.flat[0]]), tasks[config.task](single))
+        timed = interleaved({"one": one.stepper}, steps=config.steps, repeats=config.repeats, warmup=config.warmup)
+        p50, p95 = np.percentile(timed["one"], [50, 95]) * 1e3
+        result["latency_ms"] = {"batch": 1, "p50": float(p50), "p95": float(p95)}
     return result
-
-
-def latency(config: BenchConfig, mesh: Mesh, tasks: Tasks) -> dict[str, Any]:
-    """Milliseconds to classify a single image on one device: median and 95th percentile."""
-    single = replace(config, batch=1, cache="none")
-    one = prepare(single, make_mesh([mesh.devices.flat[0]]), tasks[single.task](single))
-    seconds = interleaved({"one": one.stepper}, steps=config.steps, repeats=config.repeats, warmup=config.warmup)
-    p50, p95 = np.percentile(seconds["one"], [50, 95]) * 1e3
-    return {"batch": 1, "p50": float(p50), "p95": float(p95)}
-
-
-def devices_of(kind: str) -> list[jax.Device]:
-    """The devices of a kind: `auto` (JAX's default), `cpu`, `gpu` or `tpu`.
-
-    Raises:
-      UsageError: there are none, or they are not JAX's default.
-    """
-    if kind == "auto":
-        return jax.devices()
-    try:
-        found = jax.devices(kind)
-    except RuntimeError:
-        have = f"{jax.device_count()} x {jax.devices()[0].device_kind} ({jax.default_backend()})"
-        raise UsageError(f"--device {kind}: JAX finds none here, only {have}") from None
-    if jax.default_backend() != kind:
-        raise UsageError(f"--device {kind}: JAX runs on {jax.default_backend()} here; set JAX_PLATFORMS={kind}")
-    return found
-
-
-def surroundings() -> dict[str, Any]:
-    """Conditions that a speed depends on: when, how busy the machine is, the environment's tunables."""
-    names = ("XLA_FLAGS", "LD_PRELOAD", "GLIBC_TUNABLES", "JAX_PLATFORMS", "OMP_NUM_THREADS")
-    return {
-        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
-        "usable_cores": usable_cores(),
-        "environment_variables": {name: os.environ[name] for name in names if name in os.environ},
-    }
 
 
 def free_path(out: Path, result: dict[str, Any]) -> Path:
@@ -156,5 +123,6 @@ def free_path(out: Path, result: dict[str, Any]) -> Path:
     kind = jax.devices()[0].device_kind.replace(" ", "_").replace("/", "_")
     size = f"{config['batch']}x{config['image_size']}"
     stem = "-".join([action, config["model"], size, config["dtype"], config["mode"], kind])
-    names = [out / f"{stem}.json", *(out / f"{stem}-{n}.json" for n in range(2, 10_000))]
-    return next(path for path in names if not path.exists())
+    suffixes = chain([""], (f"-{n}" for n in count(2)))
+    paths = (out / f"{stem}{suffix}.json" for suffix in suffixes)
+    return next(path for path in paths if not path.exists())

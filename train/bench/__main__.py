@@ -5,14 +5,10 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-import jax
-
 from train.bench import bench
 from train.bench.config import PRESETS, BenchConfig
 from train.bench.table import render
-from train.cli import parse
-from train.errors import one_line
-from train.runtime import keep_memory
+from train.cli import parse, start
 
 
 def main(
@@ -23,16 +19,11 @@ def main(
     **options: Any,
 ) -> None:
     """Parse, measure, print the result; the first preset is the default, and `options` are those of `bench`."""
-    given = sys.argv[1:] if argv is None else argv
-    _, config = parse(program, presets, given, default=next(iter(presets)))
-    if config.device == "cpu":
-        # The default device decides on data types and compiler options, and can only be chosen before it is used.
-        jax.config.update("jax_platforms", "cpu")
-    result = bench(config, process={"keeps_memory": keep_memory()}, **options)
+    _, config = parse(program, presets, sys.argv[1:] if argv is None else argv, default=next(iter(presets)))
+    result = bench(config, **options)
     print(render(result), file=sys.stderr)
     print(json.dumps(result))
 
 
 if __name__ == "__main__":
-    with one_line():
-        main()
+    start(main)

@@ -1,6 +1,5 @@
 """The speed of feeding a step: augmentations on the device, and input pipelines, alone and while the step trains."""
 
-import io
 import tempfile
 from collections.abc import Callable, Iterator
 from itertools import cycle
@@ -17,7 +16,7 @@ from resnet_jax import auto_augment
 from resnet_jax.keys import example_index, example_keys
 from resnet_jax.parallel import place, replicated
 from train.bench.config import BenchConfig
-from train.bench.prepared import Stepper, compiled_for, laid_out, make_batch, prepare
+from train.bench.prepared import Stepper, compiled_for, make_batch, prepare
 from train.bench.tasks import TASKS, batch_of, train_augment
 from train.bench.work import usable_cores
 from train.data import folder
@@ -56,7 +55,7 @@ def augmentations(image_size: int) -> dict[str, aug.Augment]:
 def augments(config: BenchConfig, mesh: Mesh, augmentations: Augmentations = augmentations) -> dict[str, Any]:
     """Images per second and microseconds per image of each augmentation on uint8 batches; the headline is `train`'s."""
     key = place(jax.random.key(0), replicated(mesh))
-    batch = make_batch(laid_out(batch_of(config, "image"), mesh, config), config.classes)
+    batch = make_batch(batch_of(config, "image"), config, mesh)
     runners: dict[str, Runner] = {}
     for name, augment in augmentations(config.image_size).items():
 
@@ -122,20 +121,18 @@ def inputs(config: BenchConfig, mesh: Mesh) -> dict[str, Any]:
         with_step = interleaved(steps, **counts, warmup=config.warmup, ahead=True)
         encoded.iterator.close()  # its threads still read files
 
-    # A batch that was decoded ahead costs nothing, and the next one more, so the rate is that of whole blocks.
-    rates = {name: config.steps * batch / float(np.median(s.sum(1))) for name, s in timed.items()}
-    medians = {name: float(np.median(s.mean(1))) for name, s in with_step.items()}
-    pipelines = {
-        name: {
-            "images_per_second": rate,
-            "images_per_second_per_core": rate / (1 if name == "plain_pil" else usable_cores()),
-            **summary(timed[name].mean(1)),
-        }
-        for name, rate in rates.items()
-    }
+    pipelines: dict[str, dict[str, Any]] = {}
+    for name, seconds in timed.items():
+        # A batch that was decoded ahead costs nothing, and the next one more, so the rate is that of whole blocks.
+        rate = config.steps * batch / float(np.median(seconds.sum(1)))
+        per_core = rate / (1 if name == "plain_pil" else usable_cores())
+        figures = summary(seconds.mean(1))
+        pipelines[name] = {"images_per_second": rate, "images_per_second_per_core": per_core, **figures}
+    medians = {name: float(np.median(seconds.mean(1))) for name, seconds in with_step.items()}
+    plain_rate = pipelines["plain_pil"]["images_per_second"]
     for name in streams:
         pipelines[name] |= {
-            "speedup_over_plain_pil": rates[name] / rates["plain_pil"],
+            "speedup_over_plain_pil": pipelines[name]["images_per_second"] / plain_rate,
             "fed_step_ms": medians[name] * 1e3,
             "wait_share": max(0.0, (medians[name] - medians["alone"]) / medians[name]),
         }
@@ -145,7 +142,7 @@ def inputs(config: BenchConfig, mesh: Mesh) -> dict[str, Any]:
         "batch": batch,
         "image_size": size,
         "mode": config.mode,
-        "images_per_second": rates["encoded"],
+        "images_per_second": pipelines["encoded"]["images_per_second"],
         "step_ms": pipelines["encoded"]["step_ms"],
         "cores": usable_cores(),
         "jpeg_bytes": jpeg_bytes,
@@ -174,6 +171,6 @@ def plain_loop(files: list[Path], batch: int, size: int) -> Iterator[np.ndarray]
     while True:
         images = []
         for _ in range(batch):
-            with Image.open(io.BytesIO(next(endless).read_bytes())) as file:
+            with Image.open(next(endless)) as file:
                 images.append(np.asarray(file.convert("RGB").resize((size, size), Image.Resampling.BILINEAR)))
         yield np.stack(images)

@@ -1,13 +1,12 @@
-"""One step made ready and measured: compiled cold and from the cache, checked against the memory, timed, described."""
+"""One step made ready and measured: compiled cold and from the cache, timed, described."""
 
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import pairwise
 from typing import Any
 
 import jax
@@ -27,8 +26,6 @@ from train.data.sources import Arrays
 from train.errors import UsageError
 from train.from_config import compute_dtype
 from train.timing import Runner, interleaved, summary
-
-Shapes = dict[str, jax.ShapeDtypeStruct]
 
 
 class Stepper:
@@ -62,7 +59,7 @@ class Prepared:
 
     Attributes:
       start: seconds of each phase up to the first result; see `start`.
-      traces: how often the step was traced: the one that runs, then those made again to compile from the cache.
+      traces: how often the step was traced, by compilation: `cold` is the one that runs, `warm` the one from the cache.
       seconds: `each` and `ahead` [repeats, steps], `dispatch` [calls]; filled in by `time_steps`.
     """
 
@@ -72,41 +69,42 @@ class Prepared:
     stepper: Stepper
     compiled: Any
     start: dict[str, Any]
-    traces: list[int]
+    traces: Counter[str]
     seconds: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 def prepare(config: BenchConfig, mesh: Mesh, workload: Workload) -> Prepared:
-    """Compile a workload's step, make sure that it fits into memory, and call it once.
+    """Compile a workload's step, cold and from the cache, and call it once.
 
     Raises:
-      UsageError: a batch that the devices do not divide or hold, unknown compiler options.
+      UsageError: a batch that the devices do not hold, unknown compiler options.
     """
-    counts: list[int] = []
+    traces: Counter[str] = Counter()
 
-    def build() -> Any:
-        number = len(counts)
-        counts.append(0)
-
+    def build(name: str) -> Any:
         def counted(*args: Any, **kwargs: Any) -> Any:
-            counts[number] += 1
+            traces[name] += 1
             return workload.step(*args, **kwargs)
 
         return compiled_for(config, mesh, rows=workload.rows, donate=workload.carried and config.donate)(counted)
 
     runtime.say(f"compiling {config.task} of {config.model}, batch {config.batch}")
-    state, shapes = place(workload.state, replicated(mesh)), laid_out(workload.batch, mesh, config)
-    with one_line_faults(lambda: f"compiling for --batch {config.batch}", config.xla):
-        step, compiled, times = start(build, (state, shapes), config.cache)
-    check_fits(config, mesh, compiled)
-    planned = work.memory(compiled)["planned_bytes"]
-    with one_line_faults(lambda: f"--batch {config.batch}, with {planned / 2**30:.1f} GiB planned"):
-        stepper = Stepper(step, state, make_batch(shapes, config.classes), carried=workload.carried)
+    try:
+        state, batch = place(workload.state, replicated(mesh)), make_batch(workload.batch, config, mesh)
+        step, compiled, times = start(build, state, batch)
+        stepper = Stepper(step, state, batch, carried=workload.carried)
         began = time.perf_counter()
         jax.block_until_ready(stepper())
         times["first_run_s"] = time.perf_counter() - began
-    arguments: dict[str, Any] = {"config": config, "mesh": mesh, "workload": workload, "stepper": stepper}
-    return Prepared(**arguments, compiled=compiled, start=times, traces=counts)
+    except (jax.errors.JaxRuntimeError, MemoryError) as error:
+        if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+            raise UsageError(f"out of memory with --batch {config.batch}: choose a smaller one") from None
+        if config.xla and "option" in str(error).lower():
+            raise UsageError(f"--xla {' '.join(config.xla)}: {str(error).splitlines()[0]}") from None
+        raise
+    return Prepared(
+        config=config, mesh=mesh, workload=workload, stepper=stepper, compiled=compiled, start=times, traces=traces
+    )
 
 
 def compiled_for(config: BenchConfig, mesh: Mesh, *, rows: bool, donate: bool = False) -> Callable[[Step], Any]:
@@ -119,117 +117,80 @@ def compiler_options(config: BenchConfig) -> dict[str, Any]:
     """XLA's options: those of the pipelines, and the config's own; pmap takes none."""
     if config.mode == "pmap":
         return {}
-    plain = kernels(config)[0] == "plain"
-    return {
-        **runtime.compiler_options(compute_dtype(config.dtype), plain=plain),
-        **runtime.xla_options(config.xla),
-    }
+    pipelines = runtime.compiler_options(compute_dtype(config.dtype), plain=kernels(config)[0] == "plain")
+    return {**pipelines, **runtime.xla_options(config.xla)}
 
 
-def check_fits(config: BenchConfig, mesh: Mesh, compiled: Any) -> None:
-    """Refuse, before it runs, a step that by the compiler's plan needs more memory than there is.
-
-    Raises:
-      UsageError: that, with a batch that would fit.
-    """
-    device = mesh.devices.flat[0]
-    sharing = mesh.size if device.platform == "cpu" else 1
-    planned, there = work.memory(compiled)["planned_bytes"] * sharing, work.available_bytes(device)
-    if there is not None and planned > there:
-        fitting = int(config.batch * there / planned * 0.9) // mesh.size * mesh.size
-        hint = f"about {fitting} would" if fitting else "choose a smaller model or --image-size"
-        raise UsageError(
-            f"--batch {config.batch} does not fit: the compiled step needs {planned / 2**30:.1f} GiB of the "
-            f"{there / 2**30:.1f} GiB available; {hint}"
-        )
-
-
-# --- batches ----------------------------------------------------------------------------------------------------------
-
-
-def laid_out(batch: Shapes, mesh: Mesh, config: BenchConfig) -> Shapes:
-    """A batch's shapes with shardings, as steps compiled in the config's mode take it; pmap has an axis of devices."""
-
-    def shape(spec: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        rows, *image = spec.shape
-        leading = (mesh.size, rows // mesh.size) if config.mode == "pmap" else (rows,)
-        return jax.ShapeDtypeStruct((*leading, *image), spec.dtype, sharding=batch_sharding(mesh))
-
-    return {name: shape(spec) for name, spec in batch.items()}
-
-
-def make_batch(shapes: Shapes, classes: int) -> PyTree:
-    """Seeded noise in these shapes, laid out by their shardings: uint8 images, labels below `classes`, all valid."""
+def make_batch(shapes: dict[str, jax.ShapeDtypeStruct], config: BenchConfig, mesh: Mesh) -> dict[str, jax.Array]:
+    """Seeded noise on the devices: uint8 images, labels, all valid, as named; pmap has an axis of devices."""
     rng = np.random.default_rng(0)
-    draw: dict[str, Callable[[tuple[int, ...]], np.ndarray]] = {
-        "image": lambda shape: rng.integers(0, 256, shape, np.uint8),
-        "label": lambda shape: rng.integers(0, classes, shape, np.int32),
-        "valid": lambda shape: np.ones(shape, bool),
-    }
-    return {name: place(draw[name](x.shape), x.sharding) for name, x in shapes.items()}
+    images = rng.integers(0, 256, shapes["image"].shape, np.uint8)
+    labels = rng.integers(0, config.classes, len(images), np.int32)
+    host = {"image": images, "label": labels, "valid": np.ones(len(images), bool)}
+    leading = (mesh.size, -1) if config.mode == "pmap" else (-1,)
+    return {name: place(host[name].reshape(*leading, *host[name].shape[1:]), batch_sharding(mesh)) for name in shapes}
 
 
 # --- start: tracing, lowering, compiling ------------------------------------------------------------------------------
 
 
-def start(build: Callable[[], Any], example: tuple[Any, Any], cache: str) -> tuple[Any, Any, dict[str, Any]]:
+def start(build: Callable[[str], Any], state: PyTree, batch: PyTree) -> tuple[Any, Any, dict[str, Any]]:
     """(the jitted step, its compiled program, how long it took to get there); calls of the step use that program.
 
     The seconds are those of tracing (None under pmap, which traces while it lowers), of lowering, and of compiling
-    twice: cold, with writing to the cache, and warm, read back from it as the next process would. `cache_hits` and
+    twice: cold, with writing to an empty cache, and warm, read back from it as the next process would. `cache_hits` and
     `cache_misses` are JAX's own counts over both.
 
     Args:
       build: makes the step, as a new function in each call, so that JAX remembers nothing of the last one.
-      example: its arguments, arrays or their shapes with shardings.
-      cache: `auto` uses an empty temporary folder, `none` no cache (compiled once), anything else is a folder, where a
-        first compilation that the folder already holds counts as warm.
     """
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = {"auto": scratch, "none": None}.get(cache, cache)
-        with cache_in(folder):
-            step = build()
-            compiled, times, events = _compile(step, example)
-            cold = warm = times.pop("compile_s")
-            hit = bool(events["cache_hits"])
-            if folder is not None and not hit:
-                _, again, more = _compile(build(), example)
-                warm, events = again["compile_s"], events + more
+    with tempfile.TemporaryDirectory() as folder, cache_in(folder):
+        step = build("cold")
+        compiled, cold, events = _compile(step, state, batch)
+        _, warm, more = _compile(build("warm"), state, batch)
     figures = {
-        **times,
-        "compile_cold_s": None if hit else cold,
-        "compile_warm_s": None if folder is None else warm,
-        "cache_hits": events["cache_hits"],
-        "cache_misses": events["cache_misses"],
+        "trace_s": cold["trace"] if hasattr(step, "trace") else None,
+        "lower_s": cold["lower"],
+        "compile_cold_s": cold["compile"],
+        "compile_warm_s": warm["compile"],
+        "cache_hits": (events + more)["cache_hits"],
+        "cache_misses": (events + more)["cache_misses"],
         "executable_bytes": len(serialize(compiled)[0]),
     }
     return step, compiled, figures
 
 
-def _compile(step: Any, example: tuple[Any, Any]) -> tuple[Any, dict[str, Any], Counter[str]]:
-    """(the compiled program, seconds of each phase, JAX's counts of cache events)."""
+def _compile(step: Any, state: PyTree, batch: PyTree) -> tuple[Any, dict[str, float], Counter[str]]:
+    """(the compiled program, seconds of each phase, JAX's counts of events about its persistent cache)."""
     marks = [time.perf_counter()]
-    traced = step.trace(*example) if hasattr(step, "trace") else None
+    traced = step.trace(state, batch) if hasattr(step, "trace") else None
     marks.append(time.perf_counter())
-    lowered = step.lower(*example) if traced is None else traced.lower()
+    lowered = step.lower(state, batch) if traced is None else traced.lower()
     marks.append(time.perf_counter())
+    events: Counter[str] = Counter()
+
+    def listen(event: str, **_: Any) -> None:
+        events[event.removeprefix("/jax/compilation_cache/")] += 1
+
     # Only here: constants computed while tracing are compiled too, and should not count.
-    with cache_events() as events:
+    jax.monitoring.register_event_listener(listen)
+    try:
         compiled = lowered.compile()
+    finally:
+        jax.monitoring.unregister_event_listener(listen)
     marks.append(time.perf_counter())
-    trace, lower, compile = (after - before for before, after in pairwise(marks))
-    return compiled, {"trace_s": None if traced is None else trace, "lower_s": lower, "compile_s": compile}, events
+    return compiled, dict(zip(("trace", "lower", "compile"), np.diff(marks).tolist(), strict=True)), events
 
 
 @contextmanager
-def cache_in(folder: str | None) -> Iterator[None]:
-    """Send everything that is compiled inside through a persistent cache in `folder`, however small; None uses none.
+def cache_in(folder: str) -> Iterator[None]:
+    """Send everything that is compiled inside through a persistent cache in `folder`, however small.
 
     Afterwards JAX's settings are as before. It checks only once for each process whether there is a cache, so both
     changes reset it.
     """
     settings = {
-        "jax_enable_compilation_cache": folder is not None,
+        "jax_enable_compilation_cache": True,
         "jax_compilation_cache_dir": folder,
         "jax_persistent_cache_min_compile_time_secs": 0.0,
         "jax_persistent_cache_min_entry_size_bytes": -1,
@@ -246,35 +207,6 @@ def cache_in(folder: str | None) -> Iterator[None]:
         reset_cache()
 
 
-@contextmanager
-def cache_events() -> Iterator[Counter[str]]:
-    """Counts of JAX's events about its persistent cache: `cache_hits`, and `cache_misses` that were then written."""
-    counts: Counter[str] = Counter()
-
-    def listen(event: str, **_: Any) -> None:
-        if event.startswith("/jax/compilation_cache/"):
-            counts[event.rsplit("/", 1)[-1]] += 1
-
-    jax.monitoring.register_event_listener(listen)
-    try:
-        yield counts
-    finally:
-        jax.monitoring.unregister_event_listener(listen)
-
-
-@contextmanager
-def one_line_faults(what: Callable[[], str], xla: Sequence[str] = ()) -> Iterator[None]:
-    """Turn XLA's out-of-memory and unknown-option errors into usage errors; `what()` describes what was running."""
-    try:
-        yield
-    except (jax.errors.JaxRuntimeError, MemoryError) as error:
-        if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
-            raise UsageError(f"out of memory: {what()}; choose a smaller --batch") from None
-        if xla and "option" in str(error).lower():
-            raise UsageError(f"--xla {' '.join(xla)}: {str(error).splitlines()[0]}") from None
-        raise
-
-
 # --- timing -----------------------------------------------------------------------------------------------------------
 
 
@@ -282,15 +214,12 @@ def time_steps(prepared: dict[str, Prepared], config: BenchConfig) -> None:
     """Time steps, interleaved: each waited for, then as training runs them, one ahead. Fills in `seconds` of each."""
     runtime.say(f"timing {config.repeats} blocks of {config.steps} steps")
     counts: dict[str, Any] = {"steps": config.steps, "repeats": config.repeats}
-    calls = {name: len(one.stepper.dispatched) for name, one in prepared.items()}
-    runners: dict[str, Runner] = {name: one.stepper for name, one in prepared.items()}
-    each = interleaved(runners, **counts, warmup=config.warmup)
-    for name, one in prepared.items():
-        one.seconds["each"] = each[name]
-        one.seconds["dispatch"] = np.asarray(one.stepper.dispatched[calls[name] + config.warmup :])
+    each = interleaved({n: one.stepper for n, one in prepared.items()}, **counts, warmup=config.warmup)
+    # The first call of all belongs to the start.
+    dispatched = {name: one.stepper.dispatched[1 + config.warmup :] for name, one in prepared.items()}
     ahead = interleaved({n: one.stepper.ahead for n, one in prepared.items()}, **counts, warmup=1, ahead=True)
     for name, one in prepared.items():
-        one.seconds["ahead"] = ahead[name]
+        one.seconds = {"each": each[name], "dispatch": np.asarray(dispatched[name]), "ahead": ahead[name]}
 
 
 def shares(one: Prepared) -> dict[str, float]:
@@ -351,7 +280,7 @@ def described(one: Prepared, ceilings: dict[str, Any]) -> dict[str, Any]:
         "images_per_second": batch / seconds,
         "step_ms": steady["step_ms"],
         "start": one.start,
-        "traces": one.traces[0],
+        "traces": one.traces["cold"],
         "steady": {
             "warmup": config.warmup,
             "steps": config.steps,

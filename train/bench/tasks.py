@@ -11,7 +11,7 @@ import optax
 
 from resnet_jax import augment as aug
 from resnet_jax.keys import example_index, example_keys, step_key
-from resnet_jax.mask_schedules import MaskSchedule, gradual
+from resnet_jax.mask_schedules import gradual
 from resnet_jax.masks import apply_masks, make_masks
 from resnet_jax.parallel import axis_of
 from resnet_jax.resnet import MODELS
@@ -76,20 +76,15 @@ def make_model(config: BenchConfig) -> nn.Module:
     return MODELS[config.model](num_classes=config.classes, dtype=dtype, axis_name=axis_name, **kernels(config)[1])
 
 
-def init_model(config: BenchConfig, model: nn.Module) -> dict[str, PyTree]:
-    """Seeded variables of a model."""
-    return init_variables(model, jax.random.key(0), image_shape(config))
+def image_shape(config: BenchConfig) -> tuple[int, int, int]:
+    """(H, W, C) of the config's images."""
+    return config.image_size, config.image_size, 3
 
 
 def forward_work(config: BenchConfig) -> work.Work:
     """The work of classifying one image."""
     # Counted on the plain kernels: the convention does not depend on how a convolution is computed.
     return work.forward(MODELS[config.model](num_classes=config.classes), config.image_size)
-
-
-def image_shape(config: BenchConfig) -> tuple[int, int, int]:
-    """(H, W, C) of the config's images."""
-    return config.image_size, config.image_size, 3
 
 
 def batch_of(config: BenchConfig, *names: str) -> dict[str, jax.ShapeDtypeStruct]:
@@ -109,15 +104,6 @@ def sgd() -> optax.GradientTransformation:
     # The rate has no effect on speed, but numbers that overflow or vanish would.
     schedule = make_schedule("cosine", peak=1e-3, steps=100_000)
     return make_optimizer("sgd", schedule, nesterov=True, weight_decay=5e-4)
-
-
-def gradual_pruning(every: int) -> MaskSchedule:
-    """Magnitude pruning from 50 to 90 % over 100,000 steps, with new masks every `every` steps."""
-
-    def make(params: PyTree, grads: PyTree, masks: PyTree, key: jax.Array, sparsity: jax.Array) -> PyTree:
-        return make_masks(magnitude(params), sparsity, masks=masks)
-
-    return gradual(make, initial=0.5, final=0.9, begin_step=0, end_step=100_000, every=every)
 
 
 def training_parts(augmented: Step, step: Step) -> Parts:
@@ -140,12 +126,21 @@ def training_parts(augmented: Step, step: Step) -> Parts:
 def train(config: BenchConfig, *, augment: aug.Augment | None = None, prune_every: int | None = None) -> Workload:
     """`train_step` with SGD and the recipe's augmentation, or `augment`.
 
-    `prune_every`: start with half of the weights pruned, and make new masks by gradual magnitude pruning every
-    `prune_every` steps.
+    `prune_every`: start with half of the weights pruned, and make new masks by gradual magnitude pruning, from 50 to
+    90 % over 100,000 steps, every `prune_every` steps.
     """
     model, tx = make_model(config), sgd()
     augment = augment or train_augment(config.image_size)
-    remask = None if prune_every is None else gradual_pruning(prune_every)
+    variables = init_variables(model, jax.random.key(0), image_shape(config))
+    masks, remask = None, None
+    if prune_every is not None:
+
+        def new_masks(params: PyTree, grads: PyTree, masks: PyTree, key: jax.Array, sparsity: jax.Array) -> PyTree:
+            return make_masks(magnitude(params), sparsity, masks=masks)
+
+        remask = gradual(new_masks, initial=0.5, final=0.9, begin_step=0, end_step=100_000, every=prune_every)
+        masks = jax.jit(lambda params: make_masks(magnitude(params), 0.5))(variables["params"])
+        variables["params"] = apply_masks(variables["params"], masks)
     step = partial(train_step, model=model, tx=tx, augment=augment, remask=remask)
 
     def augmented(state: TrainState, batch: Any, *, axis_name: str | None = None) -> jax.Array:
@@ -153,10 +148,6 @@ def train(config: BenchConfig, *, augment: aug.Augment | None = None, prune_ever
         index = example_index(len(batch["label"]), axis_name)
         return aug.augment_batch(augment, example_keys(key, index), batch["image"])
 
-    variables, masks = init_model(config, model), None
-    if prune_every is not None:
-        masks = jax.jit(lambda params: make_masks(magnitude(params), 0.5))(variables["params"])
-        variables["params"] = apply_masks(variables["params"], masks)
     return Workload(
         step=step,
         state=init_state(variables, tx, jax.random.key(1), masks=masks),
@@ -177,37 +168,38 @@ def prune(config: BenchConfig) -> Workload:
 def evaluate(config: BenchConfig) -> Workload:
     """`eval_step`: normalise, classify, sum the metrics."""
     model = make_model(config)
-    variables = init_model(config, model)
-    return Workload(
-        step=partial(eval_step, model=model, preprocess=aug.normalize()),
-        state=variables,
-        batch=batch_of(config, "image", "label", "valid"),
-        flops=forward_work(config).flops,
-        parameters=count(variables["params"]),
-        parts={"preprocessing": _normalized, "forward": None},
-    )
+    step = partial(eval_step, model=model, preprocess=aug.normalize())
+    return inference(config, model, step, batch_of(config, "image", "label", "valid"))
 
 
 def predict(config: BenchConfig) -> Workload:
     """Normalise and classify: uint8 images to logits."""
     model = make_model(config)
-    variables = init_model(config, model)
 
     def logits(variables: PyTree, batch: Any, *, axis_name: str | None = None) -> Any:
-        return model.apply(variables, _normalized(variables, batch), train=False)
+        return model.apply(variables, normalized(variables, batch), train=False)
 
+    return inference(config, model, logits, batch_of(config, "image"), rows=True)
+
+
+def inference(
+    config: BenchConfig, model: nn.Module, step: Step, batch: dict[str, jax.ShapeDtypeStruct], *, rows: bool = False
+) -> Workload:
+    """The workload of a forward pass."""
+    variables = init_variables(model, jax.random.key(0), image_shape(config))
     return Workload(
-        step=logits,
+        step=step,
         state=variables,
-        batch=batch_of(config, "image"),
+        batch=batch,
         flops=forward_work(config).flops,
         parameters=count(variables["params"]),
-        rows=True,
-        parts={"preprocessing": _normalized, "forward": None},
+        rows=rows,
+        parts={"preprocessing": normalized, "forward": None},
     )
 
 
-def _normalized(variables: PyTree, batch: Any, *, axis_name: str | None = None) -> jax.Array:
+def normalized(variables: PyTree, batch: Any, *, axis_name: str | None = None) -> jax.Array:
+    """The first part of a forward pass: normalised images."""
     return aug.preprocess_batch(aug.normalize(), batch["image"])
 
 

@@ -9,18 +9,19 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.extend.core import ClosedJaxpr, Jaxpr
 from jax.sharding import Mesh, PartitionSpec
 
+from resnet_jax.masks import no_masks
 from resnet_jax.parallel import AXIS, batch_sharding
+from train.prune.layers import layer_table
+from train.state import init_variables
 
 # Sides of the matrices whose product is the ceiling; larger ones are left out once a product takes `LONG` seconds.
 CPU_SIDES, SIDES = (512, 1024, 2048), (4096, 8192)
@@ -33,60 +34,24 @@ CHAIN = 0.02  # seconds that calls without a wait between them should last, so t
 
 
 class Work(NamedTuple):
-    """Operations by convention: all of them, and those of the first convolution."""
+    """Operations by convention: all of them, and those of the first layer."""
 
     flops: float
     first: float
 
 
-def count(f: Callable[..., Any], *example: Any) -> Work:
-    """The work of `f(*example)`, arrays or their shapes; nothing is computed."""
-    operations = list(_operations(jax.make_jaxpr(f)(*example).jaxpr))
-    convolutions = [flops for name, flops in operations if name == "conv_general_dilated"]
-    return Work(sum(flops for _, flops in operations), convolutions[0] if convolutions else 0.0)
-
-
 def forward(model: nn.Module, image_size: int) -> Work:
-    """The work of a forward pass of one image [image_size, image_size, 3]."""
-    images = jax.ShapeDtypeStruct((1, image_size, image_size, 3), jnp.float32)
-    variables = jax.eval_shape(lambda key: model.init(key, jnp.zeros(images.shape), train=False), jax.random.key(0))
-    return count(lambda v, x: model.apply(v, x, train=False), variables, images)
+    """The work of a forward pass of one image [image_size, image_size, 3]; nothing is computed."""
+    shape = (image_size, image_size, 3)
+    variables = jax.eval_shape(partial(init_variables, model, image_shape=shape), jax.random.key(0))
+    rows = layer_table(model, variables, no_masks(variables["params"]), shape)
+    flops = [2.0 * row["macs"] for row in rows]
+    return Work(sum(flops), flops[0])
 
 
 def training(forward: Work) -> float:
     """Operations of a forward and a backward pass, from the work of the forward pass."""
     return 3 * forward.flops - forward.first
-
-
-def _operations(jaxpr: Jaxpr) -> Iterator[tuple[str, float]]:
-    """(primitive, operations) of every convolution and matrix product, in order."""
-    eqn: Any
-    for eqn in jaxpr.eqns:
-        name, params = eqn.primitive.name, eqn.params
-        if name == "conv_general_dilated":
-            out, kernel = eqn.outvars[0].aval, eqn.invars[1].aval
-            yield name, 2.0 * out.size * kernel.size / kernel.shape[params["dimension_numbers"].rhs_spec[0]]
-        elif name == "dot_general":
-            (contracted, _), _ = params["dimension_numbers"]
-            left = eqn.invars[0].aval
-            yield name, 2.0 * eqn.outvars[0].aval.size * math.prod(left.shape[axis] for axis in contracted)
-        elif name == "cond":
-            branches = [list(_operations(branch.jaxpr)) for branch in params["branches"]]
-            yield from max(branches, key=lambda operations: sum(flops for _, flops in operations))
-        else:
-            times = params["length"] if name == "scan" else 1
-            for inner in _inner(params):
-                yield from ((n, times * flops) for n, flops in _operations(inner))
-
-
-def _inner(params: dict[str, Any]) -> Iterator[Jaxpr]:
-    """The programs among a primitive's parameters."""
-    for value in params.values():
-        for item in value if isinstance(value, tuple | list) else (value,):
-            if isinstance(item, ClosedJaxpr):
-                yield item.jaxpr
-            elif isinstance(item, Jaxpr):
-                yield item
 
 
 # --- ceilings ---------------------------------------------------------------------------------------------------------
@@ -170,17 +135,6 @@ def memory(compiled: Any) -> dict[str, int]:
     return {**parts, "planned_bytes": sum(parts.values()) - 2 * parts["aliased_bytes"]}
 
 
-def available_bytes(device: jax.Device) -> int | None:
-    """Bytes of memory that programs can have: the device's own, or what is left on the host; None if unknown."""
-    if device.platform != "cpu":
-        return (device.memory_stats() or {}).get("bytes_limit")
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return None
-
-
 def peak_memory(device: jax.Device) -> tuple[int, str]:
     """(the most memory used so far in bytes, the source of that figure: the device's allocator, else the process)."""
     peak = (device.memory_stats() or {}).get("peak_bytes_in_use")
@@ -207,8 +161,7 @@ def figures(
     compares the operations for each byte that XLA would move with what the ceilings offer.
     """
     cost = compiled.cost_analysis() or {}
-    xla_flops = cost.get("flops", 0.0) * devices / images or None
-    xla_bytes = cost.get("bytes accessed", 0.0) * devices / images or None
+    xla_flops, xla_bytes = (cost.get(name, 0.0) * devices / images or None for name in ("flops", "bytes accessed"))
     peak, achieved = ceilings["peak_tflops"] * 1e12, flops * images / seconds
     work: dict[str, Any] = {
         "analytic_flops_per_image": flops,
@@ -219,8 +172,7 @@ def figures(
     if xla_flops:
         work["ratio"] = xla_flops / flops
     if xla_bytes:
-        work["intensity_flops_per_byte"] = flops / xla_bytes
-        work["ridge_flops_per_byte"] = peak / (ceilings["copy_gb_s"] * 1e9)
-        enough = work["intensity_flops_per_byte"] >= work["ridge_flops_per_byte"]
-        work["bound"] = "compute" if enough else "memory"
+        intensity, ridge = flops / xla_bytes, peak / (ceilings["copy_gb_s"] * 1e9)
+        work |= {"intensity_flops_per_byte": intensity, "ridge_flops_per_byte": ridge}
+        work["bound"] = "compute" if intensity >= ridge else "memory"
     return {"work": work, "mfu": achieved / peak}

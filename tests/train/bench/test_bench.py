@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -10,43 +11,35 @@ import jax.numpy as jnp
 import pytest
 
 from resnet_jax.resnet import MODELS
-from tests.train.bench.toy import FLAGS, TOY, tiny, toy
-from train.bench import bench, feeding, work
+from tests.train.bench.toy import FLAGS, TOY, quick_variables, tiny, toy
+from train.bench import bench, feeding, free_path, tasks, work
+from train.bench.__main__ import main
 from train.bench.table import render
 from train.bench.tasks import TASKS
 
-pytestmark = pytest.mark.usefixtures("unoptimised")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def small_ceilings():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(work, "CPU_SIDES", (32, 64))
-        patch.setattr(work, "COPIED", 1 << 16)
-        yield
+pytestmark = pytest.mark.usefixtures("unoptimised", "quick_measuring")
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """The result of the train task, with everything that it measures."""
+def timed(tmp_path_factory, unoptimised, quick_measuring):
+    """The result of the toy task, with everything that it measures."""
     out, trace = tmp_path_factory.mktemp("bench"), tmp_path_factory.mktemp("trace")
     before = jax.config.jax_compilation_cache_dir, jax.config.jax_persistent_cache_min_compile_time_secs
-    result = bench(tiny(shares=True, out=str(out), profile=str(trace), peak=None))
+    result = bench(toy(shares=True, out=str(out), profile=str(trace), peak=None), tasks=TOY)
     assert before == (jax.config.jax_compilation_cache_dir, jax.config.jax_persistent_cache_min_compile_time_secs)
     return result, out, trace
 
 
-def test_start(trained):
-    start = trained[0]["start"]
-    assert trained[0]["traces"] == 1
+def test_start(timed):
+    start = timed[0]["start"]
+    assert timed[0]["traces"] == 1
     assert (start["cache_hits"], start["cache_misses"]) == (1, 1)
-    assert start["compile_cold_s"] > start["compile_warm_s"] > 0
-    assert min(start["trace_s"], start["lower_s"], start["first_run_s"]) > 0
-    assert start["executable_bytes"] > 10_000
+    assert min(start[name] for name in start if name.endswith("_s")) > 0
+    assert start["executable_bytes"] > 1_000
 
 
-def test_steady_state(trained):
-    result, steady = trained[0], trained[0]["steady"]
+def test_steady_state(timed):
+    result, steady = timed[0], timed[0]["steady"]
     assert result["images_per_second"] == pytest.approx(16 / steady["step_ms"] * 1e3)
     assert result["images_per_second"] == steady["images_per_second"] == 8 * steady["images_per_second_per_device"]
     assert steady["step_ms_min"] <= steady["step_ms_q1"] <= result["step_ms"] <= steady["step_ms_q3"]
@@ -54,35 +47,26 @@ def test_steady_state(trained):
     assert 0 < steady["dispatch_ms"] <= steady["step_ms_max"] and steady["pipelined_images_per_second"] > 0
 
 
-def test_work(trained):
-    result, done = trained[0], trained[0]["work"]
-    forward = work.forward(MODELS["resnet8"](num_classes=10), 8)
-    assert done["analytic_flops_per_image"] == 3 * forward.flops - forward.first
-    assert 0.5 < done["ratio"] < 2
+def test_work_and_memory(timed):
+    result, done, memory = timed[0], timed[0]["work"], timed[0]["memory"]
     achieved = done["analytic_flops_per_image"] * result["images_per_second"] / 1e12
     assert result["mfu"] == pytest.approx(achieved / result["ceilings"]["matmul_tflops"])
     assert result["ceilings"]["peak_source"] == "measured matrix products" and result["ceilings"]["copy_gb_s"] > 0
     assert (done["bound"] == "compute") == (done["intensity_flops_per_byte"] >= done["ridge_flops_per_byte"])
-    assert result["parameters"] == 75290
-
-
-def test_memory(trained):
-    memory = trained[0]["memory"]
     kept = memory["arguments_bytes"] + memory["outputs_bytes"] + memory["temporaries_bytes"] + memory["code_bytes"]
-    assert memory["planned_bytes"] == kept - memory["aliased_bytes"] > 4 * 75290
-    assert memory["aliased_bytes"] > 4 * 75290  # the state is donated
+    assert memory["planned_bytes"] == kept - memory["aliased_bytes"] > 4 * 1000
     assert memory["peak_bytes"] > memory["planned_bytes"]
 
 
-def test_shares(trained):
-    shares = trained[0]["shares"]
-    assert list(shares) == ["input", "augmentation", "forward", "backward", "optimizer"]
+def test_shares(timed):
+    shares = timed[0]["shares"]
+    assert list(shares) == ["input", "augmentation", "optimizer"]
     assert sum(shares.values()) == pytest.approx(1) and min(shares.values()) >= 0
 
 
-def test_result_is_complete_and_on_file(trained):
-    result, out, trace = trained
-    path = out / "train-resnet8-16x8-auto-jit-cpu.json"
+def test_result_is_complete_and_on_file(timed):
+    result, out, trace = timed
+    path = out / "toy-resnet8-16x8-auto-jit-cpu.json"
     assert result["file"] == str(path)
     assert json.loads(path.read_text()) == json.loads(json.dumps({k: v for k, v in result.items() if k != "file"}))
     assert result["config"]["image_size"] == 8 and result["devices"] == "8 x cpu" and result["versions"]["jax"]
@@ -90,34 +74,25 @@ def test_result_is_complete_and_on_file(trained):
     assert list(trace.rglob("*.xplane.pb"))
     table = render(result)
     assert "input" in table and "traced 1x" in table and f"written to {path}" in table
+    # Nothing is overwritten.
+    assert free_path(out, result) == out / "toy-resnet8-16x8-auto-jit-cpu-2.json"
 
 
-def test_nothing_is_overwritten(tmp_path):
-    taken = ("predict-resnet8-16x8-auto-jit-cpu.json", "predict-resnet8-16x8-auto-jit-cpu-2.json")
-    for name in taken:
-        (tmp_path / name).write_text("mine")
-    result = bench(toy(task="predict", out=str(tmp_path), cache="none"), tasks=TOY)
-    assert result["file"].endswith("-3.json")
-    assert [(tmp_path / name).read_text() for name in taken] == ["mine"] * 2
-    assert result["start"]["compile_warm_s"] is None and result["start"]["cache_hits"] == 0
-
-
-@pytest.mark.parametrize("mode", ["pmap", "shard_map"])
-@pytest.mark.parametrize("task", ["toy", "predict"])
-def test_other_modes(mode, task):
+@pytest.mark.parametrize(
+    ("task", "mode"),
+    [
+        ("toy", "pmap"),
+        ("predict", "shard_map"),
+        pytest.param("toy", "shard_map", marks=pytest.mark.slow),
+        pytest.param("predict", "pmap", marks=pytest.mark.slow),
+    ],
+)
+def test_other_modes(task, mode):
     result = bench(toy(task=task, mode=mode, shares=True), tasks=TOY)
     assert result["traces"] == 1 and (result["start"]["cache_hits"], result["start"]["cache_misses"]) == (1, 1)
     assert (result["start"]["trace_s"] is None) == (mode == "pmap")
     assert sum(result["shares"].values()) == pytest.approx(1)
     assert ("input" in result["shares"]) == (task == "toy")
-
-
-@pytest.mark.parametrize(("task", "mode"), [("eval", "shard_map"), ("predict", "jit")])
-def test_evaluation(task, mode):
-    result = bench(tiny(task=task, mode=mode, shares=True, cache="none"))
-    assert result["traces"] == 1 and 0.5 < result["work"]["ratio"] < 2
-    assert result["work"]["analytic_flops_per_image"] == work.forward(MODELS["resnet8"](num_classes=10), 8).flops
-    assert list(result["shares"]) == ["preprocessing", "forward"]
     if task == "predict":
         assert set(result["latency_ms"]) == {"batch", "p50", "p95"} and result["latency_ms"]["batch"] == 1
         assert "latency" in render(result)
@@ -131,23 +106,44 @@ def test_variants_are_timed_with_the_step():
     assert result["new_masks_ms"] >= 0 and "masking" in render(result)
 
 
-def test_prune_starts_half_pruned():
+# ---- the tasks ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("task", ["train", "eval", "predict"])
+def test_workloads(task, monkeypatch):
+    """Their work by convention, and a step of which every part can be traced by itself."""
+    monkeypatch.setattr(tasks, "init_variables", quick_variables)
+    workload = TASKS[task](tiny())
+    forward = work.forward(MODELS["resnet8"](num_classes=10), 8)
+    assert workload.flops == (work.training(forward) if task == "train" else forward.flops)
+    assert workload.parameters == 75290
+    training = ["augmentation", "forward", "backward", "optimizer"]
+    assert list(workload.parts) == (training if task == "train" else ["preprocessing", "forward"])
+    assert all(part is None for part in list(workload.parts.values())[-1:])
+    for part in (workload.step, *list(workload.parts.values())[:-1]):
+        assert jax.eval_shape(part, workload.state, workload.batch) is not None
+
+
+def test_prune_starts_half_pruned(monkeypatch):
+    monkeypatch.setattr(tasks, "init_variables", quick_variables)
     workload = TASKS["prune"](tiny())
     sizes = [(m.sum(), m.size) for m in jax.tree.leaves(workload.state.masks) if m.ndim]
     assert sum(kept for kept, _ in sizes) == pytest.approx(sum(size for _, size in sizes) / 2, abs=1)
     assert list(workload.variants) == ["dense", "every"]
     assert all(m.ndim == 0 for m in jax.tree.leaves(workload.variants["dense"].state.masks))
-    for one in (workload, *workload.variants.values()):
-        state, _ = jax.eval_shape(one.step, one.state, one.batch)
-        assert jax.tree.map(jnp.shape, state) == jax.tree.map(jnp.shape, one.state)
+    state, _ = jax.eval_shape(workload.step, workload.state, workload.batch)
+    assert jax.tree.map(jnp.shape, state) == jax.tree.map(jnp.shape, workload.state)
 
 
 @pytest.mark.slow
-def test_prune():
-    result = bench(tiny(task="prune", cache=jax.config.jax_compilation_cache_dir))
-    start = result["start"]
-    assert (start["compile_cold_s"] is None) == (start["cache_hits"] == 1 and start["cache_misses"] == 0)
-    assert result["traces"] == 1 and result["masking_overhead"]["value"] > 0
+@pytest.mark.parametrize(
+    ("task", "mode"), [("train", "jit"), ("prune", "jit"), ("eval", "shard_map"), ("predict", "jit")]
+)
+def test_tasks(task, mode):
+    result = bench(tiny(task=task, mode=mode, shares=True))
+    assert result["traces"] == 1 and 0.5 < result["work"]["ratio"] < 2
+    assert sum(result["shares"].values()) == pytest.approx(1)
+    assert ("masking_overhead" in result, "latency_ms" in result) == (task == "prune", task == "predict")
 
 
 def test_augment():
@@ -176,24 +172,23 @@ def test_input(monkeypatch):
     assert set(result["pipelines"]) == {"resident", "encoded", "plain_pil"}
     for name in ("resident", "encoded"):
         one = result["pipelines"][name]
-        assert 0 <= one["wait_share"] < 1
         waits = 1 - result["train_step_ms"] / one["fed_step_ms"]
-        assert one["wait_share"] == pytest.approx(max(0, waits))
+        assert 0 <= one["wait_share"] < 1 and one["wait_share"] == pytest.approx(max(0, waits))
     assert "waiting" in render(result)
 
 
 # ---- as a user starts it ------------------------------------------------------------------------------------------
 
 
+def test_command_line(capsys):
+    partial(main, tasks=TOY)([*FLAGS, "--task", "toy", "--no-shares"])
+    said = capsys.readouterr()
+    result = json.loads(said.out.splitlines()[-1])
+    assert result["task"] == "toy" and result["traces"] == 1 and "steps" in result["config"]
+    assert "images/s" in said.err
+
+
 @pytest.mark.slow
-def test_command_line(command):
-    done = command("train.bench", *FLAGS, "--task", "predict", "--no-shares", "--device", "cpu")
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout.splitlines()[-1])
-    assert result["task"] == "predict" and result["traces"] == 1 and "steps" in result["config"]
-    assert "images/s" in done.stderr
-
-
 def test_importing_starts_no_device():
     program = "import train.bench.__main__, jax; print(jax._src.xla_bridge.backends_are_initialized())"
     root = Path(__file__).parents[3]

@@ -1,12 +1,16 @@
 """A workload that compiles at once, to test the measuring itself."""
 
 from dataclasses import replace
+from functools import partial
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 
 from resnet_jax.parallel import mean_over
 from train.bench import BenchConfig
 from train.bench.tasks import Workload, batch_of
+from train.state import init_variables
 
 TINY = {
     "model": "resnet8",
@@ -28,6 +32,13 @@ def tiny(**fields):
 
 def toy(**fields):
     return tiny(**{"task": "toy", **fields})
+
+
+def quick_variables(model, key, image_shape):
+    """Variables as `train.state.init_variables` makes them, without compiling anything."""
+    shapes = jax.eval_shape(partial(init_variables, model, image_shape=image_shape), key)
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), shapes)
 
 
 def scaled(state, batch, *, axis_name=None):
@@ -53,15 +64,9 @@ def train_toy(config):
 
 
 def predict_toy(config):
-    return Workload(
-        step=scaled,
-        state={"params": jnp.zeros(1000)},
-        batch=batch_of(config, "image"),
-        flops=1e3,
-        parameters=1000,
-        rows=True,
-        parts={"preprocessing": scaled, "forward": None},
-    )
+    parts = {"preprocessing": scaled, "forward": None}
+    batch = batch_of(config, "image")
+    return replace(train_toy(config), step=scaled, batch=batch, carried=False, rows=True, parts=parts)
 
 
 def prune_toy(config):
