@@ -77,7 +77,7 @@ def prepare(config: BenchConfig, mesh: Mesh, workload: Workload) -> Prepared:
     """Compile a workload's step, cold and from the cache, and call it once.
 
     Raises:
-      UsageError: a batch that the devices do not hold, unknown compiler options.
+      UsageError: a batch that does not fit into memory, unknown compiler options.
     """
     traces: Counter[str] = Counter()
 
@@ -92,6 +92,7 @@ def prepare(config: BenchConfig, mesh: Mesh, workload: Workload) -> Prepared:
     try:
         state, batch = place(workload.state, replicated(mesh)), make_batch(workload.batch, config, mesh)
         step, compiled, times = start(build, state, batch)
+        check_fits(config, mesh, compiled)
         stepper = Stepper(step, state, batch, carried=workload.carried)
         began = time.perf_counter()
         jax.block_until_ready(stepper())
@@ -105,6 +106,22 @@ def prepare(config: BenchConfig, mesh: Mesh, workload: Workload) -> Prepared:
     return Prepared(
         config=config, mesh=mesh, workload=workload, stepper=stepper, compiled=compiled, start=times, traces=traces
     )
+
+
+def check_fits(config: BenchConfig, mesh: Mesh, compiled: Any) -> None:
+    """Refuse, before it runs, a step that by the compiler's plan needs more memory than there is.
+
+    Raises:
+      UsageError: that, with a batch that would fit.
+    """
+    device = mesh.devices.flat[0]
+    sharing = mesh.size if device.platform == "cpu" else 1  # CPU devices share the host's memory
+    planned, there = work.memory(compiled)["planned_bytes"] * sharing, work.available_bytes(device)
+    if there is not None and planned > there:
+        fitting = int(config.batch * there / planned * 0.9) // mesh.size * mesh.size
+        hint = f"about {fitting} would" if fitting else "choose a smaller model or --image-size"
+        needed = f"{planned / 2**30:.1f} GiB of the {there / 2**30:.1f} GiB available"
+        raise UsageError(f"--batch {config.batch} does not fit: the compiled step needs {needed}; {hint}")
 
 
 def compiled_for(config: BenchConfig, mesh: Mesh, *, rows: bool, donate: bool = False) -> Callable[[Step], Any]:

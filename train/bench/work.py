@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -133,6 +134,17 @@ def memory(compiled: Any) -> dict[str, int]:
         "code_bytes": stats.generated_code_size_in_bytes,
     }
     return {**parts, "planned_bytes": sum(parts.values()) - 2 * parts["aliased_bytes"]}
+
+
+def available_bytes(device: jax.Device) -> int | None:
+    """Bytes of memory that programs can have: the device's own, or what is left on the host; None if unknown."""
+    if device.platform != "cpu":
+        return (device.memory_stats() or {}).get("bytes_limit")
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return None
 
 
 def peak_memory(device: jax.Device) -> tuple[int, str]:

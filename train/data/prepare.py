@@ -16,7 +16,7 @@ def prepare(name: str, root: Path) -> Path:
     """Prepare a stock TFDS set (or `digits`) as ArrayRecord under `root`; returns its folder.
 
     Raises:
-      UsageError: no such set, TensorFlow is missing, the source cannot be reached.
+      UsageError: no such set, TensorFlow is missing, the source cannot be reached (after seconds, not minutes).
     """
     import tensorflow_datasets as tfds
 
@@ -42,6 +42,8 @@ def prepare(name: str, root: Path) -> Path:
         builder = make(data_dir=root, file_format="array_record")
         folder = Path(builder.data_dir)
         if not folder.is_dir():
+            if name != "digits":
+                _check_reachable(builder.info.homepage)
             with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints; stdout is for results
                 builder.download_and_prepare()
     except (AssertionError, ImportError, OSError, ValueError, tfds.download.DownloadError) as error:
@@ -49,3 +51,18 @@ def prepare(name: str, root: Path) -> Path:
         if folder is None or not folder.is_dir():  # otherwise a concurrent run has just prepared it
             raise UsageError(f"cannot prepare {name} in {root}: {error}") from None
     return folder
+
+
+def _check_reachable(homepage: str, timeout: float = 5.0) -> None:
+    """Check once that the set's site can be reached, as TFDS retries a dead network for minutes."""
+    import socket
+    from urllib.parse import urlparse
+    from urllib.request import getproxies
+
+    url = urlparse(homepage)
+    if not url.hostname or getproxies():
+        return
+    try:
+        socket.create_connection((url.hostname, url.port or (80 if url.scheme == "http" else 443)), timeout).close()
+    except OSError as error:
+        raise UsageError(f"cannot reach {url.hostname} to download the set: {error}") from None

@@ -6,7 +6,7 @@ import jax
 import pytest
 
 from tests.train.bench.toy import FLAGS, TOY
-from train.bench import prepared
+from train.bench import prepared, work
 from train.bench.__main__ import main
 from train.errors import RunError
 
@@ -27,6 +27,13 @@ def test_shares_are_differences_and_add_up():
 
 def test_unknown_compiler_option(fails):
     assert "xla_no_such" in fails(2, toy_main, [*LINE, "--xla", "xla_no_such=1"])
+
+
+def test_batch_that_does_not_fit_is_refused_before_it_runs(monkeypatch, fails):
+    monkeypatch.setattr(work, "available_bytes", lambda device: 1 << 21)
+    monkeypatch.setattr(prepared.Stepper, "__call__", lambda self: pytest.fail("it was run"))
+    said = fails(2, toy_main, [*LINE, "--task", "predict", "--batch", "4096"])
+    assert "--batch 4096 does not fit: the compiled step needs" in said and "would" in said
 
 
 def test_running_out_of_memory_is_one_line(monkeypatch, fails):

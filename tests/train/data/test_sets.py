@@ -3,6 +3,7 @@
 import io
 import json
 import shutil
+import socket
 import sys
 import types
 from dataclasses import replace
@@ -501,11 +502,24 @@ def test_unknown_stock_set(name, hint, tmp_path):
 def stock(monkeypatch, tmp_path):
     """`stock(download)` puts a stand-in, which prepares itself by calling `download`, in the place of cifar10."""
 
-    def put(download):
+    def put(download, reachable=True):
         def builder(name, *, data_dir, file_format):
             assert (name, data_dir, file_format) == ("cifar10", tmp_path, "array_record")
-            folder = str(tmp_path / "cifar10" / "3.0.2")
-            return types.SimpleNamespace(data_dir=folder, download_and_prepare=download)
+            return types.SimpleNamespace(
+                info=types.SimpleNamespace(homepage="https://www.cs.toronto.edu/~kriz/cifar.html"),
+                data_dir=str(tmp_path / "cifar10" / "3.0.2"),
+                download_and_prepare=download,
+            )
+
+        def connect(address, timeout):
+            if not reachable:
+                raise OSError(f"nobody at {address} within {timeout}")
+            return io.BytesIO()
+
+        for variable in ("http_proxy", "https_proxy", "all_proxy"):
+            monkeypatch.delenv(variable, raising=False)
+            monkeypatch.delenv(variable.upper(), raising=False)
+        monkeypatch.setattr(socket, "create_connection", connect)
 
         monkeypatch.setitem(sys.modules, "tensorflow", types.ModuleType("tensorflow"))
         monkeypatch.setattr(tfds, "builder", builder)
@@ -523,6 +537,18 @@ def test_stock_set_is_downloaded_unless_it_is_there(stock, tmp_path):
     stock(download)
     assert [prepare("cifar10", tmp_path), prepare("cifar10", tmp_path)] == [folder] * 2
     assert downloads == ["cifar10"]
+
+
+def test_unreachable_source_fails_at_once(stock, tmp_path):
+    stock(lambda: pytest.fail("TFDS was asked to download"), reachable=False)
+    with pytest.raises(UsageError, match=r"cannot reach www\.cs\.toronto\.edu .*443\) within [1-9]\.0"):
+        prepare("cifar10", tmp_path)
+
+
+def test_behind_a_proxy_nothing_is_asked_directly(stock, monkeypatch, tmp_path):
+    stock(lambda: None, reachable=False)
+    monkeypatch.setenv("https_proxy", "http://proxy:3128")
+    assert prepare("cifar10", tmp_path) == tmp_path / "cifar10" / "3.0.2"
 
 
 @pytest.mark.parametrize(
