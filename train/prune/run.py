@@ -170,6 +170,7 @@ def train_pruned(
     state = session.place(
         make_state(session.config, pieces.model, pieces.tx, session.dataset.image_shape, start, masks)
     )
+    compared = dense_variables(dense, jax.device_get(state.variables))
     target = make_target(p, model, state.params)
     training = Training(session, dataclasses.replace(pieces, remask=make_remask(p, target, session.steps)), state)
     state = session.resume(state)
@@ -178,7 +179,7 @@ def train_pruned(
             state = prune_start(training, state, model, target, dense=dense, before=before)
     state = training.fit(state, hooks)
     figures = training.figures(state)
-    pruning = pruning_figures(training, state, model, dense)
+    pruning = pruning_figures(training, state, model, compared)
     if isinstance(target, Channels):
         pruning["channels_pruned"] = target.share(state.masks)
     return session.finish({**figures, "pruned_accuracy": figures["test_accuracy"], **pruning})
@@ -200,8 +201,8 @@ def make_remask(p: PruningConfig, target: Target, steps: int) -> mask_schedules.
     return None
 
 
-def pruning_figures(training: Training, state: TrainState, model: nn.Module, dense: Path) -> dict[str, Any]:
-    """Figures of pruning for the result: the dense accuracy, the sparsity, and those of `deliver`.
+def pruning_figures(training: Training, state: TrainState, model: nn.Module, compared: PyTree) -> dict[str, Any]:
+    """Figures of pruning for the result: the accuracy of the `compared` network, the sparsity, those of `deliver`.
 
     Raises:
       RunError: a leaf has lost all its weights.
@@ -211,9 +212,8 @@ def pruning_figures(training: Training, state: TrainState, model: nn.Module, den
         check_masks(state.masks, state.params)
     except ValueError as error:
         raise RunError(f"{error}; {session.out} keeps its checkpoints") from None
-    compared = session.place(dense_variables(dense, jax.device_get(state.variables)))
     figures = {
-        "dense_accuracy": training.measure(compared, "test")["accuracy"],
+        "dense_accuracy": training.measure(session.place(compared), "test")["accuracy"],
         "sparsity": float(sparsity_of(state.masks)),
         **deliver(session, model, state, training.pieces.preprocess),
     }

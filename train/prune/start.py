@@ -36,7 +36,7 @@ from train.run import Training
 from train.run_folder import load_state, write_json
 from train.session import Session
 from train.state import TrainState, init_variables
-from train.weights import dense_variables, load_masks
+from train.weights import load_masks
 
 START = "start.json"  # figures measured before the training after pruning
 REWIND = "rewind"  # the dense run's early weights
@@ -105,7 +105,7 @@ def prune_start(
 
     Args:
       model: without the training's axis and compute kernels.
-      dense: the network that the pruned one is compared with.
+      dense: the run whose early weights a level may rewind to.
       before: run of the previous level, if this one does not start from its weights.
 
     Raises:
@@ -118,8 +118,6 @@ def prune_start(
         deciding = load_state(before)
         state = restarted(session, state, deciding, model, dense)
 
-    # Refuse what cannot be delivered before anything is measured.
-    dense_variables(dense, jax.device_get(state.variables))
     current = target.share(state.masks)
     if p.final < current - 1e-6:
         raise UsageError(f"--prune.sparsity {p.final:g} is less than the {current:.4g} already pruned: "
