@@ -6,11 +6,12 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from resnet_jax.masks import Scope, structure_of
 from resnet_jax.scores import SCORES
 from train.config import TrainConfig, check_run, flat
+from train.config import check as check_training
 from train.errors import UsageError, unknown
 from train.run_folder import read_config
 
@@ -74,15 +75,31 @@ class PruningConfig:
     """Type of the kept weights in the sparse file."""
 
     @property
+    def kind(self) -> str:
+        """Kind of `structure`: `channels`, `n:m` or `block` (single weights too). Raises `ValueError` if unknown."""
+        return CHANNELS if self.structure == CHANNELS else structure_of(self.structure)[0]
+
+    @property
     def final(self) -> float:
         """Final sparsity, in [0, 1)."""
-        kind, n, m = ("", 0, 1) if self.structure == CHANNELS else structure_of(self.structure)
-        return self.sparsity if self.sparsity is not None else 1 - n / m if kind == "n:m" else 0.9
+        if self.sparsity is not None:
+            return self.sparsity
+        if self.kind != "n:m":
+            return 0.9
+        _, n, m = structure_of(self.structure)
+        return 1 - n / m
 
     @property
     def by_layer(self) -> dict[str, float]:
-        """`layers` as pattern -> sparsity."""
+        """`layers` as pattern -> sparsity. Raises `ValueError` if one is not of that form."""
+        if not all(one.rpartition("=")[0] for one in self.layers):
+            raise ValueError("a pattern is missing")
         return {pattern: float(share) for pattern, _, share in (one.rpartition("=") for one in self.layers)}
+
+    @property
+    def scoring_rounds(self) -> int:
+        """Rounds of one-shot pruning; SynFlow's default is from https://arxiv.org/abs/2006.05467."""
+        return self.rounds or (100 if self.score == "synflow" else 1)
 
     @property
     def needs_images(self) -> bool:
@@ -111,67 +128,27 @@ def of_run(run: Path) -> PruneConfig:
       UsageError: `run` is not a run folder.
     """
     config, saved = read_config(run, PruneConfig)
-    given = {f.name: getattr(config, f.name) for f in dataclasses.fields(TrainConfig)}
-    given |= {"out": f"{str(run).rstrip('/')}-pruned", "init": str(run), "select": "last", "dense": False}
     if "prune" in saved["config"]:
         epochs, lr = config.prune.epochs, config.prune.lr
     else:
-        epochs, lr = max(round(_epochs(run, config) / 3), 1), config.optim.lr / 5
-    return PruneConfig(**given, prune=PruningConfig(epochs=epochs, lr=lr))
-
-
-def _epochs(run: Path, config: TrainConfig) -> float:
-    """Number of epochs that a run trained, or that of its config if it is not finished."""
-    try:
-        return json.loads((run / "result.json").read_text())["epochs"]
-    except (OSError, ValueError, KeyError):
-        return config.epochs
-
-
-def check_changes(config: PruneConfig, default: PruneConfig) -> None:
-    """Refuse fields that differ from `default` and have no effect on this kind of pruning.
-
-    Raises:
-      UsageError: there is such a field; the message names it.
-    """
-    p = config.prune
-    applies = {
-        "prune.epochs": not p.from_scratch,
-        "prune.lr": not p.from_scratch,
-        "prune.begin": p.schedule in ("gradual", "acdc"),
-        "prune.end": p.schedule in ("gradual", "acdc", "rigl", "set"),
-        "prune.every": p.schedule in ("gradual", "acdc", "rigl", "set"),
-        "prune.fraction": p.schedule in ("rigl", "set"),
-        "prune.levels": p.schedule == "iterative",
-        "prune.restart": p.schedule == "iterative",
-        "prune.rewind_epochs": p.schedule == "iterative" and p.restart == "rewind",
-        "prune.round_to": p.structure == CHANNELS,
-        "prune.scope": not p.layers and p.masks is None,
-        "prune.score": p.masks is None,
-        "prune.sparsity": p.masks is None,
-        "prune.rounds": p.masks is None,
-        "prune.batches": p.needs_images,
-        "dense": p.start == "trained",
-        # These are settings of the dense run, which already exists if `init` is given.
-        **dict.fromkeys(
-            ("epochs", "steps", "optim.lr", "optim.schedule", "optim.warmup_epochs"),
-            config.init is None or p.from_scratch,
-        ),
-    }
-    changed, usual = flat(config), flat(default)
-    for name, matters in applies.items():
-        if not matters and changed[name] != usual[name]:
-            hint = (
-                ""
-                if name.startswith("prune.")
-                else ": the training after pruning is set by --prune.epochs and --prune.lr"
-            )
-            raise UsageError(f"--{name.replace('_', '-')} has no effect on this pruning{hint}")
+        try:
+            trained = json.loads((run / "result.json").read_text())["epochs"]
+        except (OSError, ValueError, KeyError):  # not finished
+            trained = config.epochs
+        epochs, lr = max(round(trained / 3), 1), config.optim.lr / 5
+    return dataclasses.replace(
+        config,
+        out=f"{str(run).rstrip('/')}-pruned",
+        init=str(run),
+        select="last",
+        dense=False,
+        prune=PruningConfig(epochs=epochs, lr=lr),
+    )
 
 
 def dense_config(config: PruneConfig, out: Path) -> TrainConfig:
     """Config of the dense run, which is trained first in its own folder if no run is given."""
-    fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(TrainConfig)}
+    fields = {name: value for name, value in vars(config).items() if name != "prune"}
     return TrainConfig(**{**fields, "out": str(out)})
 
 
@@ -189,6 +166,49 @@ def network_shape(crop: int | None, image_shape: Sequence[int]) -> tuple[int, ..
     return (crop, crop, image_shape[-1]) if crop else tuple(image_shape)
 
 
+def check_changes(config: PruneConfig, default: PruneConfig) -> None:
+    """Refuse fields that differ from `default` and have no effect on this kind of pruning.
+
+    Raises:
+      UsageError: there is such a field; the message names it.
+    """
+    p = config.prune
+    at_once, iterative, moves = p.schedule in AT_ONCE, p.schedule == "iterative", p.schedule in ("rigl", "set")
+    dated = p.schedule in ("gradual", "acdc")
+    # The recipe is the dense run's, which already exists if `init` is given.
+    recipe = config.init is None or p.from_scratch
+    applies = {
+        "prune.epochs": not p.from_scratch,
+        "prune.lr": not p.from_scratch,
+        "prune.begin": dated,
+        "prune.end": dated or moves,
+        "prune.every": dated or moves,
+        "prune.fraction": moves,
+        "prune.levels": iterative,
+        "prune.restart": iterative,
+        "prune.rewind_epochs": iterative and p.restart == "rewind",
+        "prune.round_to": p.structure == CHANNELS,
+        "prune.scope": not p.layers and p.masks is None and ":" not in p.structure,  # N:M prunes every layer equally
+        "prune.score": p.masks is None,
+        "prune.sparsity": p.masks is None,
+        "prune.rounds": at_once and p.masks is None,
+        "prune.recalibrate": at_once,
+        "prune.batches": p.needs_images,
+        "dense": p.start == "trained",
+        "epochs": recipe,
+        "steps": recipe,
+        "optim.lr": recipe,
+        "optim.schedule": recipe,
+        "optim.warmup_epochs": recipe,
+    }
+    changed, usual = flat(config), flat(default)
+    for name, matters in applies.items():
+        if not matters and changed[name] != usual[name]:
+            own = name.startswith("prune.") or name == "dense"
+            hint = "" if own else ": the training after pruning is set by --prune.epochs and --prune.lr"
+            raise UsageError(f"--{name.replace('_', '-')} has no effect on this pruning{hint}")
+
+
 def check(config: PruneConfig) -> None:
     """Refuse settings that cannot work, in one line and before anything is loaded.
 
@@ -198,31 +218,25 @@ def check(config: PruneConfig) -> None:
     p = config.prune
     if p.score not in SCORES:
         raise unknown("score", p.score, SCORES)
-    kind = CHANNELS
-    if p.structure != CHANNELS:
-        try:
-            kind, *_ = structure_of(p.structure)
-        except ValueError as error:
-            raise UsageError(f"--prune.structure: {error}, or {CHANNELS}") from None
-    for pattern in (*p.exclude, *(one.rpartition("=")[0] for one in p.layers)):
+    try:
+        kind = p.kind
+    except ValueError as error:
+        raise UsageError(f"--prune.structure: {error}, or {CHANNELS}") from None
+    try:
+        shares = p.by_layer
+    except ValueError:
+        raise UsageError(f"--prune.layers {' '.join(p.layers)} is not of the form PATTERN=SPARSITY ...") from None
+    for pattern in (*p.exclude, *shares):
         try:
             re.compile(pattern)
         except re.error as error:
             raise UsageError(f"{pattern!r} is not a valid regular expression: {error}") from None
-    shares = []
-    for one in p.layers:
-        pattern, _, share = one.rpartition("=")
-        try:
-            shares.append(float(share))
-        except ValueError:
-            pattern = ""
-        if not pattern:
-            raise UsageError(f"--prune.layers {one} is not of the form PATTERN=SPARSITY")
+    check_training(config)
     check_run(
         config,
         {
             "prune.sparsity": p.sparsity is None or 0 <= p.sparsity < 1,
-            "prune.layers": all(0 <= share < 1 for share in shares),
+            "prune.layers": all(0 <= share < 1 for share in shares.values()),
             "prune.round_to": p.round_to >= 1,
             "prune.epochs": p.epochs > 0,
             "prune.lr": p.lr >= 0,
@@ -236,23 +250,16 @@ def check(config: PruneConfig) -> None:
             "prune.batches": p.batches >= 1,
         },
     )
-    _check_together(config, kind)
-
-
-def _check_together(config: PruneConfig, kind: str) -> None:
-    p = config.prune
-    at_once = p.schedule in AT_ONCE
-    rewinds = p.schedule == "iterative" and p.restart == "rewind"
-    refused: dict[str, Any] = {
+    at_once, iterative = p.schedule in AT_ONCE, p.schedule == "iterative"
+    refused = {
         f"--prune.sparsity {p.sparsity} contradicts {p.structure}: leave it out": (
             kind == "n:m" and abs(p.final - dataclasses.replace(p, sparsity=None).final) > 1e-6
         ),
         "--prune.scope lamp and erk apply only to single weights: channels take global or uniform": (
             kind == CHANNELS and p.scope not in ("global", "uniform")
         ),
-        "--prune.scope has no effect with N:M, which prunes every layer equally": kind == "n:m" and p.scope != "global",
         "--prune.layers applies only to weights pruned by rank, not to channels, N:M or levels": (
-            bool(p.layers) and (kind != "block" or p.schedule == "iterative")
+            bool(p.layers) and (kind != "block" or iterative)
         ),
         "--prune.score norm_scale scores channels: add --prune.structure channels": (
             p.score == "norm_scale" and kind != CHANNELS
@@ -264,12 +271,10 @@ def _check_together(config: PruneConfig, kind: str) -> None:
             p.schedule in ("rigl", "set") and p.structure != "unstructured"
         ),
         "--prune.masks needs --prune.schedule one_shot": p.masks is not None and p.schedule != "one_shot",
-        "--prune.rounds only applies to one-shot pruning": p.rounds is not None and not at_once,
-        "--prune.recalibrate only applies to one-shot pruning": p.recalibrate and not at_once,
         "rewinding needs the early weights of a run that it trains itself: leave the run out, or choose "
-        "--prune.restart finetune": rewinds and config.init is not None,
+        "--prune.restart finetune": iterative and p.restart == "rewind" and config.init is not None,
         "--prune.start random does not work with iterative: choose --prune.restart reinit": (
-            p.start == "random" and p.schedule == "iterative"
+            p.start == "random" and iterative
         ),
         "--select best would take the least pruned network: pruning selects the last": config.select == "best",
         "--prune.values int8 rounds single weights: with channels the compact network is the delivery": (

@@ -1,7 +1,6 @@
 """Measure what pruning did to a network: accuracy, bytes, multiply-adds, latency, and the sensitivity of each layer."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from train.from_config import eval_augment, load_data, make_kernels, make_model
 from train.loop import evaluate
 from train.prune.config import CHANNELS, PruneConfig, network_shape
 from train.prune.deliver import COMPACT, stacked
-from train.prune.layers import Row, layer_table, totals
+from train.prune.layers import layer_table, totals
 from train.report import collect
 from train.run_folder import load_state, read_config
 from train.runtime import compiler_options
@@ -28,31 +27,25 @@ from train.timing import interleaved, ratio, summary
 from train.weights import dense_variables, load_masks
 
 Report = dict[str, Any]
+Network = tuple[nn.Module, PyTree, PyTree]  # model, variables, masks
 
 EVAL_BATCH = 500
 WARMUP = 3
 
 
-@dataclass(frozen=True, kw_only=True)
-class Network:
-    """One side of a comparison: `accuracy` in [0, 1], `stored_bytes` of the file that holds it."""
-
-    model: nn.Module
-    variables: PyTree
-    masks: PyTree
-    accuracy: float
-    stored_bytes: int
-
-
 def measure(
     run: Path, *, shares: Sequence[float] = (), images: int = 1000, steps: int = 20, repeats: int = 10
 ) -> Report:
-    """Report on a finished run: accuracy, bytes, multiply-adds and latency before and after, layer by layer.
+    """Report on a finished run, ready for JSON: accuracy, bytes, multiply-adds and latency, layer by layer.
 
     Args:
       shares: sparsities for `sensitivity`, which is not measured if this is empty.
       images: number of validation images for `sensitivity`.
       steps, repeats: arguments of `latency`, which is not measured with 0 steps.
+
+    Returns:
+      `run`: which run it is. `before` and `after`: `accuracy`, `bytes`, those of `compare`, and the median `latency_ms`
+      by batch. `layers`: those of `compare`. `latency` and `sensitivity`: None if they were not measured.
 
     Raises:
       UsageError: `run` is not a finished run of pruning.
@@ -70,98 +63,63 @@ def measure(
     source = run / "dense" if config.init is None else Path(config.init).expanduser()
     dense = dense_variables(source, {"params": state.params, "batch_stats": state.batch_stats})
     masks = load_masks(source, dense["params"])
-    before = Network(
-        model=model,
-        variables=dense,
-        masks=no_masks(dense["params"]) if masks is None else masks,
-        accuracy=result["dense_accuracy"],
-        stored_bytes=result["dense_bytes"],
-    )
+    before = model, dense, no_masks(dense["params"]) if masks is None else masks
     # "After" is the delivered network, which is smaller if channels were removed.
     if config.prune.structure == CHANNELS:
         state = load_state(run / COMPACT)
         model = model.clone(widths=read_config(run / COMPACT, PruneConfig)[0].widths)
-    after = Network(
-        model=model,
-        variables=state.variables,
-        masks=state.masks,
-        accuracy=result["pruned_accuracy"],
-        stored_bytes=result["pruned_bytes"],
-    )
+    after = model, state.variables, state.masks
 
     # Timing and sensitivity take minutes, so both are optional.
     times = curves = None
     if steps:
-        pair = {"before": (before.model, dense), "after": (after.model, after.variables)}
+        pair = {"before": before[:2], "after": after[:2]}
         times = latency(pair, shape, steps=steps, repeats=repeats, plain=not kernels)
     if shares:
-        accuracy_of = _validation(config, before.model, dense, images, not kernels)
-        paths = [path for path, x in leaves(dense["params"]).items() if is_kernel(path, x)]
+        evaluated, number = _validation(config, before[0], dense, images, not kernels)
         curves = {
             "split": "validation",
-            "images": images,
-            "baseline": accuracy_of(dense["params"]),
+            "images": number,
+            "baseline": evaluated(dense["params"]),
             "sparsities": list(shares),
-            "accuracy": sensitivity(accuracy_of, dense["params"], paths, shares),
+            "accuracy": sensitivity(evaluated, dense["params"], shares),
         }
+    found = compare(before, after, shape)
+    for side, key in (("before", "dense"), ("after", "pruned")):
+        found[side] |= {"accuracy": result[f"{key}_accuracy"], "bytes": result[f"{key}_bytes"]}
+        found[side]["latency_ms"] = {batch: timed[side]["step_ms"] for batch, timed in (times or {}).items()}
     about = {name: result[name] for name in ("preset", "dataset", "model", "seed", "out")}
-    return {"run": about, **describe(before, after, shape, latency=times, sensitivity=curves)}
+    return {"run": about, **found, "latency": times, "sensitivity": curves}
+
+
+def compare(before: Network, after: Network, image_shape: Sequence[int]) -> Report:
+    """Compare two networks on images (H, W, C), without computing anything.
+
+    Returns:
+      `before` and `after`: `train.prune.layers.totals`. `layers`: rows of `layer_table` for the network before, with
+      the weights and multiply-adds left after (kept by the mask or, if the network has become smaller, still there).
+    """
+    rows, left = (layer_table(*network, image_shape) for network in (before, after))
+    sides = {"before": totals(rows, before[1]), "after": totals(left, after[1])}
+    remaining = {row["path"]: row for row in left}
+    gone = {"kept": 0, "prunable": True, "nonzero_macs": 0}
+    layers = [{**row, **{name: remaining.get(row["path"], gone)[name] for name in gone}} for row in rows]
+    return {**sides, "layers": [{**row, "sparsity": 1 - row["kept"] / row["parameters"]} for row in layers]}
 
 
 def _validation(
     config: PruneConfig, model: Any, variables: dict[str, PyTree], images: int, plain: bool
-) -> Callable[[PyTree], float]:
-    """Make params -> accuracy on the first images of the validation split, compiled once."""
+) -> tuple[Callable[[PyTree], float], int]:
+    """Make params -> accuracy on the first images of the validation split, compiled once; and the number of images."""
     split = load_data(config).validation
-    wanted = range(min(images, len(split)))
+    number = min(images, len(split))
     batches = []
-    for start in range(0, len(wanted), EVAL_BATCH):
-        batch = {name: jnp.asarray(x) for name, x in stacked(split, wanted[start : start + EVAL_BATCH]).items()}
-        batches.append({**batch, "valid": jnp.ones(len(batch["label"]), bool)})
+    for start in range(0, number, EVAL_BATCH):
+        batch = stacked(split, range(start, min(start + EVAL_BATCH, number)))
+        batches.append({**batch, "valid": np.ones(len(batch["label"]), bool)})
     step = partial(eval_step, model=model, preprocess=eval_augment(config.augment), loss=LOSSES[config.loss])
     program = jax.jit(step, compiler_options=compiler_options(model.dtype, plain=plain))
-    return lambda params: evaluate(program, {**variables, "params": params}, batches)["accuracy"]
-
-
-def describe(
-    before: Network,
-    after: Network,
-    image_shape: Sequence[int],
-    *,
-    latency: Mapping[str, Mapping[str, Any]] | None = None,
-    sensitivity: Mapping[str, Any] | None = None,
-) -> Report:
-    """Describe both networks for `train.prune.report`, ready for JSON; images are (H, W, C).
-
-    Args:
-      latency: result of `latency` for models named `before` and `after`.
-      sensitivity: `sparsities`; `accuracy`, the result of `sensitivity` for them; `baseline`, the accuracy of the
-        network before on the same images.
-
-    Returns:
-      `before` and `after`: `accuracy`, `bytes`, `train.prune.layers.totals`, and the median `latency_ms` by batch.
-      `layers`: rows of `layer_table` for the network before, with the weights and multiply-adds that are left after
-      (kept by the mask or, if the network has become smaller, still there). `latency` and `sensitivity`, unchanged.
-    """
-    sides, tables = {}, []
-    for name, net in (("before", before), ("after", after)):
-        rows = layer_table(net.model, net.variables, net.masks, image_shape)
-        tables.append(rows)
-        sides[name] = {
-            "accuracy": net.accuracy,
-            "bytes": net.stored_bytes,
-            **totals(rows, net.variables),
-            "latency_ms": {batch: times[name]["step_ms"] for batch, times in (latency or {}).items()},
-        }
-    return {**sides, "layers": _left(*tables), "latency": latency, "sensitivity": sensitivity}
-
-
-def _left(before: Sequence[Row], after: Sequence[Row]) -> list[Row]:
-    """Rows of the network before, with what remains of each layer after; zeros for a layer that was removed."""
-    left = {row["path"]: row for row in after}
-    gone = {"kept": 0, "prunable": True, "nonzero_macs": 0}
-    rows = [{**row, **{name: left.get(row["path"], gone)[name] for name in gone}} for row in before]
-    return [{**row, "sparsity": 1 - row["kept"] / row["parameters"]} for row in rows]
+    return lambda params: evaluate(program, {**variables, "params": params}, batches)["accuracy"], number
 
 
 def latency(
@@ -190,10 +148,9 @@ def latency(
     """
     found: dict[str, dict[str, Any]] = {}
     for size in batches:
-        noise = np.random.default_rng(0).standard_normal((size, *image_shape), np.float32)
-        runners = {name: _runner(*pair, jnp.asarray(noise), plain) for name, pair in models.items()}
-        seconds = interleaved(runners, steps=steps, repeats=repeats, warmup=WARMUP)
-        first, *others = seconds
+        noise = jnp.asarray(np.random.default_rng(0).standard_normal((size, *image_shape), np.float32))
+        runners = {name: _runner(*pair, noise, plain) for name, pair in models.items()}
+        first, *others = seconds = interleaved(runners, steps=steps, repeats=repeats, warmup=WARMUP)
         found[str(size)] = {name: summary(times) for name, times in seconds.items()}
         for name in others:
             found[str(size)][name]["speedup"] = ratio(seconds[first], seconds[name])
@@ -209,37 +166,19 @@ def _runner(model: nn.Module, variables: PyTree, images: jax.Array, plain: bool)
 
 
 def sensitivity(
-    evaluate: Callable[[PyTree], float], params: PyTree, paths: Sequence[str], sparsities: Sequence[float]
+    evaluate: Callable[[PyTree], float], params: PyTree, sparsities: Sequence[float]
 ) -> dict[str, list[float]]:
-    """Measure accuracy by path, at each sparsity in [0, 1], with only that leaf pruned by magnitude, not retrained.
+    """Measure accuracy by kernel's path, at each sparsity in [0, 1], with only that kernel pruned by magnitude.
 
-    As in https://arxiv.org/abs/1608.08710 section 3.2, with single weights. `evaluate(params)` is called
-    len(paths) * len(sparsities) times, always with the same shapes and dtypes: compile it once.
-
-    Raises:
-      ValueError: a path that is not in `params`, a sparsity outside [0, 1].
+    Nothing is retrained, as in https://arxiv.org/abs/1608.08710 section 3.2, but with single weights.
+    `evaluate(params)` is called for every kernel and sparsity, always with the same shapes and dtypes: compile it once.
     """
-    kernels = leaves(params)
-    if missing := [path for path in paths if path not in kernels]:
-        raise ValueError(f"no parameters at {', '.join(missing)}; there are {', '.join(kernels)}")
 
-    def accuracy(path: str, sparsity: float) -> float:
-        pruned = prune_smallest(kernels[path], sparsity)
-        return float(evaluate(map_with_path(lambda at, leaf: pruned if at == path else leaf, params)))
+    def accuracy(path: str, kernel: jax.Array, sparsity: float) -> float:
+        values = np.array(kernel)
+        order = np.argsort(np.abs(values), axis=None, kind="stable")
+        values.reshape(-1)[order[: round(sparsity * values.size)]] = 0
+        return float(evaluate(map_with_path(lambda at, leaf: values if at == path else leaf, params)))
 
-    return {path: [accuracy(path, sparsity) for sparsity in sparsities] for path in paths}
-
-
-def prune_smallest(kernel: jax.Array, sparsity: float) -> jax.Array:
-    """Set the round(sparsity * size) smallest weights to zero; of tied weights, keep those with the lower index.
-
-    Raises:
-      ValueError: a sparsity outside [0, 1].
-    """
-    if not 0 <= sparsity <= 1:
-        raise ValueError(f"sparsity must be in [0, 1], got {sparsity}")
-    values = np.array(kernel)
-    kept = values.size - round(sparsity * values.size)
-    largest_first = np.argsort(-np.abs(values), axis=None, kind="stable")
-    values.reshape(-1)[largest_first[kept:]] = 0
-    return jnp.asarray(values)
+    kernels = {path: x for path, x in leaves(params).items() if is_kernel(path, x)}
+    return {path: [accuracy(path, x, sparsity) for sparsity in sparsities] for path, x in kernels.items()}

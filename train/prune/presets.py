@@ -7,13 +7,7 @@ import dataclasses
 from collections.abc import Callable
 
 from train import presets
-from train.config import TrainConfig
 from train.prune.config import PruneConfig, PruningConfig
-
-
-def _pruned(dense: TrainConfig, pruning: PruningConfig) -> PruneConfig:
-    fields = {f.name: getattr(dense, f.name) for f in dataclasses.fields(TrainConfig)}
-    return PruneConfig(**fields, prune=pruning)
 
 
 def digits_prune() -> PruneConfig:
@@ -22,7 +16,7 @@ def digits_prune() -> PruneConfig:
     Command: python -m train.prune
     Hardware: 2 CPU cores, about a minute. Expect the pruned network within a point of the dense one (measured).
     """
-    return _pruned(presets.digits(), PruningConfig(sparsity=0.9, epochs=20, lr=0.05, every=20))
+    return PruneConfig(**vars(presets.digits()), prune=PruningConfig(sparsity=0.9, epochs=20, lr=0.05, every=20))
 
 
 def cifar10_resnet20_prune() -> PruneConfig:
@@ -32,7 +26,8 @@ def cifar10_resnet20_prune() -> PruneConfig:
     Hardware: any GPU, minutes. `--init RUN` prunes an existing run of cifar10_resnet20. Not measured on CIFAR-10;
     results/cifar10_jpeg_prune has short runs on re-encoded images.
     """
-    return _pruned(presets.cifar10_resnet20(), PruningConfig(sparsity=0.9, epochs=60, lr=0.02, every=100))
+    pruning = PruningConfig(sparsity=0.9, epochs=60, lr=0.02, every=100)
+    return PruneConfig(**vars(presets.cifar10_resnet20()), prune=pruning)
 
 
 def cifar10_resnet56_channels() -> PruneConfig:
@@ -45,7 +40,7 @@ def cifar10_resnet56_channels() -> PruneConfig:
     pruning = PruningConfig(
         structure="channels", sparsity=0.3, scope="uniform", epochs=100, lr=0.02, every=100, end=0.5
     )
-    return _pruned(dense, pruning)
+    return PruneConfig(**vars(dense), prune=pruning)
 
 
 def imagenet_resnet50_gmp80() -> PruneConfig:
@@ -56,7 +51,7 @@ def imagenet_resnet50_gmp80() -> PruneConfig:
     `--init resnet50.safetensors` prunes torchvision's weights.
     """
     pruning = PruningConfig(sparsity=0.8, scope="uniform", epochs=30, lr=0.08, every=200, end=0.6)
-    return _pruned(presets.imagenet_resnet50(), pruning)
+    return PruneConfig(**vars(presets.imagenet_resnet50()), prune=pruning)
 
 
 PRESETS: dict[str, Callable[[], PruneConfig]] = {

@@ -16,7 +16,6 @@ from train.run_folder import environment, write_json
 
 Curves = dict[str, dict[float, list[float]]]  # name -> sparsity -> pruned accuracies
 
-NAMED = 24  # curves in a legend that is still readable
 ABOVE: dict[str, Any] = {"loc": "lower right", "bbox_to_anchor": (1, 1), "ncols": 2, "fontsize": 8, "frameon": False}
 
 
@@ -34,18 +33,14 @@ def report_main(argv: Sequence[str] | None = None) -> None:
         metavar="SPARSITY",
         help="also measure accuracy with only one layer pruned, to these sparsities (default: 0.5 0.8 0.9 0.95)",
     )
-    parser.add_argument("--images", type=int, default=1000, help="validation images for --sensitivity")
     parser.add_argument("--steps", type=int, default=20, help="timed calls per block; 0 skips latency")
-    parser.add_argument("--repeats", type=int, default=10, help="blocks per network")
     args = parser.parse_args(argv)
-    if args.images < 1 or args.steps < 0 or args.repeats < 2:
-        raise UsageError("--images needs 1 or more, --steps 0 or more, --repeats 2 or more")
     shares = () if args.sensitivity is None else tuple(args.sensitivity) or (0.5, 0.8, 0.9, 0.95)
     if not all(0 <= share < 1 for share in shares):
         raise UsageError(f"--sensitivity {' '.join(map(str, shares))}: sparsities are in [0, 1)")
     if args.picture:  # refuse a picture that cannot be drawn before minutes of measuring
         check_picture(args.picture)
-    report = measure(args.run, shares=shares, images=args.images, steps=args.steps, repeats=args.repeats)
+    report = measure(args.run, shares=shares, steps=args.steps)
     print(text(report))
     if args.json:
         write_json(args.json, {**report, **environment()})
@@ -75,8 +70,8 @@ def curve_main(argv: Sequence[str] | None = None) -> None:
 def text(report: Report) -> str:
     """Format both networks side by side, the layers, and their sensitivity, for a terminal 100 columns wide."""
     lines: list[Sequence[str]] = [("", "before", "after", "")]
-    for (label, before, after, form), change in zip(_figures(report), _changes(report), strict=True):
-        lines.append((label, form(before), form(after), change))
+    for label, *values, form, change in _figures(report):
+        lines.append((label, *map(form, values), change))
     parts = [aligned(lines, "<>><")]
     if report["after"]["nonzero_macs"] < report["after"]["macs"]:
         parts[0] += "\nZeros are multiplied like other weights: only smaller shapes compute less."
@@ -88,41 +83,38 @@ def text(report: Report) -> str:
     return "\n\n".join(parts)
 
 
-def _figures(report: Report) -> list[tuple[str, float, float, Callable[[float], str]]]:
-    """(label, before, after, formatter) of each quantity that is compared."""
-    sides = report["before"], report["after"]
-
-    def millions(macs: float) -> str:
-        return f"{macs / 1e6:,.3f} M"
-
-    named = [
-        ("accuracy", "accuracy", "{:.2%}".format),
-        ("bytes stored", "bytes", "{:,}".format),
-        ("parameters", "parameters", "{:,}".format),
-        ("parameters kept", "kept_parameters", "{:,}".format),
-        ("MACs an image", "macs", millions),
-        ("MACs of those kept", "nonzero_macs", millions),
-    ]
-    figures = [(label, *(side[name] for side in sides), form) for label, name, form in named]
-    for batch in report["before"]["latency_ms"]:
-        times = [side["latency_ms"][batch] for side in sides]
-        figures.append((f"latency, batch {batch}", *times, "{:,.2f} ms".format))
-    return figures
+def _millions(macs: float) -> str:
+    return f"{macs / 1e6:,.3f} M"
 
 
-def _changes(report: Report) -> list[str]:
-    """Describe the change of each of `_figures`."""
-    (_, *accuracy, _), *figures = _figures(report)
-    changes = [f"{100 * (accuracy[1] - accuracy[0]):+.2f} points"]
-    for _, before, after, _ in figures[: len(figures) - len(report["before"]["latency_ms"])]:
-        if before == after:
-            changes.append("the same")
+QUANTITIES: tuple[tuple[str, str, Callable[[float], str]], ...] = (
+    ("accuracy", "accuracy", "{:.2%}".format),
+    ("bytes stored", "bytes", "{:,}".format),
+    ("parameters", "parameters", "{:,}".format),
+    ("parameters kept", "kept_parameters", "{:,}".format),
+    ("MACs an image", "macs", _millions),
+    ("MACs of those kept", "nonzero_macs", _millions),
+)
+
+
+def _figures(report: Report) -> list[tuple[str, float, float, Callable[[float], str], str]]:
+    """(label, before, after, formatter, change in words) of each quantity that is compared."""
+    figures = []
+    for label, name, form in QUANTITIES:
+        before, after = (report[side][name] for side in ("before", "after"))
+        if name == "accuracy":
+            change = f"{100 * (after - before):+.2f} points"
+        elif before == after:
+            change = "the same"
         else:
-            changes.append(f"{before / after:.2f}x less" if after < before else f"{after / before:.2f}x more")
-    for timed in (report["latency"] or {}).values():
+            change = f"{before / after:.2f}x less" if after < before else f"{after / before:.2f}x more"
+        figures.append((label, before, after, form, change))
+    for batch, timed in (report["latency"] or {}).items():
+        before, after = (timed[side]["step_ms"] for side in ("before", "after"))
         speedup = timed["after"]["speedup"]
-        changes.append(f"{speedup['value']:.2f}x as fast ({speedup['low']:.2f} to {speedup['high']:.2f})")
-    return changes
+        change = f"{speedup['value']:.2f}x as fast ({speedup['low']:.2f} to {speedup['high']:.2f})"
+        figures.append((f"latency, batch {batch}", before, after, "{:,.2f} ms".format, change))
+    return figures
 
 
 def _curves(report: Report) -> dict[str, list[float]]:
@@ -137,74 +129,63 @@ def draw(report: Report, picture: Path) -> None:
     Raises:
       UsageError: matplotlib is not installed.
     """
-    figure = new_figure(14, min(max(7.5, 1 + 0.18 * len(report["layers"])), 18))
-    left, right = figure.subfigures(1, 2)
-    _draw_layers(left.subplots(), report["layers"])
+    rows = report["layers"]
+    figure = new_figure(14, min(max(7.5, 1 + 0.18 * len(rows)), 18))
+    from matplotlib import colormaps
+
+    # One colour per layer, by depth, for its bar and its curve.
+    colours = colormaps["turbo"](np.linspace(0.05, 0.95, len(rows)))
+    grid = [["layers", "sides"], ["layers", "curves"]] if report["sensitivity"] else [["layers", "sides"]]
+    panels = figure.subplot_mosaic(grid)
+    _draw_layers(panels["layers"], rows, colours)
+    _draw_sides(panels["sides"], report)
     if report["sensitivity"]:
-        sides, curves = right.subplots(2, 1, height_ratios=(1, 1.5))
-        _draw_sensitivity(curves, report)
-        names = None if len(_curves(report)) <= NAMED else f"the {NAMED} most sensitive layers"
-        handles = curves.get_legend_handles_labels()
-        look: dict[str, Any] = {"fontsize": 7, "title_fontsize": 8, "handlelength": 1.5, "columnspacing": 1}
-        right.legend(*handles, **look, ncols=4, title=names, loc="outside lower center")
-    else:
-        sides = right.subplots()
-    _draw_sides(sides, report)
-    for axes in figure.axes:
+        _draw_sensitivity(panels["curves"], report, colours)
+    for axes in panels.values():
         axes.grid(alpha=0.3, axis="both" if axes.lines else "x")
         axes.set_axisbelow(True)
     save_figure(figure, picture)
 
 
-def _draw_layers(axes: Any, rows: Sequence[Row]) -> None:
+def _draw_layers(axes: Any, rows: Sequence[Row], colours: Any) -> None:
     """Bars of all weights and of the kept ones on a logarithmic scale, labelled with the kept share in percent."""
-    axes.barh(range(len(rows)), [row["parameters"] for row in rows], color="0.86", label="before")
-    axes.barh(range(len(rows)), [row["kept"] for row in rows], color=_colours(len(rows)), label="after")
-    for place, row in enumerate(rows):
-        axes.text(row["parameters"], place, f" {100 * (1 - row['sparsity']):.3g}%", va="center", fontsize=7)
-    axes.set_xscale("log")
+    names = [short(row["path"]) for row in rows]
+    weights = axes.barh(names, [row["parameters"] for row in rows], color="0.86", label="before")
+    axes.barh(names, [row["kept"] for row in rows], color=colours, label="after")
+    axes.bar_label(weights, [f"{1 - row['sparsity']:.1%}" for row in rows], padding=3, fontsize=7)
     axes.set_xlim(max(min(row["kept"] for row in rows) / 3, 1), 5 * max(row["parameters"] for row in rows))
-    axes.set_yticks(range(len(rows)), [short(row["path"]) for row in rows], fontsize=7.5)
     axes.set_ylim(len(rows) - 0.4, -0.6)
-    axes.set(xlabel="weights (logarithmic)", title="kept weights by layer")
+    axes.tick_params("y", labelsize=7.5)
+    axes.set(xscale="log", xlabel="weights (logarithmic)", title="kept weights by layer")
     axes.legend(**ABOVE)
 
 
 def _draw_sides(axes: Any, report: Report) -> None:
     """Bars relative to before, labelled with the values."""
-    figures = _figures(report)
-    shares = [100 * after / before if before else 100 for _, before, after, _ in figures]
-    axes.barh(range(len(figures)), [100] * len(figures), color="0.86", label="before")
-    axes.barh(range(len(figures)), shares, 0.5, color="C0", label="after")
-    for place, (_, before, after, form) in enumerate(figures):
-        label = f" {form(before)} \N{RIGHTWARDS ARROW} {form(after)}"
+    names, before, after, forms, _ = zip(*_figures(report), strict=True)
+    shares = [100 * new / old if old else 100 for old, new in zip(before, after, strict=True)]
+    axes.barh(names, [100] * len(names), color="0.86", label="before")
+    axes.barh(names, shares, 0.5, color="C0", label="after")
+    for place, (old, new, form) in enumerate(zip(before, after, forms, strict=True)):
+        label = f" {form(old)} \N{RIGHTWARDS ARROW} {form(new)}"
         axes.text(max(100, shares[place]), place, label, va="center", fontsize=7.5)
-    axes.set_yticks(range(len(figures)), [label for label, *_ in figures], fontsize=8)
-    axes.set_ylim(len(figures) - 0.4, -0.6)
+    axes.set_ylim(len(names) - 0.4, -0.6)
     axes.set_xlim(0, 1.5 * max(100, *shares))
     axes.set(xlabel="% of before", title="before and after")
     axes.legend(**ABOVE)
 
 
-def _draw_sensitivity(axes: Any, report: Report) -> None:
-    """One curve per layer in the colour of its bar; the legend names the layers that lose most."""
-    order = [row["path"] for row in report["layers"]]
-    colours, curves = dict(zip(order, _colours(len(order)), strict=True)), _curves(report)
-    named = sorted(curves, key=lambda path: sum(curves[path]))[:NAMED]
-    shares = [100 * share for share in report["sensitivity"]["sparsities"]]
-    for number, (path, accuracies) in enumerate(curves.items()):
-        # Adjacent layers have similar colours, so markers distinguish them.
-        look = {"marker": "os^D"[number % 4], "label": short(path)} if path in named else {"alpha": 0.3}
-        axes.plot(shares, [100 * accuracy for accuracy in accuracies], color=colours[path], ms=3.5, lw=1.2, **look)
-    axes.axhline(100 * report["sensitivity"]["baseline"], color="grey", lw=0.8, ls=":")
-    axes.set(xlabel="sparsity (%)", ylabel="accuracy (%)", title="accuracy with one layer alone pruned")
-
-
-def _colours(number: int) -> list[Any]:
-    """One colour per layer, by depth."""
-    from matplotlib import colormaps
-
-    return [colormaps["turbo"](0.05 + 0.9 * i / max(number - 1, 1)) for i in range(number)]
+def _draw_sensitivity(axes: Any, report: Report, colours: Any) -> None:
+    """One curve per layer in the colour of its bar."""
+    found, curves = report["sensitivity"], _curves(report)
+    for row, colour in zip(report["layers"], colours, strict=True):
+        if row["path"] in curves:
+            accuracies = [100 * accuracy for accuracy in curves[row["path"]]]
+            axes.plot([100 * share for share in found["sparsities"]], accuracies, "o-", color=colour, ms=3.5, lw=1.2)
+    axes.axhline(100 * found["baseline"], color="grey", lw=0.8, ls=":")
+    axes.set(
+        xlabel="sparsity (%)", ylabel="accuracy (%)", title="accuracy with only one layer pruned (colours as left)"
+    )
 
 
 def name_of(run: Report) -> str:
@@ -245,12 +226,11 @@ def draw_curves(curves: Curves, dense: float, picture: Path) -> None:
     figure = new_figure(7, 4.2)
     axes = figure.subplots()
     sparsities = sorted({s for points in curves.values() for s in points})
-    place = {s: i for i, s in enumerate(sparsities)}
     for index, (name, points) in enumerate(curves.items()):
+        places = [sparsities.index(s) for s in points]
         means = [100 * float(np.mean(values)) for values in points.values()]
-        at = [place[s] for s in points]
-        axes.plot(at, means, f"C{index}o-" if len(at) > 1 else f"C{index}D", ms=5, label=name)
-        for x, values in zip(at, points.values(), strict=True):
+        axes.plot(places, means, f"C{index}{'o-' if len(places) > 1 else 'D'}", ms=5, label=name)
+        for x, values in zip(places, points.values(), strict=True):
             axes.plot([x] * len(values), [100 * v for v in values], f"C{index}.", ms=3)
     axes.axhline(100 * dense, color="grey", lw=1, ls=":", label="dense")
     axes.set_xticks(range(len(sparsities)), [f"{100 * s:g}" for s in sparsities])

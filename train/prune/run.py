@@ -1,7 +1,8 @@
 """A run of pruning, from config to result: the dense run, the training after or during pruning, the delivery."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +12,18 @@ import optax
 
 from resnet_jax import mask_schedules
 from resnet_jax.augment import Augment
-from resnet_jax.masks import check_masks, sparsity_of
+from resnet_jax.masks import check_masks, kernels_except, sparsity_of
 from resnet_jax.tree import PyTree
 from train.config import TrainConfig
-from train.config import check as check_training
 from train.data.sets import Dataset
 from train.errors import RunError
 from train.from_config import make_model, make_state
 from train.loop import Hook
-from train.prune.config import CHANNELS, PruneConfig, PruningConfig, check, dense_config, retraining
+from train.prune.config import PruneConfig, PruningConfig, check, dense_config, retraining
 from train.prune.deliver import SPARSE, deliver
-from train.prune.scoring import in_step, prunable_leaves, pruned_share
+from train.prune.scoring import Channels, Target, in_step
 from train.prune.sparse_file import load_sparse
-from train.prune.start import keep_early_weights, prune_start, start_masks
+from train.prune.start import keep_early_weights, make_target, prune_start, start_masks
 from train.run import Training, make_pieces, start_state, with_widths
 from train.run_folder import load_state, read_config, settle
 from train.runtime import join_hosts, say
@@ -59,44 +59,30 @@ def run(
     """
     check(config)
     config = with_widths(config)
-    own = {"model": model, "tx": tx, "objective": objective, "augment": augment, "dataset": dataset}
-    own = {name: piece for name, piece in own.items() if piece is not None}
-    out, finished = settle(retraining(config), preset, list(own))
+    own = {"model": model, "tx": tx, "objective": objective, "augment": augment}
+    replaced = [name for name, piece in {**own, "dataset": dataset}.items() if piece is not None]
+    out, finished = settle(retraining(config), preset, replaced)
     if finished is not None:
         return finished
     join_hosts(config.distributed)
     config = dataclasses.replace(config, out=str(out))
+    opened = partial(open_session, preset=preset, dataset=dataset, replaced=replaced)
+    dense = out / DENSE if config.init is None else Path(config.init).expanduser()
     if config.init is None:
-        dense = out / DENSE
         say(f"training the dense network in {dense}")
-        train_dense(config, preset, dense, own, hooks)
-    else:
-        dense = Path(config.init).expanduser()
-    train_all = train_levels if config.prune.schedule == "iterative" else train_once
-    result = train_all(config, preset, dense, own, hooks)
+        train_dense(config, opened(dense_config(config, dense)), own, hooks)
+    result = train_levels(config, dense, opened, own, hooks)
     say(f"accuracy on test: dense {result['dense_accuracy']:.2%}, {result['sparsity']:.1%} pruned "
         f"{result['pruned_accuracy']:.2%}; {result['dense_bytes']:,} bytes became {result['pruned_bytes']:,}: "
         f"{result['pruned_file']}")  # fmt: skip
     return result
 
 
-def open_own(config: Any, preset: str, own: dict[str, Any]) -> Session[Any]:
-    """Open a session with the pieces that were passed to the run, after checking its config as one of training."""
-    check_training(config)
-    return open_session(config, preset, dataset=own.get("dataset"), replaced=list(own))
-
-
-def own_pieces(own: dict[str, Any]) -> dict[str, Any]:
-    """Select the pieces of a training from those that were passed to the run."""
-    return {name: piece for name, piece in own.items() if name != "dataset"}
-
-
-def train_dense(config: PruneConfig, preset: str, out: Path, own: dict[str, Any], hooks: Sequence[Hook]) -> None:
+def train_dense(config: PruneConfig, session: Session[Any], own: dict[str, Any], hooks: Sequence[Hook]) -> None:
     """Train the dense run, which saves its early weights if pruning will rewind to them."""
-    session = open_own(dense_config(config, out), preset, own)
     if session.finished is not None:
         return
-    pieces = make_pieces(session, **own_pieces(own))
+    pieces = make_pieces(session, **own)
     state = session.place(start_state(session, pieces))
     training = Training(session, pieces, state)
     state = session.resume(state)
@@ -107,42 +93,43 @@ def train_dense(config: PruneConfig, preset: str, out: Path, own: dict[str, Any]
     session.finish(training.figures(training.selected(state)))
 
 
-def train_once(
-    config: PruneConfig, preset: str, dense: Path, own: dict[str, Any], hooks: Sequence[Hook]
-) -> dict[str, Any]:
-    """Prune and train once."""
-    source = dense if config.prune.start == "trained" else None
-    say(f"pruning to {config.prune.final:.1%} ({config.prune.schedule}) and training in {config.out}")
-    return train_pruned(config, preset, dense, own, hooks, source=source)
-
-
 def train_levels(
-    config: PruneConfig, preset: str, dense: Path, own: dict[str, Any], hooks: Sequence[Hook]
+    config: PruneConfig,
+    dense: Path,
+    opened: Callable[[PruneConfig], Session[Any]],
+    own: dict[str, Any],
+    hooks: Sequence[Hook],
 ) -> dict[str, Any]:
-    """Prune and train in levels that each prune the same share of what remains; the last is in the run's own folder."""
+    """Prune and train in levels that each prune the same share of what remains; the last is in the run's own folder.
+
+    Every schedule except `iterative` has one level.
+    """
     p, previous, result = config.prune, dense, {}
+    iterative = p.schedule == "iterative"
+    levels = p.levels if iterative else 1
+    goes_on = p.restart == "finetune" if iterative else p.start == "trained"
     # Levels divide what remains to be pruned, so measure what the dense run already lacks.
     already = 0.0
-    if not config.dense and (dense / "checkpoints").is_dir():
+    if levels > 1 and not config.dense and (dense / "checkpoints").is_dir():
         state, (_, saved) = load_state(dense), read_config(dense, TrainConfig)
-        model = own.get("model") or make_model(config, len(saved["classes"]))
-        already = pruned_share(state.masks, state.params, config=p, model=model)
-    for number in range(1, p.levels + 1):
+        model = own["model"] or make_model(config, len(saved["classes"]))
+        already = make_target(p, model, state.params).share(state.masks)
+    for number in range(1, levels + 1):
         level = dataclasses.replace(config, dense=config.dense and number == 1)
-        if number < p.levels:
-            share = 1 - (1 - already) * ((1 - p.final) / (1 - already)) ** (number / p.levels)
+        if number < levels:
+            share = 1 - (1 - already) * ((1 - p.final) / (1 - already)) ** (number / levels)
             pruning = dataclasses.replace(p, sparsity=share)
             level = dataclasses.replace(level, out=f"{config.out}/level{number}", prune=pruning)
-        say(f"level {number} of {p.levels}: pruning to {level.prune.final:.1%}, {p.restart}, in {level.out}")
-        goes_on = p.restart == "finetune"
+        how = f"{p.restart}, level {number} of {levels}" if iterative else p.schedule
+        say(f"pruning to {level.prune.final:.1%} ({how}) and training in {level.out}")
         result = train_pruned(
             level,
-            preset,
-            dense,
+            opened(retraining(level)),
             own,
             hooks,
+            dense=dense,
             source=previous if goes_on else None,
-            before=None if goes_on else previous,
+            before=previous if iterative and not goes_on else None,
         )
         previous = Path(str(level.out))
     return result
@@ -150,13 +137,13 @@ def train_levels(
 
 def train_pruned(
     config: PruneConfig,
-    preset: str,
-    dense: Path,
+    session: Session[Any],
     own: dict[str, Any],
     hooks: Sequence[Hook],
     *,
+    dense: Path,
     source: Path | None,
-    before: Path | None = None,
+    before: Path | None,
 ) -> dict[str, Any]:
     """Train once, after or during pruning, and deliver.
 
@@ -166,12 +153,11 @@ def train_pruned(
       before: run of the previous level of iterative pruning, if this one does not start from its weights: they only
         decide what is pruned now.
     """
-    session = open_own(retraining(config), preset, own)
     if session.finished is not None:
         return session.finished
-    pieces = make_pieces(session, **own_pieces(own))
+    pieces = make_pieces(session, **own)
     # Scores and masks are computed outside the training's mesh axis, so with a model without it or special kernels.
-    model = own.get("model") or make_model(config, len(session.dataset.classes))
+    model = own["model"] or make_model(config, len(session.dataset.classes))
     p = session.config.prune
 
     def start(variables: dict[str, PyTree]) -> dict[str, PyTree]:
@@ -179,64 +165,59 @@ def train_pruned(
 
     def masks(params: PyTree) -> PyTree:
         given = None if source is None or config.dense else load_masks(source, params)
-        return start_masks(p, model, params, given)
+        return start_masks(p, make_target(p, model, params), params, given)
 
     state = session.place(
         make_state(session.config, pieces.model, pieces.tx, session.dataset.image_shape, start, masks)
     )
-    remask = make_remask(p, model, session.steps)
-    training = Training(session, dataclasses.replace(pieces, remask=remask), state)
+    compared = dense_variables(dense, jax.device_get(state.variables))
+    target = make_target(p, model, state.params)
+    training = Training(session, dataclasses.replace(pieces, remask=make_remask(p, target, session.steps)), state)
     state = session.resume(state)
     if not session.resumed:
         with session.undone_if_refused():
-            state = prune_start(training, state, model, dense=dense, before=before)
+            state = prune_start(training, state, model, target, dense=dense, before=before)
     state = training.fit(state, hooks)
     figures = training.figures(state)
-    pruning = pruning_figures(training, state, model, dense)
+    pruning = pruning_figures(training, state, model, compared)
+    if isinstance(target, Channels):
+        pruning["channels_pruned"] = target.share(state.masks)
     return session.finish({**figures, "pruned_accuracy": figures["test_accuracy"], **pruning})
 
 
-def make_remask(p: PruningConfig, model: nn.Module, steps: int) -> mask_schedules.MaskSchedule | None:
+def make_remask(p: PruningConfig, target: Target, steps: int) -> mask_schedules.MaskSchedule | None:
     """Make the schedule that changes masks inside the step of a training of `steps`; None if they do not change."""
     end = max(round(p.end * steps), 1)
     begin = min(round(p.begin * steps), end - 1)
-    dates: dict[str, Any] = {"begin_step": begin, "end_step": end, "every": p.every}
+    dates: dict[str, Any] = {"end_step": end, "every": p.every}
     if p.schedule == "gradual":
-        return mask_schedules.gradual(in_step(p, model), final=p.final, **dates)
-    if p.schedule == "acdc":
-        begin = max(begin, 1)  # schedules see the masks after a step
-        return mask_schedules.alternating(
-            in_step(p, model), final=p.final, begin_step=begin, end_step=end, every=p.every
-        )
+        return mask_schedules.gradual(in_step(p.score, target), final=p.final, begin_step=begin, **dates)
+    if p.schedule == "acdc":  # schedules see the masks after a step, so the first possible one is 1
+        return mask_schedules.alternating(in_step(p.score, target), final=p.final, begin_step=max(begin, 1), **dates)
     if p.schedule in ("rigl", "set"):
         grow = "gradient" if p.schedule == "rigl" else "random"
-        return mask_schedules.rigl(
-            end_step=end, every=p.every, fraction=p.fraction, grow=grow, prunable=prunable_leaves(p)
-        )
+        prunable = kernels_except(p.exclude)
+        return mask_schedules.rigl(fraction=p.fraction, grow=grow, prunable=prunable, **dates)
     return None
 
 
-def pruning_figures(training: Training, state: TrainState, model: nn.Module, dense: Path) -> dict[str, Any]:
-    """Figures of pruning for the result: the dense accuracy, the sparsity, and those of `deliver`.
+def pruning_figures(training: Training, state: TrainState, model: nn.Module, compared: PyTree) -> dict[str, Any]:
+    """Figures of pruning for the result: the accuracy of the `compared` network, the sparsity, those of `deliver`.
 
     Raises:
-      RunError: pruned weights are not zero, which is a bug in this program.
+      RunError: a leaf has lost all its weights.
     """
     session = training.session
-    p = session.config.prune
     try:
         check_masks(state.masks, state.params)
     except ValueError as error:
         raise RunError(f"{error}; {session.out} keeps its checkpoints") from None
-    compared = session.place(dense_variables(dense, jax.device_get(state.variables)))
     figures = {
-        "dense_accuracy": training.measure(compared, "test")["accuracy"],
+        "dense_accuracy": training.measure(session.place(compared), "test")["accuracy"],
         "sparsity": float(sparsity_of(state.masks)),
         **deliver(session, model, state, training.pieces.preprocess),
     }
-    if p.structure == CHANNELS:
-        figures["channels_pruned"] = pruned_share(state.masks, state.params, config=p, model=model)
-    if p.values == "int8":  # rounded weights differ from the network measured above
+    if session.config.prune.values == "int8":  # rounded weights differ from the network measured above
         rounded, _, _ = load_sparse(session.out / SPARSE)
         figures["file_accuracy"] = training.measure(session.place(rounded), "test")["accuracy"]
     return figures

@@ -1,10 +1,10 @@
-"""Masks from a network and its config: scores, inside a step or from training images, and the selection by them."""
+"""Masks from scores: what is selected, scores inside a step or from training images, and recomputed statistics."""
 
 import inspect
-import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -12,78 +12,86 @@ import jax.numpy as jnp
 
 from resnet_jax import scores
 from resnet_jax.augment import Augment, preprocess_batch
-from resnet_jax.channels import ChannelGroup, channel_groups, channel_masks, channel_scores, kept_channels
+from resnet_jax.channels import ChannelGroup, channel_masks, channel_scores, kept_channels
 from resnet_jax.layers import BatchNorm
 from resnet_jax.mask_schedules import MaskFn
-from resnet_jax.masks import apply_masks, kernels_except, make_masks, sparsity_of
+from resnet_jax.masks import Scope, apply_masks, make_masks, sparsity_of
 from resnet_jax.tree import Predicate, PyTree, is_kernel, leaves, map_with_path
-from train.prune.config import CHANNELS, PruningConfig
 from train.runtime import compiler_options
 from train.state import forward
 from train.steps import Loss
 
-ROUNDS_OF_SYNFLOW = 100  # https://arxiv.org/abs/2006.05467
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Weights:
+    """Pruning of weights: single ones, N:M patterns or blocks.
 
-def select(found: PyTree, sparsity: Any, masks: PyTree | None, *, config: PruningConfig, model: nn.Module) -> PyTree:
-    """Select masks by the config's structure, scope and exclusions, from scores shaped like the parameters.
-
-    Args:
-      sparsity: share to prune, in [0, 1]; may be traced.
-      masks: the present masks; what they prune stays pruned. None means nothing is pruned yet.
-
-    Raises:
-      ValueError: nothing is prunable, a structure or a pattern that does not fit the model.
+    Attributes:
+      prunable, scope, structure: see `resnet_jax.masks.make_masks`.
+      layers: final sparsity of each prunable path, which replaces the scope if it is not empty.
+      final: final sparsity of the network, in [0, 1); `layers` follow its progress.
     """
-    if config.structure == CHANNELS:
-        groups = prunable_groups(model, found, config)
-        made = channel_masks(
-            channel_scores(found, groups),
-            sparsity,
-            groups=groups,
-            params=found,
-            scope="global" if config.scope == "global" else "uniform",
-            round_to=config.round_to,
-            masks=masks,
-        )
-    else:
-        made = make_masks(
+
+    prunable: Predicate = is_kernel
+    scope: Scope = "global"
+    structure: str = "unstructured"
+    layers: Mapping[str, float] = field(default_factory=dict)
+    final: float
+
+    def select(self, found: PyTree, sparsity: Any, masks: PyTree | None = None) -> PyTree:
+        """Make masks from scores shaped like the parameters; what `masks` prune stays pruned.
+
+        Args:
+          sparsity: share to prune, in [0, 1]; may be traced.
+
+        Raises:
+          ValueError: nothing is prunable, or the structure does not fit the model.
+        """
+        done = {path: share * sparsity / self.final if self.final else share for path, share in self.layers.items()}
+        return make_masks(
             found,
-            _by_layer(found, sparsity, config) if config.layers else sparsity,
-            prunable=prunable_leaves(config),
-            scope=config.scope,
-            structure=config.structure,
+            done or sparsity,
+            prunable=self.prunable,
+            scope=self.scope,
+            structure=self.structure,
             masks=masks,
         )
-    return made if masks is None else jax.tree.map(jnp.logical_and, made, masks)
+
+    def share(self, masks: PyTree) -> float:
+        """Share of the prunable weights that is pruned, as `sparsity` counts it."""
+        return float(sparsity_of([mask for path, mask in leaves(masks).items() if self.prunable(path, mask)]))
 
 
-def prunable_leaves(config: PruningConfig) -> Predicate:
-    """Predicate of the kernels that match none of the exclusions."""
-    return kernels_except(config.exclude)
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Channels:
+    """Pruning of whole channels, see `resnet_jax.channels.channel_masks`; methods as in `Weights`."""
+
+    groups: Sequence[ChannelGroup]
+    scope: Literal["global", "uniform"] = "global"
+    round_to: int = 8
+
+    def select(self, found: PyTree, sparsity: Any, masks: PyTree | None = None) -> PyTree:
+        made = channel_masks(
+            channel_scores(found, self.groups),
+            sparsity,
+            groups=self.groups,
+            params=found,
+            scope=self.scope,
+            round_to=self.round_to,
+            masks=masks,
+        )
+        # Single weights of the remaining channels may have been pruned before.
+        return made if masks is None else jax.tree.map(jnp.logical_and, made, masks)
+
+    def share(self, masks: PyTree) -> float:
+        kept = kept_channels(jax.device_get(masks), self.groups).values()
+        return float(1 - sum(k.sum() for k in kept) / sum(k.size for k in kept))
 
 
-def prunable_groups(model: Any, params: PyTree, config: PruningConfig) -> list[ChannelGroup]:
-    """Groups of channels whose names match none of the exclusions; `params` may be their shapes."""
-    groups = channel_groups(model, params)
-    return [g for g in groups if not any(re.search(pattern, g.name) for pattern in config.exclude)]
+Target = Weights | Channels
 
 
-def _by_layer(found: PyTree, sparsity: Any, config: PruningConfig) -> dict[str, Any]:
-    """Sparsities by path: each layer's final sparsity, scaled by the overall progress towards the final sparsity."""
-    prunable = prunable_leaves(config)
-    paths = [path for path, x in leaves(found).items() if prunable(path, x)]
-    for pattern in config.by_layer:
-        if not any(re.search(pattern, path) for path in paths):
-            raise ValueError(f"--prune.layers {pattern} matches no prunable kernel: {', '.join(paths[:3])}, ...")
-    final = {
-        path: next((share for pattern, share in config.by_layer.items() if re.search(pattern, path)), config.final)
-        for path in paths
-    }
-    return {path: share * sparsity / config.final if config.final else share for path, share in final.items()}
-
-
-def in_step(config: PruningConfig, model: nn.Module) -> MaskFn:
+def in_step(score: str, target: Target) -> MaskFn:
     """Make the scoring and selection that a schedule calls inside the step."""
     scored: dict[str, Callable[..., PyTree]] = {
         "magnitude": lambda params, grads, key: scores.magnitude(params),
@@ -92,78 +100,33 @@ def in_step(config: PruningConfig, model: nn.Module) -> MaskFn:
         # On the step's own batch: https://arxiv.org/abs/1906.10771 with one minibatch.
         "taylor": lambda params, grads, key: jax.tree.map(lambda w, g: jnp.square(w * g), params, grads),
     }
-    score = scored[config.score]
 
     def make(params: PyTree, grads: PyTree, masks: PyTree, key: jax.Array, sparsity: jax.Array) -> PyTree:
-        return select(score(params, grads, key), sparsity, masks, config=config, model=model)
+        return target.select(scored[score](params, grads, key), sparsity, masks)
 
     return make
 
 
 def prune_at_once(
-    params: PyTree,
-    stats: PyTree,
-    masks: PyTree,
-    *,
-    config: PruningConfig,
-    model: nn.Module,
-    loss: Loss,
-    preprocess: Augment,
-    batches: Iterable[Any],
-    image_shape: Sequence[int],
-    key: jax.Array,
+    params: PyTree, masks: PyTree, *, score: Callable[[PyTree], PyTree], target: Target, final: float, rounds: int = 1
 ) -> PyTree:
-    """Prune to the config's final sparsity, starting from `masks`, in the config's number of rounds of scoring.
-
-    Args:
-      loss, preprocess, batches: for scores that depend on data: `(logits, soft labels) -> losses`, the normalisation of
-        images, and batches of training images and labels.
-      image_shape: shape of the network's inputs, for scores that use an image of ones.
+    """Prune to the share `final`, starting from `masks`, in this number of rounds of scoring.
 
     Raises:
-      ValueError: the errors of `select`, or scores that are not finite.
+      ValueError: the errors of the target's `select` and of the score.
     """
-    rounds = config.rounds or (ROUNDS_OF_SYNFLOW if config.score == "synflow" else 1)
-    already = pruned_share(masks, params, config=config, model=model)
-    chosen = jax.jit(partial(select, config=config, model=model))
-    # Each score declares the arguments that it needs: pass only those.
-    function: Any = scores.SCORES[config.score]
-    offered: dict[str, Any] = {
-        "loss": per_example_loss(model, stats, loss, preprocess),
-        "batches": batches,
-        "forward": neutral_forward(model, stats, image_shape),
-        "key": key,
-    }
-    taken = inspect.signature(function).parameters
-    given = {name: value for name, value in offered.items() if name in taken}
+    already, select = target.share(masks), jax.jit(target.select)
     # Every round keeps the same share of the remaining weights, so that the last one reaches the final sparsity.
     for number in range(1, rounds + 1):
-        sparsity = 1 - (1 - already) * ((1 - config.final) / (1 - already)) ** (number / rounds)
-        masks = chosen(function(apply_masks(params, masks), **given), jnp.float32(sparsity), masks)
+        sparsity = 1 - (1 - already) * ((1 - final) / (1 - already)) ** (number / rounds)
+        masks = select(score(apply_masks(params, masks)), jnp.float32(sparsity), masks)
     return masks
 
 
-def pruned_share(masks: PyTree, params: PyTree, *, config: PruningConfig, model: nn.Module) -> float:
-    """Share of the prunable weights, or channels, that is already pruned, as `config.sparsity` counts it."""
-    if config.structure != CHANNELS:
-        prunable, held = prunable_leaves(config), leaves(masks)
-        return float(sparsity_of([held[path] for path, x in leaves(params).items() if prunable(path, x)]))
-    kept = kept_channels(masks, prunable_groups(model, params, config))
-    return float(1 - sum(k.sum() for k in kept.values()) / sum(k.size for k in kept.values()))
-
-
-def check_patterns(params: PyTree, *, config: PruningConfig, model: nn.Module) -> None:
-    """Refuse a pattern from the user that matches nothing.
-
-    Raises:
-      ValueError: there is such a pattern; the message lists some of the names.
-    """
-    channels = config.structure == CHANNELS
-    groups: list[ChannelGroup] = list(channel_groups(model, params)) if channels else []  # type: ignore[arg-type]
-    names = [g.name for g in groups] or [path for path, x in leaves(params).items() if is_kernel(path, x)]
-    for pattern in config.exclude:
-        if pattern not in PruningConfig().exclude and not any(re.search(pattern, name) for name in names):
-            raise ValueError(f"--prune.exclude {pattern} matches none of the names {', '.join(names[:3])}, ...")
+def bind_score(name: str, **offered: Any) -> Callable[[PyTree], PyTree]:
+    """Bind those of the arguments that this score takes, which leaves a function of the parameters."""
+    taken = inspect.signature(scores.SCORES[name]).parameters
+    return partial(scores.SCORES[name], **{key: value for key, value in offered.items() if key in taken})
 
 
 def per_example_loss(model: nn.Module, stats: PyTree, loss: Loss, preprocess: Augment) -> scores.Loss:
@@ -179,16 +142,15 @@ def per_example_loss(model: nn.Module, stats: PyTree, loss: Loss, preprocess: Au
 
 def neutral_forward(model: nn.Module, stats: PyTree, image_shape: Sequence[int]) -> Callable[[PyTree], jax.Array]:
     """Make the network's forward pass on an image of ones, with norms and biases neutral, as SynFlow requires."""
-    neutral = map_with_path(lambda path, x: jnp.full_like(x, path.endswith("/var")), stats)
-    images = jnp.ones((1, *image_shape))
+    still = {"bias": 0.0, "scale": 1.0, "mean": 0.0, "var": 1.0}
+
+    def neutral(path: str, x: jax.Array) -> jax.Array:
+        name = path.rsplit("/", 1)[-1]
+        return jnp.full_like(x, still[name]) if name in still else x
 
     def outputs(params: PyTree) -> Any:
-        still = {"bias": 0.0, "scale": 1.0}
-        last = lambda path: path.rsplit("/", 1)[-1]  # noqa: E731
-        params = map_with_path(
-            lambda path, x: jnp.full_like(x, still[last(path)]) if last(path) in still else x, params
-        )
-        return forward(model, {"params": params, "batch_stats": neutral}, images)[0]
+        variables = {"params": map_with_path(neutral, params), "batch_stats": map_with_path(neutral, stats)}
+        return forward(model, variables, jnp.ones((1, *image_shape)))[0]
 
     return outputs
 

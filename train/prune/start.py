@@ -1,5 +1,6 @@
 """The start of a training after, or during, pruning: its masks, and the changes before the first step."""
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,23 +11,32 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from resnet_jax import scores
+from resnet_jax.channels import channel_groups
 from resnet_jax.losses import LOSSES
-from resnet_jax.masks import apply_masks, check_masks, full_masks, sparsity_of
-from resnet_jax.tree import PyTree
+from resnet_jax.masks import apply_masks, check_masks, kernels_except, sparsity_of
+from resnet_jax.tree import PyTree, is_kernel, leaves
 from train.checkpoint import Checkpoints
 from train.data.batches import stream_indices
 from train.errors import UsageError
 from train.loop import Hook
 from train.prune.config import AT_ONCE, CHANNELS, PruningConfig, network_shape
 from train.prune.deliver import stacked
-from train.prune.scoring import check_patterns, prunable_leaves, prune_at_once, pruned_share, recalibrate, select
+from train.prune.scoring import (
+    Channels,
+    Target,
+    Weights,
+    bind_score,
+    neutral_forward,
+    per_example_loss,
+    prune_at_once,
+    recalibrate,
+)
 from train.prune.sparse_file import is_sparse_file
 from train.run import Training
 from train.run_folder import load_state, write_json
 from train.session import Session
 from train.state import TrainState, init_variables
-from train.weights import dense_variables, load_masks
+from train.weights import load_masks
 
 START = "start.json"  # figures measured before the training after pruning
 REWIND = "rewind"  # the dense run's early weights
@@ -41,34 +51,61 @@ def usage_errors() -> Iterator[None]:
         raise UsageError(str(error)) from None
 
 
-def start_masks(p: PruningConfig, model: nn.Module, params: PyTree, given: PyTree | None) -> PyTree:
+def make_target(p: PruningConfig, model: Any, params: PyTree) -> Target:
+    """Find what the config prunes in these parameters (or their shapes), and how.
+
+    Raises:
+      UsageError: a pattern that matches nothing; the message lists some of the names.
+    """
+    channels = p.structure == CHANNELS
+    groups = channel_groups(model, params) if channels else ()
+    names = [g.name for g in groups] if channels else [path for path, x in leaves(params).items() if is_kernel(path, x)]
+    for pattern in p.exclude:
+        if pattern not in PruningConfig().exclude and not any(re.search(pattern, name) for name in names):
+            raise UsageError(f"--prune.exclude {pattern} matches none of the names {', '.join(names[:3])}, ...")
+    names = [name for name in names if not any(re.search(pattern, name) for pattern in p.exclude)]
+    if channels:
+        return Channels(
+            groups=[g for g in groups if g.name in names],
+            scope="global" if p.scope == "global" else "uniform",
+            round_to=p.round_to,
+        )
+    shares = p.by_layer
+    for pattern in shares:
+        if not any(re.search(pattern, name) for name in names):
+            raise UsageError(f"--prune.layers {pattern} matches no prunable kernel: {', '.join(names[:3])}, ...")
+    layers = {name: next((s for pattern, s in shares.items() if re.search(pattern, name)), p.final) for name in names}
+    return Weights(
+        prunable=kernels_except(p.exclude),
+        scope=p.scope,
+        structure=p.structure,
+        layers=layers if shares else {},
+        final=p.final,
+    )
+
+
+def start_masks(p: PruningConfig, target: Target, params: PyTree, given: PyTree | None) -> PyTree:
     """Make the masks at step 0, as arrays where pruning will change them; `given` are those of the initial network.
 
     Raises:
-      UsageError: nothing to prune, a structure or a pattern that does not fit the model.
+      UsageError: nothing to prune, a structure that does not fit the model, or the errors of `named_masks`.
     """
-    magnitudes = scores.magnitude(params)
     with usage_errors():
-        check_patterns(params, config=p, model=model)
-        if p.structure == CHANNELS:
-            full = select(magnitudes, 0.0, None, config=p, model=model)
-        else:
-            # Trace the selection to check that there is something to prune and that the structure divides it.
-            jax.eval_shape(lambda: select(magnitudes, p.final, None, config=p, model=model))
-            full = full_masks(params, prunable_leaves(p))
+        full = jax.eval_shape(lambda: target.select(params, p.final))
     if p.masks is not None:  # arrays where the named masks are arrays, too
-        full = jax.tree.map(lambda f, m: jnp.ones(m.shape or f.shape, bool), full, named_masks(p.masks, params))
+        full = jax.tree.map(lambda f, m: m if m.ndim else f, full, named_masks(p.masks, params))
+    full = jax.tree.map(lambda x: jnp.ones(x.shape, bool), full)
     return full if given is None else jax.tree.map(jnp.logical_and, full, given)
 
 
 def prune_start(
-    training: Training, state: TrainState, model: nn.Module, *, dense: Path, before: Path | None
+    training: Training, state: TrainState, model: nn.Module, target: Target, *, dense: Path, before: Path | None
 ) -> TrainState:
     """Prepare the state to train: choose masks if pruning comes first, and recalibrate batch statistics if configured.
 
     Args:
       model: without the training's axis and compute kernels.
-      dense: the network that the pruned one is compared with.
+      dense: the run whose early weights a level may rewind to.
       before: run of the previous level, if this one does not start from its weights.
 
     Raises:
@@ -76,13 +113,12 @@ def prune_start(
     """
     session = training.session
     p = session.config.prune
-    last = None if before is None else load_state(before)
-    if last is not None:
-        state = restarted(session, state, last, model, dense)
+    deciding = state
+    if before is not None:
+        deciding = load_state(before)
+        state = restarted(session, state, deciding, model, dense)
 
-    # Refuse what cannot be delivered before anything is measured.
-    dense_variables(dense, jax.device_get(state.variables))
-    current = pruned_share(state.masks, state.params, config=p, model=model)
+    current = target.share(state.masks)
     if p.final < current - 1e-6:
         raise UsageError(f"--prune.sparsity {p.final:g} is less than the {current:.4g} already pruned: "
                          "choose a higher one, or unprune the network with --dense")  # fmt: skip
@@ -92,14 +128,9 @@ def prune_start(
     # Measure accuracy before and after pruning, to show what pruning alone costs.
     untouched = training.measure(state.variables, "validation")
     batches = first_batches(session)
+    chosen = chosen_masks(training, model, target, deciding, state.masks, batches)
     if p.schedule in AT_ONCE:
-        deciding = last or state
-        masks = chosen_masks(training, model, deciding, state.masks, batches)
-        state = masked(state, session.place(masks))
-    else:  # check the masks that the schedule would reach without any training
-        final = select(scores.magnitude(state.params), p.final, state.masks, config=p, model=model)
-        with usage_errors():
-            check_masks(final, state.params)
+        state = masked(state, session.place(chosen))
     if p.recalibrate:
         params, stats = jax.device_get((state.variables["params"], state.batch_stats))
         stats = recalibrate(params, stats, batches, model=model, preprocess=training.pieces.preprocess)
@@ -127,9 +158,16 @@ def masked(state: TrainState, masks: PyTree) -> TrainState:
 
 
 def chosen_masks(
-    training: Training, model: nn.Module, deciding: TrainState, masks: PyTree, batches: Iterable[Any]
+    training: Training,
+    model: nn.Module,
+    target: Target,
+    deciding: TrainState,
+    masks: PyTree,
+    batches: Iterable[Any],
 ) -> PyTree:
-    """Choose the masks of one-shot pruning, on the host: those that the config names, or by scores of `deciding`.
+    """Choose the masks to reach, on the host: those that the config names, or by scores of `deciding`.
+
+    For schedules that prune inside the step: those that they would reach without any training, by magnitude.
 
     Raises:
       UsageError: scores that are not finite, a leaf that would lose all its weights.
@@ -144,18 +182,15 @@ def chosen_masks(
         else:
             if p.start == "random" and p.needs_images:  # random weights have no statistics yet
                 stats = recalibrate(params, stats, batches, model=model, preprocess=preprocess)
-            chosen = prune_at_once(
-                params,
-                stats,
-                masks,
-                config=p,
-                model=model,
-                loss=LOSSES[config.loss],
-                preprocess=preprocess,
-                batches=batches if p.needs_images else (),
-                image_shape=network_shape(config.augment.resized_crop, session.dataset.image_shape),
+            shape = network_shape(config.augment.resized_crop, session.dataset.image_shape)
+            score = bind_score(
+                p.score if p.schedule in AT_ONCE else "magnitude",
+                loss=per_example_loss(model, stats, LOSSES[config.loss], preprocess),
+                batches=batches,
+                forward=neutral_forward(model, stats, shape),
                 key=jax.random.fold_in(jax.random.key(config.seed), 2),
             )
+            chosen = prune_at_once(params, masks, score=score, target=target, final=p.final, rounds=p.scoring_rounds)
         check_masks(chosen, params)
     return chosen
 

@@ -1,6 +1,5 @@
 """From scores to masks: rounds, sparsities per layer, inputs of the scores, recomputed statistics."""
 
-import dataclasses
 from functools import partial
 
 import jax
@@ -15,23 +14,17 @@ from resnet_jax.losses import sigmoid_cross_entropy, softmax_cross_entropy
 from resnet_jax.masks import apply_masks, full_masks, kernels_except, no_masks, sparsity_of
 from resnet_jax.tree import leaves, map_with_path
 from tests.reference.nets import CLASSES, quick_jit, tiny
+from train.errors import UsageError
 from train.prune.config import PruningConfig
-from train.prune.scoring import (
-    in_step,
-    neutral_forward,
-    per_example_loss,
-    prunable_groups,
-    prune_at_once,
-    pruned_share,
-    recalibrate,
-    select,
-)
+from train.prune.scoring import bind_score, in_step, neutral_forward, per_example_loss, prune_at_once, recalibrate
+from train.prune.start import make_target
 from train.state import init_variables
 
 pytestmark = pytest.mark.usefixtures("unoptimised")
 
 IMAGE = (8, 8, 3)
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
+PREPROCESS = normalize(MEAN, STD)
 LAYERS = [
     "stage1_block1/conv1/kernel",
     "stage1_block1/conv2/kernel",
@@ -39,14 +32,12 @@ LAYERS = [
     "stage2_block1/conv2/kernel",
     "stage2_block1/shortcut/conv/kernel",
 ]
+CHANNELS = {"structure": "channels", "round_to": 4, "sparsity": 0.5, "scope": "uniform"}
 
 
-PREPROCESS = normalize(MEAN, STD)
-
-
-def config(**pruning):
-    """How a tiny network is pruned."""
-    return PruningConfig(**({"sparsity": 0.75, "schedule": "one_shot"} | pruning))
+def target_of(params, **pruning):
+    """What is pruned of a tiny network."""
+    return make_target(PruningConfig(**({"sparsity": 0.75, "schedule": "one_shot"} | pruning)), tiny(), params)
 
 
 @pytest.fixture(scope="module")
@@ -70,24 +61,10 @@ def normalised(batch):
     return (batch["image"].astype(np.float32) / 255 - np.float32(MEAN)) / np.float32(STD)
 
 
-def start_masks(params, p):
-    return full_masks(params, kernels_except(p.exclude))
-
-
-def pruned(variables, batches, masks=None, **pruning):
-    made = config(**pruning)
-    return prune_at_once(
-        variables["params"],
-        variables["batch_stats"],
-        start_masks(variables["params"], made) if masks is None else masks,
-        config=made,
-        model=tiny(),
-        loss=softmax_cross_entropy,
-        preprocess=PREPROCESS,
-        batches=batches,
-        image_shape=IMAGE,
-        key=jax.random.key(7),
-    )
+def pruned(variables, score, masks=None, *, final=0.75, rounds=1):
+    params = variables["params"]
+    masks = full_masks(params, kernels_except(["stem", "head"])) if masks is None else masks
+    return prune_at_once(params, masks, score=score, target=target_of(params), final=final, rounds=rounds)
 
 
 def held(masks):
@@ -101,17 +78,8 @@ def kept(masks):
 # ---- rounds ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("score", ["magnitude", "random", "snip", "synflow"])
-def test_rounds_reach_the_same_sparsity(variables, batches, score):
-    size = sum(leaves(variables["params"])[path].size for path in LAYERS)
-    for rounds in (1, 2, 5):
-        masks = pruned(variables, batches, score=score, rounds=rounds)
-        assert sorted(held(masks)) == LAYERS
-        assert kept(masks) == size - round(0.75 * size)
-
-
-def test_each_round_prunes_the_same_share_of_what_is_left(variables, batches, monkeypatch):
-    """And scores what the round before has left, pruned weights being zero."""
+def test_each_round_prunes_the_same_share_of_what_is_left(variables):
+    """And scores what the round before has left, pruned weights being zero; with magnitude, rounds change nothing."""
     shares = []
 
     def watched(params):
@@ -119,50 +87,26 @@ def test_each_round_prunes_the_same_share_of_what_is_left(variables, batches, mo
         shares.append(float((weights != 0).mean()))
         return scores.magnitude(params)
 
-    monkeypatch.setitem(scores.SCORES, "magnitude", watched)
-    pruned(variables, batches, rounds=4)
-    np.testing.assert_allclose(shares, 0.25 ** (np.arange(4) / 4), atol=1e-3)
-
-
-def test_synflow_takes_a_hundred_rounds_and_others_one(variables, batches, monkeypatch):
-    calls = []
-
-    def counting(name):
-        monkeypatch.setitem(scores.SCORES, name, lambda params: calls.append(name) or scores.magnitude(params))
-
-    for name in ("synflow", "magnitude"):
-        counting(name)
-        pruned(variables, batches, score=name)
-    assert (calls.count("synflow"), calls.count("magnitude")) == (100, 1)
-
-
-def test_in_rounds_of_magnitude_nothing_changes(variables, batches):
-    once, thrice = (held(pruned(variables, batches, rounds=rounds)) for rounds in (1, 3))
+    in_rounds, at_once = (held(pruned(variables, watched, rounds=rounds)) for rounds in (4, 1))
+    np.testing.assert_allclose(shares, [*0.25 ** (np.arange(4) / 4), 1], atol=1e-3)
+    assert sorted(in_rounds) == LAYERS
+    size = sum(mask.size for mask in in_rounds.values())
+    assert kept(in_rounds) == size - round(0.75 * size)
     for path in LAYERS:
-        np.testing.assert_array_equal(once[path], thrice[path])
+        np.testing.assert_array_equal(in_rounds[path], at_once[path])
+    assert [PruningConfig(score=score).scoring_rounds for score in ("synflow", "snip")] == [100, 1]
 
 
-def test_what_was_pruned_stays_so_and_counts(variables, batches):
-    before = pruned(variables, batches, score="random", sparsity=0.5)
-    after = pruned(variables, batches, before, rounds=2)
-    assert all(not (mask & ~held(before)[path]).any() for path, mask in held(after).items())
+def test_what_was_pruned_stays_so_and_counts(variables):
+    """Random masks depend on the key, not on the order of calls."""
+    score = bind_score("random", key=jax.random.key(7), loss=None)
+    before, again = (pruned(variables, score, final=0.5) for _ in range(2))
+    after = pruned(variables, scores.magnitude, before, rounds=2)
+    for path, mask in held(after).items():
+        np.testing.assert_array_equal(held(before)[path], held(again)[path])
+        assert not (mask & ~held(before)[path]).any()
     size = sum(mask.size for mask in held(after).values())
     assert kept(after) == size - round(0.75 * size)
-
-
-def test_random_masks_are_of_the_key(variables, batches):
-    """Not of the order of calls; magnitude would choose others."""
-    first, again, other = (pruned(variables, batches, score=score) for score in ("random", "random", "magnitude"))
-    for path in LAYERS:
-        np.testing.assert_array_equal(held(first)[path], held(again)[path])
-        assert not np.array_equal(held(first)[path], held(other)[path])
-
-
-@pytest.mark.parametrize("score", ["snip", "taylor", "fisher"])
-def test_scores_that_are_not_finite_are_refused(variables, batches, score):
-    broken = {**variables, "params": jax.tree.map(lambda w: w * jnp.nan, variables["params"])}
-    with pytest.raises(ValueError, match=f"{score}: scores are not finite"):
-        pruned(broken, batches, score=score)
 
 
 # ---- what is selected ------------------------------------------------------------------------------------------------
@@ -170,83 +114,54 @@ def test_scores_that_are_not_finite_are_refused(variables, batches, score):
 
 def test_shares_of_layers_grow_together(variables):
     """On the way to the final sparsity each layer is as far as all are: a schedule takes them along."""
-    p = config(layers=("stage1=0.4", "conv1=0.9"))
-    found = scores.magnitude(variables["params"])
+    params = variables["params"]
+    target, found = target_of(params, layers=("stage1=0.4", "conv1=0.9")), scores.magnitude(params)
+    select = quick_jit(target.select)
     for progress in (0.0, 0.5, 1.0):
-        masks = held(quick_jit(partial(select, config=p, model=tiny()))(found, jnp.float32(0.75 * progress), None))
+        masks = held(select(found, jnp.float32(0.75 * progress)))
         shares = {path: 1 - mask.mean() for path, mask in masks.items()}
         # The first pattern that matches holds.
         wanted = dict(zip(LAYERS, (0.4, 0.4, 0.9, 0.75, 0.75), strict=True))
         assert shares == pytest.approx({path: share * progress for path, share in wanted.items()}, abs=5e-3)
-    with pytest.raises(ValueError, match=r"--prune.layers stage9 matches no prunable kernel: stage1_block1/conv1"):
-        select(found, 0.5, None, config=config(layers=("stage9=0.4",)), model=tiny())
+    with pytest.raises(UsageError, match=r"--prune.layers stage9 matches no prunable kernel: stage1_block1/conv1"):
+        target_of(params, layers=("stage9=0.4",))
 
 
 def test_taylor_in_the_step_is_of_the_step_s_gradient(variables):
-    p, params = config(score="taylor"), variables["params"]
+    params = variables["params"]
     grads = map_with_path(lambda path, w: jnp.cos(1e3 * w), params)
-    masks = quick_jit(in_step(p, tiny()))(
-        params, grads, start_masks(params, p), jax.random.key(0), jnp.float32(0.75)
-    )  # fmt: skip
+    masks = full_masks(params, kernels_except(["stem", "head"]))
+    found = quick_jit(in_step("taylor", target_of(params)))(params, grads, masks, jax.random.key(0), jnp.float32(0.75))
     products = {path: np.abs(w * leaves(grads)[path]) for path, w in leaves(params).items() if path in LAYERS}
-    kept_ones = np.concatenate([np.asarray(products[path])[mask] for path, mask in held(masks).items()])
-    gone = np.concatenate([np.asarray(products[path])[~mask] for path, mask in held(masks).items()])
+    kept_ones = np.concatenate([np.asarray(products[path])[mask] for path, mask in held(found).items()])
+    gone = np.concatenate([np.asarray(products[path])[~mask] for path, mask in held(found).items()])
     assert gone.max() <= kept_ones.min() and len(gone) == round(0.75 * (len(gone) + len(kept_ones)))
 
 
-@pytest.mark.parametrize("score", ["magnitude", "random", "norm_scale", "taylor"])
-def test_scores_of_the_step_trace(variables, score):
-    """Whatever the sparsity and the step, once; channels too."""
-    p = config(score=score, structure="channels", round_to=4, sparsity=0.5, scope="uniform")
+@pytest.mark.parametrize("score", ["random", "norm_scale"])
+def test_channels_in_the_step_trace_once(variables, score):
+    """Their share is of channels, however wide they are, not of weights."""
     params, traces = variables["params"], []
+    target = target_of(params, score=score, **CHANNELS)
 
     def make(*arguments):
         traces.append(1)
-        return in_step(p, tiny())(*arguments)
+        return in_step(score, target)(*arguments)
 
-    made = quick_jit(make)
-    masks = select(scores.magnitude(params), 0.0, None, config=p, model=tiny())
+    made, masks = quick_jit(make), jax.tree.map(lambda x: jnp.ones(x.shape, bool), params)
+    assert target.share(no_masks(params)) == target.share(masks) == 0
     for share in (0.25, 0.5):
         masks = made(params, params, masks, jax.random.key(0), jnp.float32(share))
-        assert share_of(masks, params, p) == pytest.approx(share, abs=0.13)
+        assert target.share(masks) == pytest.approx(share, abs=0.13)
     assert len(traces) == 1
+    assert float(sparsity_of(masks)) != pytest.approx(0.5, abs=0.05)
 
 
-def share_of(masks, params, p):
-    return pruned_share(masks, params, config=p, model=tiny())
-
-
-# ---- shares ----------------------------------------------------------------------------------------------------------
-
-
-def test_share_of_weights(variables):
-    p, params = config(), variables["params"]
-    assert share_of(no_masks(params), params, p) == 0
-    masks = select(scores.magnitude(params), 0.75, None, config=p, model=tiny())
-    assert share_of(masks, params, p) == pytest.approx(float(sparsity_of(masks))) == pytest.approx(0.75)
-
-
-def test_share_of_channels(variables):
-    """Of those that can be pruned, whatever they are wide: the share of weights is another."""
-    p = config(structure="channels", round_to=4, sparsity=0.5, scope="uniform")
-    params = variables["params"]
-    groups = prunable_groups(tiny(), params, p)
-    found = scores.magnitude(params)
-    assert share_of(select(found, 0.0, None, config=p, model=tiny()), params, p) == 0
-    masks = select(found, 0.5, None, config=p, model=tiny())
-    assert share_of(masks, params, p) == pytest.approx(0.5)
-    assert float(sparsity_of(masks)) > 0.5
-
-    fewer = dataclasses.replace(p, exclude=("stream", "stem"))
-    names = [group.name for group in prunable_groups(tiny(), params, fewer)]
-    assert (
-        names
-        == [group.name for group in groups if "conv1" in group.name]
-        == [
-            "stage1_block1/conv1",
-            "stage2_block1/conv1",
-        ]
-    )
+def test_groups_that_are_excluded(variables):
+    groups = [group.name for group in target_of(variables["params"], **CHANNELS).groups]
+    fewer = target_of(variables["params"], **CHANNELS, exclude=("stream", "stem")).groups
+    assert [group.name for group in fewer] == [name for name in groups if "conv1" in name]
+    assert len(fewer) == 2 < len(groups)
 
 
 # ---- what scores are given -------------------------------------------------------------------------------------------
@@ -255,16 +170,16 @@ def test_share_of_channels(variables):
 def test_loss_of_each_example(variables, batches):
     """Cross entropy of normalised images that are neither augmented nor mixed, by running statistics, unsmoothed."""
     loss = per_example_loss(tiny(), variables["batch_stats"], softmax_cross_entropy, PREPROCESS)
-    found = np.asarray(loss(variables["params"], batches[0]))
-    logits = np.float64(tiny().apply(variables, normalised(batches[0]), train=False))
+    found = np.asarray(quick_jit(loss)(variables["params"], batches[0]))
+    logits = np.float64(quick_jit(partial(tiny().apply, train=False))(variables, normalised(batches[0])))
     probabilities = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
     assert found.shape == (4,)
     np.testing.assert_allclose(found, -np.log(probabilities[range(4), batches[0]["label"]]), rtol=1e-5)
     half = {name: x[:2] for name, x in batches[0].items()}
-    np.testing.assert_allclose(loss(variables["params"], half), found[:2], rtol=1e-5)
+    np.testing.assert_allclose(quick_jit(loss)(variables["params"], half), found[:2], rtol=1e-5)
 
     sigmoid = per_example_loss(tiny(), variables["batch_stats"], sigmoid_cross_entropy, PREPROCESS)
-    found = np.asarray(sigmoid(variables["params"], batches[0]))
+    found = np.asarray(quick_jit(sigmoid)(variables["params"], batches[0]))
     targets = np.eye(CLASSES)[batches[0]["label"]]
     want = -(targets * np.log(1 / (1 + np.exp(-logits))) + (1 - targets) * np.log(1 / (1 + np.exp(logits))))
     assert any(np.allclose(found, reduced, rtol=1e-4) for reduced in (want.sum(-1), want.mean(-1)))
@@ -273,7 +188,7 @@ def test_loss_of_each_example(variables, batches):
 def test_synflow_s_network_does_nothing_but_add(variables):
     """Its scores at the head, which all of the signal passes, sum to the output; biases count for nothing."""
     params = jax.tree.map(jnp.abs, variables["params"])
-    forward = neutral_forward(tiny(), variables["batch_stats"], IMAGE)
+    forward = jax.jit(neutral_forward(tiny(), variables["batch_stats"], IMAGE))
     total = float(forward(params).sum())
     found = scores.synflow(variables["params"], forward=forward)
     assert total > 0
@@ -290,24 +205,21 @@ def test_synflow_s_network_does_nothing_but_add(variables):
 def of_each_batch(variables, batches):
     """Batch statistics, without any memory of running ones: what an update adds to statistics of zero."""
     zero, momentum = jax.tree.map(jnp.zeros_like, variables["batch_stats"]), BatchNorm.keywords["momentum"]
-    found = []
+    found, given = [], {"params": variables["params"], "batch_stats": zero}
+    update = quick_jit(partial(tiny().apply, train=True, mutable=["batch_stats"]))
     for batch in batches:
-        given = {"params": variables["params"], "batch_stats": zero}
-        _, new = tiny().apply(given, normalised(batch), train=True, mutable=["batch_stats"])
+        _, new = update(given, normalised(batch))
         found.append({path: np.float64(x) / (1 - momentum) for path, x in leaves(new["batch_stats"]).items()})
     return found
 
 
-@pytest.mark.parametrize("number", [1, 4])
-def test_statistics_measured_anew(variables, batches, number):
+def test_statistics_measured_again(variables, batches):
     """A mean over batches in which later ones weigh a little more, and nothing of what was remembered."""
     found = leaves(
-        recalibrate(
-            variables["params"], variables["batch_stats"], batches[:number], model=tiny(), preprocess=PREPROCESS
-        )
-    )  # fmt: skip
-    each, momentum = of_each_batch(variables, batches[:number]), BatchNorm.keywords["momentum"]
-    weights = momentum ** np.arange(number - 1, -1, -1.0)
+        recalibrate(variables["params"], variables["batch_stats"], batches, model=tiny(), preprocess=PREPROCESS)
+    )
+    each, momentum = of_each_batch(variables, batches), BatchNorm.keywords["momentum"]
+    weights = momentum ** np.arange(3, -1, -1.0)
     for path, x in found.items():
         want = sum(w * stats[path] for w, stats in zip(weights / weights.sum(), each, strict=True))
         np.testing.assert_allclose(x, want, rtol=1e-4, atol=1e-5, err_msg=path)
@@ -331,7 +243,7 @@ def test_statistics_of_the_stem_by_numpy(variables, batches):
 
 def test_statistics_are_of_the_pruned_network(variables, batches):
     """What pruning changes, the statistics follow; a second measurement on the same batches changes nothing."""
-    masks = pruned(variables, batches, sparsity=0.9)
+    masks = pruned(variables, scores.magnitude, final=0.9)
     sparse = apply_masks(variables["params"], masks)
     again = partial(recalibrate, model=tiny(), preprocess=PREPROCESS)
     dense_stats = again(variables["params"], variables["batch_stats"], batches)

@@ -140,8 +140,9 @@ def single(batch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", REMASKS)
+@pytest.mark.parametrize(
+    ("name", "mode"), [(n, mode) for n in REMASKS for mode in MODES if n == "rigl" or mode == "shard_map"]
+)
 def test_eight_devices_prune_as_one(name, mode, batch, single):
     """After every step the same masks, to the bit, and the same weights."""
     remask, start = REMASKS[name]
@@ -177,19 +178,13 @@ def test_what_the_schedules_do_in_the_step(single):
 # --- nothing moves what is pruned -------------------------------------------------------------------------------------
 
 TRAININGS = {
-    "momentum": (make_optimizer("sgd", constant(0.1)), {}),
-    "nesterov": (make_optimizer("sgd", constant(0.1), nesterov=True), {}),
-    "weight decay": (make_optimizer("sgd", constant(0.1), weight_decay=0.1), {}),
-    "decoupled weight decay": (make_optimizer("adamw", constant(0.01), weight_decay=0.1), {}),
-    "adam": (make_optimizer("optax.adam", constant(0.01)), {}),
+    "sgd": (make_optimizer("sgd", constant(0.1), nesterov=True, weight_decay=0.1, clip_norm=1.0), {"ema_decay": 0.9}),
+    "adamw": (make_optimizer("adamw", constant(0.01), weight_decay=0.1), {}),
     "lars": (make_optimizer("lars", constant(1.0), weight_decay=1e-3, trust_coefficient=0.1), {}),
-    "ema": (make_optimizer("sgd", constant(0.1)), {"ema_decay": 0.9}),
-    "mix": (
+    "mix and accumulation": (
         make_optimizer("sgd", constant(0.1)),
-        {"objective": classify(mix=partial(mix, mixup_alpha=0.4, cutmix_alpha=1.0), classes=CLASSES)},
+        {"objective": classify(mix=partial(mix, mixup_alpha=0.4, cutmix_alpha=1.0), classes=CLASSES), "accumulate": 2},
     ),
-    "accumulation": (make_optimizer("sgd", constant(0.1)), {"accumulate": 2}),
-    "clip norm": (make_optimizer("sgd", constant(0.1), clip_norm=0.1), {}),
 }
 
 
