@@ -1,6 +1,7 @@
 """Configuration of pretraining: one flag per field (`--objective.name byol`). Only entry points import it."""
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -102,34 +103,36 @@ def make_objective(config: ObjectiveConfig) -> Objective:
     if config.name not in OBJECTIVES:
         raise unknown("objective", config.name, OBJECTIVES)
     objective = OBJECTIVES[config.name]
-    structure = {
+    parts = {
         "projector": True,
-        "predictor": bool(objective.predictor),
-        "queue": bool(objective.queue),
-        "prototypes": bool(objective.prototypes),
+        "predictor": objective.predictor,
+        "queue": objective.queue,
+        "prototypes": objective.prototypes,
         "target_momentum": objective.target is not None,
         "momentum_schedule": objective.target is not None,
     }
-    given = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
-    given = {name: value for name, value in given.items() if name not in ("name", "frozen_prototypes")}
-    for name, value in given.items():
-        if value is not None and not structure.get(name, name in objective.options):
-            takes = [n for n in given if structure.get(n, n in objective.options)]
-            raise UsageError(
-                f"{config.name} does not take {flag(name)}; it takes {', '.join(n.replace('_', '-') for n in takes)}"
-            )
+    fields = {name: value for name, value in vars(config).items() if name not in ("name", "frozen_prototypes")}
+    takes = [name for name in fields if parts.get(name, name in objective.options)]
+    given = {name: value for name, value in fields.items() if value is not None}
+    for name in given:
+        if name not in takes:
+            flag, flags = name.replace("_", "-"), ", ".join(takes).replace("_", "-")
+            raise UsageError(f"{config.name} does not take --objective.{flag}; it takes {flags}")
     if config.frozen_prototypes and not objective.prototypes:
-        raise UsageError(f"{flag('frozen_prototypes')}: {config.name} has no prototypes")
-    fields = {name: value for name, value in given.items() if value is not None and name in structure}
-    if "target_momentum" in fields:
-        fields["target"] = fields.pop("target_momentum")
-    objective = dataclasses.replace(objective, **fields)
-    return objective.bind(**{n: v for n, v in given.items() if v is not None and n in objective.options})
+        raise UsageError(f"--objective.frozen-prototypes: {config.name} has no prototypes")
+    changes = {"target" if n == "target_momentum" else n: value for n, value in given.items() if n in parts}
+    options = {name: value for name, value in given.items() if name not in parts}
+    return dataclasses.replace(objective, **changes).bind(**options)
 
 
-def flag(name: str) -> str:
-    """Command-line flag of a field: `--objective.target-momentum` for `target_momentum`."""
-    return f"--objective.{name.replace('_', '-')}"
+# Ranges of the objective's fields, where they are given.
+RANGES: dict[str, Callable[[float], bool]] = {
+    **dict.fromkeys(("temperature", "teacher_temperature", "epsilon", "scale"), lambda x: x > 0),
+    **dict.fromkeys(("redundancy", "invariance", "variance", "covariance", "frozen_prototypes"), lambda x: x >= 0),
+    **dict.fromkeys(("target_momentum", "center_momentum"), lambda x: 0 <= x <= 1),
+    **dict.fromkeys(("queue", "sinkhorn_iterations"), lambda x: x >= 1),
+    "prototypes": lambda x: x >= 2,
+}
 
 
 def check(config: PretrainConfig) -> None:
@@ -141,6 +144,7 @@ def check(config: PretrainConfig) -> None:
     """
     o, a = config.objective, config.augment
     objective = make_objective(o)
+    options = {name: getattr(o, name) for name in RANGES}
     check_run(
         config,
         {
@@ -156,22 +160,9 @@ def check(config: PretrainConfig) -> None:
             "neighbours": config.neighbours >= 1,
             "neighbour_temperature": config.neighbour_temperature > 0,
             "neighbour_images": config.neighbour_images is None or config.neighbour_images >= 1,
-            "objective.temperature": o.temperature is None or o.temperature > 0,
-            "objective.teacher_temperature": o.teacher_temperature is None or o.teacher_temperature > 0,
-            "objective.target_momentum": o.target_momentum is None or 0 <= o.target_momentum <= 1,
-            "objective.queue": o.queue is None or o.queue >= 1,
-            "objective.prototypes": o.prototypes is None or o.prototypes >= 2,
-            "objective.frozen_prototypes": o.frozen_prototypes >= 0,
             "objective.projector": min(objective.projector, default=0) >= 1,
             "objective.predictor": min(objective.predictor, default=1) >= 1,
-            "objective.epsilon": o.epsilon is None or o.epsilon > 0,
-            "objective.sinkhorn_iterations": o.sinkhorn_iterations is None or o.sinkhorn_iterations >= 1,
-            "objective.center_momentum": o.center_momentum is None or 0 <= o.center_momentum <= 1,
-            "objective.redundancy": o.redundancy is None or o.redundancy >= 0,
-            "objective.scale": o.scale is None or o.scale > 0,
-            "objective.invariance": o.invariance is None or o.invariance >= 0,
-            "objective.variance": o.variance is None or o.variance >= 0,
-            "objective.covariance": o.covariance is None or o.covariance >= 0,
+            **{f"objective.{name}": x is None or RANGES[name](x) for name, x in options.items()},
         },
     )
     if config.data.random_crop:
@@ -184,11 +175,11 @@ def check(config: PretrainConfig) -> None:
         raise UsageError(f"{o.name} does not take small views: leave out --augment.small-views")
     if objective.predictor and objective.predictor[-1] != objective.projector[-1]:
         raise UsageError(
-            f"{flag('predictor')} ends in {objective.predictor[-1]} but the projector in {objective.projector[-1]}: "
+            f"--objective.predictor ends in {objective.predictor[-1]} but the projector in {objective.projector[-1]}: "
             "the last sizes must be equal"
         )
     if objective.queue and objective.queue % config.batch:
-        raise UsageError(f"{flag('queue')} {objective.queue} is not a multiple of --batch {config.batch}")
+        raise UsageError(f"--objective.queue {objective.queue} is not a multiple of --batch {config.batch}")
 
 
 def check_images(config: PretrainConfig, shape: tuple[int, int, int]) -> None:
@@ -197,14 +188,10 @@ def check_images(config: PretrainConfig, shape: tuple[int, int, int]) -> None:
     Raises:
       UsageError: a crop larger than the images, or small views that are not smaller than the large ones.
     """
-    crops = {"resized-crop": config.augment.resized_crop}
-    if config.augment.small_views:
-        crops["small-crop"] = config.augment.small_crop
-    for name, side in crops.items():
-        if side is not None and side > min(shape[:2]):
-            raise UsageError(f"--augment.{name} {side} is larger than the images, {shape[0]}x{shape[1]}")
-    large = config.augment.resized_crop or min(shape[:2])
-    if config.augment.small_views and config.augment.small_crop >= large:
-        raise UsageError(
-            f"--augment.small-crop {config.augment.small_crop} is not smaller than the large views, {large}"
-        )
+    a, side = config.augment, min(shape[:2])
+    large = a.resized_crop or side
+    for name, crop in {"resized-crop": large, "small-crop": a.small_crop if a.small_views else 0}.items():
+        if crop > side:
+            raise UsageError(f"--augment.{name} {crop} is larger than the images, {shape[0]}x{shape[1]}")
+    if a.small_views and a.small_crop >= large:
+        raise UsageError(f"--augment.small-crop {a.small_crop} is not smaller than the large views, {large}")
