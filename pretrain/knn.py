@@ -38,27 +38,10 @@ def knn_scores(
     Returns:
       Votes, float32 [Q, `classes`]; the predicted class has the largest.
     """
-    return _votes(unit(queries), *_chunks(bank, chunk), labels, classes=classes, k=k, temperature=temperature)
-
-
-def _chunks(bank: jax.Array, chunk: int) -> tuple[jax.Array, int]:
-    """Split a bank into (normalised rows [parts, chunk, D], padded with zeros; the number of rows without padding)."""
-    size, chunk = len(bank), min(chunk, len(bank))
-    return jnp.pad(unit(bank), ((0, -size % chunk), (0, 0))).reshape(-1, chunk, bank.shape[1]), size
-
-
-def _votes(
-    queries: jax.Array,
-    chunks: jax.Array,
-    size: int,
-    labels: jax.Array,
-    *,
-    classes: int,
-    k: int,
-    temperature: jax.Array | float,
-) -> jax.Array:
-    """Compute `knn_scores` of normalised queries from the chunks of a bank of `size` rows."""
-    k, chunk = min(k, size), chunks.shape[1]
+    size = len(bank)
+    k, chunk = min(k, size), min(chunk, size)
+    queries = unit(queries)
+    chunks = jnp.pad(unit(bank), ((0, -size % chunk), (0, 0))).reshape(-1, chunk, bank.shape[1])
 
     # Scan over the chunks with the k nearest so far, so that no [Q, N] matrix of similarities is held.
     def merge(nearest: tuple[jax.Array, jax.Array], part: tuple[jax.Array, jax.Array]) -> Any:
@@ -80,11 +63,9 @@ def _votes(
     return jax.lax.map(lambda c: jnp.where(voted == c, weights, 0.0).sum(1), jnp.arange(classes)).T
 
 
-@partial(jax.jit, static_argnames=("size", "classes", "k"))
-def _predict(
-    queries: jax.Array, chunks: jax.Array, labels: jax.Array, temperature: float, *, size: int, classes: int, k: int
-) -> jax.Array:
-    return _votes(unit(queries), chunks, size, labels, classes=classes, k=k, temperature=temperature).argmax(1)
+@partial(jax.jit, static_argnames=("classes", "k"))
+def _predict(queries: jax.Array, bank: jax.Array, labels: jax.Array, **options: Any) -> jax.Array:
+    return knn_scores(queries, bank, labels, **options).argmax(1)
 
 
 def knn_accuracy(
@@ -101,8 +82,7 @@ def knn_accuracy(
     """Accuracy in [0, 1] of `knn_scores` on the queries, `block` of them at a time.
 
     Raises:
-      ValueError: k < 1, temperature <= 0, empty features, shapes that do not match, labels out of range, or features
-        that are not finite.
+      ValueError: k < 1, temperature <= 0, or features and labels that `labelled` refuses.
     """
     if k < 1:
         raise ValueError(f"k must be at least 1, not {k}")
@@ -110,16 +90,13 @@ def knn_accuracy(
         raise ValueError(f"temperature must be above 0, not {temperature}")
     queries, query_labels = labelled("queries", queries, query_labels, classes)
     bank, bank_labels = labelled("bank", bank, bank_labels, classes)
-    if queries.shape[1] != bank.shape[1]:
-        raise ValueError(f"queries have {queries.shape[1]} dimensions, but the bank has {bank.shape[1]}")
     count, block = len(queries), min(block, len(queries))
     # Pad the last block with zeros, so that all blocks share one compilation.
     queries = np.pad(queries, ((0, -count % block), (0, 0)))
-    chunks, size = jax.jit(_chunks, static_argnums=1)(bank, CHUNK)
-    on_device = chunks, jnp.asarray(bank_labels), temperature
-    statics = {"size": int(size), "classes": classes, "k": k}
-    blocks = [_predict(b, *on_device, **statics) for b in queries.reshape(-1, block, queries.shape[1])]
-    return float(np.mean(np.concatenate(blocks)[:count] == query_labels))
+    blocks = queries.reshape(-1, block, queries.shape[1])
+    predict = partial(_predict, bank=jnp.asarray(bank), labels=jnp.asarray(bank_labels))
+    predictions = [predict(b, classes=classes, k=k, temperature=temperature) for b in blocks]
+    return float(np.mean(np.concatenate(predictions)[:count] == query_labels))
 
 
 def labelled(name: str, features: Any, labels: Any, classes: int) -> tuple[np.ndarray, np.ndarray]:

@@ -12,6 +12,7 @@ from pretrain.knn import labelled
 from resnet_jax.losses import softmax_cross_entropy
 
 LEARNING_RATES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
+MOMENTUM = 0.9
 Split = tuple[Any, Any]  # features [N, D], labels int [N]
 Weights = dict[str, jax.Array]  # kernel [D, K], bias [K]
 
@@ -44,34 +45,26 @@ def linear_probe(
     learning_rates: Sequence[float] = LEARNING_RATES,
     epochs: int = 100,
     batch: int = 256,
-    momentum: float = 0.9,
-    weight_decay: float = 0.0,
     seed: int = 0,
 ) -> Probe:
     """Train a linear layer on standardised features at every learning rate, and keep the best on `validation`.
 
-    Training starts from zeros and uses SGD on the mean softmax cross entropy, with the learning rate on a cosine to 0.
-    Ties go to the lowest learning rate.
+    Training starts from zeros and uses SGD of momentum 0.9 on the mean softmax cross entropy, with the learning rate on
+    a cosine to 0. Ties go to the lowest learning rate.
 
     Args:
       train, validation: features [N, D] and labels int [N] in [0, `classes`).
       batch: size of the shuffled batches, at most N; an incomplete last batch of an epoch is dropped.
-      weight_decay: L2 coefficient of the kernel, added to its gradient.
 
     Raises:
-      ValueError: shapes that do not match, numbers out of range, or training diverged at every learning rate.
+      ValueError: no learning rates, rates out of range, features and labels that `knn.labelled` refuses, or training
+        diverged at every learning rate.
     """
     rates = sorted({float(rate) for rate in learning_rates})
     if not rates or not all(0 < rate < np.inf for rate in rates):
         raise ValueError(f"pass at least one learning rate, all above 0 and finite, got {list(learning_rates)}")
-    if epochs < 1 or batch < 1:
-        raise ValueError(f"epochs and batch must be at least 1, not {epochs} and {batch}")
     features, labels = labelled("train", *train, classes)
     other, other_labels = labelled("validation", *validation, classes)
-    if other.shape[1] != features.shape[1]:
-        raise ValueError(
-            f"validation features have {other.shape[1]} dimensions, but train features {features.shape[1]}"
-        )
     # Train one probe per learning rate at once, then drop those that diverged.
     mean, std = _moments(features)
     weights = _fit(
@@ -79,8 +72,6 @@ def linear_probe(
         labels,
         jnp.asarray(rates, jnp.float32),
         jax.random.key(seed),
-        momentum,
-        weight_decay,
         classes=classes,
         epochs=epochs,
         batch=min(batch, len(features)),
@@ -107,13 +98,9 @@ def probe_accuracy(probe: Probe, features: Any, labels: Any) -> float:
     """Accuracy in [0, 1] of a probe on features [N, D] and labels int [N].
 
     Raises:
-      ValueError: shapes that do not match, or labels out of range.
+      ValueError: features and labels that `knn.labelled` refuses.
     """
     features, labels = labelled("probe", features, labels, probe.kernel.shape[1])
-    if features.shape[1] != len(probe.kernel):
-        raise ValueError(
-            f"probe: features have {features.shape[1]} dimensions, but it was trained on {len(probe.kernel)}"
-        )
     weights = {"kernel": jnp.asarray(probe.kernel), "bias": jnp.asarray(probe.bias)}
     return float(np.mean(np.asarray(_predict(weights, (features - probe.mean) / probe.std)) == labels))
 
@@ -141,8 +128,6 @@ def _fit(
     labels: jax.Array,
     rates: jax.Array,
     key: jax.Array,
-    momentum: float,
-    weight_decay: float,
     *,
     classes: int,
     epochs: int,
@@ -157,8 +142,7 @@ def _fit(
 
     def update(weights: Weights, velocity: Weights, rate: jax.Array, *examples: jax.Array) -> tuple[Weights, Weights]:
         grads = jax.grad(loss_of)(weights, *examples)
-        grads["kernel"] += weight_decay * weights["kernel"]
-        velocity = jax.tree.map(lambda v, g: momentum * v + g, velocity, grads)
+        velocity = jax.tree.map(lambda v, g: MOMENTUM * v + g, velocity, grads)
         return jax.tree.map(lambda w, v: w - rate * v, weights, velocity), velocity
 
     def step(state: tuple[Weights, Weights], inputs: tuple[jax.Array, jax.Array]) -> Any:
