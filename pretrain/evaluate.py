@@ -23,17 +23,19 @@ from typing import Any
 import jax
 
 from pretrain.config import PretrainConfig
-from pretrain.features import Extractor, FrozenAccuracy, frozen_accuracy
+from pretrain.features import Extractor, FrozenAccuracy
+from pretrain.run import evaluate_features
 from pretrain.steps import feature_step
 from resnet_jax.parallel import axis_of, compile_step, make_mesh, place, replicated
 from resnet_jax.tree import PyTree
+from train.cli import start
 from train.config import AugmentConfig, DataConfig, OptimConfig, TrainConfig
 from train.data.sets import Dataset, known_labels, share_of
 from train.errors import UsageError, unknown
 from train.from_config import compute_dtype, eval_augment, make_kernels, make_model, open_data, read_data
 from train.run import run as train_run
 from train.run_folder import environment, read_config, write_json
-from train.runtime import compiler_options, keep_compiled, keep_memory, say
+from train.runtime import compiler_options, keep_compiled, say
 from train.state import init_variables
 from train.weights import ENCODER, load_weights
 
@@ -78,7 +80,9 @@ def evaluate(
         # The same set must have the same splits: otherwise its test split would contain images seen in pretraining.
         same = config.data
         data = replace(same, dir=data.dir or same.dir, image_size=data.image_size or same.image_size)
-    config = replace(config, data=data or config.data, mode="jit", sync_bn=True)
+    # These devices may lack oneDNN.
+    kernels = "auto" if config.kernels == "onednn" else config.kernels
+    config = replace(config, data=data or config.data, mode="jit", sync_bn=True, kernels=kernels)
     dataset = read_data(config, open_data(config))
     _check_fits(dataset, config, run, saved["image_shape"][-1])
 
@@ -98,11 +102,11 @@ def evaluate(
 
     # The protocols on frozen features share one pass over the splits.
     if set(protocols) & set(FROZEN):
-        found = frozen_worth(config, run, dataset)
+        frozen = frozen_figures(config, run, dataset)
         if "knn" in protocols:
-            keep("knn", found.knn, neighbours=config.neighbours, temperature=config.neighbour_temperature)
+            keep("knn", frozen.knn, neighbours=config.neighbours, temperature=config.neighbour_temperature)
         if "linear" in protocols:
-            keep("linear", found.linear, learning_rate=found.learning_rate, seed=config.seed)
+            keep("linear", frozen.linear, learning_rate=frozen.learning_rate, seed=config.seed)
     # The others each train a network in a folder named by its settings, so that new settings start from scratch.
     for protocol in (name for name in protocols if name in TRAINED):
         way, _, percent = protocol.partition("_")
@@ -136,7 +140,7 @@ def evaluate(
                 eval_batch=config.eval_batch,
                 seed=seed,
                 dtype=config.dtype,
-                kernels=_here(config.kernels),
+                kernels=config.kernels,
                 cache=config.cache,
             ),
             protocol,
@@ -158,15 +162,10 @@ def _check_fits(dataset: Dataset, config: PretrainConfig, run: Path, channels: i
         )
 
 
-def _here(kernels: Any) -> Any:
-    """The run's choice of kernels, with `auto` in place of `onednn`, which these devices may lack."""
-    return "auto" if kernels == "onednn" else kernels
-
-
-def frozen_worth(config: PretrainConfig, run: Path, dataset: Dataset) -> FrozenAccuracy:
+def frozen_figures(config: PretrainConfig, run: Path, dataset: Dataset) -> FrozenAccuracy:
     """Compute `features.frozen_accuracy` of a run's encoder on a set."""
     mesh = make_mesh()
-    kernels, _ = make_kernels(_here(config.kernels), config.mode, compute_dtype(config.dtype))
+    kernels, _ = make_kernels(config.kernels, config.mode, compute_dtype(config.dtype))
     encoder = make_model(config, None, axis_of(config.mode), kernels)
     shapes: dict[str, PyTree] = jax.eval_shape(lambda: init_variables(encoder, jax.random.key(0), dataset.image_shape))
     variables = place(load_weights(run, shapes), replicated(mesh))
@@ -176,17 +175,8 @@ def frozen_worth(config: PretrainConfig, run: Path, dataset: Dataset) -> FrozenA
         donate=False,
         compiler_options=compiler_options(encoder.dtype, plain=not kernels),
     )
-    extract = Extractor(step, config.eval_batch, mesh, "jit")
-    train, validation, test = (extract(variables, dataset.splits[name]) for name in ("train", "validation", "test"))
-    return frozen_accuracy(
-        train,
-        validation,
-        test,
-        classes=len(dataset.classes),
-        neighbours=config.neighbours,
-        temperature=config.neighbour_temperature,
-        seed=config.seed,
-    )
+    features = Extractor(step, config.eval_batch, mesh, config.mode)
+    return evaluate_features(config, features.splits(variables, dataset), len(dataset.classes))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -198,28 +188,21 @@ def main(argv: Sequence[str] | None = None) -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("run", type=Path, help="the folder of a finished run of pretraining")
-    parser.add_argument(
-        "--protocol",
-        nargs="+",
-        default=list(FROZEN),
-        metavar="NAME",
-        help="protocols to evaluate (default: knn linear)",
-    )
-    parser.add_argument("--data", help="a different set from the one it was pretrained on, to measure transfer")
-    parser.add_argument("--dir", help="the TFDS data_dir of that set")
-    parser.add_argument("--image-size", type=int, help="resize the images of that set to this side")
-    parser.add_argument("--epochs", type=float, default=30, help="epochs of fine-tuning and of training from scratch")
-    parser.add_argument("--lr", type=float, default=0.05)
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--seed", type=int, default=0)
+    add = parser.add_argument
+    add("run", type=Path, help="the folder of a finished run of pretraining")
+    add("--protocol", nargs="+", default=FROZEN, metavar="NAME", help="protocols to evaluate (default: knn linear)")
+    add("--data", help="a different set from the one it was pretrained on, to measure transfer")
+    add("--dir", help="the TFDS data_dir of that set")
+    add("--image-size", type=int, help="resize the images of that set to this side")
+    add("--epochs", type=float, default=30, help="epochs of fine-tuning and of training from scratch")
+    add("--lr", type=float, default=0.05)
+    add("--batch", type=int, default=64)
+    add("--seed", type=int, default=0)
     args = parser.parse_args(argv)
-    data = None
-    if args.data:
-        data = DataConfig(name=args.data, dir=args.dir, image_size=args.image_size)
-    elif args.dir or args.image_size:
+    data = DataConfig(name=args.data, dir=args.dir, image_size=args.image_size) if args.data else None
+    if data is None and (args.dir or args.image_size):
         raise UsageError("--dir and --image-size apply only to a different set: name it with --data")
-    tuning = {"epochs": args.epochs, "lr": args.lr, "batch": args.batch, "seed": args.seed}
+    tuning = {name: getattr(args, name) for name in ("epochs", "lr", "batch", "seed")}
     result = evaluate(args.run, args.protocol, data=data, **tuning)
     transfer = "" if result["dataset"] == result["pretrained_on"] else f", pretrained on {result['pretrained_on']}"
     for name, value in result.items():
@@ -229,8 +212,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    from train.errors import one_line
-
-    with one_line():
-        keep_memory()
-        main()
+    start(main)

@@ -11,6 +11,7 @@ from pretrain.knn import knn_accuracy
 from pretrain.linear import linear_probe, probe_accuracy
 from resnet_jax.parallel import Mode
 from train.data.batches import eval_batches
+from train.data.sets import Dataset
 from train.data.sources import Arrays, Encoded
 
 
@@ -36,8 +37,12 @@ class Extractor:
     mode: Mode
 
     def __call__(self, variables: Any, source: Arrays | Encoded) -> Features:
-        found = self.arrays(variables, source)
-        return Features(found["features"], found["label"])
+        arrays = self.arrays(variables, source)
+        return Features(arrays["features"], arrays["label"])
+
+    def splits(self, variables: Any, dataset: Dataset) -> list[Features]:
+        """Extract the features of the training, validation and test splits."""
+        return [self(variables, dataset.splits[name]) for name in ("train", "validation", "test")]
 
     def arrays(self, variables: Any, source: Arrays | Encoded) -> dict[str, np.ndarray]:
         """Arrays that the step returns, by name, with every example exactly once and in order."""

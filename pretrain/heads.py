@@ -1,6 +1,7 @@
 """Heads on the encoder during pretraining (projector, predictor, prototypes); they are discarded afterwards."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -39,20 +40,17 @@ class MLP(nn.Module):
         if self.last_norm not in (None, "affine", "plain"):
             raise ValueError(f"last_norm must be None, 'affine' or 'plain', got {self.last_norm!r}")
 
-        def norm(x: jax.Array, name: str, affine: bool = True) -> jax.Array:
-            return BatchNorm(
-                use_running_average=not train, use_scale=affine, use_bias=affine, axis_name=self.axis_name, name=name
-            )(x.astype(jnp.float32))
-
+        norm = partial(BatchNorm, use_running_average=not train, axis_name=self.axis_name)
         last = len(self.sizes)
         for i, size in enumerate(self.sizes, start=1):
-            normed = self.norm if i < last else self.last_norm is not None
+            kind = self.last_norm if i == last else "affine" if self.norm else None
             # A norm subtracts the mean, so a bias before it would have no effect.
-            x = nn.Dense(size, use_bias=not normed, dtype=self.dtype, name=f"fc{i}")(x)
+            x = nn.Dense(size, use_bias=kind is None, dtype=self.dtype, name=f"fc{i}")(x)
+            if kind is not None:
+                affine = kind == "affine"
+                x = norm(use_scale=affine, use_bias=affine, name=f"norm{i}")(x.astype(jnp.float32))
             if i < last:
-                x = self.activation(norm(x, f"norm{i}") if self.norm else x)
-            elif normed:
-                x = norm(x, f"norm{i}", affine=self.last_norm == "affine")
+                x = self.activation(x)
         return x.astype(jnp.float32)
 
 
@@ -83,26 +81,22 @@ class Network(nn.Module):
       ValueError: the encoder does not end at pooled features [B, F].
     """
 
-    encoder: nn.Module
-    projector: nn.Module
-    predictor: nn.Module | None = None
-    prototypes: nn.Module | None = None
+    encoder: Any
+    projector: Any
+    predictor: Any = None
+    prototypes: Any = None
 
     def __call__(self, images: jax.Array, *, train: bool, predict: bool = True) -> Outputs:
         """`predict=False` skips the predictor, which target networks do not have."""
-        encoder: Any = self.encoder
-        features = encoder(images, **train_argument(encoder, train))
+        features = self.encoder(images, **train_argument(self.encoder, train))
         if features.ndim != 2:
             raise ValueError(
                 f"the encoder returns {features.shape}, not pooled features [B, F]: build it with num_classes=None"
             )
         outputs = {"features": features.astype(jnp.float32)}
-        projector: Any = self.projector
-        outputs["projection"] = projector(outputs["features"], train=train)
+        outputs["projection"] = self.projector(outputs["features"], train=train)
         if self.predictor is not None and predict:
-            predictor: Any = self.predictor
-            outputs["prediction"] = predictor(outputs["projection"], train=train)
+            outputs["prediction"] = self.predictor(outputs["projection"], train=train)
         if self.prototypes is not None:
-            prototypes: Any = self.prototypes
-            outputs["scores"] = prototypes(outputs["projection"])
+            outputs["scores"] = self.prototypes(outputs["projection"])
         return outputs

@@ -1,6 +1,7 @@
 """Health of a representation: measures of collapse in features [B, D], one row per image, and the verdict on a run."""
 
 from collections.abc import Mapping, Sequence
+from itertools import takewhile
 from typing import Any
 
 import jax
@@ -17,31 +18,57 @@ DEAD_STD = 1e-3
 ROWS = 256
 
 
-# --- two views --------------------------------------------------------------------------------------------------------
+def health(features_a: Any, features_b: Any) -> dict[str, float]:
+    """Measure two views' features [B, D] of the same images; measures of one view use the first.
 
+    Returns:
+      alignment: mean squared distance of the two views of an image, normalised, in [0, 4]; this measure and uniformity
+        are those of https://arxiv.org/abs/2005.10242.
+      positive_similarity: mean cosine of the two views of an image.
+      uniformity: log of the mean over pairs of different images of exp(-2 d²), d the distance of their normalised
+        features. In [-8, 0], lower is more uniform, 0 when collapsed (or without pairs).
+      negative_similarity: mean cosine over pairs of different images; 0 without pairs.
+      feature_std: mean over dimensions of the standard deviation of the normalised features, times sqrt(D). 0 when
+        collapsed, about 1 when isotropic: https://arxiv.org/abs/2011.10566.
+      dead_fraction: fraction of the dimensions, in [0, 1], that hardly vary; see `DEAD_STD`.
+      rank_me, effective_rank: `rank` of the features, and of the features without their mean.
+      images, dimensions: the sizes B and D, which bound the ranks.
 
-def alignment(a: jax.Array, b: jax.Array) -> jax.Array:
-    """Mean squared distance of paired normalised rows of [B, D] and [B, D], in [0, 4]: https://arxiv.org/abs/2005.10242."""
-    return jnp.sum(jnp.square(unit(a) - unit(b)), axis=-1).mean()
-
-
-def mean_similarity(a: jax.Array, b: jax.Array) -> jax.Array:
-    """Mean cosine of paired rows of [B, D] and [B, D]."""
-    return cosine(a, b).mean()
-
-
-# --- spread -----------------------------------------------------------------------------------------------------------
-
-
-def uniformity(x: jax.Array) -> jax.Array:
-    """log of the mean over pairs of different rows of exp(-2 d²), d the distance of normalised rows of [B, D].
-
-    In [-8, 0], lower is more uniform, 0 when collapsed (or without pairs): https://arxiv.org/abs/2005.10242.
+    Raises:
+      ValueError: the shapes differ or are not [B, D], the arrays are empty, or some features are not finite.
     """
+    a, b = np.asarray(features_a, np.float32), np.asarray(features_b, np.float32)
+    if a.shape != b.shape or a.ndim != 2 or not a.size:
+        raise ValueError(f"features must have one shape [B, D] and not be empty, got {a.shape} and {b.shape}")
+    if not (np.isfinite(a).all() and np.isfinite(b).all()):
+        raise ValueError("some features are not finite")
+    measures = {name: float(value) for name, value in _measures(a, b).items()}
+    ranks = {"rank_me": rank(a), "effective_rank": rank(a, center=True)}
+    return measures | ranks | {"images": float(len(a)), "dimensions": float(a.shape[1])}
+
+
+@jax.jit
+def _measures(a: jax.Array, b: jax.Array) -> dict[str, jax.Array]:
+    units, count = unit(a), len(a)
+    # The sum of all pairs' products is the squared length of the sum.
+    products = jnp.sum(jnp.square(units.sum(0))) - jnp.sum(jnp.square(units))
+    # `<=` rather than `<`, so that every dimension of all-zero features is dead.
+    dead = a.std(0) <= DEAD_STD * jnp.sqrt(jnp.square(a).mean())
+    return {
+        "alignment": jnp.sum(jnp.square(units - unit(b)), axis=-1).mean(),
+        "positive_similarity": cosine(a, b).mean(),
+        "uniformity": uniformity(units),
+        "negative_similarity": products / max(count * (count - 1), 1),
+        "feature_std": units.std(0).mean() * a.shape[1] ** 0.5,
+        "dead_fraction": dead.mean(dtype=jnp.float32),
+    }
+
+
+def uniformity(x: jax.Array, *, block: int = ROWS) -> jax.Array:
+    """Compute the uniformity of normalised rows [B, D], `block` rows of the distance matrix at a time; see `health`."""
     count = len(x)
     if count < 2:
         return jnp.zeros(())
-    x = unit(x)
     squares, places = jnp.sum(jnp.square(x), axis=-1), jnp.arange(count)
 
     def log_sum(own: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
@@ -49,108 +76,33 @@ def uniformity(x: jax.Array) -> jax.Array:
         distance = jnp.maximum(squares + square - 2 * jnp.matmul(x, row, precision="highest"), 0.0)
         return jax.nn.logsumexp(jnp.where(places == place, -jnp.inf, -2 * distance))
 
-    sums = jax.lax.map(log_sum, (x, squares, places), batch_size=min(ROWS, count))
+    sums = jax.lax.map(log_sum, (x, squares, places), batch_size=min(block, count))
     return jax.nn.logsumexp(sums) - jnp.log(count) - jnp.log(count - 1)
 
 
-def mean_negative_similarity(x: jax.Array) -> jax.Array:
-    """Mean cosine over pairs of different rows of [B, D]; 0 without pairs."""
-    x = unit(x)
-    # The sum of all pairs' products is the squared length of the sum.
-    among_others = jnp.sum(jnp.square(x.sum(0))) - jnp.sum(jnp.square(x))
-    return among_others / max(len(x) * (len(x) - 1), 1)
-
-
-def feature_std(x: jax.Array) -> jax.Array:
-    """Mean over dimensions of the standard deviation of the normalised rows of [B, D], times sqrt(D).
-
-    0 when collapsed, about 1 when isotropic: https://arxiv.org/abs/2011.10566.
-    """
-    return unit(x).std(0).mean() * x.shape[1] ** 0.5
-
-
-def dead_fraction(x: jax.Array) -> jax.Array:
-    """Fraction of the dimensions, in [0, 1], that hardly vary over the rows of [B, D]; see `DEAD_STD`."""
-    x = jnp.asarray(x, jnp.float32)
-    # `<=` rather than `<`, so that every dimension of all-zero features is dead.
-    return (x.std(0) <= DEAD_STD * jnp.sqrt(jnp.square(x).mean())).mean(dtype=jnp.float32)
-
-
-# --- rank -------------------------------------------------------------------------------------------------------------
-
-
-def rank_me(x: Any) -> float:
+def rank(x: Any, *, center: bool = False) -> float:
     """RankMe, exp of the entropy of the normalised singular values of features [B, D]: https://arxiv.org/abs/2210.02885.
 
-    Computed on the host in float64; in [1, min(B, D)], and 0 if all features are 0.
+    Computed on the host in float64; in [1, min(B, D)], and 0 if all features are 0. `center` subtracts the mean row
+    first, which gives the effective rank: 0 if all rows are equal.
     """
     x = np.asarray(x, np.float64)
-    return _rank(x, np.linalg.norm(x))
-
-
-def effective_rank(x: Any) -> float:
-    """`rank_me` of features [B, D] after subtracting their mean row: 0 if all rows are equal."""
-    x = np.asarray(x, np.float64)
-    return _rank(x - x.mean(0), np.linalg.norm(x))
-
-
-def _rank(x: np.ndarray, size: np.floating) -> float:
-    singular = np.linalg.svd(x, compute_uv=False)
+    singular = np.linalg.svd(x - x.mean(0) if center else x, compute_uv=False)
     # Drop singular values of the size of float32 rounding errors: those span every dimension and would look healthy.
-    singular = singular[singular > np.finfo(np.float32).eps * size]
+    singular = singular[singular > np.finfo(np.float32).eps * np.linalg.norm(x)]
     p = singular / singular.sum()
     return float(np.exp(-np.sum(p * np.log(p)))) if p.size else 0.0
 
 
-# --- all of it --------------------------------------------------------------------------------------------------------
-
-
-def health(features_a: Any, features_b: Any) -> dict[str, float]:
-    """Compute all of the above from two views' features [B, D] of the same images; measures of one view use the first.
-
-    Returns:
-      `alignment`, `positive_similarity`, `uniformity`, `negative_similarity`, `feature_std`, `dead_fraction`,
-      `rank_me`, `effective_rank`, and the sizes `images` (B) and `dimensions` (D), which bound the ranks.
-
-    Raises:
-      ValueError: the shapes differ or are not [B, D], the arrays are empty, or some features are not finite.
-    """
-    a, b = np.asarray(features_a, np.float32), np.asarray(features_b, np.float32)
-    if a.shape != b.shape or a.ndim != 2 or not a.size:
-        raise ValueError(
-            f"two views' features must have one shape [B, D] and not be empty, got {a.shape} and {b.shape}"
-        )
-    if not (np.isfinite(a).all() and np.isfinite(b).all()):
-        raise ValueError("some features are not finite")
-    numbers = _numbers(jnp.asarray(a), jnp.asarray(b))
-    ranks = {"rank_me": rank_me(a), "effective_rank": effective_rank(a)}
-    sizes = {"images": float(len(a)), "dimensions": float(a.shape[1])}
-    return {name: float(value) for name, value in numbers.items()} | ranks | sizes
-
-
-@jax.jit
-def _numbers(a: jax.Array, b: jax.Array) -> dict[str, jax.Array]:
-    return {
-        "alignment": alignment(a, b),
-        "positive_similarity": mean_similarity(a, b),
-        "uniformity": uniformity(a),
-        "negative_similarity": mean_negative_similarity(a),
-        "feature_std": feature_std(a),
-        "dead_fraction": dead_fraction(a),
-    }
-
-
-def collapse_step(rows: Sequence[Mapping[str, Any]], *, threshold: float = COLLAPSED_STD) -> int | None:
-    """Find the step from which `projection_std` stays below `threshold` to the end of a run's history, or None.
+def collapse_step(rows: Sequence[Mapping[str, Any]]) -> int | None:
+    """Find the step from which `projection_std` stays below 0.05 to the end of a run's history, or None.
 
     A dip that recovers is not a collapse, and neither is a single last row, unless it is the only one. Rows have `step`
     and are in order; those without `projection_std` are skipped.
     """
     rows = [row for row in rows if "projection_std" in row]
-    below = 0
-    while below < len(rows) and rows[-1 - below]["projection_std"] < threshold:
-        below += 1
-    return int(rows[-below]["step"]) if below >= max(min(2, len(rows)), 1) else None
+    below = list(takewhile(lambda row: row["projection_std"] < COLLAPSED_STD, reversed(rows)))
+    return int(below[-1]["step"]) if len(below) >= max(min(2, len(rows)), 1) else None
 
 
 def verdict(rows: Sequence[Mapping[str, Any]], final: Mapping[str, float]) -> str:

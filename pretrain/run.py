@@ -181,21 +181,11 @@ def final_accuracies(
     config, dataset = session.config, session.dataset
 
     def accuracy(variables: dict[str, PyTree]) -> tuple[FrozenAccuracy, float]:
-        train, held, test = (features(variables, dataset.splits[n]) for n in ("train", "validation", "test"))
-        frozen = frozen_accuracy(
-            train,
-            held,
-            test,
-            classes=len(dataset.classes),
-            neighbours=config.neighbours,
-            temperature=config.neighbour_temperature,
-            seed=config.seed,
-        )
-        return frozen, online_accuracy(state, test)
+        splits = features.splits(variables, dataset)
+        return evaluate_features(config, splits, len(dataset.classes)), online_accuracy(state, splits[-1])
 
     trained, online = accuracy(variables)
-    untrained = encoder_of(init_network(config, network, dataset.image_shape)[0])
-    random, _ = accuracy(session.place(untrained))
+    random, _ = accuracy(session.place(encoder_of(init_network(config, network, dataset.image_shape)[0])))
     say(f"test accuracy of the frozen encoder: kNN {trained.knn:.2%} (random weights {random.knn:.2%}), "
         f"offline linear probe {trained.linear:.2%} (random weights {random.linear:.2%})")  # fmt: skip
     return {
@@ -209,6 +199,17 @@ def final_accuracies(
         "linear_learning_rate": trained.learning_rate,
         "test_images": len(dataset.test),
     }
+
+
+def evaluate_features(config: PretrainConfig, splits: Sequence[Features], classes: int) -> FrozenAccuracy:
+    """Compute `frozen_accuracy` of (training, validation, test) features with the config's settings."""
+    return frozen_accuracy(
+        *splits,
+        classes=classes,
+        neighbours=config.neighbours,
+        temperature=config.neighbour_temperature,
+        seed=config.seed,
+    )
 
 
 def online_accuracy(state: PretrainState, held: Features) -> float:

@@ -1,6 +1,7 @@
 """Random views of an image, composed of the augmentations in `resnet_jax.augment` as the papers describe."""
 
 from collections.abc import Sequence
+from itertools import groupby
 
 import jax
 import jax.numpy as jnp
@@ -62,11 +63,5 @@ def make_views(views: Sequence[aug.Augment], key: jax.Array, index: jax.Array, i
     made = [
         aug.augment_batch(view, example_keys(jax.random.fold_in(key, v), index), images) for v, view in enumerate(views)
     ]
-    groups: list[list[jax.Array]] = []
-    for batch in made:
-        if groups and groups[-1][0].shape == batch.shape:
-            groups[-1].append(batch)
-        else:
-            groups.append([batch])
     # Stack an example's views in axis 1: in axis 0 they would have to move between devices.
-    return [jnp.stack(group, axis=1) for group in groups]
+    return [jnp.stack(list(group), axis=1) for _, group in groupby(made, key=jnp.shape)]
