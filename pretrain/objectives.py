@@ -4,7 +4,7 @@
 for ImageNet. A new method needs a function here and an entry there.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from inspect import signature
@@ -15,8 +15,7 @@ import jax.numpy as jnp
 
 from resnet_jax import contrastive as c
 
-Embeddings = dict[str, jax.Array]
-Memory = dict[str, jax.Array]
+Arrays = dict[str, jax.Array]
 
 
 class Views(NamedTuple):
@@ -30,15 +29,11 @@ class Views(NamedTuple):
       step: int32 scalar, the number of steps done before this one.
     """
 
-    online: Embeddings
-    target: Embeddings
-    memory: Memory
+    online: Arrays
+    target: Arrays
+    memory: Arrays
     labels: jax.Array
     step: jax.Array
-
-
-Loss = Callable[..., jax.Array]  # (Views, *, axis_name, options) -> float32 scalar
-Remember = Callable[..., Memory]  # (Views, *, axis_name, options) -> the next memory
 
 
 # --- losses -----------------------------------------------------------------------------------------------------------
@@ -60,31 +55,25 @@ def mocov2(views: Views, *, temperature: float = 0.2, axis_name: str | None = No
 
     The paper predicts view 2 from view 1 only. Both directions cost twice as much per step, which paid off for others.
     """
-    del axis_name  # every device has the whole queue
-    queries, keys = views.online["projection"], views.target["projection"]
-    losses = [c.info_nce(queries[v], keys[1 - v], views.memory["queue"], temperature=temperature) for v in (0, 1)]
-    return _mean(losses)
+    # Every device has the whole queue.
+    loss = partial(c.info_nce, negatives=views.memory["queue"], temperature=temperature)
+    return _crosswise(loss, views.online["projection"], views.target["projection"])
 
 
 def mocov3(views: Views, *, temperature: float = 1.0, axis_name: str | None = None) -> jax.Array:
     """InfoNCE of predictions against the batch's keys, times 2 T, https://arxiv.org/abs/2104.02057."""
-    queries, keys = views.online["prediction"], views.target["projection"]
-    losses = [c.info_nce(queries[v], keys[1 - v], temperature=temperature, axis_name=axis_name) for v in (0, 1)]
-    return 2 * temperature * 2 * _mean(losses)
+    loss = partial(c.info_nce, temperature=temperature, axis_name=axis_name)
+    return 2 * temperature * 2 * _crosswise(loss, views.online["prediction"], views.target["projection"])
 
 
 def byol(views: Views, *, axis_name: str | None = None) -> jax.Array:
     """Predict the target network's projection of the other view, https://arxiv.org/abs/2006.07733."""
-    del axis_name
-    predictions, targets = views.online["prediction"], views.target["projection"]
-    return 2 * _mean([c.byol(predictions[v], targets[1 - v]) for v in (0, 1)])
+    return 2 * _crosswise(c.byol, views.online["prediction"], views.target["projection"])
 
 
 def simsiam(views: Views, *, axis_name: str | None = None) -> jax.Array:
     """Predict the same network's projection of the other view, without a gradient into it, https://arxiv.org/abs/2011.10566."""
-    del axis_name
-    predictions, targets = views.online["prediction"], jax.lax.stop_gradient(views.online["projection"])
-    return _mean([-c.cosine(predictions[v], targets[1 - v]) for v in (0, 1)])
+    return -_crosswise(c.cosine, views.online["prediction"], jax.lax.stop_gradient(views.online["projection"]))
 
 
 def barlow(views: Views, *, redundancy: float = 0.0051, scale: float = 1.0, axis_name: str | None = None) -> jax.Array:
@@ -109,13 +98,12 @@ def vicreg(
 
 def nnclr(views: Views, *, temperature: float = 0.1, axis_name: str | None = None) -> jax.Array:
     """InfoNCE with each projection replaced by its nearest neighbour in a queue, https://arxiv.org/abs/2104.14548."""
-    projections, predictions = jax.lax.stop_gradient(views.online["projection"]), views.online["prediction"]
 
-    def one_way(v: int) -> jax.Array:
-        neighbours = c.nearest(projections[v], views.memory["queue"])
-        return c.info_nce(neighbours, predictions[1 - v], temperature=temperature, axis_name=axis_name)
+    def loss(rows: jax.Array, predictions: jax.Array) -> jax.Array:
+        neighbours = c.nearest(rows, views.memory["queue"])
+        return c.info_nce(neighbours, predictions, temperature=temperature, axis_name=axis_name)
 
-    return _mean([one_way(v) for v in (0, 1)])
+    return _crosswise(loss, jax.lax.stop_gradient(views.online["projection"]), views.online["prediction"])
 
 
 def swav(
@@ -140,33 +128,32 @@ def dino(
     views: Views, *, temperature: float = 0.1, teacher_temperature: float = 0.04, axis_name: str | None = None
 ) -> jax.Array:
     """Predict the target network's centred and sharpened scores of other views, https://arxiv.org/abs/2104.14294."""
-    del axis_name
     temperatures = {"temperature": temperature, "teacher_temperature": teacher_temperature}
     return c.dino(views.online["scores"], views.target["scores"], views.memory["center"], **temperatures).mean()
 
 
-def _mean(losses: Sequence[jax.Array]) -> jax.Array:
-    return jnp.stack(losses).mean()
+def _crosswise(loss: Callable[..., jax.Array], a: jax.Array, b: jax.Array) -> jax.Array:
+    """Mean loss [B] of each view's rows of `a` with the other view's rows of `b`, both [2, B, D]."""
+    return jnp.stack([loss(a[v], b[1 - v]) for v in (0, 1)]).mean()
 
 
 # --- memories ---------------------------------------------------------------------------------------------------------
 
 
-def queue_of_keys(views: Views, *, axis_name: str | None = None) -> Memory:
+def queue_of_keys(views: Views, *, axis_name: str | None = None) -> Arrays:
     """Replace the queue's oldest rows with the target's projections of the first view."""
     return {"queue": c.enqueue(views.memory["queue"], views.target["projection"][0], views.step, axis_name=axis_name)}
 
 
-def queue_of_projections(views: Views, *, axis_name: str | None = None) -> Memory:
+def queue_of_projections(views: Views, *, axis_name: str | None = None) -> Arrays:
     """Replace the queue's oldest rows with the projections of the first view."""
     return {"queue": c.enqueue(views.memory["queue"], views.online["projection"][0], views.step, axis_name=axis_name)}
 
 
-def moving_center(views: Views, *, center_momentum: float = 0.9, axis_name: str | None = None) -> Memory:
+def moving_center(views: Views, *, center_momentum: float = 0.9, axis_name: str | None = None) -> Arrays:
     """Move the center towards the mean of the target's scores."""
-    scores = views.target["scores"]
-    center = c.update_center(views.memory["center"], scores, momentum=center_momentum, axis_name=axis_name)
-    return {"center": center}
+    center, scores = views.memory["center"], views.target["scores"]
+    return {"center": c.update_center(center, scores, momentum=center_momentum, axis_name=axis_name)}
 
 
 # --- the family -------------------------------------------------------------------------------------------------------
@@ -185,13 +172,13 @@ class Objective:
       target: initial momentum with which a target network follows the trained one; None means no target network.
       momentum_schedule: `constant`, or `cosine` from the initial momentum to 1.
       queue: number of rows of the memory's queue; 0 means none.
-      remember: update of the memory after a step; None without a memory.
+      remember: `(Views, *, axis_name, options) -> memory`, its update after a step; None without a memory.
       many_views: whether the loss takes more than two large views.
       small_views: whether the loss takes additional small views (multi-crop).
       evaluate_target: whether the target's encoder is the one to evaluate and keep.
     """
 
-    loss: Loss
+    loss: Callable[..., jax.Array]
     projector: tuple[int, ...]
     predictor: tuple[int, ...] = ()
     norm: bool = True
@@ -201,7 +188,7 @@ class Objective:
     target: float | None = None
     momentum_schedule: str = "constant"
     queue: int = 0
-    remember: Remember | None = None
+    remember: Callable[..., Arrays] | None = None
     many_views: bool = False
     small_views: bool = False
     evaluate_target: bool = False
@@ -215,15 +202,15 @@ class Objective:
 
     def bind(self, **options: Any) -> "Objective":
         """Set options of `loss` and `remember`, such as a temperature or weights."""
-        bound: dict[str, Any] = {}
-        for field in ("loss", "remember"):
-            function = getattr(self, field)
-            known = () if function is None else signature(function).parameters
-            taken = {name: value for name, value in options.items() if name in known}
-            bound[field] = partial(function, **taken) if taken else function
-        return replace(self, **bound)
 
-    def init_memory(self, key: jax.Array) -> Memory:
+        def bound(function: Any) -> Any:
+            known = signature(function).parameters if function else {}
+            taken = {name: value for name, value in options.items() if name in known}
+            return partial(function, **taken) if taken else function
+
+        return replace(self, loss=bound(self.loss), remember=bound(self.remember))
+
+    def init_memory(self, key: jax.Array) -> Arrays:
         """Make the initial memory: a queue of random directions [queue, D], or a center of zeros [prototypes]."""
         if self.queue:
             return {"queue": c.unit(jax.random.normal(key, (self.queue, self.projector[-1]), jnp.float32))}
