@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -24,23 +25,16 @@ from train.state import init_variables
 def make_views(config: ViewConfig) -> tuple[Augment, ...]:
     """Make the config's views, large ones first: from images scaled to [0, 1] to normalised ones."""
     assert config.mean is not None and config.std is not None, "with_statistics fills them in"
-    shared: dict[str, Any] = {
-        "flip": config.flip,
-        "jitter": config.jitter,
-        "grayscale": config.grayscale,
-        "mean": config.mean,
-        "std": config.std,
-    }
+    options: dict[str, Any] = {name: getattr(config, name) for name in ("flip", "jitter", "grayscale", "mean", "std")}
 
-    def of_pair(v: int) -> dict[str, Any]:
-        return {"blur": config.blur[v % 2], "solarize": config.solarize[v % 2]}
+    def make(count: int, size: int | None, scale: tuple[float, float]) -> list[Augment]:
+        pairs: list[dict[str, Any]] = [
+            {"blur": config.blur[v % 2], "solarize": config.solarize[v % 2]} for v in range(count)
+        ]
+        return [view(size, scale=scale, **pair, **options) for pair in pairs]
 
-    scale = (config.min_scale, 1.0)
-    large = [view(config.resized_crop, scale=scale, **of_pair(v), **shared) for v in range(config.views)]
-    small = [
-        view(config.small_crop, scale=config.small_scale, **of_pair(v), **shared) for v in range(config.small_views)
-    ]
-    return (*large, *small)
+    large = make(config.views, config.resized_crop, (config.min_scale, 1.0))
+    return (*large, *make(config.small_views, config.small_crop, config.small_scale))
 
 
 def make_network(
@@ -55,27 +49,21 @@ def make_network(
 
     `axis_name`, `kernels`: see `train.from_config.make_model`.
     """
-    encoder = encoder or make_model(config, None, axis_name, kernels)
-    heads = {"dtype": compute_dtype(config.dtype), "axis_name": axis_name if config.sync_bn else None}
+    mlp = partial(MLP, dtype=compute_dtype(config.dtype), axis_name=axis_name if config.sync_bn else None)
+    o = objective
     return Network(
-        encoder=encoder,
-        projector=MLP(
-            objective.projector,
-            norm=objective.norm,
-            last_norm=objective.last_norm,
-            activation=objective.activation,
-            **heads,
-        ),
-        predictor=MLP(objective.predictor, **heads) if objective.predictor else None,
-        prototypes=Prototypes(objective.prototypes) if objective.prototypes else None,
+        encoder=encoder or make_model(config, None, axis_name, kernels),
+        projector=mlp(o.projector, norm=o.norm, last_norm=o.last_norm, activation=o.activation),
+        predictor=mlp(o.predictor) if o.predictor else None,
+        prototypes=Prototypes(o.prototypes) if o.prototypes else None,
     )
 
 
 def make_momentum(objective: Objective, steps: int) -> Callable[[jax.Array], Any] | None:
     """Target network's momentum by step: constant, or rising to 1 along half a cosine; None if there is no target."""
-    if objective.target is None:
-        return None
     start = objective.target
+    if start is None:
+        return None
     if objective.momentum_schedule == "constant":
         return lambda step: jnp.asarray(start, jnp.float32)
     # BYOL, https://arxiv.org/abs/2006.07733

@@ -19,14 +19,13 @@ Run = dict[str, Any]
 
 def minutes(run: Run, step: int) -> float:
     """Minutes of training, without evaluations, that a run took for its first `step` steps; nan if unknown."""
-    speed = run["images_per_second"]
-    return step * run["config"]["batch"] / speed / 60 if speed else math.nan
+    return step * run["config"]["batch"] / (run["images_per_second"] or math.nan) / 60
 
 
-def draw(runs: dict[str, Run], picture: Path, supervised: Run | None = None) -> None:
+def draw(runs: dict[str, Run], picture: Path) -> None:
     """Draw validation accuracy by kNN and online linear probe, and the effective rank of the features, over time.
 
-    `supervised` adds the validation accuracy of a supervised run. Needs the extra `plot`.
+    Needs the extra `plot`.
     """
     figure = new_figure(10, 4.2)
     accuracy, spread = figure.subplots(1, 2)
@@ -44,10 +43,6 @@ def draw(runs: dict[str, Run], picture: Path, supervised: Run | None = None) -> 
         accuracy.plot([at[-1]], [100 * run["validation_linear_accuracy"]], f"{colour}*", ms=9)
         if index == 0:
             accuracy.axhline(knn[0], color="grey", lw=0.8, ls=":", label="kNN of random weights")
-    if supervised is not None:
-        held = [row for row in supervised["history"] if "validation_accuracy" in row]
-        at = [minutes(supervised, row["step"]) for row in held]
-        accuracy.plot(at, [100 * row["validation_accuracy"] for row in held], "k-", lw=1, label="supervised")
     accuracy.set(xlabel="minutes of training", ylabel="validation accuracy (%)")
     accuracy.set_title("stars: linear probe trained offline", fontsize=9)
     spread.set(xlabel="minutes of training", ylabel="effective rank of the features")
@@ -66,29 +61,30 @@ def table(runs: Sequence[Run]) -> str:
     kinds = {(run["dataset"], run["model"], run["config"]["width"]) for run in runs}
     if len(kinds) > 1:
         raise UsageError(f"a table needs runs of the same network on the same set, got {sorted(map(str, kinds))}")
-    rows = [
-        "| method | kNN | linear, offline | linear, online | training, s | runs |",
-        "|---|---|---|---|---|---|",
-    ]
 
     def cell(values: Sequence[float], digits: int = 1) -> str:
         spread = f" ({np.std(values, ddof=1):.{digits}f})" if len(values) > 1 else ""
         return f"{np.mean(values):.{digits}f}{spread}"
 
     def row(name: str, group: Sequence[Run], prefix: str = "") -> str:
-        knn, linear = ([100 * run[f"{prefix}{kind}_accuracy"] for run in group] for kind in ("knn", "linear"))
+        knn, linear = (cell([100 * run[f"{prefix}{kind}_accuracy"] for run in group]) for kind in ("knn", "linear"))
         online = "" if prefix else cell([100 * run["online_linear_accuracy"] for run in group])
         seconds = "" if prefix else cell([60 * minutes(run, run["steps"]) for run in group], 0)
-        return f"| {name} | {cell(knn)} | {cell(linear)} | {online} | {seconds} | {len(group)} |"
+        return f"| {name} | {knn} | {linear} | {online} | {seconds} | {len(group)} |"
 
-    # Random weights do not depend on the method: count them once per seed.
     groups: dict[str, list[Run]] = {}
     for run in runs:
         groups.setdefault(run["objective"], []).append(run)
+    # Random weights do not depend on the method: count them once per seed.
     seeds = {run["seed"]: run for run in runs}
-    rows.append(row("random weights", list(seeds.values()), "random_"))
-    rows += [row(name, group) for name, group in groups.items()]
-    return "\n".join(rows)
+    return "\n".join(
+        [
+            "| method | kNN | linear, offline | linear, online | training, s | runs |",
+            "|---|---|---|---|---|---|",
+            row("random weights", list(seeds.values()), "random_"),
+            *(row(name, group) for name, group in groups.items()),
+        ]
+    )
 
 
 def read(path: Path, *, labelled: bool = False) -> Run:
@@ -119,7 +115,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("runs", nargs="+", type=Path, help="run folders, or JSON files that --json wrote")
     parser.add_argument("--json", type=Path, help="write the run (only one) with its history to this file")
     parser.add_argument("--picture", type=Path, help="draw the curves to this file: .png, .svg or .pdf")
-    parser.add_argument("--supervised", type=Path, help="a run of supervised training to draw with them")
     parser.add_argument("--table", action="store_true", help="print a Markdown table, one row per method")
     args = parser.parse_args(argv)
     if not (args.json or args.picture or args.table):
@@ -130,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.json:
         args.json.write_text(json.dumps(*runs.values(), indent=1) + "\n")
     if args.picture:
-        draw(runs, args.picture, None if args.supervised is None else collect(args.supervised))
+        draw(runs, args.picture)
     if args.table:
         print(table(list(runs.values())))
 

@@ -23,6 +23,7 @@ from resnet_jax.augment import Augment
 from resnet_jax.parallel import axis_of
 from resnet_jax.tree import PyTree, count
 from train.data.sets import Dataset
+from train.data.sources import Arrays, Encoded
 from train.errors import RunError
 from train.from_config import eval_augment, make_tx
 from train.loop import Hook, read_rows
@@ -143,13 +144,8 @@ def make_monitor(
     config, dataset = session.config, session.dataset
     classes = len(dataset.classes)
     neighbours = partial(knn_accuracy, classes=classes, k=config.neighbours, temperature=config.neighbour_temperature)
-    searched = dataset.train
-    if config.neighbour_images is not None and config.neighbour_images < len(searched):
-        order = np.random.default_rng(0).permutation(len(searched))
-        searched = searched.subset(np.sort(order[: config.neighbour_images]))
-    # Take a random subset, because sets may be ordered by class.
-    order = np.random.default_rng(0).permutation(len(dataset.validation))
-    sample = dataset.validation.subset(np.sort(order[:HEALTH_IMAGES]))
+    searched = some(dataset.train, config.neighbour_images)
+    sample = some(dataset.validation, HEALTH_IMAGES)
 
     def monitor(state: PretrainState) -> tuple[dict[str, float], str]:
         variables = state.encoder(target=objective.evaluate_target)
@@ -168,6 +164,13 @@ def make_monitor(
         return figures, line
 
     return monitor
+
+
+def some(source: Arrays | Encoded, count: int | None) -> Arrays | Encoded:
+    """Choose at most `count` images at random, because sets may be ordered by class; None means all of them."""
+    if count is None or count >= len(source):
+        return source
+    return source.subset(np.sort(np.random.default_rng(0).permutation(len(source))[:count]))
 
 
 def final_accuracies(
