@@ -124,14 +124,7 @@ def _predict(weights: Weights, features: jax.Array) -> jax.Array:
 
 @partial(jax.jit, static_argnames=("classes", "epochs", "batch"))
 def _fit(
-    features: jax.Array,
-    labels: jax.Array,
-    rates: jax.Array,
-    key: jax.Array,
-    *,
-    classes: int,
-    epochs: int,
-    batch: int,
+    features: jax.Array, labels: jax.Array, rates: jax.Array, key: jax.Array, *, classes: int, epochs: int, batch: int
 ) -> Weights:
     """Train weights with a leading axis over `rates` [L]; every rate sees the same batches."""
     count, dimensions = features.shape
@@ -155,9 +148,6 @@ def _fit(
         numbers = number * steps + jnp.arange(steps)
         return jax.lax.scan(step, state, (numbers, order.reshape(steps, batch)))
 
-    zeros = {
-        "kernel": jnp.zeros((len(rates), dimensions, classes)),
-        "bias": jnp.zeros((len(rates), classes)),
-    }
+    zeros = {"kernel": jnp.zeros((len(rates), dimensions, classes)), "bias": jnp.zeros((len(rates), classes))}
     (weights, _), _ = jax.lax.scan(epoch, (zeros, zeros), jnp.arange(epochs))
     return weights

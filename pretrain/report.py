@@ -1,9 +1,8 @@
-"""Compare runs of pretraining: `python -m pretrain.report RUN... [--json FILE] [--picture FILE.png] [--table]`.
+"""Compare runs of pretraining: `python -m pretrain.report RUN... [--picture FILE.png] [--table]`.
 
-RUN is a run folder, or a JSON file that `--json` wrote.
+RUN is a run folder, or a JSON file that `train.report --json` wrote.
 """
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -88,7 +87,7 @@ def table(runs: Sequence[Run]) -> str:
 
 
 def read(path: Path, *, labelled: bool = False) -> Run:
-    """Read a run of pretraining from its folder or from a file that `--json` wrote.
+    """Read a run of pretraining from its folder or from a file that `train.report --json` wrote.
 
     Raises:
       UsageError: not a finished run of pretraining, or, with `labelled`, one without accuracies.
@@ -108,22 +107,17 @@ def _name(path: Path, among: Sequence[Path]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Read the runs; write JSON, a picture or a table, as the flags request."""
+    """Read the runs; draw a picture or print a table, as the flags request."""
     import argparse
 
     parser = argparse.ArgumentParser(prog="python -m pretrain.report", description=__doc__)
-    parser.add_argument("runs", nargs="+", type=Path, help="run folders, or JSON files that --json wrote")
-    parser.add_argument("--json", type=Path, help="write the run (only one) with its history to this file")
+    parser.add_argument("runs", nargs="+", type=Path, help="run folders, or JSON files that train.report --json wrote")
     parser.add_argument("--picture", type=Path, help="draw the curves to this file: .png, .svg or .pdf")
     parser.add_argument("--table", action="store_true", help="print a Markdown table, one row per method")
     args = parser.parse_args(argv)
-    if not (args.json or args.picture or args.table):
-        raise UsageError("nothing to do: pass --json FILE, --picture FILE or --table")
-    if args.json and len(args.runs) > 1:
-        raise UsageError("--json takes one run")
+    if not (args.picture or args.table):
+        raise UsageError("nothing to do: pass --picture FILE or --table")
     runs = {_name(path, args.runs): read(path, labelled=args.table) for path in args.runs}
-    if args.json:
-        args.json.write_text(json.dumps(*runs.values(), indent=1) + "\n")
     if args.picture:
         draw(runs, args.picture)
     if args.table:

@@ -5,6 +5,7 @@ probe (no gradient reaches the encoder), and supervised objectives (SupCon).
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -22,7 +23,7 @@ from resnet_jax.keys import example_index, step_key
 from resnet_jax.losses import softmax_cross_entropy
 from resnet_jax.masks import apply_masks
 from resnet_jax.parallel import all_rows, mean_over, vary
-from resnet_jax.tree import PyTree, ema, global_norm, map_with_path
+from resnet_jax.tree import PyTree, ema, global_norm
 from train.state import forward
 from train.steps import Batch, Metrics, update
 
@@ -91,19 +92,18 @@ def contrastive_step(
     trained, stats = vary(({"network": state.params, "probe": state.probe["params"]}, state.batch_stats), axis_name)
     grads, (outputs, stats, metrics) = jax.grad(loss_of, has_aux=True)(trained, stats)
     grads, stats, metrics = mean_over((grads, stats, metrics), axis_name)
-    if frozen_prototypes:
-        moves = (state.step >= frozen_prototypes).astype(jnp.float32)
-        grads = map_with_path(lambda path, g: g * moves if "/prototypes/" in path else g, grads)
+    gradient = grads["network"]
+    frozen = frozen_prototypes > 0 and "prototypes" in gradient
+    moves = state.step >= frozen_prototypes
+    if frozen:
+        gradient = {**gradient, "prototypes": jax.tree.map(lambda g: g * moves, gradient["prototypes"])}
 
-    new, figures = update(state, grads["network"], stats, tx=tx)
+    new, figures = update(state, gradient, stats, tx=tx)
     params = new.params
-    if frozen_prototypes:
+    if frozen:
         # Weight decay changes parameters without a gradient as well, so restore the frozen ones.
-        params = map_with_path(
-            lambda path, w, before: jnp.where(moves > 0, w, before) if path.startswith("prototypes/") else w,
-            params,
-            state.params,
-        )
+        still = jax.tree.map(partial(jnp.where, moves), params["prototypes"], state.params["prototypes"])
+        params = {**params, "prototypes": still}
     probe_updates, probe_opt_state = probe_tx.update(grads["probe"], state.probe["opt_state"], state.probe["params"])
     probe = {"params": optax.apply_updates(state.probe["params"], probe_updates), "opt_state": probe_opt_state}
     # The target follows the updated parameters, under the same masks.
@@ -118,7 +118,7 @@ def contrastive_step(
         memory = objective.remember(jax.lax.stop_gradient(outputs), axis_name=axis_name)
 
     state = new.replace(params=params, ema=target, memory=memory, probe=probe)
-    figures["grad_norm"] = global_norm(grads["network"])  # includes pruned weights
+    figures["grad_norm"] = global_norm(gradient)  # includes pruned weights
     spread = similarities(*outputs.online["projection"][:2], axis_name=axis_name)
     return state, metrics | figures | spread
 
@@ -181,12 +181,7 @@ def feature_step(
 
 
 def view_step(
-    variables: PyTree,
-    batch: Batch,
-    *,
-    encoder: nn.Module,
-    views: Sequence[aug.Augment],
-    axis_name: str | None = None,
+    variables: PyTree, batch: Batch, *, encoder: nn.Module, views: Sequence[aug.Augment], axis_name: str | None = None
 ) -> dict[str, jax.Array]:
     """Compute the features of two views of each image, the same views in every call.
 

@@ -11,7 +11,8 @@ run=runs/${set}_simclr_resnet18
 kept=results/${set}_simclr_resnet18
 mkdir -p "$kept"
 python -m pretrain cifar10_simclr_resnet18 --data.name "$set" --data.dir "$data" --out "$run" "$@"
-python -m pretrain.report "$run" --json "$kept/seed0.json" --picture "$kept/curve.png"
+python -m train.report "$run" --json "$kept/seed0.json"
+python -m pretrain.report "$run" --picture "$kept/curve.png"
 python -m pretrain.evaluate "$run" --protocol finetune_1 scratch_1 finetune_10 scratch_10
 cp "$run"/evaluation-*.json "$kept"
 python -m tests.reference.nt_xent_bench --json "$kept/nt_xent.json"
