@@ -117,31 +117,22 @@ def evaluate(
         steps = max(round(epochs * labelled / size), UPDATES)
         tuning = {"epochs": epochs, "lr": lr, "batch": size, "seed": seed}
         say(f"{protocol}: {dataset.name}, {labelled:,} labelled images, {steps} updates")
-        a, settings = config.augment, "-".join(f"{name}{value:g}" for name, value in tuning.items())
+        settings = "-".join(f"{name}{value:g}" for name, value in tuning.items())
+        a = config.augment
+        crop = a.resized_crop or min(dataset.image_shape[:2])
+        shared = ("model", "width", "zero_init", "eval_batch", "dtype", "kernels", "cache")
         tuned = train_run(
             TrainConfig(
+                **{name: getattr(config, name) for name in shared},
                 out=str(run / f"{protocol}-{set_name}-{settings}"),
                 init=str(run / ENCODER) if way == "finetune" else None,
-                model=config.model,
-                width=config.width,
-                zero_init=config.zero_init,
                 data=replace(config.data, fraction=fraction * config.data.fraction),
-                augment=AugmentConfig(
-                    resized_crop=a.resized_crop or min(dataset.image_shape[:2]),
-                    min_scale=MIN_SCALE,
-                    flip=a.flip,
-                    mean=a.mean,
-                    std=a.std,
-                ),
+                augment=AugmentConfig(resized_crop=crop, min_scale=MIN_SCALE, flip=a.flip, mean=a.mean, std=a.std),
                 optim=OptimConfig(lr=lr, nesterov=True, weight_decay=1e-4, warmup_epochs=steps / 10 * size / labelled),
                 steps=steps,
                 batch=size,
                 eval_every=max(steps * size / labelled / 5, 1e-3),
-                eval_batch=config.eval_batch,
                 seed=seed,
-                dtype=config.dtype,
-                kernels=config.kernels,
-                cache=config.cache,
             ),
             protocol,
         )
@@ -155,11 +146,9 @@ def _check_fits(dataset: Dataset, config: PretrainConfig, run: Path, channels: i
         raise UsageError(f"{dataset.name} has no labels to evaluate with: name a labelled set with --data")
     if theirs != channels:
         raise UsageError(f"{dataset.name} has {theirs} channels, but {run} was pretrained on {channels}")
-    crop = config.augment.resized_crop
-    if crop is not None and crop > min(height, width):
-        raise UsageError(
-            f"{dataset.name} has images of {height}x{width}, but {run} crops to {crop} pixels: pass --image-size"
-        )
+    crop, size = config.augment.resized_crop, f"{height}x{width}"
+    if crop and crop > min(height, width):
+        raise UsageError(f"{dataset.name} has images of {size}, but {run} crops to {crop} pixels: pass --image-size")
 
 
 def frozen_figures(config: PretrainConfig, run: Path, dataset: Dataset) -> FrozenAccuracy:

@@ -106,14 +106,10 @@ def labelled(name: str, features: Any, labels: Any, classes: int) -> tuple[np.nd
       ValueError: the shapes, types or values are wrong; the message begins with `name`.
     """
     features, labels = np.asarray(features, np.float32), np.asarray(labels)
-    if features.ndim != 2 or not features.size:
-        raise ValueError(f"{name}: features must be [N, D] and not empty, not {features.shape}")
-    if labels.shape != features.shape[:1] or not np.issubdtype(labels.dtype, np.integer):
-        raise ValueError(
-            f"{name}: {len(features)} features need int labels of the same number, got {labels.dtype} {labels.shape}"
-        )
-    if labels.min() < 0 or labels.max() >= classes:
-        raise ValueError(f"{name}: labels must be in [0, {classes}), not in [{labels.min()}, {labels.max()}]")
+    if features.ndim != 2 or not features.size or labels.shape != features.shape[:1]:
+        raise ValueError(f"{name}: needs features [N, D] and labels [N], got {features.shape} and {labels.shape}")
+    if not np.issubdtype(labels.dtype, np.integer) or labels.min() < 0 or labels.max() >= classes:
+        raise ValueError(f"{name}: labels must be integers in [0, {classes})")
     if not np.isfinite(features).all():
         raise ValueError(f"{name}: some features are not finite")
     return features, labels.astype(np.int32)

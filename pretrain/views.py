@@ -40,18 +40,16 @@ def view(
     def crop(key: aug.Key, image: aug.Image) -> aug.Image:
         return aug.random_resized_crop(size or (image.shape[0], image.shape[1]), scale=scale)(key, image)
 
-    parts: list[aug.Augment] = [crop]
-    if flip:
-        parts.append(aug.random_flip())
-    if any(jitter):
-        parts.append(aug.randomly(aug.color_jitter(*jitter), JITTER_P))
-    if grayscale:
-        parts.append(aug.grayscale(grayscale))
-    if blur:
-        parts.append(aug.randomly(aug.gaussian_blur(), blur))
-    if solarize:
-        parts.append(aug.solarize(p=solarize))
-    return aug.compose(*parts, aug.normalize(mean, std))
+    parts = (
+        crop,
+        aug.random_flip() if flip else None,
+        aug.randomly(aug.color_jitter(*jitter), JITTER_P) if any(jitter) else None,
+        aug.grayscale(grayscale) if grayscale else None,
+        aug.randomly(aug.gaussian_blur(), blur) if blur else None,
+        aug.solarize(p=solarize) if solarize else None,
+        aug.normalize(mean, std),
+    )
+    return aug.compose(*(part for part in parts if part is not None))
 
 
 def make_views(views: Sequence[aug.Augment], key: jax.Array, index: jax.Array, images: jax.Array) -> list[jax.Array]:

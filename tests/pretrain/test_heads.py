@@ -88,18 +88,13 @@ def test_layers_follow_one_another():
 
 @pytest.mark.parametrize("last", ["affine", "plain"])
 def test_last_norm_standardises(last):
-    out, _ = applied(MLP((5, 3), last_norm=last))
+    """By the batch in training; afterwards by the running statistics, which start at mean 0 and variance 1."""
+    mlp = MLP((5, 3), norm=False, last_norm=last)
+    out, variables = applied(mlp)
     np.testing.assert_allclose(out.mean(0), 0, atol=1e-5)
     np.testing.assert_allclose(out.std(0), 1, atol=1e-3)
-
-
-def test_running_statistics_are_used_outside_training():
-    mlp = MLP((5, 3), last_norm="plain")
-    variables = applied(mlp)[1]
     p = variables["params"]
-    # They start at mean 0 and variance 1.
-    hidden = np.maximum(X @ p["fc1"]["kernel"] / np.sqrt(1 + 1e-5), 0)
-    want = hidden @ p["fc2"]["kernel"] / np.sqrt(1 + 1e-5)
+    want = np.maximum(X @ p["fc1"]["kernel"] + p["fc1"]["bias"], 0) @ p["fc2"]["kernel"] / np.sqrt(1 + 1e-5)
     np.testing.assert_allclose(jax.jit(partial(mlp.apply, train=False))(variables, X), want, atol=1e-5)
 
 
@@ -156,17 +151,16 @@ IMAGES = np.random.default_rng(0).random((8, 4, 4, 3), np.float32)
 @pytest.mark.parametrize("prototypes", [None, Prototypes(9)])
 def test_network_names_what_it_puts_out(predictor, prototypes):
     network = Network(Pool(), MLP((6, 5)), predictor, prototypes)
-    init = partial(network.init, train=False)
-    variables = jax.eval_shape(init, jax.random.key(0), IMAGES)
-    heads = {"projector"} | ({"predictor"} if predictor else set()) | ({"prototypes"} if prototypes else set())
-    assert variables["params"].keys() == heads
-    want = {"features": 3, "projection": 5}
-    want |= ({"prediction": 5} if predictor else {}) | ({"scores": 9} if prototypes else {})
+    variables = jax.eval_shape(partial(network.init, train=False), jax.random.key(0), IMAGES)
+    heads = {"projector": True, "predictor": predictor, "prototypes": prototypes}
+    assert variables["params"].keys() == {name for name, head in heads.items() if head}
     for predict in (True, False):
         out = jax.eval_shape(partial(network.apply, train=False, predict=predict), variables, IMAGES)
-        expected = {k: v for k, v in want.items() if predict or k != "prediction"}
+        want = {"features": 3, "projection": 5}
+        want |= {"prediction": 5} if predictor and predict else {}
+        want |= {"scores": 9} if prototypes else {}
         assert {name: (x.shape, x.dtype) for name, x in out.items()} == {
-            name: ((8, size), jnp.float32) for name, size in expected.items()
+            name: ((8, size), jnp.float32) for name, size in want.items()
         }
 
 
@@ -202,21 +196,21 @@ def test_encoder_without_pooled_features():
 
 # ---- sizes -----------------------------------------------------------------------------------------------------------
 
-# On the 2,048 features of a ResNet-50: products, biases where no norm follows, two numbers for each norm.
+# On the 2,048 features of a ResNet-50, parameters of projector, predictor and prototypes: products, biases where no
+# norm follows, two numbers for each norm.
 PUBLISHED = {
-    "simclr": (2 * 2048 * 2048 + 2048 * 128 + 2 * 2 * 2048 + 2 * 128, 0),
-    "supcon": (2048 * 2048 + 2048 + 2048 * 128 + 128, 0),
-    "mocov2": (2048 * 2048 + 2048 + 2048 * 128 + 128, 0),
-    "mocov3": (2048 * 4096 + 2 * 4096 + 4096 * 256, 256 * 4096 + 2 * 4096 + 4096 * 256 + 256),
-    "byol": (2048 * 4096 + 2 * 4096 + 4096 * 256 + 256, 256 * 4096 + 2 * 4096 + 4096 * 256 + 256),
-    "simsiam": (3 * 2048 * 2048 + 2 * 2 * 2048, 2048 * 512 + 2 * 512 + 512 * 2048 + 2048),
-    "barlow": (2048 * 8192 + 2 * 8192 * 8192 + 2 * 2 * 8192 + 8192, 0),
-    "vicreg": (2048 * 8192 + 2 * 8192 * 8192 + 2 * 2 * 8192 + 8192, 0),
-    "nnclr": (2 * 2048 * 2048 + 2048 * 256 + 2 * 2 * 2048 + 2 * 256, 256 * 4096 + 2 * 4096 + 4096 * 256 + 256),
-    "swav": (2048 * 2048 + 2 * 2048 + 2048 * 128 + 128, 0),
-    "dino": (2 * 2048 * 2048 + 2 * 2048 + 2048 * 256 + 256, 0),
+    "simclr": (2 * 2048 * 2048 + 2048 * 128 + 2 * 2 * 2048 + 2 * 128, 0, 0),
+    "supcon": (2048 * 2048 + 2048 + 2048 * 128 + 128, 0, 0),
+    "mocov2": (2048 * 2048 + 2048 + 2048 * 128 + 128, 0, 0),
+    "mocov3": (2048 * 4096 + 2 * 4096 + 4096 * 256, 256 * 4096 + 2 * 4096 + 4096 * 256 + 256, 0),
+    "byol": (2048 * 4096 + 2 * 4096 + 4096 * 256 + 256, 256 * 4096 + 2 * 4096 + 4096 * 256 + 256, 0),
+    "simsiam": (3 * 2048 * 2048 + 2 * 2 * 2048, 2048 * 512 + 2 * 512 + 512 * 2048 + 2048, 0),
+    "barlow": (2048 * 8192 + 2 * 8192 * 8192 + 2 * 2 * 8192 + 8192, 0, 0),
+    "vicreg": (2048 * 8192 + 2 * 8192 * 8192 + 2 * 2 * 8192 + 8192, 0, 0),
+    "nnclr": (2 * 2048 * 2048 + 2048 * 256 + 2 * 2 * 2048 + 2 * 256, 256 * 4096 + 2 * 4096 + 4096 * 256 + 256, 0),
+    "swav": (2048 * 2048 + 2 * 2048 + 2048 * 128 + 128, 0, 128 * 3000),
+    "dino": (2 * 2048 * 2048 + 2 * 2048 + 2048 * 256 + 256, 0, 256 * 65536),
 }
-PROTOTYPES = {"swav": 128 * 3000, "dino": 256 * 65536}
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
@@ -227,11 +221,9 @@ def test_heads_are_as_large_as_published(name):
         variables = jax.eval_shape(partial(module.init, **options), jax.random.key(0), jnp.zeros((1, inputs)))
         return count(variables["params"])
 
-    projector = MLP(o.projector, norm=o.norm, last_norm=o.last_norm)
-    sizes = (
-        parameters(projector, 2048, train=False),
-        parameters(MLP(o.predictor), o.projector[-1], train=False) if o.predictor else 0,
+    embedding = o.projector[-1]
+    assert PUBLISHED[name] == (
+        parameters(MLP(o.projector, norm=o.norm, last_norm=o.last_norm), 2048, train=False),
+        parameters(MLP(o.predictor), embedding, train=False) if o.predictor else 0,
+        parameters(Prototypes(o.prototypes), embedding) if o.prototypes else 0,
     )
-    assert sizes == PUBLISHED[name]
-    scores = parameters(Prototypes(o.prototypes), o.projector[-1]) if o.prototypes else 0
-    assert scores == PROTOTYPES.get(name, 0)

@@ -38,17 +38,17 @@ def reference(queries, bank, labels, k, temperature):
     return scores
 
 
-@pytest.mark.parametrize(("k", "chunk"), [(1, 16), (5, 7), (5, 53), (20, 8), (1000, 16)])
-@pytest.mark.parametrize("temperature", [0.1, 2.0])
-def test_votes_are_those_of_the_reference(k, chunk, temperature):
+@pytest.mark.parametrize(("k", "chunk"), [(1, 16), (5, 53), (20, 8), (1000, 16)])
+def test_votes_are_those_of_the_reference(k, chunk):
     """Whatever the chunks: dividing the bank or not, larger than it, smaller than k."""
     (queries, _), (bank, labels) = clusters(9, 1), clusters(53)
-    got = SCORES(queries, bank, labels, k=k, temperature=temperature, chunk=chunk)
-    assert got.shape == (9, CLASSES) and got.dtype == jnp.float32
-    np.testing.assert_allclose(got, reference(queries, bank, labels, k, temperature), rtol=2e-5, atol=1e-6)
+    for temperature in (0.1, 2.0):
+        got = SCORES(queries, bank, labels, k=k, temperature=temperature, chunk=chunk)
+        assert got.shape == (9, CLASSES) and got.dtype == jnp.float32
+        np.testing.assert_allclose(got, reference(queries, bank, labels, k, temperature), rtol=2e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("k", [1, 7, 30])
+@pytest.mark.parametrize("k", [1, 30])
 def test_accuracy_is_scikit_learns(k):
     (queries, truth), (bank, labels) = clusters(101, 1), clusters(300)
     other = KNeighborsClassifier(k, metric="cosine", algorithm="brute", weights=lambda d: np.exp((1 - d) / 0.1))
@@ -60,13 +60,11 @@ def test_accuracy_is_scikit_learns(k):
 
 def test_defaults_are_the_protocols():
     (queries, truth), (bank, labels) = clusters(50, 1), clusters(600)
-    want = reference(queries, bank, labels, 200, 0.1)
-    np.testing.assert_allclose(SCORES(queries, bank, labels), want, rtol=2e-5)
-    accuracy = np.mean(want.argmax(1) == truth)
-    assert knn_accuracy(queries, truth, bank, labels, classes=CLASSES) == pytest.approx(accuracy, abs=1e-9)
+    want = np.mean(reference(queries, bank, labels, 200, 0.1).argmax(1) == truth)
+    assert knn_accuracy(queries, truth, bank, labels, classes=CLASSES) == pytest.approx(want, abs=1e-9)
 
 
-@pytest.mark.parametrize(("block", "rows"), [(1, 1), (4, 4), (12, 12), (13, 13), (1024, 13)])
+@pytest.mark.parametrize(("block", "rows"), [(1, 1), (4, 4), (13, 13), (1024, 13)])
 def test_every_query_counts_once_in_blocks_of_one_shape(monkeypatch, block, rows):
     """13 queries of which the last alone is wrong, in blocks that do and do not divide them."""
     bank, labels = np.eye(CLASSES, dtype=np.float32), np.arange(CLASSES)
@@ -105,7 +103,7 @@ def test_padding_is_never_a_neighbour():
     assert got[0, 0] == 0
 
 
-@pytest.mark.parametrize("chunk", [2, 3, 4, 100])
+@pytest.mark.parametrize("chunk", [2, 100])
 def test_of_equals_the_earlier_vote(chunk):
     bank, labels = np.ones((9, 3), np.float32), np.asarray([2, 1, 1, 1, 0, 0, 0, 3, 3])
     got = SCORES(bank[:1], bank, labels, k=4, chunk=chunk)
@@ -148,17 +146,12 @@ def test_lengths_and_the_order_of_the_bank_do_not_matter(seed, scale):
         ({"k": 0}, "k must be at least 1, not 0"),
         ({"temperature": 0.0}, "temperature must be above 0, not 0.0"),
         ({"temperature": float("nan")}, "temperature must be above 0"),
-        ({"queries": np.zeros((0, 6))}, r"queries: features must be \[N, D\] and not empty, not \(0, 6\)"),
-        ({"bank": np.zeros((0, 6))}, r"bank: features must be \[N, D\] and not empty"),
-        ({"queries": np.ones((3, 2, 3))}, r"queries: features must be \[N, D\]"),
-        ({"queries": np.ones((3, 5))}, "queries have 5 dimensions, but the bank has 6"),
-        (
-            {"query_labels": np.zeros(4, int)},
-            r"queries: 3 features need int labels of the same number, got int64 \(4,\)",
-        ),
-        ({"bank_labels": np.zeros(8)}, "bank: 8 features need int labels of the same number, got float64"),
-        ({"bank_labels": np.arange(8)}, r"bank: labels must be in \[0, 4\), not in \[0, 7\]"),
-        ({"query_labels": np.asarray([0, -1, 0])}, r"queries: labels must be in \[0, 4\), not in \[-1, 0\]"),
+        ({"queries": np.zeros((0, 6))}, r"queries: needs features \[N, D\] and labels \[N\], got \(0, 6\) and \(3,\)"),
+        ({"queries": np.ones((3, 2, 3))}, "queries: needs features"),
+        ({"query_labels": np.zeros(4, int)}, r"queries: needs features .* got \(3, 6\) and \(4,\)"),
+        ({"bank_labels": np.zeros(8)}, r"bank: labels must be integers in \[0, 4\)"),
+        ({"bank_labels": np.arange(8)}, r"bank: labels must be integers in \[0, 4\)"),
+        ({"query_labels": np.asarray([0, -1, 0])}, r"queries: labels must be integers in \[0, 4\)"),
         ({"bank": np.full((8, 6), np.nan)}, "bank: some features are not finite"),
     ],
 )

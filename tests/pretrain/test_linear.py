@@ -25,24 +25,15 @@ def problem(count, seed=0, dimensions=5):
     return features.astype(np.float32), labels
 
 
-def synthetic():
-    return [problem(count, seed) for seed, count in enumerate((1000, 500, 2000))], CLASSES
-
-
-def digits():
+def test_as_accurate_as_logistic_regression():
+    """On digits, of which some pixels never change."""
     pixels, labels = load_digits(return_X_y=True)
-    order = np.random.default_rng(0).permutation(len(labels))
-    return [(pixels[part], labels[part]) for part in np.split(order, [900, 1100])], 10
-
-
-@pytest.mark.parametrize("make", [synthetic, digits])
-def test_as_accurate_as_logistic_regression(make):
-    """Digits have pixels that never change."""
-    (train, validation, test), classes = make()
+    order = np.split(np.random.default_rng(0).permutation(len(labels)), [900, 1100])
+    train, validation, test = ((pixels[part], labels[part]) for part in order)
     other = make_pipeline(StandardScaler(), LogisticRegression(max_iter=5000)).fit(*train)
     want = other.score(*test)
     assert 0.7 < want < 0.99
-    probe = linear_probe(train, validation, classes=classes)
+    probe = linear_probe(train, validation, classes=10)
     assert probe_accuracy(probe, *test) == pytest.approx(want, abs=0.015)
     assert probe_accuracy(probe, *validation) == probe.validation_accuracy
     assert len(probe.validation_accuracies) == 7
@@ -50,33 +41,29 @@ def test_as_accurate_as_logistic_regression(make):
 
 @pytest.mark.parametrize("batch", [6, 1000])
 def test_is_sgd_with_momentum_and_a_cosine(batch):
-    """float64, written out: the same permutations, batches without the remainder, momentum, decay of the kernel."""
-    train, rate, momentum, decay, seed, epochs = problem(20), 0.3, 0.8, 0.05, 5, 4
-    options = {"momentum": momentum, "weight_decay": decay, "seed": seed, "epochs": epochs, "batch": batch}
-    probe = linear_probe(train, problem(9, 1), classes=CLASSES, learning_rates=[rate, 0.01], **options)
-    single = linear_probe(train, problem(9, 1), classes=CLASSES, learning_rates=[rate], **options)
+    """float64, written out: the same permutations, batches without the remainder, momentum 0.9."""
+    train, rate, seed, epochs = problem(20), 0.3, 5, 4
+    options = {"classes": CLASSES, "seed": seed, "epochs": epochs, "batch": batch}
+    probe = linear_probe(train, problem(9, 1), learning_rates=[rate, 0.01], **options)
+    single = linear_probe(train, problem(9, 1), learning_rates=[rate], **options)
     features, labels = train[0].astype(np.float64), np.eye(CLASSES)[train[1]]
     mean, std = features.mean(0), features.std(0)
-    features = (features - mean) / std
+    # The bias is the weight of a last feature of ones.
+    features = np.concatenate([(features - mean) / std, np.ones((20, 1))], axis=1)
     size = min(batch, 20)
     steps = 20 // size
-    kernel, bias = np.zeros((5, CLASSES)), np.zeros(CLASSES)
-    speed, bias_speed = np.zeros_like(kernel), np.zeros_like(bias)
+    weights = speed = np.zeros((6, CLASSES))
     for epoch in range(epochs):
         order = np.asarray(jax.random.permutation(jax.random.fold_in(jax.random.key(seed), epoch), 20))
         for step in range(steps):
             rows = order[step * size : (step + 1) * size]
-            p = np.exp(features[rows] @ kernel + bias)
+            p = np.exp(features[rows] @ weights)
             error = (p / p.sum(1, keepdims=True) - labels[rows]) / size
-            speed = momentum * speed + features[rows].T @ error + decay * kernel
-            bias_speed = momentum * bias_speed + error.sum(0)
-            now = rate * (1 + np.cos(np.pi * (epoch * steps + step) / (epochs * steps))) / 2
-            kernel, bias = kernel - now * speed, bias - now * bias_speed
-    np.testing.assert_allclose(single.kernel, kernel, atol=1e-5)
-    np.testing.assert_allclose(single.bias, bias, atol=1e-5)
-    np.testing.assert_allclose(single.mean, mean, rtol=1e-6)
-    np.testing.assert_allclose(single.std, std, rtol=1e-6)
-    # Alone or beside another.
+            speed = 0.9 * speed + features[rows].T @ error
+            weights = weights - rate * (1 + np.cos(np.pi * (epoch * steps + step) / (epochs * steps))) / 2 * speed
+    np.testing.assert_allclose([*single.kernel, single.bias], weights, atol=1e-5)
+    np.testing.assert_allclose([single.mean, single.std], [mean, std], rtol=1e-6)
+    # Alone or next to a different rate.
     assert probe.validation_accuracies[rate] == single.validation_accuracy
 
 
@@ -166,19 +153,9 @@ def test_equal_seeds_are_equal_and_one_compilation_serves_all():
     [
         ({"learning_rates": []}, "pass at least one learning rate"),
         ({"learning_rates": [0.1, -1.0]}, "all above 0 and finite, got"),
-        ({"learning_rates": [float("nan")]}, "all above 0 and finite, got"),
-        ({"epochs": 0}, "epochs and batch must be at least 1, not 0 and 16"),
-        ({"batch": 0}, "epochs and batch must be at least 1, not 3 and 0"),
-        ({"classes": 2}, r"train: labels must be in \[0, 2\)"),
-        ({"train": (np.ones((0, 5)), np.ones(0, int))}, r"train: features must be \[N, D\] and not empty"),
-        (
-            {"validation": (np.ones((2, 5)), np.ones(3, int))},
-            "validation: 2 features need int labels of the same number",
-        ),
-        (
-            {"validation": (np.ones((2, 4)), np.ones(2, int))},
-            "validation features have 4 dimensions, but train features",
-        ),
+        ({"classes": 2}, r"train: labels must be integers in \[0, 2\)"),
+        ({"train": (np.ones((0, 5)), np.ones(0, int))}, "train: needs features"),
+        ({"validation": (np.ones((2, 5)), np.ones(3, int))}, "validation: needs features"),
         ({"validation": (np.full((2, 5), np.inf), np.ones(2, int))}, "validation: some features are not finite"),
     ],
 )
@@ -186,11 +163,3 @@ def test_bad_input_is_named(wrong, message):
     arguments = {"train": problem(20), "validation": problem(9, 1)} | QUICK | wrong
     with pytest.raises(ValueError, match=message):
         linear_probe(**arguments)
-
-
-def test_probe_takes_features_of_its_size():
-    probe = linear_probe(problem(20), problem(9, 1), **QUICK)
-    with pytest.raises(ValueError, match="probe: features have 4 dimensions, but it was trained on 5"):
-        probe_accuracy(probe, np.ones((2, 4)), np.ones(2, int))
-    with pytest.raises(ValueError, match=r"probe: labels must be in \[0, 3\)"):
-        probe_accuracy(probe, np.ones((2, 5)), np.full(2, 3))

@@ -1,34 +1,46 @@
 """`python -m pretrain` from end to end: its folder, resuming, evaluation, fine-tuning, every error."""
 
-import dataclasses
+import contextlib
+import inspect
+import io
 import json
+from dataclasses import asdict, replace
 
+import flax.linen as nn
 import jax
 import numpy as np
 import pytest
 
+from pretrain import evaluate as evaluate_module
 from pretrain.__main__ import main
-from pretrain.config import ObjectiveConfig, PretrainConfig, ViewConfig, make_objective
+from pretrain.config import ObjectiveConfig, PretrainConfig, ViewConfig, check, make_objective
 from pretrain.evaluate import evaluate
 from pretrain.evaluate import main as evaluate_main
 from pretrain.from_config import init_network, make_network
+from pretrain.objectives import OBJECTIVES
 from pretrain.presets import PRESETS
 from pretrain.report import main as report_main
 from pretrain.run import run
 from resnet_jax.parallel import make_mesh
 from resnet_jax.tree import leaves
-from tests.train.test_run import Interrupted
+from tests.pretrain.test_steps import Encoder
 from train import session as session_module
 from train.__main__ import main as train_main
 from train.config import AugmentConfig, DataConfig, OptimConfig, TrainConfig, from_dict
+from train.data import from_arrays
+from train.data.sets import load
 from train.errors import UsageError
 from train.predict import main as predict_main
+from train.report import main as train_report
 from train.run import run as train_run
 from train.weights import load_weights, read_state_dict
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 # Seconds: no colours, whose compilation costs most.
-QUICK = ["--width", "8", "--steps", "100", "--batch", "64", "--eval-every", "2", "--log-every", "10"]
+QUICK = ["--width", "8", "--steps", "60", "--batch", "64", "--eval-every", "2", "--log-every", "10"]
 QUICK += ["--augment.jitter", "0", "0", "0", "0"]
+PLAIN = ViewConfig(min_scale=0.4, flip=False, jitter=(0, 0, 0, 0), grayscale=0)
 
 
 def quick(preset, out, *more):
@@ -36,31 +48,40 @@ def quick(preset, out, *more):
 
 
 @pytest.fixture(scope="module")
-def finished(command, tmp_path_factory):
-    """(completed process, run folder) of one quick run through the real command line."""
+def one_device():
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (session_module, evaluate_module):
+            patch.setattr(module, "make_mesh", lambda: make_mesh(jax.devices()[:1]))
+        yield
+
+
+@pytest.fixture(scope="module")
+def finished(one_device, tfds_dir, tmp_path_factory):
+    """(stdout, stderr, run folder) of one quick run."""
     out = tmp_path_factory.mktemp("pretrained") / "quick"
-    return command("pretrain", *quick("digits_simclr", out)), out
+    with contextlib.redirect_stdout(io.StringIO()) as said, contextlib.redirect_stderr(io.StringIO()) as told:
+        main(quick("digits_simclr", out))
+    return said.getvalue(), told.getvalue(), out
 
 
 def test_run_leaves_what_it_promises(finished):
-    done, out = finished
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout.splitlines()[-1])
+    stdout, stderr, out = finished
+    result = json.loads(stdout)
     assert result == json.loads((out / "result.json").read_text())
-    assert (result["preset"], result["objective"], result["steps"]) == ("digits_simclr", "simclr", 100)
+    assert (result["preset"], result["objective"], result["steps"]) == ("digits_simclr", "simclr", 60)
     # The images are told apart by random weights already, and better by trained ones.
     assert 0.3 < result["random_knn_accuracy"] < result["knn_accuracy"] <= 1
     assert 0.5 < result["random_linear_accuracy"] < result["linear_accuracy"] + 0.02
     assert 0.2 < result["online_linear_accuracy"] <= 1 and result["test_images"] == 360
-    assert result["collapsed_at"] is None and result["verdict"] in done.stderr
+    assert result["collapsed_at"] is None and result["verdict"] in stderr
     assert result["verdict"].startswith("representations are healthy: effective rank")
-    assert f"kNN {result['knn_accuracy']:.2%} (random weights {result['random_knn_accuracy']:.2%})" in done.stderr
+    assert f"kNN {result['knn_accuracy']:.2%} (random weights {result['random_knn_accuracy']:.2%})" in stderr
     assert len(result["params_digest"]) == 64 and result["devices"] == "1 x cpu"
 
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert [r["step"] for r in rows if "loss" in r] == list(range(10, 101, 10))
+    assert [r["step"] for r in rows if "loss" in r] == list(range(10, 61, 10))
     looks = [r for r in rows if "validation_knn_accuracy" in r]
-    assert [r["step"] for r in looks] == [0, 40, 80, 100]
+    assert [r["step"] for r in looks] == [0, 40, 60]
     health = {"alignment", "uniformity", "feature_std", "rank_me", "effective_rank", "dead_fraction"}
     assert health | {"positive_similarity", "negative_similarity", "validation_online_linear_accuracy"} <= set(looks[0])
     spread = {"projection_std", "projection_similarity", "projection_negative_similarity", "grad_norm"}
@@ -69,13 +90,15 @@ def test_run_leaves_what_it_promises(finished):
 
 
 def test_finished_run_only_says_its_result(finished, command):
-    done, out = finished
+    """Through the real command line."""
+    stdout, _, out = finished
     again = command("pretrain", *quick("digits_simclr", out))
-    assert again.returncode == 0 and again.stdout == done.stdout.splitlines()[-1] + "\n"
+    assert again.returncode == 0, again.stderr
+    assert again.stdout == stdout
 
 
 def test_another_objective_in_the_same_folder(finished, fails):
-    _, out = finished
+    *_, out = finished
     line = fails(2, main, quick("digits_simclr", out, "--objective.name", "supcon"))
     assert "different settings (objective.name simclr -> supcon); choose a different --out" in line
     assert "is a run of pretrain, not of train" in fails(2, _predict, out)
@@ -92,46 +115,34 @@ def _predict(out):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["mocov2", "dino"])
-def test_resumed_it_ends_bit_equal(method, tmp_path, tfds_dir, monkeypatch):
+def test_resumed_it_ends_bit_equal(method, tmp_path, tfds_dir):
     """Queue, target network, center and probe are part of a checkpoint: an interruption changes no bit."""
-    monkeypatch.setattr(session_module, "make_mesh", lambda: make_mesh(jax.devices()[:1]))
     config = PRESETS[f"digits_{method}"]()
     if method == "mocov2":
-        config = dataclasses.replace(config, objective=dataclasses.replace(config.objective, queue=192))
-    plain = dataclasses.replace(config.augment, jitter=(0, 0, 0, 0))
-    config = dataclasses.replace(
-        config, width=8, steps=10, batch=64, save_steps=4, eval_every=100, log_every=1, augment=plain
-    )
+        config = replace(config, objective=replace(config.objective, queue=192))
+    config = replace(config, augment=PLAIN, width=8, steps=10, batch=64, save_steps=4, eval_every=100, log_every=1)
 
-    def stop_at(number):
-        def log(self, step, metrics):
-            if step == number:
-                raise Interrupted
+    def stop(state):
+        raise KeyboardInterrupt
 
-        return log
-
-    interrupted = dataclasses.replace(config, out=str(tmp_path / "interrupted"))
-    with monkeypatch.context() as patch:
-        patch.setattr(session_module.Progress, "log", stop_at(7))
-        with pytest.raises(Interrupted):
-            run(interrupted)
-    resumed, whole = run(interrupted), run(dataclasses.replace(config, out=str(tmp_path / "whole")))
-    assert resumed["params_digest"] == whole["params_digest"]
-    for name in ("knn_accuracy", "linear_accuracy", "online_linear_accuracy", "health"):
+    interrupted = replace(config, out=str(tmp_path / "interrupted"))
+    with pytest.raises(KeyboardInterrupt):
+        run(interrupted, hooks=[(7, stop)])
+    resumed, whole = run(interrupted), run(replace(config, out=str(tmp_path / "whole")))
+    for name in ("params_digest", "knn_accuracy", "linear_accuracy", "online_linear_accuracy", "health"):
         assert resumed[name] == whole[name]
 
 
 @pytest.mark.slow
 def test_eight_devices_end_as_one(tmp_path, tfds_dir, monkeypatch):
     """The whole pipeline on 8 devices, in the mode that needs most care, against one device under jit."""
-    plain = ViewConfig(min_scale=0.4, flip=False, jitter=(0, 0, 0, 0), grayscale=0)
     objective = ObjectiveConfig(name="mocov2", projector=(16, 16), queue=128, target_momentum=0.9)
     config = PretrainConfig(
-        width=8, steps=8, batch=64, eval_every=100, augment=plain, objective=objective, optim=OptimConfig(lr=0.05)
+        width=8, steps=8, batch=64, eval_every=100, augment=PLAIN, objective=objective, optim=OptimConfig(lr=0.05)
     )
-    eight = run(dataclasses.replace(config, out=str(tmp_path / "eight"), mode="shard_map"))
-    monkeypatch.setattr(session_module, "make_mesh", lambda: make_mesh(jax.devices()[:1]))
-    one = run(dataclasses.replace(config, out=str(tmp_path / "one")))
+    one = run(replace(config, out=str(tmp_path / "one")))
+    monkeypatch.setattr(session_module, "make_mesh", make_mesh)
+    eight = run(replace(config, out=str(tmp_path / "eight"), mode="shard_map"))
     assert eight["health"] == pytest.approx(one["health"], rel=1e-2, abs=1e-3)
     assert eight["linear_accuracy"] == pytest.approx(one["linear_accuracy"], abs=0.02)
 
@@ -141,22 +152,22 @@ def test_eight_devices_end_as_one(tmp_path, tfds_dir, monkeypatch):
 
 def test_encoder_goes_into_supervised_training(finished, tmp_path, tfds_dir):
     """`--init RUN` starts from the pretrained encoder, bit by bit; frozen, its features alone classify."""
-    _, out = finished
+    *_, out = finished
     tensors = read_state_dict(out / "encoder.safetensors")
     assert tensors["conv1.weight"].shape == (8, 1, 3, 3) and not any(name.startswith("fc.") for name in tensors)
     config = TrainConfig(width=8, steps=60, batch=64, optim=OptimConfig(lr=0.5), freeze=True, eval_every=100)
     mean, std = (json.loads((out / "config.json").read_text())["config"]["augment"][n] for n in ("mean", "std"))
-    config = dataclasses.replace(config, augment=AugmentConfig(mean=tuple(mean), std=tuple(std)))
-    warm = train_run(dataclasses.replace(config, init=str(out), out=str(tmp_path / "warm")))
+    config = replace(config, augment=AugmentConfig(mean=tuple(mean), std=tuple(std)))
+    warm = train_run(replace(config, init=str(out), out=str(tmp_path / "warm")))
     assert warm["test_accuracy"] > 0.6
 
 
 @pytest.mark.slow
 def test_evaluation_names_its_protocols(finished, tfds_dir, capsys, monkeypatch):
-    done, out = finished
+    stdout, _, out = finished
     evaluate_main([str(out), "--protocol", "knn", "linear"])
     said = capsys.readouterr()
-    found, result = json.loads(said.out.splitlines()[-1]), json.loads(done.stdout.splitlines()[-1])
+    found, result = json.loads(said.out.splitlines()[-1]), json.loads(stdout)
     assert found["knn_accuracy"] == pytest.approx(result["knn_accuracy"], abs=0.006)
     assert found["linear_accuracy"] == pytest.approx(result["linear_accuracy"], abs=0.012)
     assert "knn: " in said.err and "linear: " in said.err and "pretrained on" not in said.err
@@ -174,11 +185,11 @@ def test_evaluation_names_its_protocols(finished, tfds_dir, capsys, monkeypatch)
 
 def test_transfer_says_so(finished, tfds_dir, capsys):
     """The same digits under another name stand for another set."""
-    done, out = finished
+    stdout, _, out = finished
     evaluate_main([str(out), "--protocol", "linear", "--data", "digits/1.0.0"])
     said = capsys.readouterr()
     assert "test, digits/1.0.0, pretrained on digits" in said.err
-    found, result = json.loads(said.out.splitlines()[-1]), json.loads(done.stdout.splitlines()[-1])
+    found, result = json.loads(said.out.splitlines()[-1]), json.loads(stdout)
     assert found["linear_accuracy"] == pytest.approx(result["linear_accuracy"], abs=0.012)
     assert (out / "evaluation-digits_1.0.0.json").is_file()
 
@@ -192,26 +203,24 @@ def test_transfer_says_so(finished, tfds_dir, capsys):
     ],
 )
 def test_evaluation_refuses(finished, fails, arguments, message):
-    assert message in fails(2, evaluate_main, [str(finished[1]), *arguments])
+    assert message in fails(2, evaluate_main, [str(finished[-1]), *arguments])
 
 
 def test_evaluation_needs_a_finished_run(tmp_path, finished, fails):
-    (tmp_path / "config.json").write_text((finished[1] / "config.json").read_text())
+    (tmp_path / "config.json").write_text((finished[-1] / "config.json").read_text())
     assert "is not finished: it has no encoder.safetensors" in fails(2, evaluate_main, [str(tmp_path)])
     with pytest.raises(UsageError, match="is a run of pretraining that is not finished"):
         load_weights(tmp_path, {})
 
 
 def test_report(finished, tmp_path, capsys, fails):
-    _, out = finished
-    report_main([str(out), "--json", str(tmp_path / "kept.json"), "--table"])
-    table = capsys.readouterr().out.splitlines()
-    result = json.loads((out / "result.json").read_text())
-    assert table[2].startswith(f"| random weights | {100 * result['random_knn_accuracy']:.1f} |")
-    assert table[3].startswith(f"| simclr | {100 * result['knn_accuracy']:.1f} |") and table[3].endswith("| 1 |")
+    *_, out = finished
+    train_report([str(out), "--json", str(tmp_path / "kept.json")])
     report_main([str(tmp_path / "kept.json"), str(out), "--table"])
-    both = capsys.readouterr().out.splitlines()[3]
-    assert both.startswith(f"| simclr | {100 * result['knn_accuracy']:.1f} (0.0) |") and both.endswith("| 2 |")
+    random, row = capsys.readouterr().out.splitlines()[2:]
+    result = json.loads((out / "result.json").read_text())
+    assert random.startswith(f"| random weights | {100 * result['random_knn_accuracy']:.1f} |")
+    assert row.startswith(f"| simclr | {100 * result['knn_accuracy']:.1f} (0.0) |") and row.endswith("| 2 |")
     (tmp_path / "other.json").write_text("{}")
     assert "is not a run of pretraining" in fails(2, report_main, [str(tmp_path / "other.json"), "--table"])
     assert "nothing to do" in fails(2, report_main, [str(out)])
@@ -221,7 +230,7 @@ def test_report_draws(finished, tmp_path):
     pytest.importorskip("matplotlib", reason="needs the extra plot")
     from PIL import Image
 
-    report_main([str(finished[1]), "--picture", str(tmp_path / "curve.png")])
+    report_main([str(finished[-1]), "--picture", str(tmp_path / "curve.png")])
     with Image.open(tmp_path / "curve.png") as image:
         assert (31, 119, 180) in {tuple(p[:3]) for _, p in image.convert("RGB").getcolors(1 << 20)}
 
@@ -251,24 +260,20 @@ def test_images_without_labels(tmp_path, tfds_dir, fails, capsys):
 # ---- health ---------------------------------------------------------------------------------------------------------
 
 
-def test_collapse_is_found_and_dated(tmp_path, tfds_dir, monkeypatch):
-    """SimSiam without its predictor's difference, BYOL's way to collapse: targets that learn too."""
-    monkeypatch.setattr(session_module, "make_mesh", lambda: make_mesh(jax.devices()[:1]))
-    from pretrain import objectives
+def test_collapse_is_found_and_dated(tmp_path):
+    """Views that are only pulled together, without anything that pushes images apart, end at one point."""
 
     def collapsing(views, *, axis_name=None):
         a, b = views.online["projection"]
         return ((a - b) ** 2).mean()
 
-    simple = dataclasses.replace(
-        objectives.OBJECTIVES["simclr"], loss=collapsing, projector=(16, 16), last_norm=None, norm=False
-    )
-    plain = ViewConfig(min_scale=0.4, flip=False, jitter=(0, 0, 0, 0), grayscale=0)
+    objective = replace(OBJECTIVES["simclr"], loss=collapsing, projector=(16, 16), last_norm=None, norm=False)
     config = PretrainConfig(
-        out=str(tmp_path / "run"), width=8, steps=60, batch=64, log_every=2, eval_every=100, augment=plain,
-        optim=OptimConfig(lr=0.5),
-    )  # fmt: skip
-    result = run(config, objective=simple)
+        out=str(tmp_path), steps=60, batch=64, log_every=2, eval_every=100, augment=PLAIN, optim=OptimConfig(lr=0.5)
+    )
+    images = np.random.default_rng(0).integers(0, 256, (640, 8, 8, 1), dtype=np.uint8)
+    unlabelled = from_arrays(images, np.zeros(640, int))
+    result = run(config, objective=objective, model=Encoder(), dataset=unlabelled)
     assert result["verdict"].startswith("representations have collapsed: since step ")
     assert 2 <= result["collapsed_at"] <= 60 and f"since step {result['collapsed_at']} " in result["verdict"]
 
@@ -278,16 +283,12 @@ def test_collapse_is_found_and_dated(tmp_path, tfds_dir, monkeypatch):
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_say_what_they_are_and_survive_json(name):
-    import inspect
-
-    from pretrain.config import check
-
     about = inspect.getdoc(PRESETS[name])
     assert f"python -m pretrain {name}" in about
     assert "Command:" in about and "Hardware:" in about
     config = PRESETS[name]()
     check(config)
-    assert from_dict(PretrainConfig, json.loads(json.dumps(dataclasses.asdict(config)))) == config
+    assert from_dict(PretrainConfig, json.loads(json.dumps(asdict(config)))) == config
 
 
 BAD_INPUT = {
@@ -304,10 +305,6 @@ BAD_INPUT = {
         ["digits_mocov2", "--objective.queue", "1000"],
         "--objective.queue 1000 is not a multiple of --batch 128",
     ),
-    "small queue": (
-        ["digits_nnclr", "--objective.queue", "64"],
-        "--objective.queue 64 is not a multiple of --batch 128",
-    ),
     "foreign option": (
         ["--objective.queue", "128"],
         "simclr does not take --objective.queue; it takes projector,",
@@ -319,7 +316,6 @@ BAD_INPUT = {
     ),
     "crop": (["--augment.resized-crop", "16"], "--augment.resized-crop 16 is larger than the images, 8x8"),
     "random boxes": (["--data.random-crop"], "--data.random-crop cuts one box for all views of an image"),
-    "trust": (["--optim.trust-coefficient", "0.02"], "--optim.trust-coefficient applies only to lars (got sgd)"),
     "large small crop": (
         ["digits_swav", "--augment.small-views", "2", "--augment.small-crop", "8"],
         "--augment.small-crop 8 is not smaller than the large views, 8",
@@ -330,8 +326,6 @@ BAD_INPUT = {
     ),
     "probability": (["--augment.blur", "0.5", "2"], "--augment.blur (0.5, 2.0) is out of range"),
     "neighbours": (["--neighbours", "0"], "--neighbours 0 is out of range"),
-    "devices": (["--batch", "60"], "a batch of 60 is not divisible by 8 devices"),
-    "fraction": (["--data.fraction", "0"], "--data.fraction 0.0 is out of range"),
 }
 
 
@@ -343,18 +337,16 @@ def test_bad_input_is_refused_in_one_line(case, fails, tmp_path, tfds_dir):
     assert not (tmp_path / "run").exists()
 
 
-def test_backbone_without_pooled_features(monkeypatch):
+def test_backbone_without_pooled_features():
     config = PretrainConfig(objective=ObjectiveConfig(projector=(8, 8)))
-    network = make_network(config, make_objective(config.objective))
 
-    class Maps(type(network.encoder)):
-        def __call__(self, images, *, train=False):
-            return self.maps(images, train=train)["stage1"]
+    class Maps(nn.Module):
+        def __call__(self, images):
+            return images
 
-    fields = {f.name: getattr(network.encoder, f.name) for f in dataclasses.fields(network.encoder)}
-    fields = {n: v for n, v in fields.items() if n not in ("parent", "name")}
+    network = make_network(config, make_objective(config.objective), encoder=Maps())
     with pytest.raises(UsageError, match=r"resnet8 cannot be pretrained: .* not pooled features \[B, F\]"):
-        init_network(config, network.clone(encoder=Maps(**fields)), (8, 8, 1))
+        init_network(config, network, (8, 8, 1))
 
 
 def test_objective_options_reach_its_functions():
@@ -365,8 +357,6 @@ def test_objective_options_reach_its_functions():
 
 
 def test_data_fraction_is_drawn_evenly_and_nested(tfds_dir):
-    from train.data.sets import load
-
     few, more = (load("digits", fraction=f).train for f in (0.1, 0.3))
     counts = np.bincount(few.labels, minlength=10)
     assert counts.sum() == pytest.approx(129, abs=5) and counts.min() >= 12 and counts.max() <= 14
