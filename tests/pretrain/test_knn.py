@@ -6,11 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from sklearn.neighbors import KNeighborsClassifier
 
-from pretrain import knn
 from pretrain.knn import knn_accuracy, knn_scores
 
 CLASSES = 4
@@ -65,22 +62,14 @@ def test_defaults_are_the_protocols():
     assert knn_accuracy(queries, truth, bank, labels, classes=CLASSES) == pytest.approx(want, abs=1e-9)
 
 
-@pytest.mark.parametrize(("block", "rows"), [(1, 1), (4, 4), (13, 13), (1024, 13)])
-def test_every_query_counts_once_in_blocks_of_one_shape(monkeypatch, block, rows):
+@pytest.mark.parametrize("block", [1, 4, 13, 1024])
+def test_every_query_counts_once(block):
     """13 queries of which the last alone is wrong, in blocks that do and do not divide them."""
     bank, labels = np.eye(CLASSES, dtype=np.float32), np.arange(CLASSES)
     truth = np.arange(13) % CLASSES
     queries = bank[truth]
     truth[-1] = 3
-    seen, predict = [], knn._predict
-
-    def watched(block, *rest, **options):
-        seen.append(len(block))
-        return predict(block, *rest, **options)
-
-    monkeypatch.setattr(knn, "_predict", watched)
     assert knn_accuracy(queries, truth, bank, labels, classes=CLASSES, k=1, block=block) == pytest.approx(12 / 13)
-    assert seen == [rows] * -(-13 // rows)
 
 
 def test_padding_is_never_a_neighbour():
@@ -116,18 +105,6 @@ def test_memory_does_not_grow_with_the_bank():
     step = jax.jit(lambda *a: knn_scores(*a, classes=10, chunk=1024))
     memory = step.lower(*shapes, labels).compile().memory_analysis()
     assert memory.temp_size_in_bytes < 24 << 20
-
-
-@settings(max_examples=15, deadline=None)
-@given(seed=st.integers(0, 2**31), scale=st.floats(1e-3, 1e3))
-def test_lengths_and_the_order_of_the_bank_do_not_matter(seed, scale):
-    rng = np.random.default_rng(seed)
-    queries, (bank, labels) = clusters(9, seed + 1)[0], clusters(53, seed)
-    order = rng.permutation(len(bank))
-    lengths = rng.lognormal(size=(53, 1)).astype(np.float32)
-    plain = SCORES(queries, bank, labels, k=5, chunk=53)
-    other = SCORES(queries * np.float32(scale), (bank * lengths)[order], labels[order], k=5, chunk=53)
-    np.testing.assert_allclose(other, plain, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
