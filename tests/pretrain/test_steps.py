@@ -195,12 +195,12 @@ def differ(a, b):
 # ---- modes -----------------------------------------------------------------------------------------------------------
 
 
-QUICK_CASES = [("mocov2", "shard_map"), ("dino", "pmap")]
-CASES = [(name, "shard_map") for name in OBJECTIVES] + [("mocov2", "jit"), ("dino", "pmap")]
+MODES_OF = [("mocov2", "shard_map"), ("mocov2", "jit"), ("dino", "pmap")]
+MODES_OF += [(name, "shard_map") for name in OBJECTIVES if name != "mocov2"]
 
 
 @pytest.mark.parametrize(
-    ("name", "mode"), [pytest.param(*case, marks=[pytest.mark.slow] * (case not in QUICK_CASES)) for case in CASES]
+    ("name", "mode"), [MODES_OF[0], *(pytest.param(*case, marks=pytest.mark.slow) for case in MODES_OF[1:])]
 )
 def test_eight_devices_equal_one(name, mode):
     want, got = run(name), run(name, mode, 8)

@@ -185,7 +185,7 @@ def test_preset_is_one_step(name):
     objective = make_objective(config.objective)
     network = build.make_network(config, objective, encoder=Encoder())
     tx, _ = make_tx(config.optim, 1000, 100)
-    state = jax.eval_shape(lambda: build.make_pretrain_state(config, objective, network, tx, (8, 8, 3), 10))
+    state = jax.eval_shape(lambda: build.make_pretrain_state(config, objective, network, tx, shape, 10))
     views = build.make_views(config.augment)
     options = build.step_options(config, objective, network, tx, views, 1000, 100)
     batch = {"image": jnp.zeros((4, *shape), jnp.uint8), "label": jnp.zeros(4, jnp.int32)}
