@@ -6,6 +6,7 @@ On CIFAR-10 the sources train and probe on all 50,000 training images; here 5,00
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 from pretrain.config import ObjectiveConfig, PretrainConfig, ViewConfig
@@ -101,17 +102,16 @@ CIFAR10 = PretrainConfig(
     eval_every=10,
 )
 
+cifar10 = partial(recipe, CIFAR10)
 CIFAR10_RECIPES = {
-    "cifar10_simclr_resnet18": recipe(
-        CIFAR10,
+    "cifar10_simclr_resnet18": cifar10(
         "SimCLR (https://arxiv.org/abs/2002.05709), the recipe of google-research/simclr for CIFAR-10.",
         "one GPU. The source reports about 91 % by a linear probe; others, 87.9 % by kNN after 800 epochs.",
         objective=ObjectiveConfig(name="simclr", projector=(512, 512, 128), temperature=0.5),
         optim=OptimConfig(name="lars", lr=2.0, weight_decay=1e-4, warmup_epochs=10),
         batch=512,
     ),
-    "cifar10_simclr_resnet20": recipe(
-        CIFAR10,
+    "cifar10_simclr_resnet20": cifar10(
         "SimCLR with the smallest ResNet of He et al. for half an hour of CPU: to see that it learns, not to compare.",
         "2 CPU cores. results/ has its accuracy on `cifar10_jpeg` (measured).",
         model="resnet20",
@@ -121,8 +121,7 @@ CIFAR10_RECIPES = {
         eval_every=1,
         neighbour_images=10_000,
     ),
-    "cifar10_supcon_resnet18": recipe(
-        CIFAR10,
+    "cifar10_supcon_resnet18": cifar10(
         "SupCon (https://arxiv.org/abs/2004.11362), which uses labels, after HobbitLong/SupContrast.",
         "one GPU. solo-learn reports 93.82 % (online linear).",
         objective=ObjectiveConfig(name="supcon", projector=(512, 128), temperature=0.1),
@@ -130,8 +129,7 @@ CIFAR10_RECIPES = {
         augment=replace(SYMMETRIC, min_scale=0.2),
         batch=1024,
     ),
-    "cifar10_mocov2_resnet18": recipe(
-        CIFAR10,
+    "cifar10_mocov2_resnet18": cifar10(
         "MoCo v2 (https://arxiv.org/abs/2003.04297), symmetric, with the settings of lightly's CIFAR-10 benchmark.",
         "one GPU. lightly reports 89.9 % by kNN after 800 epochs, with each batch norm in eight splits, which this\n"
         "code does not have.",
@@ -142,24 +140,21 @@ CIFAR10_RECIPES = {
         epochs=800,
         batch=512,
     ),
-    "cifar10_mocov3_resnet18": recipe(
-        CIFAR10,
+    "cifar10_mocov3_resnet18": cifar10(
         "MoCo v3 (https://arxiv.org/abs/2104.02057), with the settings of solo-learn's CIFAR script.",
         "one GPU. solo-learn reports 93.10 % (online linear).",
         objective=ObjectiveConfig(name="mocov3", temperature=0.2, target_momentum=0.99),
         optim=replace(SOLO_LEARN, lr=0.3, weight_decay=1e-6),
         augment=ASYMMETRIC,
     ),
-    "cifar10_byol_resnet18": recipe(
-        CIFAR10,
+    "cifar10_byol_resnet18": cifar10(
         "BYOL (https://arxiv.org/abs/2006.07733), with the settings of solo-learn's CIFAR script.",
         "one GPU. solo-learn reports 92.58 % (online linear), lightly 91.0 % by kNN (best test epoch).",
         objective=ObjectiveConfig(name="byol", target_momentum=0.99),
         optim=replace(SOLO_LEARN, lr=1.0, weight_decay=1e-5),
         augment=ASYMMETRIC,
     ),
-    "cifar10_simsiam_resnet18": recipe(
-        CIFAR10,
+    "cifar10_simsiam_resnet18": cifar10(
         "SimSiam (https://arxiv.org/abs/2011.10566), after its appendix on CIFAR-10, with a projector of two layers.",
         "one GPU. The paper reports 91.8 % by a linear probe after 800 epochs.",
         objective=ObjectiveConfig(name="simsiam", projector=(2048, 2048), predictor=(512, 2048)),
@@ -168,32 +163,28 @@ CIFAR10_RECIPES = {
         epochs=800,
         batch=512,
     ),
-    "cifar10_barlow_resnet18": recipe(
-        CIFAR10,
+    "cifar10_barlow_resnet18": cifar10(
         "Barlow Twins (https://arxiv.org/abs/2103.03230), with the settings of solo-learn's CIFAR script.",
         "one GPU. solo-learn reports 92.10 % (online linear); a user measured 91.56 % offline with that checkpoint.",
         objective=ObjectiveConfig(name="barlow", projector=(2048, 2048, 2048), scale=0.1),
         optim=replace(SOLO_LEARN, lr=0.3, weight_decay=1e-4),
         augment=ASYMMETRIC,
     ),
-    "cifar10_vicreg_resnet18": recipe(
-        CIFAR10,
+    "cifar10_vicreg_resnet18": cifar10(
         "VICReg (https://arxiv.org/abs/2105.04906), with the optimizer of Barlow Twins above.",
         "one GPU. solo-learn, whose settings may differ, reports 92.07 %.",
         objective=ObjectiveConfig(name="vicreg", projector=(2048, 2048, 2048)),
         optim=replace(SOLO_LEARN, lr=0.3, weight_decay=1e-4),
         augment=replace(ASYMMETRIC, min_scale=0.2, solarize=(0.1, 0.1)),
     ),
-    "cifar10_nnclr_resnet18": recipe(
-        CIFAR10,
+    "cifar10_nnclr_resnet18": cifar10(
         "NNCLR (https://arxiv.org/abs/2104.14548), with the settings of solo-learn's CIFAR script.",
         "one GPU. solo-learn reports 91.88 % (online linear).",
         objective=ObjectiveConfig(name="nnclr", temperature=0.2, queue=65536),
         optim=replace(SOLO_LEARN, lr=0.4, weight_decay=1e-5),
         augment=ASYMMETRIC,
     ),
-    "cifar10_swav_resnet18": recipe(
-        CIFAR10,
+    "cifar10_swav_resnet18": cifar10(
         "SwAV (https://arxiv.org/abs/2006.09882), with two views and four small ones of 16 pixels.\n\n"
         "It has only 512 prototypes, because it lacks the queue with which a small batch can be assigned to thousands.",
         "one GPU. solo-learn, with a queue and two views, reports 89.17 % (online linear).",
@@ -201,8 +192,7 @@ CIFAR10_RECIPES = {
         optim=replace(SOLO_LEARN, lr=0.6, weight_decay=1e-6),
         augment=replace(SYMMETRIC, **MULTI_CROP),
     ),
-    "cifar10_dino_resnet18": recipe(
-        CIFAR10,
+    "cifar10_dino_resnet18": cifar10(
         "DINO (https://arxiv.org/abs/2104.14294) for a convnet, with two views and four small ones of 16 pixels.",
         "one GPU. solo-learn, with two views, reports 89.52 % (online linear).",
         objective=ObjectiveConfig(name="dino", prototypes=4096, target_momentum=0.9995, frozen_prototypes=1),
@@ -225,9 +215,9 @@ IMAGENET = PretrainConfig(
     neighbour_images=100_000,
 )
 
+imagenet = partial(recipe, IMAGENET)
 IMAGENET_RECIPES = {
-    "imagenet_simclr_resnet50": recipe(
-        IMAGENET,
+    "imagenet_simclr_resnet50": imagenet(
         "SimCLR (https://arxiv.org/abs/2002.05709), 100 epochs at a batch of 4,096.",
         "32 TPU v3 cores or 16 GPUs. The source reports about 64.5 % by a linear probe. ImageNet's validation\n"
         "split is the test split here. Views are cropped from the central square; the source's, from the whole image.",
@@ -235,8 +225,7 @@ IMAGENET_RECIPES = {
         optim=replace(IMAGENET.optim, lr=4.8),
         augment=replace(IMAGENET.augment, jitter=(0.8, 0.8, 0.8, 0.2), blur=(0.5, 0.5)),
     ),
-    "imagenet_mocov3_resnet50": recipe(
-        IMAGENET,
+    "imagenet_mocov3_resnet50": imagenet(
         "MoCo v3 (https://arxiv.org/abs/2104.02057), 100 epochs at a batch of 4,096, with the views of BYOL.",
         "16 GPUs or TPU cores. The source reports 68.9 % by a linear probe. Views are cropped from the central\n"
         "square; the source's, from the whole image.",
