@@ -90,7 +90,7 @@ SYMMETRIC = ViewConfig(resized_crop=32, mean=CIFAR10_MEAN, std=CIFAR10_STD)
 ASYMMETRIC = replace(SYMMETRIC, jitter=(0.4, 0.4, 0.2, 0.1), solarize=(0.0, 0.2))
 MULTI_CROP: dict[str, Any] = {"min_scale": 0.25, "small_views": 4, "small_crop": 16, "small_scale": (0.08, 0.25)}
 
-# SimCLR's views and the optimizer of solo-learn's CIFAR scripts, where the rate caps the trust ratio, not scales it.
+# The optimizer of solo-learn's CIFAR scripts, where the rate caps the trust ratio and does not scale it.
 SOLO_LEARN = OptimConfig(name="lars", trust_coefficient=0.02, schedule="cosine", warmup_epochs=10)
 CIFAR10 = PretrainConfig(
     model="resnet18_cifar",
