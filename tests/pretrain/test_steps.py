@@ -235,7 +235,7 @@ GOLDEN = {
 }
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", GOLDEN)
 def test_golden_metrics(name):
     """The metrics of the second step, pinned: any change of the mathematics shows here."""
     got = run(name).metrics[1]
