@@ -17,7 +17,7 @@ from resnet_jax.losses import LOSSES
 from resnet_jax.mix import mix
 from resnet_jax.parallel import Mode
 from resnet_jax.resnet import MODELS
-from resnet_jax.tree import Predicate, PyTree, is_head
+from resnet_jax.tree import Predicate, PyTree
 from train.config import AugmentConfig, ImageConfig, OptimConfig, RunConfig, TrainConfig
 from train.data.sets import Dataset, in_memory, load
 from train.data.sources import Arrays
@@ -191,11 +191,6 @@ def make_tx(
         **own,
     )
     return tx, schedule
-
-
-def trained_part(config: TrainConfig) -> Predicate | None:
-    """Select the parameters to update: only the head if the backbone is frozen; None means all."""
-    return is_head if config.freeze else None
 
 
 def make_state(

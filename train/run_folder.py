@@ -119,7 +119,7 @@ def check_continues(out: Path, config: RunConfig, replaced: Sequence[str] = ()) 
     if differing:
         changes = ", ".join(f"{n} {saved.get(n)} -> {wanted[n]}" for n in differing)
         raise UsageError(f"{out} holds a run with different settings ({changes}); choose a different --out")
-    if (before := whole.get("replaced", [])) != list(replaced):
+    if sorted(before := whole.get("replaced", [])) != sorted(replaced):
         names = f"{', '.join(before) or 'nothing'} -> {', '.join(replaced) or 'nothing'}"
         raise UsageError(f"{out} holds a run with different pieces passed to run() ({names}); choose a different out")
 

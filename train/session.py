@@ -42,24 +42,26 @@ Validate = Callable[[Any], tuple[dict[str, float], str]]
 
 
 def open_session(
-    config: Config, preset: str = "custom", *, dataset: Dataset | None = None, replaced: Sequence[str] = ()
+    config: Config, preset: str = "custom", *, dataset: Dataset | None = None, **own: Any
 ) -> "Session[Config]":
     """Open a run's session: settle its folder, join the hosts, open the data.
 
     Args:
       dataset: images to use instead of those that the config names.
-      replaced: names of the pieces that were passed to the run as objects; recorded in the folder's config.json.
+      own: pieces that were passed to the run as objects, by name, such as `model`; None means not passed. The names
+        are recorded in the folder's config.json.
 
     Raises:
       UsageError: the folder holds a different run, or the data cannot be read or do not fit the batch size.
     """
+    own = {name: piece for name, piece in own.items() if piece is not None}
+    replaced = [*own] if dataset is None else [*own, "dataset"]
     out, finished = settle(config, preset, replaced)
-    if finished is not None:
-        return Session(config, preset, out, finished, replaced)
-    join_hosts(config.distributed)
-    keep_compiled(config.cache)
-    session = Session(config, preset, out, None, replaced)
-    session.open_data(dataset)
+    session = Session(config, preset, out, finished, own, replaced)
+    if finished is None:
+        join_hosts(config.distributed)
+        keep_compiled(config.cache)
+        session.open_data(dataset)
     return session
 
 
@@ -70,6 +72,7 @@ class Session(Generic[Config]):
       config: the run's config, with channel statistics filled in.
       out: the run folder.
       finished: the result, if the folder already holds the finished run, else None; if set, no data are opened.
+      own, model_name: the pieces that were passed to the run, and the name of the model that it trains.
       main: whether this process writes to the folder.
       mesh, dataset, epoch_steps, steps: devices, images, steps per epoch (not always whole) and in total.
       kernels, dtype: model fields that select its compute kernels, and its compute dtype.
@@ -86,9 +89,17 @@ class Session(Generic[Config]):
     last_row: dict[str, float]
 
     def __init__(
-        self, config: Config, preset: str, out: Path, finished: dict[str, Any] | None, replaced: Sequence[str]
+        self,
+        config: Config,
+        preset: str,
+        out: Path,
+        finished: dict[str, Any] | None,
+        own: dict[str, Any],
+        replaced: Sequence[str],
     ) -> None:
-        self.config, self.preset, self.out, self.finished, self.replaced = config, preset, out, finished, replaced
+        self.config, self.preset, self.out, self.finished = config, preset, out, finished
+        self.own, self.replaced = own, replaced
+        self.model_name = type(own["model"]).__name__ if "model" in own else config.model
         self.last_row = {}
 
     def open_data(self, dataset: Dataset | None) -> None:
@@ -107,7 +118,7 @@ class Session(Generic[Config]):
         # A model that was passed in keeps the kernels that its author chose.
         self.kernels: dict[str, Any] = {}
         self.remark = ""
-        if "model" not in self.replaced:
+        if "model" not in self.own:
             self.kernels, self.remark = make_kernels(config.kernels, config.mode, self.dtype)
 
     def announce(self, what: str) -> None:
@@ -266,7 +277,7 @@ class Session(Generic[Config]):
         result = {
             "preset": self.preset,
             "dataset": self.dataset.name,
-            "model": config.model,
+            "model": self.model_name,
             "seed": config.seed,
             "steps": self.steps,
             "epochs": round(self.steps / self.epoch_steps, 3),

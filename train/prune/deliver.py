@@ -17,7 +17,7 @@ from resnet_jax.channels import compact
 from resnet_jax.tree import PyTree, count
 from train.checkpoint import Checkpoints
 from train.errors import RunError
-from train.from_config import make_tx, trained_part
+from train.from_config import make_tx
 from train.prune.config import CHANNELS, dense_config
 from train.prune.sparse_file import save_sparse, sizes
 from train.run_folder import write_config
@@ -99,7 +99,7 @@ def save_run(
     )
     if session.main:
         write_config(folder, "custom", small, session.dataset)
-    tx, _ = make_tx(small.optim, 1, 1.0, trainable=trained_part(small))
+    tx, _ = make_tx(small.optim, 1, 1.0)
     state = init_state(variables, tx, jax.random.key(small.seed), masks=masks)
     checkpoints = Checkpoints(folder / "checkpoints", keep_last=1)
     checkpoints.save(state, session.stream.state())

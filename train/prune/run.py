@@ -7,15 +7,12 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import optax
 
 from resnet_jax import mask_schedules
-from resnet_jax.augment import Augment
 from resnet_jax.masks import check_masks, sparsity_of
 from resnet_jax.tree import PyTree
 from train.config import TrainConfig
 from train.config import check as check_training
-from train.data.sets import Dataset
 from train.errors import RunError
 from train.from_config import make_model, make_state
 from train.loop import Hook
@@ -27,9 +24,8 @@ from train.prune.start import keep_early_weights, prune_start, start_masks
 from train.run import Training, make_pieces, start_state, with_widths
 from train.run_folder import load_state, read_config, settle
 from train.runtime import join_hosts, say
-from train.session import Session, open_session
+from train.session import open_session
 from train.state import TrainState
-from train.steps import Objective
 from train.weights import dense_variables, load_masks, load_weights
 
 DENSE = "dense"
@@ -39,12 +35,8 @@ def run(
     config: PruneConfig,
     preset: str = "custom",
     *,
-    model: nn.Module | None = None,
-    tx: optax.GradientTransformation | None = None,
-    objective: Objective | None = None,
-    augment: Augment | None = None,
-    dataset: Dataset | None = None,
     hooks: Sequence[Hook] = (),
+    **own: Any,
 ) -> dict[str, Any]:
     """Train a network unless `config.init` names one, prune it, keep training, deliver; also writes `out`/result.json.
 
@@ -52,14 +44,15 @@ def run(
     Run again with the same `out` to resume.
 
     Args:
-      model, tx, objective, augment, dataset, hooks: your own pieces, see `train.run.run`; every training uses them.
+      hooks, own: your own hooks and pieces (`model`, `tx`, `objective`, `augment`, `dataset`), see `train.run.run`;
+        every training uses them.
 
     Raises:
       UsageError: an error that the user can fix. RunError: a failure that stopped the run.
     """
     check(config)
+    check_training(config)
     config = with_widths(config)
-    own = {"model": model, "tx": tx, "objective": objective, "augment": augment, "dataset": dataset}
     own = {name: piece for name, piece in own.items() if piece is not None}
     out, finished = settle(retraining(config), preset, list(own))
     if finished is not None:
@@ -80,23 +73,12 @@ def run(
     return result
 
 
-def open_own(config: Any, preset: str, own: dict[str, Any]) -> Session[Any]:
-    """Open a session with the pieces that were passed to the run, after checking its config as one of training."""
-    check_training(config)
-    return open_session(config, preset, dataset=own.get("dataset"), replaced=list(own))
-
-
-def own_pieces(own: dict[str, Any]) -> dict[str, Any]:
-    """Select the pieces of a training from those that were passed to the run."""
-    return {name: piece for name, piece in own.items() if name != "dataset"}
-
-
 def train_dense(config: PruneConfig, preset: str, out: Path, own: dict[str, Any], hooks: Sequence[Hook]) -> None:
     """Train the dense run, which saves its early weights if pruning will rewind to them."""
-    session = open_own(dense_config(config, out), preset, own)
+    session = open_session(dense_config(config, out), preset, **own)
     if session.finished is not None:
         return
-    pieces = make_pieces(session, **own_pieces(own))
+    pieces = make_pieces(session)
     state = session.place(start_state(session, pieces))
     training = Training(session, pieces, state)
     state = session.resume(state)
@@ -166,10 +148,10 @@ def train_pruned(
       before: run of the previous level of iterative pruning, if this one does not start from its weights: they only
         decide what is pruned now.
     """
-    session = open_own(retraining(config), preset, own)
+    session = open_session(retraining(config), preset, **own)
     if session.finished is not None:
         return session.finished
-    pieces = make_pieces(session, **own_pieces(own))
+    pieces = make_pieces(session)
     # Scores and masks are computed outside the training's mesh axis, so with a model without it or special kernels.
     model = own.get("model") or make_model(config, len(session.dataset.classes))
     p = session.config.prune
