@@ -9,7 +9,6 @@ from resnet_jax.losses import LOSSES
 from resnet_jax.parallel import Mode
 from resnet_jax.resnet import MODELS
 from train.errors import UsageError, unknown
-from train.optim import OPTIMIZERS, SCHEDULES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,31 +229,18 @@ def check_run(config: RunConfig, ranges: dict[str, bool]) -> None:
     """
     if config.model not in MODELS:
         raise unknown("model", config.model, MODELS)
-    if config.optim.name not in OPTIMIZERS and not config.optim.name.startswith("optax."):
-        raise unknown("optimizer", config.optim.name, [*OPTIMIZERS, "optax.NAME"])
-    if config.optim.schedule not in [*SCHEDULES, "one_cycle"]:
-        raise unknown("schedule", config.optim.schedule, [*SCHEDULES, "one_cycle"])
-    ranges = ranges | {
-        "data.fraction": 0 < config.data.fraction <= 1,
-        "epochs": config.epochs > 0,
-        "steps": config.steps is None or config.steps > 0,
-        "batch": config.batch >= 1,
-        "eval_batch": config.eval_batch >= 1,
-        "eval_every": config.eval_every > 0,
-        "save_steps": config.save_steps is None or config.save_steps > 0,
-        "keep_last": config.keep_last >= 1,
-        "log_every": config.log_every >= 1,
-        "width": config.width is None or config.width >= 1,
-        "widths": all(width >= 1 for width in config.widths),
-        "optim.lr": config.optim.lr >= 0,
-        "optim.momentum": 0 <= config.optim.momentum < 1,
-        "optim.weight_decay": config.optim.weight_decay >= 0,
-        "optim.warmup_epochs": config.optim.warmup_epochs >= 0,
-        "optim.clip_norm": config.optim.clip_norm is None or config.optim.clip_norm > 0,
-        "optim.trust_coefficient": config.optim.trust_coefficient > 0,
-    }
     values = flat(config)
-    for name, fits in ranges.items():
+    positive = ["epochs", "steps", "batch", "eval_batch", "eval_every", "save_steps", "keep_last", "log_every", "width"]
+    positive += ["optim.clip_norm", "optim.trust_coefficient"]
+    not_negative = ["optim.lr", "optim.weight_decay", "optim.warmup_epochs"]
+    shared = {
+        **{name: values[name] is None or values[name] > 0 for name in positive},
+        **{name: values[name] >= 0 for name in not_negative},
+        "widths": all(width > 0 for width in config.widths),
+        "data.fraction": 0 < config.data.fraction <= 1,
+        "optim.momentum": 0 <= config.optim.momentum < 1,
+    }
+    for name, fits in (ranges | shared).items():
         if not fits:
             raise UsageError(f"--{name.replace('_', '-')} {values[name]} is out of range")
     if config.optim.name != "lars" and config.optim.trust_coefficient != OptimConfig().trust_coefficient:
@@ -291,9 +277,9 @@ def check(config: TrainConfig) -> None:
         "augment.cutmix": config.augment.cutmix >= 0,
     }
     check_run(config, ranges)
-    if config.freeze and config.init is None:
+    if config.init is None and config.freeze:
         raise UsageError("--freeze trains only the head and needs a pretrained backbone: pass --init")
-    if config.dense and config.init is None:
+    if config.init is None and config.dense:
         raise UsageError("--dense frees the pruned weights of a sparse run: pass that run with --init")
     if config.select == "best" and config.keep_best == 0:
         raise UsageError("--select best needs --keep-best 1 or more")

@@ -21,13 +21,12 @@ from resnet_jax.tree import Predicate, PyTree
 from train.config import AugmentConfig, ImageConfig, OptimConfig, RunConfig, TrainConfig
 from train.data.sets import Dataset, in_memory, load
 from train.data.sources import Arrays
-from train.errors import UsageError, unknown
+from train.errors import UsageError
 from train.optim import Schedule, make_optimizer, make_schedule
 from train.state import TrainState, init_state, init_variables
 from train.steps import Objective, classify
 
 Run = TypeVar("Run", bound=RunConfig)
-KERNELS = ("auto", "plain", "onednn")
 
 
 def open_data(config: RunConfig) -> Dataset:
@@ -76,27 +75,20 @@ def open_measured(config: Run) -> tuple[Run, Dataset]:
 
 def train_augment(config: AugmentConfig) -> aug.Augment:
     """Build the training augmentation, from uint8 scaled to [0, 1] to normalised images."""
-    parts: list[aug.Augment] = []
-    if config.resized_crop:
-        parts.append(aug.random_resized_crop(config.resized_crop, scale=(config.min_scale, 1.0)))
-    if config.crop_padding:
-        parts.append(aug.random_crop(config.crop_padding, mode=config.crop_mode))
-    if config.flip:
-        parts.append(aug.random_flip())
-    if config.rand_augment:
-        parts.append(auto_augment.rand_augment(magnitude=config.rand_augment))
-    if config.trivial_augment:
-        parts.append(auto_augment.trivial_augment())
-    if config.color_jitter:
-        s = config.color_jitter
-        parts.append(aug.color_jitter(s, s, s, s / 4))
-    # Cutout comes after normalisation, so that its fill of 0 is the mean.
-    parts.append(_normalize(config))
-    if config.cutout:
-        parts.append(aug.cutout(config.cutout))
-    if config.erasing:
-        parts.append(aug.random_erasing(p=config.erasing))
-    return aug.compose(*parts)
+    scale, strength = (config.min_scale, 1.0), config.color_jitter
+    parts = [
+        config.resized_crop and aug.random_resized_crop(config.resized_crop, scale=scale),
+        config.crop_padding and aug.random_crop(config.crop_padding, mode=config.crop_mode),
+        config.flip and aug.random_flip(),
+        config.rand_augment and auto_augment.rand_augment(magnitude=config.rand_augment),
+        config.trivial_augment and auto_augment.trivial_augment(),
+        strength and aug.color_jitter(strength, strength, strength, strength / 4),
+        _normalize(config),
+        # Cutout comes after normalisation, so that its fill of 0 is the mean.
+        config.cutout and aug.cutout(config.cutout),
+        config.erasing and aug.random_erasing(p=config.erasing),
+    ]
+    return aug.compose(*(part for part in parts if callable(part)))
 
 
 def eval_augment(config: ImageConfig) -> aug.Augment:
@@ -122,9 +114,7 @@ def make_model(
 
     `drop_path` only matters in training.
     """
-    options: dict[str, Any] = dict(kernels or {})
-    options |= {} if config.width is None else {"width": config.width}
-    options |= {"widths": config.widths} if config.widths else {}
+    sizes = {"width": config.width, "widths": config.widths}
     return MODELS[config.model](
         num_classes=num_classes,
         drop_path=drop_path,
@@ -132,7 +122,8 @@ def make_model(
         dtype=compute_dtype(config.dtype),
         axis_name=axis_name,
         sync_bn=config.sync_bn,
-        **options,
+        **{name: size for name, size in sizes.items() if size},
+        **(kernels or {}),
     )
 
 
@@ -143,15 +134,13 @@ def make_kernels(name: str, mode: Mode = "jit", dtype: Any = jnp.float32) -> tup
     be used. The remark says why it cannot, or is empty. Variables are the same for both.
 
     Raises:
-      UsageError: an unknown name, or `onednn` where it cannot be used.
+      UsageError: `onednn` where it cannot be used.
     """
-    if name not in KERNELS:
-        raise unknown("kernels", name, KERNELS)
-    if name == "plain" or (name == "auto" and jax.default_backend() != "cpu"):
+    backend, reason = jax.default_backend(), ""
+    if name == "plain" or (name == "auto" and backend != "cpu"):
         return {}, ""
-    reason = ""
-    if jax.default_backend() != "cpu":
-        reason = f"oneDNN runs only on CPU (got {jax.default_backend()})"
+    if backend != "cpu":
+        reason = f"oneDNN runs only on CPU (got {backend})"
     elif mode == "jit" and jax.device_count() > 1:
         reason = f"under jit XLA cannot split oneDNN's work over {jax.device_count()} devices: use mode shard_map"
     else:

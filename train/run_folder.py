@@ -19,6 +19,7 @@ from train.checkpoint import Checkpoints
 from train.config import RunConfig, TrainConfig, flat, from_dict
 from train.data.sets import Dataset
 from train.errors import RunError, UsageError
+from train.runtime import cpu_line
 from train.state import TrainState
 
 Run = TypeVar("Run", bound=RunConfig)
@@ -157,12 +158,13 @@ def load_state(run: Path) -> TrainState:
 def environment() -> dict[str, Any]:
     """Describe the environment that results depend on: command, commit, versions, devices."""
     packages = ("jax", "jaxlib", "flax", "optax", "numpy")
+    processor = cpu_line("model name").partition(":")[2].strip()
     return {
         "command": shlex.join(["python", *sys.orig_argv[1:]]),
         "commit": _commit(),
         "versions": {"python": platform.python_version(), **{p: metadata.version(p) for p in packages}},
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-        "host": f"{_processor()}, {os.cpu_count()} cores",
+        "host": f"{processor or platform.processor() or platform.machine()}, {os.cpu_count()} cores",
     }
 
 
@@ -175,11 +177,3 @@ def _commit() -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return commit + "+" * bool(changed)
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()

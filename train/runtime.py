@@ -62,12 +62,17 @@ def _use(folder: str | None) -> None:
 
 def _processor() -> str:
     """Hash of the processor's instruction set, 8 hexadecimal digits."""
+    flags = cpu_line("flags", "Features") or f"{sys.platform} {os.environ.get('PROCESSOR_IDENTIFIER', '')}"
+    return hashlib.sha256(flags.encode()).hexdigest()[:8]
+
+
+def cpu_line(*starts: str) -> str:
+    """First line of /proc/cpuinfo with one of these starts, empty if there is none."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        said = next(line for line in lines if line.startswith(("flags", "Features")))
-    except (OSError, StopIteration):
-        said = f"{sys.platform} {os.environ.get('PROCESSOR_IDENTIFIER', '')}"
-    return hashlib.sha256(said.encode()).hexdigest()[:8]
+    except OSError:
+        return ""
+    return next((line for line in lines if line.startswith(starts)), "")
 
 
 def keep_memory() -> bool:
@@ -138,8 +143,7 @@ def compiler_options(dtype: Any, *, plain: bool = True) -> dict[str, Any]:
 def xla_options(given: tuple[str, ...]) -> dict[str, str | bool]:
     """Parse `--xla` options, each NAME=VALUE, for `jax.jit(compiler_options=...)`."""
     words = {"true": True, "false": False}
-    pairs = (option.split("=", 1) for option in given)
-    return {name: words.get(value.lower(), value) for name, value in pairs}
+    return {name: words.get(value.lower(), value) for name, _, value in (option.partition("=") for option in given)}
 
 
 YNN = "xla_cpu_experimental_ynn_fusion_type"
