@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 import flax.linen as nn
@@ -25,6 +26,7 @@ from train.errors import UsageError
 from train.optim import Schedule, make_optimizer, make_schedule
 from train.state import TrainState, init_state, init_variables
 from train.steps import Objective, classify
+from train.weights import load_masks, load_weights
 
 Run = TypeVar("Run", bound=RunConfig)
 
@@ -187,13 +189,20 @@ def make_state(
     model: nn.Module,
     tx: optax.GradientTransformation,
     image_shape: tuple[int, int, int],
-    start: Callable[[dict[str, PyTree]], dict[str, PyTree]] = lambda variables: variables,
-    masks: Callable[[PyTree], PyTree | None] = lambda params: None,
+    source: Path | None = None,
+    masks: Callable[[PyTree, PyTree | None], PyTree | None] = lambda params, given: given,
 ) -> TrainState:
-    """Make the state at step 0 from random variables; `start` may replace them, `masks` makes the parameters' masks."""
+    """Make the state at step 0: random, or from `source`, whose pruned weights stay pruned unless `dense` is set.
+
+    `masks(params, given)` makes the masks of the parameters; `given` are those of `source`, if it is pruned.
+    """
     init_key, run_key = jax.random.split(jax.random.key(config.seed))
-    variables = start(init_variables(model, init_key, image_shape))
-    return init_state(variables, tx, run_key, masks=masks(variables["params"]), ema=config.ema is not None)
+    variables, given = init_variables(model, init_key, image_shape), None
+    if source is not None:
+        variables = load_weights(source, variables)
+        given = None if config.dense else load_masks(source, variables["params"])
+    masks_at_start = masks(variables["params"], given)
+    return init_state(variables, tx, run_key, masks=masks_at_start, ema=config.ema is not None)
 
 
 def make_objective(config: TrainConfig, classes: int) -> Objective:

@@ -27,7 +27,7 @@ from train.run_folder import write_json
 from train.session import Session, open_session
 from train.state import TrainState, digest
 from train.steps import Objective, eval_step, train_step
-from train.weights import load_masks, load_weights, widths_of
+from train.weights import widths_of
 
 Config = TypeVar("Config", bound=TrainConfig)
 
@@ -125,16 +125,8 @@ def make_pieces(session: Session[Any]) -> Pieces:
 
 def start_state(session: Session[Any], pieces: Pieces) -> TrainState:
     """Make the state at step 0: random, or from `--init`, whose pruned weights stay pruned unless `--dense` is set."""
-    config = session.config
-    source = None if config.init is None else Path(config.init)
-
-    def start(variables: dict[str, PyTree]) -> dict[str, PyTree]:
-        return variables if source is None else load_weights(source, variables)
-
-    def masks(params: PyTree) -> PyTree | None:
-        return None if source is None or config.dense else load_masks(source, params)
-
-    return make_state(config, pieces.model, pieces.tx, session.dataset.image_shape, start, masks)
+    source = None if session.config.init is None else Path(session.config.init)
+    return make_state(session.config, pieces.model, pieces.tx, session.dataset.image_shape, source)
 
 
 class Training:

@@ -1,6 +1,5 @@
 """A run's folder: `config.json`, `metrics.jsonl`, `checkpoints/`, `confusion.json`, `result.json`."""
 
-import contextlib
 import dataclasses
 import json
 import os
@@ -76,17 +75,26 @@ def pipeline_of(out: Path) -> str:
         return "train"
 
 
-def write_config(out: Path, preset: str, config: RunConfig, dataset: Dataset, replaced: Sequence[str] = ()) -> None:
-    """Record a run in its folder, or check that the folder holds this run."""
+def claim(out: Path, config: RunConfig, replaced: Sequence[str] = ()) -> None:
+    """Create a run's folder, or check that it holds this run.
+
+    Raises:
+      UsageError: it holds a different run, or cannot be created.
+    """
     if (out / "config.json").exists():
         check_continues(out, config, replaced)
-        return
-    if (out / "checkpoints").exists():
+    elif any((out / "checkpoints").glob("*")):
         raise UsageError(f"{out} holds checkpoints but no config.json; choose a different --out")
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"cannot create the run folder {out}: {error}") from None
+
+
+def write_config(out: Path, preset: str, config: RunConfig, dataset: Dataset, replaced: Sequence[str] = ()) -> None:
+    """Record a run in its folder, unless it is recorded there already."""
+    if (out / "config.json").exists():
+        return
     described = {
         "pipeline": pipeline(type(config)),
         "preset": preset,
@@ -97,13 +105,6 @@ def write_config(out: Path, preset: str, config: RunConfig, dataset: Dataset, re
         **environment(),
     }
     write_json(out / "config.json", described)
-
-
-def discard_start(out: Path) -> None:
-    """Undo `write_config` for a run that was refused before its first checkpoint."""
-    (out / "config.json").unlink(missing_ok=True)
-    with contextlib.suppress(OSError):  # missing, or not empty after all
-        (out / "checkpoints").rmdir()
 
 
 def check_continues(out: Path, config: RunConfig, replaced: Sequence[str] = ()) -> None:

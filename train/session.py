@@ -1,20 +1,11 @@
 """The part that the runs of all pipelines share, from the run folder to the common keys of the result.
 
-A run opens a session, turns its config into pieces, and then compiles, resumes, fits and finishes:
-
-    session = open_session(config, preset)
-    if session.finished is not None:
-        return session.finished
-    step, evaluations = session.compile(train_step, [(eval_step, shapes)], state)
-    state = session.resume(state)
-    state = session.fit(step, state, validate=validate, schedule=schedule)
-    return session.finish(figures)
+A run opens a session, turns its config into pieces, and then compiles, resumes, fits and finishes; see `train.run`.
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -28,11 +19,11 @@ from train.checkpoint import METRIC, Checkpoints
 from train.config import RunConfig
 from train.data.batches import Batches, batch_like, check_batch, padded, train_batches
 from train.data.sets import Dataset
-from train.errors import RunError, UsageError
+from train.errors import RunError
 from train.from_config import compute_dtype, make_kernels, open_measured, read_data, with_statistics
 from train.loop import Hook, Progress, fit
 from train.optim import Schedule
-from train.run_folder import discard_start, environment, settle, write_config, write_json
+from train.run_folder import claim, environment, settle, write_config, write_json
 from train.runtime import compile_in, compiler_options, join_hosts, keep_compiled, say, xla_options
 from train.state import TrainState
 
@@ -176,9 +167,9 @@ class Session(Generic[Config]):
         return train, [program for program, _ in others]
 
     def resume(self, state: Any) -> Any:
-        """Restore the newest good checkpoint, or return `state` unchanged; records the run in its folder."""
+        """Restore the newest good checkpoint, or return `state` unchanged."""
         if self.main:
-            write_config(self.out, self.preset, self.config, self.dataset, self.replaced)
+            claim(self.out, self.config, self.replaced)
         keep_best = getattr(self.config, "keep_best", 0)
         self.checkpoints = Checkpoints(self.out / "checkpoints", keep_last=self.config.keep_last, keep_best=keep_best)
         restored = self.checkpoints.resume(state)
@@ -189,17 +180,6 @@ class Session(Generic[Config]):
         self.resumed = True
         say(f"resuming from step {int(state.step)}")
         return state
-
-    @contextmanager
-    def undone_if_refused(self) -> Iterator[None]:
-        """Wrap code that may refuse a run before its first step, so that the corrected command can use the folder."""
-        try:
-            yield
-        except UsageError:
-            self.checkpoints.close()
-            if self.main and not self.resumed:
-                discard_start(self.out)
-            raise
 
     def fit(
         self,
@@ -223,7 +203,10 @@ class Session(Generic[Config]):
         Raises:
           RunError: the run stopped; the message says why, and which checkpoint was kept.
         """
+        # Record the run only now: until here it may be refused, and the corrected command can use the folder.
         config = self.config
+        if self.main:
+            write_config(self.out, self.preset, config, self.dataset, self.replaced)
         progress = Progress(
             self.out / "metrics.jsonl" if self.main else None,
             start=int(state.step),
@@ -247,7 +230,7 @@ class Session(Generic[Config]):
             progress.row({"step": number, "epoch": round(number / self.epoch_steps, 4), **row})
             progress.say(f"step {number}: {line}")
             save(state, {METRIC: row[METRIC]} if METRIC in row else None)
-            progress.pause(time.perf_counter() - began)
+            progress.paused += time.perf_counter() - began
 
         # Each validation saves a checkpoint with its metric; `save_steps` adds some in between, without one.
         every = [(max(round(config.eval_every * self.epoch_steps), 1), watch)]

@@ -266,7 +266,7 @@ def test_compiler_option_that_xla_does_not_know(fails, tmp_path, tfds_dir):
 
 
 def test_folder_that_is_no_run(fails, tmp_path, tfds_dir):
-    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "1").mkdir(parents=True)
     assert "holds checkpoints but no config.json" in fails(2, main, quick(tmp_path))
     (tmp_path / "config.json").write_text("{")
     assert "config.json cannot be read" in fails(2, main, quick(tmp_path))

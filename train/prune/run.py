@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,6 @@ import jax
 
 from resnet_jax import mask_schedules
 from resnet_jax.masks import check_masks, sparsity_of
-from resnet_jax.tree import PyTree
 from train.config import TrainConfig
 from train.config import check as check_training
 from train.errors import RunError
@@ -26,7 +26,7 @@ from train.run_folder import load_state, read_config, settle
 from train.runtime import join_hosts, say
 from train.session import open_session
 from train.state import TrainState
-from train.weights import dense_variables, load_masks, load_weights
+from train.weights import dense_variables
 
 DENSE = "dense"
 
@@ -83,8 +83,7 @@ def train_dense(config: PruneConfig, preset: str, out: Path, own: dict[str, Any]
     training = Training(session, pieces, state)
     state = session.resume(state)
     if config.prune.schedule == "iterative" and config.prune.restart == "rewind":
-        with session.undone_if_refused():
-            hooks = [*hooks, *keep_early_weights(session, state, config.prune.rewind_epochs)]
+        hooks = [*hooks, *keep_early_weights(session, state, config.prune.rewind_epochs)]
     state = training.fit(state, hooks)
     session.finish(training.figures(training.selected(state)))
 
@@ -156,22 +155,15 @@ def train_pruned(
     model = own.get("model") or make_model(config, len(session.dataset.classes))
     p = session.config.prune
 
-    def start(variables: dict[str, PyTree]) -> dict[str, PyTree]:
-        return variables if source is None else load_weights(source, variables)
-
-    def masks(params: PyTree) -> PyTree:
-        given = None if source is None or config.dense else load_masks(source, params)
-        return start_masks(p, model, params, given)
-
+    masks = partial(start_masks, p, model)
     state = session.place(
-        make_state(session.config, pieces.model, pieces.tx, session.dataset.image_shape, start, masks)
+        make_state(session.config, pieces.model, pieces.tx, session.dataset.image_shape, source, masks)
     )
     remask = make_remask(p, model, session.steps)
     training = Training(session, dataclasses.replace(pieces, remask=remask), state)
     state = session.resume(state)
     if not session.resumed:
-        with session.undone_if_refused():
-            state = prune_start(training, state, model, dense=dense, before=before)
+        state = prune_start(training, state, model, dense=dense, before=before)
     state = training.fit(state, hooks)
     figures = training.figures(state)
     pruning = pruning_figures(training, state, model, dense)
