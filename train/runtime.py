@@ -10,7 +10,6 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
 from importlib import metadata, util
 from pathlib import Path
 from typing import Any
@@ -152,16 +151,11 @@ YNN_FOR_FLOAT32 = "LIBRARY_FUSION_TYPE_REDUCE,LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT
 
 def known_options(options: dict[str, Any]) -> dict[str, Any]:
     """The options if this jaxlib accepts all of them, else {}: jaxlib refuses options that it does not know."""
-    return dict(options) if _accepted(tuple(options.items())) else {}
-
-
-@cache
-def _accepted(options: tuple[tuple[str, Any], ...]) -> bool:
     try:
-        jax.jit(lambda x: x, compiler_options=dict(options)).lower(0.0).compile()
+        jax.jit(lambda x: x, compiler_options=options).lower(0.0).compile()
     except (jax.errors.JaxRuntimeError, ValueError):
-        return False
-    return True
+        return {}
+    return options
 
 
 def compile_in(
