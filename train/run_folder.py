@@ -31,8 +31,6 @@ FREE_FIELDS |= {"keep_last", "keep_best", "save_steps", "kernels", "cache"}
 def settle(config: RunConfig, preset: str, replaced: Sequence[str] = ()) -> tuple[Path, dict[str, Any] | None]:
     """Choose the run folder: (folder, result of the finished run that it holds, else None).
 
-    `replaced` names the pieces that were passed to the run as objects.
-
     Raises:
       UsageError: the folder holds a run with different settings.
     """
@@ -53,8 +51,9 @@ def read_config(out: Path, kind: type[Run]) -> tuple[Run, dict[str, Any]]:
     """
     try:
         saved = json.loads((out / "config.json").read_text())
-        if (theirs := pipeline_of(out)) != pipeline(kind):
-            raise UsageError(f"{out} is a run of {theirs}, not of {pipeline(kind)}")
+        theirs, ours = saved.get("pipeline", "train"), pipeline(kind)
+        if theirs != ours:
+            raise UsageError(f"{out} is a run of {theirs}, not of {ours}")
         return from_dict(kind, saved["config"]), saved
     except FileNotFoundError:
         raise UsageError(f"{out} is not a run folder: it has no config.json") from None
@@ -116,11 +115,11 @@ def check_continues(out: Path, config: RunConfig, replaced: Sequence[str] = ()) 
     theirs, whole = read_config(out, type(config))
     saved, wanted = flat(theirs), flat(config)
     # The command need not repeat statistics that were measured.
-    measured = {n for n in ("augment.mean", "augment.std") if wanted[n] is None}
-    differing = [n for n in wanted if n not in FREE_FIELDS | measured and saved.get(n) != wanted[n]]
-    if differing:
-        changes = ", ".join(f"{n} {saved.get(n)} -> {wanted[n]}" for n in differing)
-        raise UsageError(f"{out} holds a run with different settings ({changes}); choose a different --out")
+    free = FREE_FIELDS | {name for name in ("augment.mean", "augment.std") if wanted[name] is None}
+    changes = [f"{n} {saved[n]} -> {wanted[n]}" for n in wanted if n not in free and saved[n] != wanted[n]]
+    if changes:
+        listed = ", ".join(changes)
+        raise UsageError(f"{out} holds a run with different settings ({listed}); choose a different --out")
     if sorted(before := whole.get("replaced", [])) != sorted(replaced):
         names = f"{', '.join(before) or 'nothing'} -> {', '.join(replaced) or 'nothing'}"
         raise UsageError(f"{out} holds a run with different pieces passed to run() ({names}); choose a different out")
@@ -152,7 +151,7 @@ def load_state(run: Path) -> TrainState:
     checkpoints.close()
     if found is None:
         raise UsageError(f"{run} has no checkpoints yet")
-    arrays, _ = found
+    arrays = found[0]
     return TrainState(**{**arrays, "key": jax.random.wrap_key_data(arrays["key"])})
 
 
