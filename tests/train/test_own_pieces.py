@@ -30,6 +30,7 @@ from train.weights import load_weights
 pytestmark = pytest.mark.usefixtures("unoptimised")
 
 MODELS = {"mlp": Mlp(), "vit": VisionTransformer()}
+IN_TURN = ["mlp", pytest.param("vit", marks=pytest.mark.slow)]
 PIXELS = AugmentConfig(mean=(0.3, 0.3, 0.3), std=(0.2, 0.2, 0.2))
 
 
@@ -51,12 +52,11 @@ def dataset():
 
 def config(out, **options):
     optim = OptimConfig(name="adamw", lr=1e-2)
-    return TrainConfig(
-        out=str(out), batch=24, epochs=10, augment=PIXELS, optim=optim, log_every=4, eval_batch=24, **options
-    )
+    fields = {"batch": 24, "epochs": 10, "eval_every": 5, "log_every": 4, "eval_batch": 24}
+    return TrainConfig(out=str(out), augment=PIXELS, optim=optim, **(fields | options))
 
 
-@pytest.fixture(scope="module", params=MODELS)
+@pytest.fixture(scope="module", params=IN_TURN)
 def trained(request, dataset, tmp_path_factory):
     out = tmp_path_factory.mktemp(request.param) / "run"
     return MODELS[request.param], out, run(config(out), model=MODELS[request.param], dataset=dataset)
@@ -101,10 +101,7 @@ def test_pruned(trained, dataset, tmp_path):
     assert result["sparsity"] == pytest.approx(0.5, abs=0.01)
     assert result["pruned_accuracy"] > 0.5
     state = load_state(tmp_path)
-    for masked, plain in zip(
-        jax.tree.leaves(apply_masks(state.params, state.masks)), jax.tree.leaves(state.params), strict=True
-    ):
-        np.testing.assert_array_equal(masked, plain)
+    jax.tree.map(np.testing.assert_array_equal, apply_masks(state.params, state.masks), state.params)
 
 
 class Encoder(nn.Module):
@@ -151,13 +148,8 @@ def test_optimizer_objective_augmentation_and_hooks(dataset, tmp_path):
         return loss, (stats, metrics | {"brightest": batch["image"].max()})
 
     frozen = make_optimizer("sgd", lambda step: 0.0)
-    pieces = {"tx": frozen, "objective": counted, "augment": normalize(0.0, 0.5)}
-    options = {
-        "model": Mlp(),
-        "dataset": dataset,
-        "hooks": [(10, lambda state: steps.append(int(state.step)))],
-    }
-    run(config(tmp_path, steps=20), **pieces, **options)
+    pieces = {"model": Mlp(), "tx": frozen, "objective": counted, "augment": normalize(0.0, 0.5), "dataset": dataset}
+    run(config(tmp_path, steps=20), **pieces, hooks=[(10, lambda state: steps.append(int(state.step)))])
     assert steps == [10, 20]
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     brightest = max(row["brightest"] for row in rows if "brightest" in row)
