@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import jax
@@ -45,11 +44,8 @@ def open_session(
     Raises:
       UsageError: the folder holds a different run, or the data cannot be read or do not fit the batch size.
     """
-    own = {name: piece for name, piece in own.items() if piece is not None}
-    replaced = [*own] if dataset is None else [*own, "dataset"]
-    out, finished = settle(config, preset, replaced)
-    session = Session(config, preset, out, finished, own, replaced)
-    if finished is None:
+    session = Session(config, preset, {name: piece for name, piece in own.items() if piece is not None}, dataset)
+    if session.finished is None:
         join_hosts(config.distributed)
         keep_compiled(config.cache)
         session.open_data(dataset)
@@ -77,21 +73,13 @@ class Session(Generic[Config]):
     stream: Batches
     checkpoints: Checkpoints
     resumed = False
-    last_row: dict[str, float]
 
-    def __init__(
-        self,
-        config: Config,
-        preset: str,
-        out: Path,
-        finished: dict[str, Any] | None,
-        own: dict[str, Any],
-        replaced: Sequence[str],
-    ) -> None:
-        self.config, self.preset, self.out, self.finished = config, preset, out, finished
-        self.own, self.replaced = own, replaced
+    def __init__(self, config: Config, preset: str, own: dict[str, Any], dataset: Dataset | None) -> None:
+        self.config, self.preset, self.own = config, preset, own
+        self.replaced = [*own] if dataset is None else [*own, "dataset"]
+        self.out, self.finished = settle(config, preset, self.replaced)
         self.model_name = type(own["model"]).__name__ if "model" in own else config.model
-        self.last_row = {}
+        self.last_row: dict[str, float] = {}
 
     def open_data(self, dataset: Dataset | None) -> None:
         """Open the images and compute the number of steps from their number; `compile` reads them."""
@@ -107,10 +95,8 @@ class Session(Generic[Config]):
         self.steps = config.steps or max(int(config.epochs * self.epoch_steps), 1)
         self.dtype = compute_dtype(config.dtype)
         # A model that was passed in keeps the kernels that its author chose.
-        self.kernels: dict[str, Any] = {}
-        self.remark = ""
-        if "model" not in self.own:
-            self.kernels, self.remark = make_kernels(config.kernels, config.mode, self.dtype)
+        kernels = "plain" if "model" in self.own else config.kernels
+        self.kernels, self.remark = make_kernels(kernels, config.mode, self.dtype)
 
     def announce(self, what: str) -> None:
         """Print what is trained (`resnet20: 272,474 parameters`), on which devices and with which kernels."""
