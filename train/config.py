@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -221,26 +222,32 @@ def check_images(config: TrainConfig, shape: tuple[int, int, int], devices: int)
         raise UsageError(f"--accumulate {config.accumulate} does not divide the {share} images per device")
 
 
-def check_run(config: RunConfig, ranges: dict[str, bool]) -> None:
-    """Check the fields shared by all pipelines, and a pipeline's additional `ranges`, {field: whether it is in range}.
+# Ranges of the fields that training and other pipelines have; None is always in range.
+RANGES: list[tuple[Callable[[Any], bool], str]] = [
+    (lambda x: x > 0, "epochs steps batch eval_batch eval_every save_steps keep_last log_every width accumulate"),
+    (lambda x: x > 0, "optim.clip_norm optim.trust_coefficient"),
+    (lambda x: x >= 0, "optim.lr optim.weight_decay optim.warmup_epochs keep_best"),
+    (lambda x: x >= 0, "augment.crop_padding augment.mixup augment.cutmix"),
+    (lambda x: 0 <= x < 1, "optim.momentum drop_path label_smoothing ema"),
+    (lambda x: 0 <= x <= 1, "augment.color_jitter augment.erasing"),
+    (lambda x: 0 < x <= 1, "data.fraction augment.min_scale"),
+    (lambda x: 0 <= x <= 30, "augment.rand_augment"),
+]
+
+
+def check_run(config: RunConfig, ranges: Mapping[str, bool] | None = None) -> None:
+    """Check the fields of `RANGES`, and a pipeline's additional `ranges`, {field: whether it is in range}.
 
     Raises:
       UsageError: an unknown name, or a number out of range.
     """
     if config.model not in MODELS:
         raise unknown("model", config.model, MODELS)
-    values = flat(config)
-    positive = ["epochs", "steps", "batch", "eval_batch", "eval_every", "save_steps", "keep_last", "log_every", "width"]
-    positive += ["optim.clip_norm", "optim.trust_coefficient"]
-    not_negative = ["optim.lr", "optim.weight_decay", "optim.warmup_epochs"]
-    shared = {
-        **{name: values[name] is None or values[name] > 0 for name in positive},
-        **{name: values[name] >= 0 for name in not_negative},
-        "widths": all(width > 0 for width in config.widths),
-        "data.fraction": 0 < config.data.fraction <= 1,
-        "optim.momentum": 0 <= config.optim.momentum < 1,
-    }
-    for name, fits in (ranges | shared).items():
+    values, ranges = flat(config), dict(ranges or {})
+    for in_range, names in RANGES:
+        ranges |= {name: values[name] is None or in_range(values[name]) for name in names.split() if name in values}
+    ranges["widths"] = all(width > 0 for width in config.widths)
+    for name, fits in ranges.items():
         if not fits:
             raise UsageError(f"--{name.replace('_', '-')} {values[name]} is out of range")
     if config.optim.name != "lars" and config.optim.trust_coefficient != OptimConfig().trust_coefficient:
@@ -262,21 +269,7 @@ def check(config: TrainConfig) -> None:
     """
     if config.loss not in LOSSES:
         raise unknown("loss", config.loss, LOSSES)
-    ranges = {
-        "drop_path": 0 <= config.drop_path < 1,
-        "label_smoothing": 0 <= config.label_smoothing < 1,
-        "ema": config.ema is None or 0 <= config.ema < 1,
-        "accumulate": config.accumulate >= 1,
-        "keep_best": config.keep_best >= 0,
-        "augment.crop_padding": config.augment.crop_padding >= 0,
-        "augment.min_scale": 0 < config.augment.min_scale <= 1,
-        "augment.rand_augment": 0 <= config.augment.rand_augment <= 30,
-        "augment.color_jitter": 0 <= config.augment.color_jitter <= 1,
-        "augment.erasing": 0 <= config.augment.erasing <= 1,
-        "augment.mixup": config.augment.mixup >= 0,
-        "augment.cutmix": config.augment.cutmix >= 0,
-    }
-    check_run(config, ranges)
+    check_run(config)
     if config.init is None and config.freeze:
         raise UsageError("--freeze trains only the head and needs a pretrained backbone: pass --init")
     if config.init is None and config.dense:

@@ -55,27 +55,19 @@ def sgd(schedule: Schedule, *, momentum: float, nesterov: bool, weight_decay: fl
     return optax.chain(decay, optax.sgd(schedule, momentum=momentum, nesterov=nesterov))
 
 
-def adamw(schedule: Schedule, *, momentum: float, nesterov: bool, weight_decay: float, mask: Any) -> Any:
-    """AdamW, https://arxiv.org/abs/1711.05101; `momentum` is b1."""
-    return optax.adamw(schedule, b1=momentum, nesterov=nesterov, weight_decay=weight_decay, mask=mask)
-
-
 def lars(schedule: Schedule, *, mask: Any, **options: Any) -> Any:
     """LARS, https://arxiv.org/abs/1708.03888: the trust ratio applies where weight decay does."""
     return optax.lars(schedule, weight_decay_mask=mask, trust_ratio_mask=mask, **options)
 
 
-def lamb(schedule: Schedule, *, momentum: float, nesterov: bool, weight_decay: float, mask: Any) -> Any:
-    """LAMB, https://arxiv.org/abs/1904.00962; `momentum` is b1, Nesterov does not apply."""
-    del nesterov
-    return optax.lamb(schedule, b1=momentum, weight_decay=weight_decay, mask=mask)
-
-
+# (schedule, *, momentum, nesterov, weight_decay, mask, **options) -> optimizer
 OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
     "sgd": sgd,
-    "adamw": adamw,
+    # https://arxiv.org/abs/1711.05101
+    "adamw": lambda schedule, momentum, **options: optax.adamw(schedule, b1=momentum, **options),
     "lars": lars,
-    "lamb": lamb,
+    # https://arxiv.org/abs/1904.00962; Nesterov does not apply
+    "lamb": lambda schedule, momentum, nesterov, **options: optax.lamb(schedule, b1=momentum, **options),
 }
 
 
