@@ -47,13 +47,17 @@ def images():
 def command(tfds_dir):
     """`command("train", "--seed", 1)` runs `python -m train --seed 1` as a user does, with warnings as errors."""
 
-    def environment(**extra):
-        cache = {"JAX_COMPILATION_CACHE_DIR": str(CACHE), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3"}
-        return {**os.environ, "TFDS_DATA_DIR": str(tfds_dir), **cache, **extra}
+    environment = {
+        **os.environ,
+        "TFDS_DATA_DIR": str(tfds_dir),
+        "JAX_COMPILATION_CACHE_DIR": str(CACHE),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "true",  # as `unoptimised`
+    }
 
-    def run(*arguments, start=False, before=(), env=(), **options):
+    def run(*arguments, start=False, before=(), env=()):
         line = [*before, sys.executable, "-W", "error", "-m", *map(str, arguments)]
-        options = {"cwd": ROOT, "text": True, "env": environment(**dict(env)), **options}
+        options = {"cwd": ROOT, "text": True, "env": {**environment, **dict(env)}}
         if start:
             return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
         return subprocess.run(line, capture_output=True, check=False, **options)

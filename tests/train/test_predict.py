@@ -21,6 +21,8 @@ from train.run import run
 from train.run_folder import load_state
 from train.weights import load_weights, read_state_dict
 
+pytestmark = pytest.mark.usefixtures("unoptimised")
+
 
 def config(out, **options):
     base = {"data": DataConfig(name="synthetic", image_size=8), "optim": OptimConfig(lr=0.05), "batch": 64}

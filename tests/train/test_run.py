@@ -23,7 +23,9 @@ from train.run import run
 from train.steps import train_step
 
 # A run of seconds: 20 batches of 64 in an epoch of the digits' 1,293 training images.
-QUICK = "digits --model resnet8 --width 8 --steps 45 --batch 64 --eval-every 1 --log-every 5"
+QUICK = "digits --model resnet8 --width 8 --kernels plain --steps 45 --batch 64 --eval-every 1 --log-every 5"
+
+pytestmark = pytest.mark.usefixtures("unoptimised")
 
 
 def quick(out, *more):
@@ -211,7 +213,7 @@ BAD_INPUT = {
     "crop": (["--augment.resized-crop", "64"], "--augment.resized-crop 64 is larger than the images, 8x8"),
     "parts": (["--accumulate", "3"], "--accumulate 3 does not divide the 8 images per device"),
     "folder": (["--data.name", "folder:nowhere"], "there is no folder nowhere"),
-    "weights": (["--init", "nowhere.pth"], "no weights at nowhere.pth"),
+    "weights": (["--init", "nowhere.pth", "--width", "8"], "no weights at nowhere.pth"),
     "frozen nothing": (["--freeze"], "needs a pretrained backbone: pass --init"),
     "statistics": (["--augment.mean", "0.5", "0.5", "0.5", "--augment.std", "1", "1", "1"], "need 1 values each"),
     "local statistics": (["--no-sync-bn"], "--no-sync-bn needs --mode shard_map or pmap"),
