@@ -28,6 +28,19 @@ def unoptimised():
     jax.config.update("jax_disable_most_optimizations", False)
 
 
+def on_one_device():
+    """The runs of a test, or of a module's tests, use one device."""
+    from resnet_jax.parallel import make_mesh
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("train.session.make_mesh", lambda: make_mesh(jax.devices()[:1]))
+        yield
+
+
+one_device = pytest.fixture(on_one_device)
+one_device_for_all = pytest.fixture(on_one_device, scope="module", name="one_device_for_all")
+
+
 @pytest.fixture(scope="session")
 def tfds_dir(tmp_path_factory):
     """A TFDS data_dir of the tests' own, also for the command lines they start."""

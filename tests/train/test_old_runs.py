@@ -10,8 +10,6 @@ import pytest
 
 from pretrain.config import PretrainConfig
 from resnet_jax.masks import apply_masks
-from resnet_jax.parallel import make_mesh
-from train import session as session_module
 from train.config import TrainConfig
 from train.predict import load
 from train.run import run
@@ -46,11 +44,10 @@ def test_state_is_the_one_that_was_saved(old):
 
 
 @pytest.mark.parametrize("old", ["train"], indirect=True)
-def test_predicts_and_goes_on(old, tfds_dir, monkeypatch):
+def test_predicts_and_goes_on(old, tfds_dir, one_device):
     """The same command, after its end was lost: from the last checkpoint to the same result."""
     predictions = load(old, top=10)(np.zeros((8, 8, 1), np.uint8))
     assert sum(probability for _, probability in predictions) == pytest.approx(1, abs=1e-4)
-    monkeypatch.setattr(session_module, "make_mesh", lambda: make_mesh(jax.devices()[:1]))
     before = json.loads((old / "result.json").read_text())
     (old / "result.json").unlink()
     config, _ = read_config(old, TrainConfig)

@@ -9,10 +9,8 @@ import pytest
 from PIL import Image
 from safetensors.numpy import save_file
 
-from resnet_jax.parallel import make_mesh
 from resnet_jax.torch_weights import to_torch
 from resnet_jax.tree import leaves
-from train import session as session_module
 from train.config import AugmentConfig, DataConfig, OptimConfig, TrainConfig
 from train.data.sets import load as load_data
 from train.errors import UsageError
@@ -21,19 +19,12 @@ from train.run import run
 from train.run_folder import load_state
 from train.weights import load_weights, read_state_dict
 
-pytestmark = pytest.mark.usefixtures("unoptimised")
+pytestmark = pytest.mark.usefixtures("unoptimised", "one_device_for_all")
 
 
 def config(out, **options):
     base = {"data": DataConfig(name="synthetic", image_size=8), "optim": OptimConfig(lr=0.05), "batch": 64}
     return TrainConfig(out=str(out), width=8, **({"steps": 25, "eval_every": 100} | base | options))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_device():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(session_module, "make_mesh", lambda: make_mesh(jax.devices()[:1]))
-        yield
 
 
 @pytest.fixture(scope="module")

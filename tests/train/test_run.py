@@ -11,13 +11,12 @@ from functools import partial
 import jax
 import pytest
 
-from resnet_jax.parallel import make_mesh
-from train import session as session_module
 from train.__main__ import main
 from train.cli import parse
 from train.config import TrainConfig, from_dict
 from train.data.batches import batch_like
 from train.from_config import make_model, make_objective, make_state, make_tx, train_augment
+from train.loop import read_rows
 from train.presets import PRESETS
 from train.run import run
 from train.steps import train_step
@@ -30,11 +29,6 @@ pytestmark = pytest.mark.usefixtures("unoptimised")
 
 def quick(out, *more):
     return [*QUICK.split(), "--out", str(out), *more]
-
-
-@pytest.fixture
-def one_device(monkeypatch):
-    monkeypatch.setattr(session_module, "make_mesh", lambda: make_mesh(jax.devices()[:1]))
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +50,7 @@ def test_run_leaves_what_it_promises(finished):
     assert result["versions"]["jax"] == jax.__version__ and result["devices"] == "1 x cpu"
     assert "images/s" in done.stderr and "left" in done.stderr and "validation accuracy" in done.stderr
 
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    rows = read_rows(out / "metrics.jsonl")
     assert [r["step"] for r in rows if "loss" in r] == list(range(5, 46, 5))
     assert [r["step"] for r in rows if "validation_accuracy" in r] == [20, 40, 45]
     assert rows[0]["learning_rate"] == pytest.approx(0.1 * 5 / 41, rel=1e-3)  # on the way up
@@ -119,27 +113,23 @@ def test_killed_twice_it_ends_bit_equal(finished, command, tmp_path):
     results = [json.loads((folder / "result.json").read_text()) for folder in (whole, out)]
     assert results[0]["params_digest"] == results[1]["params_digest"]
     assert results[0]["test_loss"] == results[1]["test_loss"]
-    steps = [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+    steps = [row["step"] for row in read_rows(out / "metrics.jsonl")]
     assert steps == sorted(steps)
 
 
-class Interrupted(Exception):
-    """Stands for whatever stops a process."""
-
-
-def interrupted_config(out, **options):
+def short_config(out, **options):
     return TrainConfig(out=str(out), width=8, steps=12, batch=64, save_steps=4, eval_every=100, **options)
 
 
 @pytest.mark.slow
 def test_restores_from_eight_devices_to_one(tmp_path, tfds_dir, request):
     """A run that stops on 8 devices goes on, on one, to the result of one."""
-    config = interrupted_config(tmp_path / "eight")
+    config = short_config(tmp_path / "eight")
 
     def stop(state):
-        raise Interrupted
+        raise KeyboardInterrupt
 
-    with pytest.raises(Interrupted):
+    with pytest.raises(KeyboardInterrupt):
         run(config, hooks=[(10, stop)])
     assert jax.device_count() == 8
     request.getfixturevalue("one_device")
@@ -151,7 +141,7 @@ def test_restores_from_eight_devices_to_one(tmp_path, tfds_dir, request):
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["pmap", "shard_map"])
 def test_modes_reach_the_same_result(mode, tmp_path, tfds_dir):
-    results = [run(interrupted_config(tmp_path / m, mode=m)) for m in ("jit", mode)]
+    results = [run(short_config(tmp_path / m, mode=m)) for m in ("jit", mode)]
     assert results[0]["test_loss"] == pytest.approx(results[1]["test_loss"], rel=1e-4)
     assert results[0]["validation_accuracy"] == results[1]["validation_accuracy"]
 
@@ -164,7 +154,7 @@ def test_options_of_a_run(tmp_path, tfds_dir):
     options += " --xla xla_cpu_enable_fast_min_max=true"
     _, config = parse("train", PRESETS, quick(tmp_path, *options.split()), default="digits")
     result = run(config)
-    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    rows = read_rows(tmp_path / "metrics.jsonl")
     measured = {r["step"]: r["validation_accuracy"] for r in rows if "validation_accuracy" in r}
     assert list(measured) == [8, 16, 24]
     best = max(measured, key=lambda step: (measured[step], step))
