@@ -1,6 +1,7 @@
 """From a config to its pieces: every field reaches the piece that it describes."""
 
 import dataclasses
+import re
 from functools import partial
 
 import jax
@@ -9,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 
+from resnet_jax import onednn
 from resnet_jax.losses import sigmoid_cross_entropy, smooth_labels
 from resnet_jax.mix import mix
 from resnet_jax.tree import count, leaves
@@ -91,38 +93,37 @@ def test_compiler_options_are_for_cpu_alone(monkeypatch):
     assert options(jnp.float32) == options(jnp.bfloat16) == {}
 
 
-class TestKernels:
-    @pytest.fixture(autouse=True)
-    def one_device(self, monkeypatch):
-        monkeypatch.setattr(jax, "device_count", lambda: 1)
+def unavailable(dtype):
+    raise onednn.Unavailable("no compiler")
 
-    def test_plain_and_auto_off_cpu(self, monkeypatch):
-        assert build.make_kernels("plain") == ({}, "")
-        monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-        assert build.make_kernels("auto") == ({}, "")
-        with pytest.raises(UsageError, match="--kernels onednn: oneDNN runs only on CPU \\(got gpu\\)"):
-            build.make_kernels("onednn")
 
-    def test_onednn_where_it_is(self, monkeypatch):
-        onednn = build.onednn
-        monkeypatch.setattr(onednn, "check", lambda dtype: None)
-        fields = {"conv": onednn.Conv, "norm": onednn.BatchNorm, "max_pool": onednn.max_pool}
-        assert build.make_kernels("auto") == build.make_kernels("onednn") == (fields, "")
+# (name, mode, devices, backend, oneDNN's check) -> (whether oneDNN is used, remark or error)
+KERNELS = {
+    "plain": (("plain", "jit", 1, "cpu", None), (False, "")),
+    "auto off CPU": (("auto", "jit", 1, "gpu", None), (False, "")),
+    "onednn off CPU": (("onednn", "jit", 1, "gpu", None), (False, "oneDNN runs only on CPU (got gpu)")),
+    "auto": (("auto", "jit", 1, "cpu", None), (True, "")),
+    "onednn": (("onednn", "jit", 1, "cpu", None), (True, "")),
+    "auto without": (("auto", "jit", 1, "cpu", unavailable), (False, "no compiler")),
+    "onednn without": (("onednn", "jit", 1, "cpu", unavailable), (False, "no compiler")),
+    "several devices": (("auto", "jit", 8, "cpu", None), (False, "use mode shard_map")),
+    "sharded": (("auto", "shard_map", 8, "cpu", None), (True, "")),
+}
 
-    def test_onednn_where_it_is_not(self, monkeypatch):
-        def missing(dtype):
-            raise build.onednn.Unavailable("no compiler")
 
-        monkeypatch.setattr(build.onednn, "check", missing)
-        assert build.make_kernels("auto") == ({}, "no compiler")
-        with pytest.raises(UsageError, match="--kernels onednn: no compiler"):
-            build.make_kernels("onednn")
-
-    def test_jit_over_several_devices(self, monkeypatch):
-        monkeypatch.setattr(jax, "device_count", lambda: 8)
-        monkeypatch.setattr(build.onednn, "check", lambda dtype: None)
-        assert "use mode shard_map" in build.make_kernels("auto", "jit")[1]
-        assert build.make_kernels("auto", "shard_map")[0]
+@pytest.mark.parametrize("case", KERNELS)
+def test_kernels(case, monkeypatch):
+    (name, mode, devices, backend, check), (used, message) = KERNELS[case]
+    monkeypatch.setattr(jax, "device_count", lambda: devices)
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    monkeypatch.setattr(onednn, "check", check or (lambda dtype: None))
+    if name == "onednn" and message:
+        with pytest.raises(UsageError, match=f"--kernels onednn: {re.escape(message)}"):
+            build.make_kernels(name, mode)
+        return
+    fields, remark = build.make_kernels(name, mode)
+    assert message in remark and bool(message) == bool(remark)
+    assert fields == ({"conv": onednn.Conv, "norm": onednn.BatchNorm, "max_pool": onednn.max_pool} if used else {})
 
 
 def test_model_fields():

@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from resnet_jax.augment import normalize
-from resnet_jax.losses import LOSSES, smooth_labels, softmax_cross_entropy
+from resnet_jax.losses import LOSSES, smooth_labels
 from resnet_jax.masks import apply_masks
 from resnet_jax.tree import is_head, is_kernel, leaves, map_with_path
 from tests.reference.nets import CLASSES, batch_of, tiny, tiny_state, tiny_tx
@@ -160,27 +160,6 @@ def test_bfloat16_computes_low_and_keeps_float32(images):
     maps = jax.eval_shape(low, state.variables, jnp.zeros((1, 8, 8, 3)))
     assert maps["stage1"].dtype == jnp.bfloat16
     assert maps["logits"].dtype == maps["pooled"].dtype == jnp.float32
-
-
-@pytest.mark.slow
-def test_per_example_gradients_and_ensembles_compose(images):
-    """Plain functions: a research script may `vmap` over examples, or over an ensemble of states."""
-    model, state = tiny(), tiny_state(TX)
-    x = jnp.asarray(images[0], jnp.float32) / 255
-
-    def loss(params, image, label):
-        logits = model.apply({"params": params, "batch_stats": state.batch_stats}, image[None])
-        return softmax_cross_entropy(logits, jax.nn.one_hot(label, CLASSES)[None])[0]
-
-    per_example = jax.jit(jax.vmap(jax.grad(loss), (None, 0, 0)))(state.params, x, images[1])
-    mean = jax.grad(lambda p: jnp.mean(jax.vmap(loss, (None, 0, 0))(p, x, images[1])))(state.params)
-    assert_close(jax.tree.map(lambda g: g.mean(0), per_example), mean, atol=1e-5)
-
-    ensemble = jax.tree.map(lambda *xs: jnp.stack(xs), *(tiny_state(TX, seed) for seed in range(2)))
-    trained, metrics = jax.jit(jax.vmap(partial(train_step, model=model, tx=TX), (0, None)))(ensemble, batch_of(images))
-    assert metrics["loss"].shape == (2,)
-    single, _ = STEP(tiny_state(TX, 1), batch_of(images))
-    assert_close(jax.tree.map(lambda p: p[1], trained.params), single.params, atol=1e-5)
 
 
 def test_calibration_and_top5_sums(images):
