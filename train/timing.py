@@ -7,8 +7,7 @@ affects all of them; the interval of a ratio comes from the blocks, as steps wit
 
 import gc
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -40,17 +39,24 @@ def interleaved(
       ahead: wait for each call's arrays only after the next is dispatched, as `train.loop.fit` does; times are then
         those between consecutive ends. Otherwise wait for each call before the next.
     """
-    with _no_collection():
+    untimed = int(len(runners) > 1) if settle is None else settle
+    seconds = {name: np.zeros((repeats, steps)) for name in runners}
+    # Suspend Python's garbage collector, as `timeit` does.
+    collects = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
         for runner in runners.values():
             for _ in range(warmup):
                 jax.block_until_ready(runner())
-        untimed = int(len(runners) > 1) if settle is None else settle
-        seconds = {name: np.zeros((repeats, steps)) for name in runners}
         for block in range(repeats):
             for name in list(runners)[:: -1 if block % 2 else 1]:
                 for _ in range(untimed):
                     jax.block_until_ready(runners[name]())
                 seconds[name][block] = _block(runners[name], steps, ahead)
+    finally:
+        if collects:
+            gc.enable()
     return seconds
 
 
@@ -66,19 +72,6 @@ def _block(runner: Runner, steps: int, ahead: bool) -> np.ndarray:
         jax.block_until_ready(now)
         marks.append(time.perf_counter())
     return np.diff(marks)
-
-
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """Suspend Python's garbage collector, as `timeit` does."""
-    was = gc.isenabled()
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was:
-            gc.enable()
 
 
 def summary(seconds: np.ndarray) -> dict[str, float]:
