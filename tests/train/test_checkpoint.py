@@ -166,7 +166,7 @@ def test_silent_damage_is_found_by_checksum(folder, states, monkeypatch, capsys)
     def load_with_one_bit_off(step, like):
         arrays = load(step, like)
         if step == 4:
-            arrays["params"]["head"]["bias"] = arrays["params"]["head"]["bias"] + np.float32(1e-7)
+            arrays["params"]["head"]["bias"] = np.nextafter(arrays["params"]["head"]["bias"], np.float32(9))
         return arrays
 
     monkeypatch.setattr(checkpoints._orbax, "load", load_with_one_bit_off)

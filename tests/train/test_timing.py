@@ -14,6 +14,13 @@ blocks = st.integers(2, 6).flatmap(
 )
 
 
+@pytest.fixture(scope="module", autouse=True)
+def few_resamples():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("train.timing.RESAMPLES", 100)
+        yield
+
+
 @given(blocks, st.floats(0.01, 100))
 @settings(deadline=None, max_examples=5)
 def test_ratio_and_interval_scale(a, factor):
@@ -27,9 +34,8 @@ def test_ratio_and_interval_scale(a, factor):
     assert turned["value"] == pytest.approx(1 / one["value"])
 
 
-def test_interval_covers_the_truth_as_often_as_it_claims(monkeypatch):
+def test_interval_covers_the_truth_as_often_as_it_claims():
     """Blocks of equal runners that drift: 95 % intervals miss 1 in about one of twenty comparisons."""
-    monkeypatch.setattr("train.timing.RESAMPLES", 100)
     rng = np.random.default_rng(0)
 
     def drifting(n):
