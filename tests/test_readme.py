@@ -89,12 +89,10 @@ def test_python_of_pruning_runs(capsys):
     assert namespace["loss"](namespace["params"], namespace["x"], namespace["y"]) < 0.7
 
 
-def test_pruning_lists_every_score_and_schedule():
+def test_tables_are_complete():
+    assert re.findall(r"^\| `(\w+)` \|", README, re.M) == list(PRESETS)
     for name in [*SCORES, *get_args(Schedule)]:
         assert f"`{name}`" in PRUNING, name
-
-
-def test_pretraining_lists_every_method():
     methods = re.findall(r"^\| `(\w+)` \|", PRETRAINING, re.M)
     assert methods == list(pretrain_presets.DIGITS) == list(OBJECTIVES)
 
@@ -115,10 +113,6 @@ def test_commands_parse(words):
     presets, default, kind = KINDS[program]
     preset, config = parse(program, presets, words, default=default)
     assert isinstance(config, kind) and (preset in words or preset == default)
-
-
-def test_table_lists_every_preset():
-    assert re.findall(r"^\| `(\w+)` \|", README, re.M) == list(PRESETS)
 
 
 def test_links_exist():

@@ -187,5 +187,3 @@ def test_statistics_are_measured_on_training_images_alone():
     pixels = dataset.train.images / 255
     np.testing.assert_allclose(measured.mean, pixels.mean((0, 1, 2)), atol=1e-4)
     np.testing.assert_allclose(measured.std, pixels.std((0, 1, 2)), atol=1e-4)
-    with pytest.raises(UsageError, match="need 3 values each"):
-        build.with_statistics(TrainConfig(augment=AugmentConfig(mean=(0.5,), std=(0.2,))), dataset)

@@ -196,7 +196,6 @@ BAD_INPUT = {
     "optimizer": (["--optim.name", "sdg"], "unknown optimizer 'sdg': did you mean sgd?"),
     "schedule": (["--optim.schedule", "cosinus"], "unknown schedule 'cosinus': did you mean cosine?"),
     "loss": (["--loss", "hinge"], "unknown loss 'hinge'"),
-    "mode": (["--mode", "pjit"], "invalid choice 'pjit' for argument '--mode'. Expected one of ('jit', 'pmap'"),
     "range": (["--ema", "1.5"], "--ema 1.5 is out of range"),
     "devices": (["--batch", "60"], "a batch of 60 is not divisible by 8 devices"),
     "large batch": (["--batch", "8000"], "a batch of 8000 is larger than the 1293 training images"),
