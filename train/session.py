@@ -120,6 +120,8 @@ class Session(Generic[Config]):
           evaluations: pairs of `(x, batch, *, axis_name) -> arrays` and the shapes of `x`.
           state: the state to start from.
         """
+        if self.main:
+            claim(self.out, self.config, self.replaced)
         # Compilation needs only the shapes of batches, which are known before the images are read.
         config, pmap, shape = self.config, self.config.mode == "pmap", self.dataset.image_shape
         compiled_for = partial(compile_step, mesh=self.mesh, mode=config.mode)
@@ -154,8 +156,6 @@ class Session(Generic[Config]):
 
     def resume(self, state: Any) -> Any:
         """Restore the newest good checkpoint, or return `state` unchanged."""
-        if self.main:
-            claim(self.out, self.config, self.replaced)
         keep_best = getattr(self.config, "keep_best", 0)
         self.checkpoints = Checkpoints(self.out / "checkpoints", keep_last=self.config.keep_last, keep_best=keep_best)
         restored = self.checkpoints.resume(state)

@@ -113,6 +113,7 @@ class Classifier(nn.Module):
         return nn.Dense(CLASSES, name="head")(nn.LayerNorm(name="LayerNorm_0")(hidden))
 
 
+@pytest.mark.slow
 def test_pretraining_of_an_encoder_without_batch_statistics(dataset, tmp_path):
     views = ViewConfig(mean=PIXELS.mean, std=PIXELS.std, min_scale=0.5, jitter=(0.0,) * 4, grayscale=0.0)
     fields = {"batch": 24, "epochs": 3, "eval_batch": 24, "eval_every": 3, "neighbours": 5}
