@@ -117,6 +117,10 @@ def test_killed_twice_it_ends_bit_equal(finished, command, tmp_path):
     assert steps == sorted(steps)
 
 
+class Interrupted(Exception):
+    """Stands for whatever stops a process."""
+
+
 def short_config(out, **options):
     return TrainConfig(out=str(out), width=8, steps=12, batch=64, save_steps=4, eval_every=100, **options)
 
@@ -127,9 +131,9 @@ def test_restores_from_eight_devices_to_one(tmp_path, tfds_dir, request):
     config = short_config(tmp_path / "eight")
 
     def stop(state):
-        raise KeyboardInterrupt
+        raise Interrupted
 
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Interrupted):
         run(config, hooks=[(10, stop)])
     assert jax.device_count() == 8
     request.getfixturevalue("one_device")
