@@ -60,9 +60,8 @@ def run(
       UsageError: an error that the user can fix. RunError: a failure that stopped the run.
     """
     check(config)
-    own = {"model": model, "tx": tx, "objective": objective, "augment": augment, "dataset": dataset}
-    replaced = [name for name, piece in own.items() if piece is not None]
-    session = open_session(config, preset, dataset=dataset, replaced=replaced)
+    own = {"model": model, "tx": tx, "objective": objective, "augment": augment}
+    session = open_session(config, preset, dataset=dataset, **own)
     if session.finished is not None:
         return session.finished
 
@@ -75,10 +74,9 @@ def run(
     described, schedule = make_tx(config.optim, session.steps, session.epoch_steps)
     tx = tx or described
     state = session.place(make_pretrain_state(config, objective, network, tx, shape, classes))
-    name = config.model if model is None else type(model).__name__
     parameters, heads = count(state.params["encoder"]), count(state.params) - count(state.params["encoder"])
-    method = "objective" if "objective" in replaced else config.objective.name
-    session.announce(f"{method} with {name}: {parameters:,} parameters and {heads:,} in its heads,")
+    method = "objective" if "objective" in session.own else config.objective.name
+    session.announce(f"{method} with {session.model_name}: {parameters:,} parameters and {heads:,} in its heads,")
 
     # ---- compile, resume, train ----
     options = step_options(config, objective, network, tx, views, session.steps, session.epoch_steps)
@@ -121,7 +119,6 @@ def run(
     say(sentence)
     return session.finish(
         {
-            "model": name,
             "objective": method,
             **accuracies,
             "health": last,

@@ -28,6 +28,19 @@ def unoptimised():
     jax.config.update("jax_disable_most_optimizations", False)
 
 
+def on_one_device():
+    """The runs of a test, or of a module's tests, use one device."""
+    from resnet_jax.parallel import make_mesh
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("train.session.make_mesh", lambda: make_mesh(jax.devices()[:1]))
+        yield
+
+
+one_device = pytest.fixture(on_one_device)
+one_device_for_all = pytest.fixture(on_one_device, scope="module", name="one_device_for_all")
+
+
 @pytest.fixture(scope="session")
 def tfds_dir(tmp_path_factory):
     """A TFDS data_dir of the tests' own, also for the command lines they start."""
@@ -47,13 +60,17 @@ def images():
 def command(tfds_dir):
     """`command("train", "--seed", 1)` runs `python -m train --seed 1` as a user does, with warnings as errors."""
 
-    def environment(**extra):
-        cache = {"JAX_COMPILATION_CACHE_DIR": str(CACHE), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3"}
-        return {**os.environ, "TFDS_DATA_DIR": str(tfds_dir), **cache, **extra}
+    environment = {
+        **os.environ,
+        "TFDS_DATA_DIR": str(tfds_dir),
+        "JAX_COMPILATION_CACHE_DIR": str(CACHE),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "true",  # as `unoptimised`
+    }
 
-    def run(*arguments, start=False, before=(), env=(), **options):
+    def run(*arguments, start=False, before=(), env=()):
         line = [*before, sys.executable, "-W", "error", "-m", *map(str, arguments)]
-        options = {"cwd": ROOT, "text": True, "env": environment(**dict(env)), **options}
+        options = {"cwd": ROOT, "text": True, "env": {**environment, **dict(env)}}
         if start:
             return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
         return subprocess.run(line, capture_output=True, check=False, **options)

@@ -43,25 +43,31 @@ def blocks(language, page=README):
     return re.findall(rf"```{language}\n(.*?)```", page, re.S)
 
 
+def executed(page):
+    """The names after the Python of a page has run."""
+    namespace = {}
+    for block in blocks("python", page):
+        exec(block, namespace)
+    return namespace
+
+
+@pytest.mark.slow
 def test_python_runs(tmp_path, tfds_dir, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run(TrainConfig(out="runs/digits-seed0", width=8, steps=5, batch=64, optim=OptimConfig(lr=0.05)))
     Image.fromarray(np.zeros((8, 8), np.uint8)).save("seven.png")
-    namespace = {}
-    for block in blocks("python"):
-        exec(block, namespace)
+    namespace = executed(README)
     assert namespace["metrics"]["loss"].shape == ()
     assert namespace["ensemble"].step.shape == (3,)
     assert namespace["gradients"]["head"]["bias"].shape == (16, 10)
 
 
+@pytest.mark.slow
 def test_python_of_pretraining_runs():
-    namespace = {}
-    for block in blocks("python", PRETRAINING):
-        exec(block, namespace)
-    assert {"loss", "projection_std"} <= set(namespace["metrics"])
+    assert {"loss", "projection_std"} <= set(executed(PRETRAINING)["metrics"])
 
 
+@pytest.mark.slow
 def test_python_of_objectives_runs(tmp_path, monkeypatch, capsys):
     """The five scripts: an L1 penalty, distillation, SAM, two heads, and a whole run with pieces of one's own."""
     monkeypatch.chdir(tmp_path)
@@ -78,67 +84,43 @@ def test_python_of_objectives_runs(tmp_path, monkeypatch, capsys):
 
 
 def test_python_of_pruning_runs(capsys):
-    namespace = {}
-    for block in blocks("python", PRUNING):
-        exec(block, namespace)
+    namespace = executed(PRUNING)
     assert capsys.readouterr().out == "0.90\n"
     assert namespace["loss"](namespace["params"], namespace["x"], namespace["y"]) < 0.7
 
 
-def test_pruning_lists_every_score_and_schedule():
+def test_tables_are_complete():
+    assert re.findall(r"^\| `(\w+)` \|", README, re.M) == list(PRESETS)
     for name in [*SCORES, *get_args(Schedule)]:
         assert f"`{name}`" in PRUNING, name
-
-
-def test_pretraining_lists_every_method():
     methods = re.findall(r"^\| `(\w+)` \|", PRETRAINING, re.M)
     assert methods == list(pretrain_presets.DIGITS) == list(OBJECTIVES)
 
 
 def commands():
-    for block in [*blocks("sh"), *blocks("sh", PRETRAINING), *blocks("sh", PRUNING)]:
-        for line in block.splitlines():
-            words = shlex.split(line, comments=True)
-            # A run to prune comes first, where none is trained; report and curve have parsers, and tests, of their own.
-            if words[2:3] == ["train.prune"] and len(words) > 3 and (words[3] == "RUN" or "/" in words[3]):
-                del words[3]
-            if words[:2] == ["python", "-m"] and words[2] in KINDS and words[3:4] not in (["report"], ["curve"]):
-                yield words[2:]
+    for line in "\n".join(blocks("sh", README + PRETRAINING + PRUNING)).splitlines():
+        words = shlex.split(line, comments=True)
+        # A run to prune comes first, where none is trained; report and curve have parsers, and tests, of their own.
+        if words[2:3] == ["train.prune"] and len(words) > 3 and (words[3] == "RUN" or "/" in words[3]):
+            del words[3]
+        if words[:2] == ["python", "-m"] and words[2] in KINDS and not {"report", "curve", "--help"} & {*words}:
+            yield words[2:]
 
 
 @pytest.mark.parametrize("words", list(commands()), ids=" ".join)
 def test_commands_parse(words):
     program, *words = words
     presets, default, kind = KINDS[program]
-    if "--help" not in words:
-        preset, config = parse(program, presets, words, default=default)
-        assert isinstance(config, kind) and (preset in words or preset == default)
+    preset, config = parse(program, presets, words, default=default)
+    assert isinstance(config, kind) and (preset in words or preset == default)
 
 
-def test_table_lists_every_preset():
-    assert re.findall(r"^\| `(\w+)` \|", README, re.M) == list(PRESETS)
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "README.md",
-        "CONTRIBUTING.md",
-        "results/README.md",
-        "docs/pretraining.md",
-        "docs/protocol.md",
-        "docs/pruning.md",
-        "docs/speed.md",
-        "docs/objectives.md",
-    ],
-)
-def test_links_exist(name):
-    page = ROOT / name
-    prose = re.sub(r"```.*?```", "", page.read_text(), flags=re.S)
-    for link in re.findall(r"\]\((?!http)([^)#]+)\)", prose):
-        assert (page.parent / link).exists(), link
-    for file in (
-        re.findall(r"^\| `((?:\w+\.py`?,? ?`?)+)` \|", page.read_text(), re.M) if name == "CONTRIBUTING.md" else []
-    ):
-        for part in re.findall(r"\w+\.py", file):
-            assert any((ROOT / package / part).exists() for package in ("resnet_jax", "train", "pretrain")), part
+def test_links_exist():
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "results" / "README.md", *ROOT.glob("docs/*.md")]
+    for page in pages:
+        prose = re.sub(r"```.*?```", "", page.read_text(), flags=re.S)
+        for link in re.findall(r"\]\((?!http)([^)#]+)\)", prose):
+            assert (page.parent / link).exists(), link
+    for row in re.findall(r"^\| (`\w+\.py`.*?) \|", (ROOT / "CONTRIBUTING.md").read_text(), re.M):
+        for file in re.findall(r"\w+\.py", row):
+            assert any((ROOT / package / file).exists() for package in ("resnet_jax", "train", "pretrain")), file

@@ -5,51 +5,37 @@ such as `train.run.run` and `train.predict.load`.
 """
 
 import importlib
+from collections.abc import Callable
 from typing import Any
 
-# Public name: the module that defines it.
-_HOMES = {
-    "AugmentConfig": "config",
-    "Checkpoints": "checkpoint",
-    "DataConfig": "config",
-    "Dataset": "data.sets",
-    "Objective": "steps",
-    "OptimConfig": "config",
-    "Pieces": "run",
-    "Progress": "loop",
-    "RunError": "errors",
-    "Session": "session",
-    "TrainConfig": "config",
-    "TrainState": "state",
-    "Training": "run",
-    "UsageError": "errors",
-    "classify": "steps",
-    "digest": "state",
-    "eval_batches": "data.batches",
-    "eval_step": "steps",
-    "evaluate": "loop",
-    "fit": "loop",
-    "forward": "state",
-    "from_arrays": "data.sets",
-    "init_state": "state",
-    "init_variables": "state",
-    "load_masks": "weights",
-    "load_state": "run_folder",
-    "load_weights": "weights",
-    "make_optimizer": "optim",
-    "make_pieces": "run",
-    "make_schedule": "optim",
-    "open_session": "session",
-    "start_state": "run",
-    "summarize": "steps",
-    "train_batches": "data.batches",
-    "train_step": "steps",
-    "update": "steps",
-}
-__all__ = list(_HOMES)
+
+def lazy_names(package: str, modules: dict[str, str]) -> tuple[list[str], Callable[[str], Any]]:
+    """Make `__all__` and `__getattr__` of a package from its modules' public names, separated by spaces."""
+    homes = {name: module for module, names in modules.items() for name in names.split()}
+
+    def load(name: str) -> Any:
+        if name not in homes:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        return getattr(importlib.import_module(f"{package}.{homes[name]}"), name)
+
+    return sorted(homes), load
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'train' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"train.{_HOMES[name]}"), name)
+__all__, __getattr__ = lazy_names(
+    "train",
+    {
+        "checkpoint": "Checkpoints",
+        "config": "AugmentConfig DataConfig OptimConfig TrainConfig",
+        "data.batches": "eval_batches train_batches",
+        "data.sets": "Dataset from_arrays",
+        "errors": "RunError UsageError",
+        "loop": "Progress evaluate fit",
+        "optim": "make_optimizer make_schedule",
+        "run": "Pieces Training make_pieces start_state",
+        "run_folder": "load_state",
+        "session": "Session open_session",
+        "state": "TrainState digest forward init_state init_variables",
+        "steps": "Objective classify eval_step summarize train_step update",
+        "weights": "load_masks load_weights",
+    },
+)

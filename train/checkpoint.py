@@ -65,7 +65,8 @@ class Checkpoints:
         step = int(state.step)
         if step in self.steps:
             return
-        arrays = _to_host(state)
+        # Copy the arrays, as donated buffers change while files are written, and pack masks into bits.
+        arrays = jax.tree.map(np.array, {**_fields(state), "masks": pack(state.masks)})
         metadata = {"iterator": iterator, "checksum": _checksum(arrays)}
         needed, free = sum(a.nbytes for a in jax.tree.leaves(arrays)), shutil.disk_usage(self.root).free
         if free < needed:
@@ -97,10 +98,19 @@ class Checkpoints:
         if found is None:
             return None
         arrays, iterator = found
-        wanted = _fields(like)
-        masks = {"masks": arrays["masks"]}
-        _check_same(leaves({**arrays, **masks}), leaves({**wanted, **masks}), self.root / str(int(arrays["step"])))
-        return _to_devices(arrays, like), iterator
+        # Masks may differ: they come from the checkpoint.
+        saved, wanted = leaves(arrays), leaves({**_fields(like), "masks": arrays["masks"]})
+        other = f"checkpoint {self.root / str(int(arrays['step']))} comes from a different model or optimizer"
+        for path in sorted(saved.keys() ^ wanted.keys()):
+            raise UsageError(f"{other}: {path} is only in {'the checkpoint' if path in saved else 'this run'}")
+        for path, leaf in wanted.items():
+            if saved[path].shape != leaf.shape:
+                raise UsageError(f"{other}: {path} has shape {saved[path].shape} there, {leaf.shape} in this run")
+        # Orbax returns plain containers, and optimizer states are named tuples: match them leaf by leaf.
+        saved["key"] = jax.random.wrap_key_data(arrays["key"], impl=jax.random.key_impl(like.key))
+        fields = {name: getattr(like, name) for name in like.__dataclass_fields__}
+        placed = map_with_path(lambda path, leaf: place(saved[path], leaf.sharding), fields)
+        return type(like)(**placed), iterator
 
     def read(self, *, step: int | None = None) -> tuple[PyTree, dict[str, Any]] | None:
         """Like `restore`, without a state to restore into: the saved fields by name, as NumPy arrays.
@@ -130,8 +140,9 @@ class Checkpoints:
         """Restore to continue training: also removes damaged newer checkpoints, which new ones would collide with."""
         restored = self.restore(like)
         if restored is not None:
-            for newer in [step for step in self.steps if step > int(restored[0].step)]:
-                shutil.rmtree(self.root / str(newer), ignore_errors=True)
+            for step in self.steps:
+                if step > int(restored[0].step):
+                    shutil.rmtree(self.root / str(step), ignore_errors=True)
             self._orbax.reload()
         return restored
 
@@ -151,10 +162,8 @@ class Checkpoints:
         # The checksum covers the leaves in the state's own order, which plain containers lose (an optimizer's named
         # tuple is a dict here) and Orbax's index keeps.
         saved = leaves(arrays)
-        if (
-            _checksum([saved[path] for path in _order(files[1]) if path in saved])
-            != metadata.custom_metadata["checksum"]
-        ):
+        ordered = [saved[path] for path in _order(files[1]) if path in saved]
+        if _checksum(ordered) != metadata.custom_metadata["checksum"]:
             raise ValueError("its checksum differs")
         arrays["masks"] = unpack(arrays["masks"], arrays["params"])
         return arrays, metadata.custom_metadata["iterator"]
@@ -176,30 +185,8 @@ def _fields(state: TrainState) -> dict[str, PyTree]:
     return {**fields, "key": jax.random.key_data(state.key)}
 
 
-def _to_host(state: TrainState) -> PyTree:
-    """NumPy copies of a state's arrays, as donated buffers change while files are written; masks as bits."""
-    return jax.tree.map(np.array, {**_fields(state), "masks": pack(state.masks)})
-
-
-def _to_devices(arrays: PyTree, like: TrainState) -> TrainState:
-    saved = leaves(arrays) | {"key": jax.random.wrap_key_data(arrays["key"], impl=jax.random.key_impl(like.key))}
-    fields = {name: getattr(like, name) for name in like.__dataclass_fields__}
-    # Orbax returns plain containers, and optimizer states are named tuples: match them leaf by leaf.
-    return type(like)(**map_with_path(lambda path, leaf: place(saved[path], leaf.sharding), fields))
-
-
 def _checksum(arrays: PyTree) -> int:
     value = 0
     for leaf in jax.tree.leaves(arrays):
         value = zlib.crc32(np.ascontiguousarray(leaf).tobytes(), value)
     return value
-
-
-def _check_same(saved: dict[str, Any], wanted: dict[str, Any], where: Path) -> None:
-    """Refuse a checkpoint of a different model; the message names the first difference."""
-    other = f"checkpoint {where} comes from a different model or optimizer"
-    for path in sorted(saved.keys() ^ wanted.keys()):
-        raise UsageError(f"{other}: {path} is only in {'the checkpoint' if path in saved else 'this run'}")
-    for path, leaf in wanted.items():
-        if saved[path].shape != leaf.shape:
-            raise UsageError(f"{other}: {path} has shape {saved[path].shape} there, {leaf.shape} in this run")

@@ -62,7 +62,10 @@ def parse(program: str, presets: dict[str, Callable[[], Any]], argv: Sequence[st
     Raises:
       UsageError: an unknown preset or flag, or a value of the wrong type; the message is one line.
     """
-    argv = _joined(argv)
+    argv = list(argv)
+    if "--versus" in argv[:-1]:  # its value looks like a flag: `--versus "--batch 64"` becomes `--versus=--batch 64`
+        place = argv.index("--versus")
+        argv[place : place + 2] = [f"--versus={argv[place + 1]}"]
     preset = argv.pop(0) if argv and not argv[0].startswith("-") else default
     if preset not in presets:
         raise unknown("preset", preset, presets)
@@ -71,39 +74,21 @@ def parse(program: str, presets: dict[str, Callable[[], Any]], argv: Sequence[st
     if "-h" in argv or "--help" in argv:
         return preset, tyro.cli(type(config), prog=f"{program} {preset}", description=about, default=config, args=argv)
     _check_names(argv, flat(config))
-    said = io.StringIO()
+    output = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
+        with contextlib.redirect_stderr(output), contextlib.redirect_stdout(output):
             return preset, tyro.cli(type(config), prog=program, default=config, args=argv)
     except SystemExit:
-        raise UsageError(_plain(said.getvalue())) from None
-
-
-# Flags whose value looks like flags, and would otherwise be parsed as such.
-FLAGS_FOR_VALUE = ("--versus",)
-
-
-def _joined(argv: Sequence[str]) -> list[str]:
-    """Join such a flag to its value: `--versus "--batch 64"` becomes `--versus=--batch 64`."""
-    joined: list[str] = []
-    for argument in argv:
-        if joined and joined[-1] in FLAGS_FOR_VALUE and argument.startswith("--"):
-            joined[-1] += f"={argument}"
-        else:
-            joined.append(argument)
-    return joined
+        raise UsageError(_plain(output.getvalue())) from None
 
 
 def _check_names(argv: Sequence[str], fields: dict[str, Any]) -> None:
     known = {f"--{name.replace('_', '-')}" for name in fields}
     for argument in argv:
         flag = argument.split("=", 1)[0].replace("_", "-")
-        if not flag.startswith("--"):
-            continue
-        head, _, last = flag.removeprefix("--").rpartition(".")
-        positive = f"--{head}.{last.removeprefix('no-')}" if head else f"--{last.removeprefix('no-')}"
-        if flag not in known and positive not in known:
-            near = difflib.get_close_matches(flag, known, n=3)
+        positive = re.sub(r"(--|\.)no-", r"\1", flag)
+        if flag.startswith("--") and not {flag, positive} & known:
+            near = difflib.get_close_matches(flag, known)
             hint = f"did you mean {' or '.join(near)}? " if near else ""
             raise UsageError(f"unknown field {flag!r}: {hint}--help lists all fields")
 
@@ -111,6 +96,5 @@ def _check_names(argv: Sequence[str], fields: dict[str, Any]) -> None:
 def _plain(text: str) -> str:
     """Flatten tyro's boxed message to one line."""
     text = re.sub(r"\x1b\[[0-9;]*m|[─-╿]", " ", text)
-    text = re.sub(r"-{3,}|\s+", " ", text)
-    text = re.sub(r"Argument helptext:.*|For full helptext.*", "", text)
-    return re.sub(r"\s+", " ", text).strip(" :") or "these flags cannot be parsed"
+    text = re.sub(r"(-{3,}|\s)+", " ", text)
+    return re.sub(r"Argument helptext:.*|For full helptext.*", "", text).strip(" :") or "these flags cannot be parsed"

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -9,7 +10,6 @@ from resnet_jax.losses import LOSSES
 from resnet_jax.parallel import Mode
 from resnet_jax.resnet import MODELS
 from train.errors import UsageError, unknown
-from train.optim import OPTIMIZERS, SCHEDULES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,38 +222,31 @@ def check_images(config: TrainConfig, shape: tuple[int, int, int], devices: int)
         raise UsageError(f"--accumulate {config.accumulate} does not divide the {share} images per device")
 
 
-def check_run(config: RunConfig, ranges: dict[str, bool]) -> None:
-    """Check the fields shared by all pipelines, and a pipeline's additional `ranges`, {field: whether it is in range}.
+# Ranges of the fields that training and other pipelines have; None is always in range.
+RANGES: list[tuple[Callable[[Any], bool], str]] = [
+    (lambda x: x > 0, "epochs steps batch eval_batch eval_every save_steps keep_last log_every width accumulate"),
+    (lambda x: x > 0, "optim.clip_norm optim.trust_coefficient"),
+    (lambda x: x >= 0, "optim.lr optim.weight_decay optim.warmup_epochs keep_best"),
+    (lambda x: x >= 0, "augment.crop_padding augment.mixup augment.cutmix"),
+    (lambda x: 0 <= x < 1, "optim.momentum drop_path label_smoothing ema"),
+    (lambda x: 0 <= x <= 1, "augment.color_jitter augment.erasing"),
+    (lambda x: 0 < x <= 1, "data.fraction augment.min_scale"),
+    (lambda x: 0 <= x <= 30, "augment.rand_augment"),
+]
+
+
+def check_run(config: RunConfig, ranges: Mapping[str, bool] | None = None) -> None:
+    """Check the fields of `RANGES`, and a pipeline's additional `ranges`, {field: whether it is in range}.
 
     Raises:
       UsageError: an unknown name, or a number out of range.
     """
     if config.model not in MODELS:
         raise unknown("model", config.model, MODELS)
-    if config.optim.name not in OPTIMIZERS and not config.optim.name.startswith("optax."):
-        raise unknown("optimizer", config.optim.name, [*OPTIMIZERS, "optax.NAME"])
-    if config.optim.schedule not in [*SCHEDULES, "one_cycle"]:
-        raise unknown("schedule", config.optim.schedule, [*SCHEDULES, "one_cycle"])
-    ranges = ranges | {
-        "data.fraction": 0 < config.data.fraction <= 1,
-        "epochs": config.epochs > 0,
-        "steps": config.steps is None or config.steps > 0,
-        "batch": config.batch >= 1,
-        "eval_batch": config.eval_batch >= 1,
-        "eval_every": config.eval_every > 0,
-        "save_steps": config.save_steps is None or config.save_steps > 0,
-        "keep_last": config.keep_last >= 1,
-        "log_every": config.log_every >= 1,
-        "width": config.width is None or config.width >= 1,
-        "widths": all(width >= 1 for width in config.widths),
-        "optim.lr": config.optim.lr >= 0,
-        "optim.momentum": 0 <= config.optim.momentum < 1,
-        "optim.weight_decay": config.optim.weight_decay >= 0,
-        "optim.warmup_epochs": config.optim.warmup_epochs >= 0,
-        "optim.clip_norm": config.optim.clip_norm is None or config.optim.clip_norm > 0,
-        "optim.trust_coefficient": config.optim.trust_coefficient > 0,
-    }
-    values = flat(config)
+    values, ranges = flat(config), dict(ranges or {})
+    for in_range, names in RANGES:
+        ranges |= {name: values[name] is None or in_range(values[name]) for name in names.split() if name in values}
+    ranges["widths"] = all(width > 0 for width in config.widths)
     for name, fits in ranges.items():
         if not fits:
             raise UsageError(f"--{name.replace('_', '-')} {values[name]} is out of range")
@@ -276,24 +269,10 @@ def check(config: TrainConfig) -> None:
     """
     if config.loss not in LOSSES:
         raise unknown("loss", config.loss, LOSSES)
-    ranges = {
-        "drop_path": 0 <= config.drop_path < 1,
-        "label_smoothing": 0 <= config.label_smoothing < 1,
-        "ema": config.ema is None or 0 <= config.ema < 1,
-        "accumulate": config.accumulate >= 1,
-        "keep_best": config.keep_best >= 0,
-        "augment.crop_padding": config.augment.crop_padding >= 0,
-        "augment.min_scale": 0 < config.augment.min_scale <= 1,
-        "augment.rand_augment": 0 <= config.augment.rand_augment <= 30,
-        "augment.color_jitter": 0 <= config.augment.color_jitter <= 1,
-        "augment.erasing": 0 <= config.augment.erasing <= 1,
-        "augment.mixup": config.augment.mixup >= 0,
-        "augment.cutmix": config.augment.cutmix >= 0,
-    }
-    check_run(config, ranges)
-    if config.freeze and config.init is None:
+    check_run(config)
+    if config.init is None and config.freeze:
         raise UsageError("--freeze trains only the head and needs a pretrained backbone: pass --init")
-    if config.dense and config.init is None:
+    if config.init is None and config.dense:
         raise UsageError("--dense frees the pruned weights of a sparse run: pass that run with --init")
     if config.select == "best" and config.keep_best == 0:
         raise UsageError("--select best needs --keep-best 1 or more")

@@ -10,8 +10,7 @@ from typing import Any
 
 
 class UsageError(Exception):
-    """Bad usage or bad input: nothing was started, or nothing lost. The message says what is wrong and how to fix
-    it."""
+    """Bad usage or bad input: nothing was started, or nothing lost. The message says how to fix it."""
 
 
 class RunError(Exception):
@@ -21,7 +20,7 @@ class RunError(Exception):
 def unknown(kind: str, name: str, valid: Iterable[str]) -> UsageError:
     """Make the error for an unknown name; it suggests the nearest valid names and lists all of them."""
     valid = list(valid)
-    near = difflib.get_close_matches(name, valid, n=3, cutoff=0.6)
+    near = difflib.get_close_matches(name, valid)
     hint = f"did you mean {' or '.join(near)}? " if near else ""
     return UsageError(f"unknown {kind} {name!r}: {hint}choose one of {', '.join(valid)}")
 

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 import flax.linen as nn
@@ -17,17 +18,17 @@ from resnet_jax.losses import LOSSES
 from resnet_jax.mix import mix
 from resnet_jax.parallel import Mode
 from resnet_jax.resnet import MODELS
-from resnet_jax.tree import Predicate, PyTree, is_head
+from resnet_jax.tree import Predicate, PyTree
 from train.config import AugmentConfig, ImageConfig, OptimConfig, RunConfig, TrainConfig
 from train.data.sets import Dataset, in_memory, load
 from train.data.sources import Arrays
-from train.errors import UsageError, unknown
+from train.errors import UsageError
 from train.optim import Schedule, make_optimizer, make_schedule
 from train.state import TrainState, init_state, init_variables
 from train.steps import Objective, classify
+from train.weights import load_masks, load_weights
 
 Run = TypeVar("Run", bound=RunConfig)
-KERNELS = ("auto", "plain", "onednn")
 
 
 def open_data(config: RunConfig) -> Dataset:
@@ -76,27 +77,20 @@ def open_measured(config: Run) -> tuple[Run, Dataset]:
 
 def train_augment(config: AugmentConfig) -> aug.Augment:
     """Build the training augmentation, from uint8 scaled to [0, 1] to normalised images."""
-    parts: list[aug.Augment] = []
-    if config.resized_crop:
-        parts.append(aug.random_resized_crop(config.resized_crop, scale=(config.min_scale, 1.0)))
-    if config.crop_padding:
-        parts.append(aug.random_crop(config.crop_padding, mode=config.crop_mode))
-    if config.flip:
-        parts.append(aug.random_flip())
-    if config.rand_augment:
-        parts.append(auto_augment.rand_augment(magnitude=config.rand_augment))
-    if config.trivial_augment:
-        parts.append(auto_augment.trivial_augment())
-    if config.color_jitter:
-        s = config.color_jitter
-        parts.append(aug.color_jitter(s, s, s, s / 4))
-    # Cutout comes after normalisation, so that its fill of 0 is the mean.
-    parts.append(_normalize(config))
-    if config.cutout:
-        parts.append(aug.cutout(config.cutout))
-    if config.erasing:
-        parts.append(aug.random_erasing(p=config.erasing))
-    return aug.compose(*parts)
+    scale, strength = (config.min_scale, 1.0), config.color_jitter
+    parts = [
+        config.resized_crop and aug.random_resized_crop(config.resized_crop, scale=scale),
+        config.crop_padding and aug.random_crop(config.crop_padding, mode=config.crop_mode),
+        config.flip and aug.random_flip(),
+        config.rand_augment and auto_augment.rand_augment(magnitude=config.rand_augment),
+        config.trivial_augment and auto_augment.trivial_augment(),
+        strength and aug.color_jitter(strength, strength, strength, strength / 4),
+        _normalize(config),
+        # Cutout comes after normalisation, so that its fill of 0 is the mean.
+        config.cutout and aug.cutout(config.cutout),
+        config.erasing and aug.random_erasing(p=config.erasing),
+    ]
+    return aug.compose(*(part for part in parts if callable(part)))
 
 
 def eval_augment(config: ImageConfig) -> aug.Augment:
@@ -122,9 +116,7 @@ def make_model(
 
     `drop_path` only matters in training.
     """
-    options: dict[str, Any] = dict(kernels or {})
-    options |= {} if config.width is None else {"width": config.width}
-    options |= {"widths": config.widths} if config.widths else {}
+    sizes = {"width": config.width, "widths": config.widths}
     return MODELS[config.model](
         num_classes=num_classes,
         drop_path=drop_path,
@@ -132,7 +124,8 @@ def make_model(
         dtype=compute_dtype(config.dtype),
         axis_name=axis_name,
         sync_bn=config.sync_bn,
-        **options,
+        **{name: size for name, size in sizes.items() if size},
+        **(kernels or {}),
     )
 
 
@@ -143,15 +136,13 @@ def make_kernels(name: str, mode: Mode = "jit", dtype: Any = jnp.float32) -> tup
     be used. The remark says why it cannot, or is empty. Variables are the same for both.
 
     Raises:
-      UsageError: an unknown name, or `onednn` where it cannot be used.
+      UsageError: `onednn` where it cannot be used.
     """
-    if name not in KERNELS:
-        raise unknown("kernels", name, KERNELS)
-    if name == "plain" or (name == "auto" and jax.default_backend() != "cpu"):
+    backend, reason = jax.default_backend(), ""
+    if name == "plain" or (name == "auto" and backend != "cpu"):
         return {}, ""
-    reason = ""
-    if jax.default_backend() != "cpu":
-        reason = f"oneDNN runs only on CPU (got {jax.default_backend()})"
+    if backend != "cpu":
+        reason = f"oneDNN runs only on CPU (got {backend})"
     elif mode == "jit" and jax.device_count() > 1:
         reason = f"under jit XLA cannot split oneDNN's work over {jax.device_count()} devices: use mode shard_map"
     else:
@@ -193,23 +184,25 @@ def make_tx(
     return tx, schedule
 
 
-def trained_part(config: TrainConfig) -> Predicate | None:
-    """Select the parameters to update: only the head if the backbone is frozen; None means all."""
-    return is_head if config.freeze else None
-
-
 def make_state(
     config: TrainConfig,
     model: nn.Module,
     tx: optax.GradientTransformation,
     image_shape: tuple[int, int, int],
-    start: Callable[[dict[str, PyTree]], dict[str, PyTree]] = lambda variables: variables,
-    masks: Callable[[PyTree], PyTree | None] = lambda params: None,
+    source: Path | None = None,
+    masks: Callable[[PyTree, PyTree | None], PyTree | None] = lambda params, given: given,
 ) -> TrainState:
-    """Make the state at step 0 from random variables; `start` may replace them, `masks` makes the parameters' masks."""
+    """Make the state at step 0: random, or from `source`, whose pruned weights stay pruned unless `dense` is set.
+
+    `masks(params, given)` makes the masks of the parameters; `given` are those of `source`, if it is pruned.
+    """
     init_key, run_key = jax.random.split(jax.random.key(config.seed))
-    variables = start(init_variables(model, init_key, image_shape))
-    return init_state(variables, tx, run_key, masks=masks(variables["params"]), ema=config.ema is not None)
+    variables, given = init_variables(model, init_key, image_shape), None
+    if source is not None:
+        variables = load_weights(source, variables)
+        given = None if config.dense else load_masks(source, variables["params"])
+    masks_at_start = masks(variables["params"], given)
+    return init_state(variables, tx, run_key, masks=masks_at_start, ema=config.ema is not None)
 
 
 def make_objective(config: TrainConfig, classes: int) -> Objective:

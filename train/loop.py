@@ -5,6 +5,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -102,9 +103,8 @@ class Progress:
         shown: Sequence[str] = ("loss", "accuracy"),
         silent: bool = False,
     ) -> None:
-        self.shown = shown
         self.steps, self.epoch_steps, self.batch, self.every = steps, epoch_steps, batch, every
-        self.extra, self.silent = extra, silent
+        self.extra, self.shown, self.silent = extra, shown, silent
         self.file = None
         if path is not None:
             # The steps after the checkpoint that a run resumes from are trained again: drop their rows.
@@ -116,34 +116,28 @@ class Progress:
         self.last_shown = self.begun = time.perf_counter()
         self.first: int | None = None
         self.last = start
-        self.paused = 0.0
+        self.paused = 0.0  # seconds to exclude from the rate
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         self.window.append(metrics)
         now = time.perf_counter()
         if self.first is None:  # exclude compilation from the rate
-            self.begun, self.first = now, step
-            self.paused = 0.0
+            self.begun, self.first, self.paused = now, step, 0.0
         self.last = step
         if step % self.every == 0 or step == self.steps:
             means = {name: float(np.mean([m[name] for m in self.window])) for name in metrics}
             self.window = []
             self.row({"step": step, "epoch": round(step / self.epoch_steps, 4), **means, **self.extra(step)})
-            self.show(step, means, now)
+            if self.terminal or now - self.last_shown >= 5 or step == self.steps:
+                self.last_shown = now
+                self.say(self.line(step, means), stays=not self.terminal)
 
-    def show(self, step: int, means: dict[str, float], now: float) -> None:
-        if not self.terminal and now - self.last_shown < 5 and step != self.steps:
-            return
-        self.last_shown = now
+    def line(self, step: int, means: dict[str, float]) -> str:
         rate = self.images_per_second
-        left = (self.steps - step) * self.batch / rate if rate else 0.0
-        total = math.ceil(self.steps / self.epoch_steps)
+        left = timedelta(seconds=round((self.steps - step) * self.batch / rate) if rate else 0)
         values = "  ".join(f"{name.replace('_', ' ')} {means[name]:.4g}" for name in self.shown)
-        line = (
-            f"step {step}/{self.steps}  epoch {step / self.epoch_steps:.1f}/{total}  {values}  "
-            f"{rate:,.0f} images/s  {_clock(left)} left"
-        )
-        self.say(line, stays=not self.terminal)
+        epoch = f"epoch {step / self.epoch_steps:.1f}/{math.ceil(self.steps / self.epoch_steps)}"
+        return f"step {step}/{self.steps}  {epoch}  {values}  {rate:,.0f} images/s  {left} left"
 
     def say(self, line: str, *, stays: bool = True) -> None:
         """Print a line; on a terminal the next one overwrites it unless it `stays`."""
@@ -157,10 +151,6 @@ class Progress:
                 self.file.write(json.dumps(row) + "\n")
             except OSError as error:
                 raise RunError(f"cannot write {self.file.name}: {error}") from None
-
-    def pause(self, seconds: float) -> None:
-        """Exclude `seconds` from the rate: they were not spent on training."""
-        self.paused += seconds
 
     @property
     def images_per_second(self) -> float:
@@ -184,9 +174,3 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             break
     return rows
-
-
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

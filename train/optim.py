@@ -14,32 +14,17 @@ from train.errors import unknown
 Schedule = Callable[[Any], Any]  # step -> learning rate
 
 
-def cosine(peak: float, steps: int) -> Schedule:
-    """Half a cosine from `peak` to 0, https://arxiv.org/abs/1608.03983."""
-    return optax.cosine_decay_schedule(peak, max(steps, 1))
-
-
-def linear(peak: float, steps: int) -> Schedule:
-    """A straight line from `peak` to 0."""
-    return optax.linear_schedule(peak, 0.0, max(steps, 1))
-
-
 def step_decay(peak: float, steps: int, milestones: Sequence[float] = (0.5, 0.75), factor: float = 0.1) -> Schedule:
     """Multiply `peak` by `factor` at each of `milestones`, fractions of all steps (He et al. 2015 on CIFAR)."""
     return optax.piecewise_constant_schedule(peak, {round(m * steps): factor for m in milestones})
 
 
-def constant(peak: float, steps: int) -> Schedule:
-    """`peak` throughout."""
-    del steps
-    return optax.constant_schedule(peak)
-
-
+# (peak, steps, **options) -> schedule
 SCHEDULES: dict[str, Callable[..., Schedule]] = {
-    "cosine": cosine,
-    "linear": linear,
+    "cosine": optax.cosine_decay_schedule,  # half a cosine to 0, https://arxiv.org/abs/1608.03983
+    "linear": lambda peak, steps: optax.linear_schedule(peak, 0.0, steps),
     "step": step_decay,
-    "constant": constant,
+    "constant": lambda peak, steps: optax.constant_schedule(peak),
 }
 
 
@@ -56,9 +41,9 @@ def make_schedule(name: str, *, peak: float, steps: int, warmup: int = 0, **opti
         return optax.cosine_onecycle_schedule(steps, peak, pct_start=warmup / steps if warmup else 0.3)
     if name not in SCHEDULES:
         raise unknown("schedule", name, [*SCHEDULES, "one_cycle"])
+    after = SCHEDULES[name](peak, max(steps - warmup, 1), **options)
     if not warmup:
-        return SCHEDULES[name](peak, steps, **options)
-    after = SCHEDULES[name](peak, steps - warmup, **options)
+        return after
     # Step 0 already has a nonzero rate, and the line reaches the peak at step `warmup`.
     rise = optax.linear_schedule(peak / (warmup + 1), peak, warmup)
     return optax.join_schedules([rise, after], [warmup])
@@ -66,49 +51,23 @@ def make_schedule(name: str, *, peak: float, steps: int, warmup: int = 0, **opti
 
 def sgd(schedule: Schedule, *, momentum: float, nesterov: bool, weight_decay: float, mask: Any) -> Any:
     """SGD with momentum and L2 added to the gradient, as in torch.optim.SGD."""
-    return optax.chain(
-        optax.add_decayed_weights(weight_decay, mask),
-        optax.sgd(schedule, momentum=momentum, nesterov=nesterov),
-    )
+    decay = optax.add_decayed_weights(weight_decay, mask)
+    return optax.chain(decay, optax.sgd(schedule, momentum=momentum, nesterov=nesterov))
 
 
-def adamw(schedule: Schedule, *, momentum: float, nesterov: bool, weight_decay: float, mask: Any) -> Any:
-    """AdamW, https://arxiv.org/abs/1711.05101; `momentum` is b1."""
-    return optax.adamw(schedule, b1=momentum, nesterov=nesterov, weight_decay=weight_decay, mask=mask)
-
-
-def lars(
-    schedule: Schedule,
-    *,
-    momentum: float,
-    nesterov: bool,
-    weight_decay: float,
-    mask: Any,
-    trust_coefficient: float = 0.001,
-) -> Any:
+def lars(schedule: Schedule, *, mask: Any, **options: Any) -> Any:
     """LARS, https://arxiv.org/abs/1708.03888: the trust ratio applies where weight decay does."""
-    return optax.lars(
-        schedule,
-        trust_coefficient=trust_coefficient,
-        weight_decay=weight_decay,
-        weight_decay_mask=mask,
-        trust_ratio_mask=mask,
-        momentum=momentum,
-        nesterov=nesterov,
-    )
+    return optax.lars(schedule, weight_decay_mask=mask, trust_ratio_mask=mask, **options)
 
 
-def lamb(schedule: Schedule, *, momentum: float, nesterov: bool, weight_decay: float, mask: Any) -> Any:
-    """LAMB, https://arxiv.org/abs/1904.00962; `momentum` is b1, Nesterov does not apply."""
-    del nesterov
-    return optax.lamb(schedule, b1=momentum, weight_decay=weight_decay, mask=mask)
-
-
+# (schedule, *, momentum, nesterov, weight_decay, mask, **options) -> optimizer
 OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
     "sgd": sgd,
-    "adamw": adamw,
+    # https://arxiv.org/abs/1711.05101
+    "adamw": lambda schedule, momentum, **options: optax.adamw(schedule, b1=momentum, **options),
     "lars": lars,
-    "lamb": lamb,
+    # https://arxiv.org/abs/1904.00962; Nesterov does not apply
+    "lamb": lambda schedule, momentum, nesterov, **options: optax.lamb(schedule, b1=momentum, **options),
 }
 
 

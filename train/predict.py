@@ -5,6 +5,10 @@ predict = load("runs/digits-seed0")
 predict("seven.png")  # [("7", 0.97), ("1", 0.01), ...]
 """
 
+import argparse
+import io
+import json
+import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -14,11 +18,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from PIL import Image
 
 from resnet_jax.augment import preprocess_batch
 from train.config import TrainConfig
-from train.data.decode import decode_image
-from train.errors import UsageError
+from train.data.decode import UNREADABLE, decode_image
+from train.errors import UsageError, one_line
 from train.from_config import compute_dtype, eval_augment, make_model
 from train.run_folder import load_state, read_config
 from train.runtime import compiler_options
@@ -52,7 +57,10 @@ def load(run: str | Path, *, model: nn.Module | None = None, top: int = 5) -> Ca
     def predict(images: Any) -> Prediction | list[Prediction]:
         many = isinstance(images, Sequence) and not isinstance(images, str | bytes)
         batch = np.stack([_pixels(i, saved["image_shape"]) for i in (images if many else [images])])
-        found = [_top(row, saved["classes"], top) for row in np.asarray(probabilities(batch))]
+        found = []
+        for row in np.asarray(probabilities(batch)):
+            best = np.argsort(-row, kind="stable")[:top]
+            found.append([(saved["classes"][i], float(row[i])) for i in best])
         return found if many else found[0]
 
     return predict
@@ -62,53 +70,36 @@ def _pixels(image: Any, shape: Sequence[int]) -> np.ndarray:
     height, width, channels = shape
     if height != width:
         raise UsageError(f"this run was trained on {height}x{width} images: pass arrays of that size")
-    if isinstance(image, str | Path):
-        try:
-            image = Path(image).read_bytes()
-        except OSError as error:
-            raise UsageError(f"cannot read image {image}: {error.strerror}") from None
     try:
-        if isinstance(image, bytes):
-            return decode_image(image, height, channels)
-        from PIL import Image
-
-        array = np.asarray(image)
-        if array.dtype != np.uint8:
-            raise UsageError(f"an image array must be uint8 [H, W, C], not {array.dtype} {array.shape}")
-        if array.shape == tuple(shape):
-            return array
-        import io
-
-        encoded = io.BytesIO()
-        Image.fromarray(array.squeeze()).save(encoded, "PNG")
-        return decode_image(encoded.getvalue(), height, channels)
-    except (OSError, SyntaxError, ValueError, TypeError) as error:
+        if isinstance(image, str | Path):
+            image = Path(image).read_bytes()
+        if not isinstance(image, bytes):
+            array = np.asarray(image)
+            if array.dtype != np.uint8:
+                raise UsageError(f"an image array must be uint8 [H, W, C], not {array.dtype} {array.shape}")
+            if array.shape == tuple(shape):
+                return array
+            encoded = io.BytesIO()
+            Image.fromarray(array.squeeze()).save(encoded, "PNG")
+            image = encoded.getvalue()
+        return decode_image(image, height, channels)
+    except (*UNREADABLE, TypeError) as error:
         raise UsageError(f"cannot read image: {error}") from None
 
 
-def _top(row: np.ndarray, classes: Sequence[str], top: int) -> Prediction:
-    return [(classes[i], float(row[i])) for i in np.argsort(-row, kind="stable")[:top]]
-
-
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """`python -m train.predict RUN IMAGE...`: print each image's top classes on stderr, and as JSON on stdout."""
-    import argparse
-    import json
-    import sys
-
     parser = argparse.ArgumentParser(prog="python -m train.predict", description=main.__doc__)
     parser.add_argument("run", help="run folder")
     parser.add_argument("images", nargs="+", help="image files")
     parser.add_argument("--top", type=int, default=5, help="number of classes to print")
-    args = parser.parse_args()
-    predictions = load(args.run, top=args.top)(args.images)
-    for path, found in zip(args.images, predictions, strict=True):
+    args = parser.parse_args(argv)
+    predictions = list(zip(args.images, load(args.run, top=args.top)(args.images), strict=True))
+    for path, found in predictions:
         print(f"{path}: " + ", ".join(f"{name} {p:.1%}" for name, p in found), file=sys.stderr)
-    print(json.dumps([{"image": i, "top": found} for i, found in zip(args.images, predictions, strict=True)]))
+    print(json.dumps([{"image": path, "top": found} for path, found in predictions]))
 
 
 if __name__ == "__main__":
-    from train.errors import one_line
-
     with one_line():
         main()

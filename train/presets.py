@@ -4,12 +4,18 @@ Figures marked "measured" have their runs in results/; the others come from the 
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from resnet_jax.augment import IMAGENET_MEAN, IMAGENET_STD
 from train.config import AugmentConfig, DataConfig, OptimConfig, TrainConfig
 
 CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 CIFAR100_MEAN, CIFAR100_STD = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
+CIFAR10_AUGMENT = AugmentConfig(crop_padding=4, flip=True, mean=CIFAR10_MEAN, std=CIFAR10_STD)
+
+# A random box is cropped while decoding and resized to 256 pixels; the device crops 224 from it.
+IMAGENET = DataConfig(name="imagenet2012", image_size=256, validation=0.01, random_crop=True)
+IMAGENET_AUGMENT = AugmentConfig(resized_crop=224, min_scale=0.75, flip=True, mean=IMAGENET_MEAN, std=IMAGENET_STD)
 
 
 def digits() -> TrainConfig:
@@ -42,7 +48,7 @@ def cifar10_resnet20() -> TrainConfig:
     return TrainConfig(
         model="resnet20",
         data=DataConfig(name="cifar10"),
-        augment=AugmentConfig(crop_padding=4, flip=True, mean=CIFAR10_MEAN, std=CIFAR10_STD),
+        augment=CIFAR10_AUGMENT,
         optim=OptimConfig(lr=0.1, weight_decay=1e-4, schedule="step"),
         epochs=182,
         batch=128,
@@ -58,7 +64,7 @@ def cifar10_resnet18() -> TrainConfig:
     return TrainConfig(
         model="resnet18_cifar",
         data=DataConfig(name="cifar10"),
-        augment=AugmentConfig(crop_padding=4, flip=True, mean=CIFAR10_MEAN, std=CIFAR10_STD),
+        augment=CIFAR10_AUGMENT,
         optim=OptimConfig(lr=0.1, weight_decay=5e-4),
         epochs=200,
         batch=128,
@@ -77,9 +83,7 @@ def cifar10_resnet18_50ep() -> TrainConfig:
     return TrainConfig(
         model="resnet18_cifar",
         data=DataConfig(name="cifar10"),
-        augment=AugmentConfig(
-            crop_padding=4, crop_mode="reflect", flip=True, cutout=8, mean=CIFAR10_MEAN, std=CIFAR10_STD
-        ),
+        augment=replace(CIFAR10_AUGMENT, crop_mode="reflect", cutout=8),
         optim=OptimConfig(lr=0.2, nesterov=True, weight_decay=5e-4, schedule="linear", warmup_epochs=8),
         epochs=50,
         batch=512,
@@ -117,13 +121,12 @@ def imagenet_resnet50() -> TrainConfig:
 
     Command: python -m train.data prepare imagenet2012 && python -m train imagenet_resnet50
     Hardware: 8 GPUs or a TPU v3-8. Others report 76.5-77.1 % top-1. ImageNet's validation split is the test split here.
-    A random box is cropped while decoding and resized to 256 pixels; the device crops 224 from it.
     """
     return TrainConfig(
         model="resnet50",
         zero_init=True,
-        data=DataConfig(name="imagenet2012", image_size=256, validation=0.01, random_crop=True),
-        augment=AugmentConfig(resized_crop=224, min_scale=0.75, flip=True, mean=IMAGENET_MEAN, std=IMAGENET_STD),
+        data=IMAGENET,
+        augment=IMAGENET_AUGMENT,
         optim=OptimConfig(lr=0.8, nesterov=True, weight_decay=5e-5, warmup_epochs=5),
         epochs=90,
         batch=2048,
@@ -141,17 +144,8 @@ def imagenet_resnet50_rsb() -> TrainConfig:
         model="resnet50",
         zero_init=True,
         drop_path=0.05,
-        data=DataConfig(name="imagenet2012", image_size=256, validation=0.01, random_crop=True),
-        augment=AugmentConfig(
-            resized_crop=224,
-            min_scale=0.75,
-            flip=True,
-            rand_augment=7,
-            mixup=0.1,
-            cutmix=1.0,
-            mean=IMAGENET_MEAN,
-            std=IMAGENET_STD,
-        ),
+        data=IMAGENET,
+        augment=replace(IMAGENET_AUGMENT, rand_augment=7, mixup=0.1, cutmix=1.0),
         optim=OptimConfig(name="lamb", lr=5e-3, weight_decay=0.02, warmup_epochs=5),
         loss="sigmoid",
         epochs=300,
@@ -169,7 +163,7 @@ def finetune() -> TrainConfig:
     return TrainConfig(
         model="resnet50",
         data=DataConfig(name="folder:images", image_size=256),
-        augment=AugmentConfig(resized_crop=224, min_scale=0.35, flip=True, mean=IMAGENET_MEAN, std=IMAGENET_STD),
+        augment=replace(IMAGENET_AUGMENT, min_scale=0.35),
         optim=OptimConfig(lr=0.01, nesterov=True, weight_decay=1e-4, warmup_epochs=1),
         epochs=20,
         batch=32,

@@ -1,11 +1,12 @@
 """A finished run as one JSON file and a picture: `python -m train.report RUN... --json FILE --picture FILE.png`."""
 
+import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from train.errors import UsageError
+from train.errors import UsageError, one_line
 
 
 def collect(run: Path) -> dict[str, Any]:
@@ -74,13 +75,9 @@ def draw(runs: dict[str, dict[str, Any]], picture: Path) -> None:
     loss, accuracy = figure.subplots(1, 2)
     for index, (name, run) in enumerate(runs.items()):
         colour = f"C{index}"
-        train = [row for row in run["history"] if "loss" in row]
-        held = [row for row in run["history"] if "validation_accuracy" in row]
-        loss.plot([r["epoch"] for r in train], [r["loss"] for r in train], colour, label=name)
-        accuracy.plot([r["epoch"] for r in train], [100 * r["accuracy"] for r in train], colour, alpha=0.35, lw=1)
-        accuracy.plot(
-            [r["epoch"] for r in held], [100 * r["validation_accuracy"] for r in held], f"{colour}o-", ms=4, label=name
-        )
+        loss.plot(*_curve(run, "loss"), colour, label=name)
+        accuracy.plot(*_curve(run, "accuracy", 100), colour, alpha=0.35, lw=1)
+        accuracy.plot(*_curve(run, "validation_accuracy", 100), f"{colour}o-", ms=4, label=name)
     loss.set(xlabel="epoch", ylabel="training loss (nats)")
     accuracy.set(xlabel="epoch", ylabel="accuracy (%)")
     accuracy.set_title("points: validation, thin: training batches", fontsize=9)
@@ -90,10 +87,13 @@ def draw(runs: dict[str, dict[str, Any]], picture: Path) -> None:
     save_figure(figure, picture)
 
 
+def _curve(run: dict[str, Any], figure: str, scale: float = 1) -> tuple[list[float], list[float]]:
+    rows = [row for row in run["history"] if figure in row]
+    return [row["epoch"] for row in rows], [scale * row[figure] for row in rows]
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Collect runs, and write the JSON file or the picture that the flags name."""
-    import argparse
-
     parser = argparse.ArgumentParser(prog="python -m train.report", description=__doc__)
     parser.add_argument("runs", nargs="+", type=Path, help="run folders, or JSON files written by --json")
     parser.add_argument("--json", type=Path, help="write the run with its history here (takes one run)")
@@ -111,7 +111,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    from train.errors import one_line
-
     with one_line():
         main()

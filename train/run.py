@@ -15,27 +15,19 @@ from resnet_jax.augment import Augment
 from resnet_jax.losses import LOSSES
 from resnet_jax.mask_schedules import MaskSchedule
 from resnet_jax.parallel import axis_of
-from resnet_jax.tree import PyTree, count
+from resnet_jax.tree import PyTree, count, is_head
 from train.config import TrainConfig, check, check_images
 from train.data.batches import eval_batches
 from train.data.sets import Dataset
 from train.errors import UsageError
-from train.from_config import (
-    eval_augment,
-    make_model,
-    make_objective,
-    make_state,
-    make_tx,
-    train_augment,
-    trained_part,
-)
+from train.from_config import eval_augment, make_model, make_objective, make_state, make_tx, train_augment
 from train.loop import Hook, evaluate
 from train.optim import Schedule
 from train.run_folder import write_json
 from train.session import Session, open_session
 from train.state import TrainState, digest
 from train.steps import Objective, eval_step, train_step
-from train.weights import load_masks, load_weights, widths_of
+from train.weights import widths_of
 
 Config = TypeVar("Config", bound=TrainConfig)
 
@@ -67,12 +59,11 @@ def run(
       RunError: the run stopped; the message says where, and what was kept.
     """
     check(config)
-    own: dict[str, Any] = {"model": model, "tx": tx, "objective": objective, "augment": augment}
-    replaced = [name for name, piece in {**own, "dataset": dataset}.items() if piece is not None]
-    session = open_session(with_widths(config), preset, dataset=dataset, replaced=replaced)
+    own = {"model": model, "tx": tx, "objective": objective, "augment": augment}
+    session = open_session(with_widths(config), preset, dataset=dataset, **own)
     if session.finished is not None:
         return session.finished
-    pieces = make_pieces(session, **own)
+    pieces = make_pieces(session)
     state = session.place(start_state(session, pieces))
     training = Training(session, pieces, state)
     state = training.fit(session.resume(state), hooks)
@@ -106,15 +97,8 @@ class Pieces:
     remask: MaskSchedule | None = None
 
 
-def make_pieces(
-    session: Session[Any],
-    *,
-    model: nn.Module | None = None,
-    tx: optax.GradientTransformation | None = None,
-    objective: Objective | None = None,
-    augment: Augment | None = None,
-) -> Pieces:
-    """Build the pieces that a session's config describes, except those that are passed in.
+def make_pieces(session: Session[Any]) -> Pieces:
+    """Build the pieces that a session's config describes, and take those that were passed to the run.
 
     Raises:
       UsageError: a config that does not fit the data.
@@ -126,30 +110,23 @@ def make_pieces(
             f"{dataset.name} has only one class: training needs two or more (a folder needs one subfolder per class)"
         )
     check_images(config, dataset.image_shape, session.mesh.size)
-    axis_name = axis_of(config.mode)
-    described, schedule = make_tx(config.optim, session.steps, session.epoch_steps, trainable=trained_part(config))
-    return Pieces(
-        model=model or make_model(config, classes, axis_name, session.kernels, drop_path=config.drop_path),
-        tx=tx or described,
+    trainable = is_head if config.freeze else None
+    tx, schedule = make_tx(config.optim, session.steps, session.epoch_steps, trainable=trainable)
+    pieces = Pieces(
+        model=make_model(config, classes, axis_of(config.mode), session.kernels, drop_path=config.drop_path),
+        tx=tx,
         schedule=schedule,
-        objective=objective or make_objective(config, classes),
-        augment=augment or train_augment(config.augment),
+        objective=make_objective(config, classes),
+        augment=train_augment(config.augment),
         preprocess=eval_augment(config.augment),
     )
+    return dataclasses.replace(pieces, **session.own)
 
 
 def start_state(session: Session[Any], pieces: Pieces) -> TrainState:
     """Make the state at step 0: random, or from `--init`, whose pruned weights stay pruned unless `--dense` is set."""
-    config = session.config
-    source = None if config.init is None else Path(config.init)
-
-    def start(variables: dict[str, PyTree]) -> dict[str, PyTree]:
-        return variables if source is None else load_weights(source, variables)
-
-    def masks(params: PyTree) -> PyTree | None:
-        return None if source is None or config.dense else load_masks(source, params)
-
-    return make_state(config, pieces.model, pieces.tx, session.dataset.image_shape, start, masks)
+    source = None if session.config.init is None else Path(session.config.init)
+    return make_state(session.config, pieces.model, pieces.tx, session.dataset.image_shape, source)
 
 
 class Training:
@@ -158,8 +135,7 @@ class Training:
     def __init__(self, session: Session[Any], pieces: Pieces, state: TrainState) -> None:
         config = session.config
         self.session, self.pieces = session, pieces
-        name = type(pieces.model).__name__ if "model" in session.replaced else config.model
-        session.announce(f"{name}: {count(state.params):,} parameters")
+        session.announce(f"{session.model_name}: {count(state.params):,} parameters")
         self.step, (self.eval_program,) = session.compile(
             partial(
                 train_step,
@@ -211,9 +187,7 @@ class Training:
         if session.main:
             confusion = {"classes": session.dataset.classes, "confusion": test["confusion"].tolist()}
             write_json(session.out / "confusion.json", confusion)
-        replaced = {"model": type(self.pieces.model).__name__} if "model" in session.replaced else {}
         return {
-            **replaced,
             "selected_step": int(state.step),
             "test_accuracy": test["accuracy"],
             "test_top5_accuracy": test["top5_accuracy"],

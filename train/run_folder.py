@@ -1,6 +1,5 @@
 """A run's folder: `config.json`, `metrics.jsonl`, `checkpoints/`, `confusion.json`, `result.json`."""
 
-import contextlib
 import dataclasses
 import json
 import os
@@ -19,6 +18,7 @@ from train.checkpoint import Checkpoints
 from train.config import RunConfig, TrainConfig, flat, from_dict
 from train.data.sets import Dataset
 from train.errors import RunError, UsageError
+from train.runtime import cpu_line
 from train.state import TrainState
 
 Run = TypeVar("Run", bound=RunConfig)
@@ -30,8 +30,6 @@ FREE_FIELDS |= {"keep_last", "keep_best", "save_steps", "kernels", "cache"}
 
 def settle(config: RunConfig, preset: str, replaced: Sequence[str] = ()) -> tuple[Path, dict[str, Any] | None]:
     """Choose the run folder: (folder, result of the finished run that it holds, else None).
-
-    `replaced` names the pieces that were passed to the run as objects.
 
     Raises:
       UsageError: the folder holds a run with different settings.
@@ -53,8 +51,9 @@ def read_config(out: Path, kind: type[Run]) -> tuple[Run, dict[str, Any]]:
     """
     try:
         saved = json.loads((out / "config.json").read_text())
-        if (theirs := pipeline_of(out)) != pipeline(kind):
-            raise UsageError(f"{out} is a run of {theirs}, not of {pipeline(kind)}")
+        theirs, ours = saved.get("pipeline", "train"), pipeline(kind)
+        if theirs != ours:
+            raise UsageError(f"{out} is a run of {theirs}, not of {ours}")
         return from_dict(kind, saved["config"]), saved
     except FileNotFoundError:
         raise UsageError(f"{out} is not a run folder: it has no config.json") from None
@@ -75,17 +74,26 @@ def pipeline_of(out: Path) -> str:
         return "train"
 
 
-def write_config(out: Path, preset: str, config: RunConfig, dataset: Dataset, replaced: Sequence[str] = ()) -> None:
-    """Record a run in its folder, or check that the folder holds this run."""
+def claim(out: Path, config: RunConfig, replaced: Sequence[str] = ()) -> None:
+    """Create a run's folder, or check that it holds this run.
+
+    Raises:
+      UsageError: it holds a different run, or cannot be created.
+    """
     if (out / "config.json").exists():
         check_continues(out, config, replaced)
-        return
-    if (out / "checkpoints").exists():
+    elif any((out / "checkpoints").glob("*")):
         raise UsageError(f"{out} holds checkpoints but no config.json; choose a different --out")
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"cannot create the run folder {out}: {error}") from None
+
+
+def write_config(out: Path, preset: str, config: RunConfig, dataset: Dataset, replaced: Sequence[str] = ()) -> None:
+    """Record a run in its folder, unless it is recorded there already."""
+    if (out / "config.json").exists():
+        return
     described = {
         "pipeline": pipeline(type(config)),
         "preset": preset,
@@ -98,13 +106,6 @@ def write_config(out: Path, preset: str, config: RunConfig, dataset: Dataset, re
     write_json(out / "config.json", described)
 
 
-def discard_start(out: Path) -> None:
-    """Undo `write_config` for a run that was refused before its first checkpoint."""
-    (out / "config.json").unlink(missing_ok=True)
-    with contextlib.suppress(OSError):  # missing, or not empty after all
-        (out / "checkpoints").rmdir()
-
-
 def check_continues(out: Path, config: RunConfig, replaced: Sequence[str] = ()) -> None:
     """Check that a run folder was created with this config (except `FREE_FIELDS`) and these pieces.
 
@@ -114,12 +115,12 @@ def check_continues(out: Path, config: RunConfig, replaced: Sequence[str] = ()) 
     theirs, whole = read_config(out, type(config))
     saved, wanted = flat(theirs), flat(config)
     # The command need not repeat statistics that were measured.
-    measured = {n for n in ("augment.mean", "augment.std") if wanted[n] is None}
-    differing = [n for n in wanted if n not in FREE_FIELDS | measured and saved.get(n) != wanted[n]]
-    if differing:
-        changes = ", ".join(f"{n} {saved.get(n)} -> {wanted[n]}" for n in differing)
-        raise UsageError(f"{out} holds a run with different settings ({changes}); choose a different --out")
-    if (before := whole.get("replaced", [])) != list(replaced):
+    free = FREE_FIELDS | {name for name in ("augment.mean", "augment.std") if wanted[name] is None}
+    changes = [f"{n} {saved[n]} -> {wanted[n]}" for n in wanted if n not in free and saved[n] != wanted[n]]
+    if changes:
+        listed = ", ".join(changes)
+        raise UsageError(f"{out} holds a run with different settings ({listed}); choose a different --out")
+    if sorted(before := whole.get("replaced", [])) != sorted(replaced):
         names = f"{', '.join(before) or 'nothing'} -> {', '.join(replaced) or 'nothing'}"
         raise UsageError(f"{out} holds a run with different pieces passed to run() ({names}); choose a different out")
 
@@ -150,19 +151,20 @@ def load_state(run: Path) -> TrainState:
     checkpoints.close()
     if found is None:
         raise UsageError(f"{run} has no checkpoints yet")
-    arrays, _ = found
+    arrays = found[0]
     return TrainState(**{**arrays, "key": jax.random.wrap_key_data(arrays["key"])})
 
 
 def environment() -> dict[str, Any]:
     """Describe the environment that results depend on: command, commit, versions, devices."""
     packages = ("jax", "jaxlib", "flax", "optax", "numpy")
+    processor = cpu_line("model name").partition(":")[2].strip()
     return {
         "command": shlex.join(["python", *sys.orig_argv[1:]]),
         "commit": _commit(),
         "versions": {"python": platform.python_version(), **{p: metadata.version(p) for p in packages}},
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-        "host": f"{_processor()}, {os.cpu_count()} cores",
+        "host": f"{processor or platform.processor() or platform.machine()}, {os.cpu_count()} cores",
     }
 
 
@@ -175,11 +177,3 @@ def _commit() -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return commit + "+" * bool(changed)
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()

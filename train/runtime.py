@@ -10,7 +10,6 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
 from importlib import metadata, util
 from pathlib import Path
 from typing import Any
@@ -62,12 +61,17 @@ def _use(folder: str | None) -> None:
 
 def _processor() -> str:
     """Hash of the processor's instruction set, 8 hexadecimal digits."""
+    flags = cpu_line("flags", "Features") or f"{sys.platform} {os.environ.get('PROCESSOR_IDENTIFIER', '')}"
+    return hashlib.sha256(flags.encode()).hexdigest()[:8]
+
+
+def cpu_line(*starts: str) -> str:
+    """First line of /proc/cpuinfo with one of these starts, empty if there is none."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        said = next(line for line in lines if line.startswith(("flags", "Features")))
-    except (OSError, StopIteration):
-        said = f"{sys.platform} {os.environ.get('PROCESSOR_IDENTIFIER', '')}"
-    return hashlib.sha256(said.encode()).hexdigest()[:8]
+    except OSError:
+        return ""
+    return next((line for line in lines if line.startswith(starts)), "")
 
 
 def keep_memory() -> bool:
@@ -138,8 +142,7 @@ def compiler_options(dtype: Any, *, plain: bool = True) -> dict[str, Any]:
 def xla_options(given: tuple[str, ...]) -> dict[str, str | bool]:
     """Parse `--xla` options, each NAME=VALUE, for `jax.jit(compiler_options=...)`."""
     words = {"true": True, "false": False}
-    pairs = (option.split("=", 1) for option in given)
-    return {name: words.get(value.lower(), value) for name, value in pairs}
+    return {name: words.get(value.lower(), value) for name, _, value in (option.partition("=") for option in given)}
 
 
 YNN = "xla_cpu_experimental_ynn_fusion_type"
@@ -148,16 +151,11 @@ YNN_FOR_FLOAT32 = "LIBRARY_FUSION_TYPE_REDUCE,LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT
 
 def known_options(options: dict[str, Any]) -> dict[str, Any]:
     """The options if this jaxlib accepts all of them, else {}: jaxlib refuses options that it does not know."""
-    return dict(options) if _accepted(tuple(options.items())) else {}
-
-
-@cache
-def _accepted(options: tuple[tuple[str, Any], ...]) -> bool:
     try:
-        jax.jit(lambda x: x, compiler_options=dict(options)).lower(0.0).compile()
+        jax.jit(lambda x: x, compiler_options=options).lower(0.0).compile()
     except (jax.errors.JaxRuntimeError, ValueError):
-        return False
-    return True
+        return {}
+    return options
 
 
 def compile_in(

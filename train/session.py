@@ -1,22 +1,12 @@
 """The part that the runs of all pipelines share, from the run folder to the common keys of the result.
 
-A run opens a session, turns its config into pieces, and then compiles, resumes, fits and finishes:
-
-    session = open_session(config, preset)
-    if session.finished is not None:
-        return session.finished
-    step, evaluations = session.compile(train_step, [(eval_step, shapes)], state)
-    state = session.resume(state)
-    state = session.fit(step, state, validate=validate, schedule=schedule)
-    return session.finish(figures)
+A run opens a session, turns its config into pieces, and then compiles, resumes, fits and finishes; see `train.run`.
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import jax
@@ -28,11 +18,11 @@ from train.checkpoint import METRIC, Checkpoints
 from train.config import RunConfig
 from train.data.batches import Batches, batch_like, check_batch, padded, train_batches
 from train.data.sets import Dataset
-from train.errors import RunError, UsageError
+from train.errors import RunError
 from train.from_config import compute_dtype, make_kernels, open_measured, read_data, with_statistics
 from train.loop import Hook, Progress, fit
 from train.optim import Schedule
-from train.run_folder import discard_start, environment, settle, write_config, write_json
+from train.run_folder import claim, environment, settle, write_config, write_json
 from train.runtime import compile_in, compiler_options, join_hosts, keep_compiled, say, xla_options
 from train.state import TrainState
 
@@ -42,24 +32,23 @@ Validate = Callable[[Any], tuple[dict[str, float], str]]
 
 
 def open_session(
-    config: Config, preset: str = "custom", *, dataset: Dataset | None = None, replaced: Sequence[str] = ()
+    config: Config, preset: str = "custom", *, dataset: Dataset | None = None, **own: Any
 ) -> "Session[Config]":
     """Open a run's session: settle its folder, join the hosts, open the data.
 
     Args:
       dataset: images to use instead of those that the config names.
-      replaced: names of the pieces that were passed to the run as objects; recorded in the folder's config.json.
+      own: pieces that were passed to the run as objects, by name, such as `model`; None means not passed. The names
+        are recorded in the folder's config.json.
 
     Raises:
       UsageError: the folder holds a different run, or the data cannot be read or do not fit the batch size.
     """
-    out, finished = settle(config, preset, replaced)
-    if finished is not None:
-        return Session(config, preset, out, finished, replaced)
-    join_hosts(config.distributed)
-    keep_compiled(config.cache)
-    session = Session(config, preset, out, None, replaced)
-    session.open_data(dataset)
+    session = Session(config, preset, {name: piece for name, piece in own.items() if piece is not None}, dataset)
+    if session.finished is None:
+        join_hosts(config.distributed)
+        keep_compiled(config.cache)
+        session.open_data(dataset)
     return session
 
 
@@ -70,6 +59,7 @@ class Session(Generic[Config]):
       config: the run's config, with channel statistics filled in.
       out: the run folder.
       finished: the result, if the folder already holds the finished run, else None; if set, no data are opened.
+      own, model_name: the pieces that were passed to the run, and the name of the model that it trains.
       main: whether this process writes to the folder.
       mesh, dataset, epoch_steps, steps: devices, images, steps per epoch (not always whole) and in total.
       kernels, dtype: model fields that select its compute kernels, and its compute dtype.
@@ -83,13 +73,13 @@ class Session(Generic[Config]):
     stream: Batches
     checkpoints: Checkpoints
     resumed = False
-    last_row: dict[str, float]
 
-    def __init__(
-        self, config: Config, preset: str, out: Path, finished: dict[str, Any] | None, replaced: Sequence[str]
-    ) -> None:
-        self.config, self.preset, self.out, self.finished, self.replaced = config, preset, out, finished, replaced
-        self.last_row = {}
+    def __init__(self, config: Config, preset: str, own: dict[str, Any], dataset: Dataset | None) -> None:
+        self.config, self.preset, self.own = config, preset, own
+        self.replaced = [*own] if dataset is None else [*own, "dataset"]
+        self.out, self.finished = settle(config, preset, self.replaced)
+        self.model_name = type(own["model"]).__name__ if "model" in own else config.model
+        self.last_row: dict[str, float] = {}
 
     def open_data(self, dataset: Dataset | None) -> None:
         """Open the images and compute the number of steps from their number; `compile` reads them."""
@@ -105,10 +95,8 @@ class Session(Generic[Config]):
         self.steps = config.steps or max(int(config.epochs * self.epoch_steps), 1)
         self.dtype = compute_dtype(config.dtype)
         # A model that was passed in keeps the kernels that its author chose.
-        self.kernels: dict[str, Any] = {}
-        self.remark = ""
-        if "model" not in self.replaced:
-            self.kernels, self.remark = make_kernels(config.kernels, config.mode, self.dtype)
+        kernels = "plain" if "model" in self.own else config.kernels
+        self.kernels, self.remark = make_kernels(kernels, config.mode, self.dtype)
 
     def announce(self, what: str) -> None:
         """Print what is trained (`resnet20: 272,474 parameters`), on which devices and with which kernels."""
@@ -132,6 +120,8 @@ class Session(Generic[Config]):
           evaluations: pairs of `(x, batch, *, axis_name) -> arrays` and the shapes of `x`.
           state: the state to start from.
         """
+        if self.main:
+            claim(self.out, self.config, self.replaced)
         # Compilation needs only the shapes of batches, which are known before the images are read.
         config, pmap, shape = self.config, self.config.mode == "pmap", self.dataset.image_shape
         compiled_for = partial(compile_step, mesh=self.mesh, mode=config.mode)
@@ -165,9 +155,7 @@ class Session(Generic[Config]):
         return train, [program for program, _ in others]
 
     def resume(self, state: Any) -> Any:
-        """Restore the newest good checkpoint, or return `state` unchanged; records the run in its folder."""
-        if self.main:
-            write_config(self.out, self.preset, self.config, self.dataset, self.replaced)
+        """Restore the newest good checkpoint, or return `state` unchanged."""
         keep_best = getattr(self.config, "keep_best", 0)
         self.checkpoints = Checkpoints(self.out / "checkpoints", keep_last=self.config.keep_last, keep_best=keep_best)
         restored = self.checkpoints.resume(state)
@@ -178,17 +166,6 @@ class Session(Generic[Config]):
         self.resumed = True
         say(f"resuming from step {int(state.step)}")
         return state
-
-    @contextmanager
-    def undone_if_refused(self) -> Iterator[None]:
-        """Wrap code that may refuse a run before its first step, so that the corrected command can use the folder."""
-        try:
-            yield
-        except UsageError:
-            self.checkpoints.close()
-            if self.main and not self.resumed:
-                discard_start(self.out)
-            raise
 
     def fit(
         self,
@@ -212,7 +189,10 @@ class Session(Generic[Config]):
         Raises:
           RunError: the run stopped; the message says why, and which checkpoint was kept.
         """
+        # Record the run only now: until here it may be refused, and the corrected command can use the folder.
         config = self.config
+        if self.main:
+            write_config(self.out, self.preset, config, self.dataset, self.replaced)
         progress = Progress(
             self.out / "metrics.jsonl" if self.main else None,
             start=int(state.step),
@@ -236,7 +216,7 @@ class Session(Generic[Config]):
             progress.row({"step": number, "epoch": round(number / self.epoch_steps, 4), **row})
             progress.say(f"step {number}: {line}")
             save(state, {METRIC: row[METRIC]} if METRIC in row else None)
-            progress.pause(time.perf_counter() - began)
+            progress.paused += time.perf_counter() - began
 
         # Each validation saves a checkpoint with its metric; `save_steps` adds some in between, without one.
         every = [(max(round(config.eval_every * self.epoch_steps), 1), watch)]
@@ -266,7 +246,7 @@ class Session(Generic[Config]):
         result = {
             "preset": self.preset,
             "dataset": self.dataset.name,
-            "model": config.model,
+            "model": self.model_name,
             "seed": config.seed,
             "steps": self.steps,
             "epochs": round(self.steps / self.epoch_steps, 3),

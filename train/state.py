@@ -85,15 +85,14 @@ def init_state(
     ema: bool = False,
 ) -> TrainState:
     """Make a state at step 0. `key` is the run's key; `ema` starts a moving average at `variables`."""
-    params = variables["params"]
+    arrays = {name: variables[name] for name in ("params", "batch_stats")}
     return TrainState(
         step=jnp.zeros((), jnp.int32),
-        params=params,
-        batch_stats=variables["batch_stats"],
-        opt_state=tx.init(params),
-        masks=no_masks(params) if masks is None else masks,
+        **arrays,
+        opt_state=tx.init(arrays["params"]),
+        masks=no_masks(arrays["params"]) if masks is None else masks,
         # A copy: donated buffers must not appear twice in a state.
-        ema=jax.tree.map(jnp.copy, {k: variables[k] for k in ("params", "batch_stats")}) if ema else None,
+        ema=jax.tree.map(jnp.copy, arrays) if ema else None,
         key=key,
     )
 

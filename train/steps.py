@@ -84,7 +84,7 @@ def classify(
     Raises:
       ValueError: `mix` without `classes`.
     """
-    if mix is not None and classes is None:
+    if mix and classes is None:
         raise ValueError("mix needs the number of classes: classify(mix=..., classes=...)")
 
     def objective(
@@ -141,12 +141,9 @@ def train_step(
         images = augment_batch(augment, example_keys(augment_key, part["index"]), part["image"])
         drop = jax.random.fold_in(drop_key, number)
         rngs = {"mix": jax.random.fold_in(mix_key, number), "drop_path": drop, "dropout": jax.random.fold_in(drop, 1)}
+        variables = {"params": params, "batch_stats": stats}
         value, (stats, metrics) = objective(
-            {"params": params, "batch_stats": stats},
-            {**part, "image": images},
-            model=model,
-            rngs=rngs,
-            axis_name=axis_name,
+            variables, {**part, "image": images}, model=model, rngs=rngs, axis_name=axis_name
         )
         return value, (stats, {**metrics, "loss": value})
 
@@ -212,26 +209,21 @@ def update(
 def _accumulated(gradient: Callable[..., Any], params: PyTree, stats: PyTree, rows: Batch, parts: int) -> Any:
     """Average gradients and metrics over `parts` slices of the batch, carrying statistics from one to the next."""
 
-    def split(x: jax.Array) -> jax.Array:
+    def part(numbers: Any) -> Batch:
         # Part p takes rows p, p + parts, ...: every device keeps its own rows, and all modes the same parts.
-        return jnp.moveaxis(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0)
+        return jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0)[numbers], rows)
 
-    def body(stats: PyTree, numbered: tuple[jax.Array, Batch]) -> tuple[PyTree, Any]:
-        number, part = numbered
-        grads, (stats, metrics) = gradient(params, stats, part, number)
-        return stats, (grads, metrics)
-
-    numbered = (jnp.arange(parts), jax.tree.map(split, rows))
-    # Convolution gradients inside a loop run some 35 times slower on CPU (jax-ml/jax issue 12868), so unroll it there.
-    unroll = jax.default_backend() == "cpu"
-
-    def add(carry: Any, x: tuple[jax.Array, Batch]) -> tuple[Any, None]:
+    def add(carry: Any, numbered: tuple[jax.Array, Batch]) -> tuple[Any, None]:
         stats, total = carry
-        stats, new = body(stats, x)
-        return (stats, jax.tree.map(jnp.add, total, new)), None
+        number, rows = numbered
+        grads, (stats, metrics) = gradient(params, stats, rows, number)
+        return (stats, jax.tree.map(jnp.add, total, (grads, metrics))), None
 
-    first, rest = jax.tree.map(lambda x: x[0], numbered), jax.tree.map(lambda x: x[1:], numbered)
-    (stats, total), _ = jax.lax.scan(add, body(stats, first), rest, unroll=unroll)
+    grads, (stats, metrics) = gradient(params, stats, part(0), jnp.zeros((), jnp.int32))
+    # Convolution gradients inside a loop run some 35 times slower on CPU (jax-ml/jax issue 12868), so unroll it there.
+    others = (jnp.arange(1, parts), part(slice(1, None)))
+    unroll = jax.default_backend() == "cpu"
+    (stats, total), _ = jax.lax.scan(add, (stats, (grads, metrics)), others, unroll=unroll)
     grads, metrics = jax.tree.map(lambda x: x / parts, total)
     return grads, (stats, metrics)
 

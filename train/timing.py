@@ -7,8 +7,7 @@ affects all of them; the interval of a ratio comes from the blocks, as steps wit
 
 import gc
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -40,17 +39,24 @@ def interleaved(
       ahead: wait for each call's arrays only after the next is dispatched, as `train.loop.fit` does; times are then
         those between consecutive ends. Otherwise wait for each call before the next.
     """
-    with _no_collection():
+    untimed = int(len(runners) > 1) if settle is None else settle
+    seconds = {name: np.zeros((repeats, steps)) for name in runners}
+    # Suspend Python's garbage collector, as `timeit` does.
+    collects = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
         for runner in runners.values():
             for _ in range(warmup):
                 jax.block_until_ready(runner())
-        untimed = int(len(runners) > 1) if settle is None else settle
-        seconds = {name: np.zeros((repeats, steps)) for name in runners}
         for block in range(repeats):
             for name in list(runners)[:: -1 if block % 2 else 1]:
                 for _ in range(untimed):
                     jax.block_until_ready(runners[name]())
                 seconds[name][block] = _block(runners[name], steps, ahead)
+    finally:
+        if collects:
+            gc.enable()
     return seconds
 
 
@@ -68,31 +74,11 @@ def _block(runner: Runner, steps: int, ahead: bool) -> np.ndarray:
     return np.diff(marks)
 
 
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """Suspend Python's garbage collector, as `timeit` does."""
-    was = gc.isenabled()
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was:
-            gc.enable()
-
-
 def summary(seconds: np.ndarray) -> dict[str, float]:
     """Summarise all steps, in milliseconds: median, quartiles, extremes, 95th percentile; `spread` is IQR / median."""
-    low, median, high, late = np.percentile(seconds, [25, 50, 75, 95]) * 1e3
-    return {
-        "step_ms": float(median),
-        "step_ms_q1": float(low),
-        "step_ms_q3": float(high),
-        "step_ms_min": float(np.min(seconds) * 1e3),
-        "step_ms_max": float(np.max(seconds) * 1e3),
-        "step_ms_p95": float(late),
-        "spread": float((high - low) / median),
-    }
+    percents = {"": 50, "_q1": 25, "_q3": 75, "_min": 0, "_max": 100, "_p95": 95}
+    figures = {f"step_ms{name}": float(np.percentile(seconds, q) * 1e3) for name, q in percents.items()}
+    return {**figures, "spread": (figures["step_ms_q3"] - figures["step_ms_q1"]) / figures["step_ms"]}
 
 
 def ratio(a: np.ndarray, b: np.ndarray, confidence: float = 0.95) -> dict[str, float]:

@@ -9,7 +9,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from resnet_jax.torch_weights import canonical, from_torch, to_torch
-from resnet_jax.tree import PyTree, is_head, leaves, map_with_path
+from resnet_jax.tree import PyTree, abbreviate, leaves, map_with_path
 from train.config import TrainConfig
 from train.errors import UsageError
 from train.prune.sparse_file import is_sparse_file, load_sparse
@@ -34,18 +34,18 @@ def load_weights(source: Path, variables: dict[str, PyTree]) -> dict[str, PyTree
     if source.is_dir() and pipeline_of(source) == "pretrain":
         raise UsageError(f"{source} is a run of pretraining that is not finished: it has no {ENCODER}")
     if source.is_dir():
-        return _same_shapes(load_state(source).variables, variables, source)
-    if not source.is_file():
+        loaded = load_state(source).variables
+    elif not source.is_file():
         raise UsageError(f"no weights at {source}")
-    if is_sparse_file(source):
-        return _same_shapes(load_sparse(source)[0], variables, source)
-    state_dict = read_state_dict(source)
-    if any(name.startswith("params/") for name in state_dict):  # written by `save_encoder` with Flax's names
-        return _same_shapes(state_dict, variables, source)
-    theirs, ours = canonical(state_dict).get("fc.weight"), variables["params"].get("head")
+    else:
+        loaded = load_sparse(source)[0] if is_sparse_file(source) else read_state_dict(source)
+    # PyTorch's names have no slash; `save_encoder` may have written Flax's.
+    if any(path.startswith("params/") for path in leaves(loaded)):
+        return _same_shapes(loaded, variables, source)
+    theirs, ours = canonical(loaded).get("fc.weight"), variables["params"].get("head")
     fits = theirs is not None and ours is not None and theirs.shape == ours["kernel"].shape[::-1]
     try:
-        return from_torch(state_dict, variables, new_head=not fits)
+        return from_torch(loaded, variables, new_head=not fits)
     except ValueError as error:
         raise UsageError(f"{source}: {error}") from None
 
@@ -71,22 +71,13 @@ def load_masks(source: Path, params: PyTree) -> PyTree | None:
         masks = load_sparse(source)[1]
     else:
         return None
-    found = leaves(masks)
-    if not any(m.ndim for m in found.values()):
+    have, want = leaves(masks), leaves(params)
+    if not any(m.ndim for m in have.values()):
         return None
-    for path in sorted(found.keys() ^ leaves(params).keys()):
-        if not path.startswith("head/"):
-            raise UsageError(f"{source} has masks of a different model: {path} is only in one of the two")
-
-    def fitting(path: str, x: Any) -> Any:
-        mask = found.get(path)
-        if is_head(path, x) and (mask is None or mask.shape != x.shape):
-            return np.ones((), bool)
-        if mask is None or mask.shape not in ((), x.shape):
-            raise UsageError(f"{source} has masks of a different model: {path} has a different shape there")
-        return mask
-
-    return map_with_path(fitting, params)
+    fits = {p: p in have and p in want and have[p].shape in ((), want[p].shape) for p in {**have, **want}}
+    if odd := [p for p, fitting in fits.items() if not fitting and not p.startswith("head/")]:
+        raise UsageError(f"{source} has masks of a different model: {abbreviate(odd)} differ")
+    return map_with_path(lambda path, x: have[path] if fits[path] else np.ones((), bool), params)
 
 
 def dense_variables(source: Path, like: dict[str, PyTree]) -> dict[str, PyTree]:
@@ -97,10 +88,9 @@ def dense_variables(source: Path, like: dict[str, PyTree]) -> dict[str, PyTree]:
     """
     unknown = map_with_path(lambda path, x: np.full(x.shape, np.nan, np.float32), like)
     found = load_weights(source, unknown)
-    if any(np.isnan(np.asarray(x)).any() for x in jax.tree.leaves(found["params"].get("head", {}))):
-        raise UsageError(
-            f"{source} has a head for different classes, or none: fine-tune first with python -m train --init"
-        )
+    if any(np.isnan(x).any() for x in jax.tree.leaves(found["params"].get("head", {}))):
+        message = f"{source} has a head for different classes, or none: fine-tune first with python -m train --init"
+        raise UsageError(message)
     return found
 
 
@@ -133,9 +123,8 @@ def read_state_dict(path: Path) -> dict[str, np.ndarray]:
     try:
         import torch
     except ImportError:
-        raise UsageError(
-            f'reading {path} needs PyTorch: pip install -e ".[parity]", or convert it to .safetensors'
-        ) from None
+        message = f'reading {path} needs PyTorch: pip install -e ".[parity]", or convert it to .safetensors'
+        raise UsageError(message) from None
     try:
         content: Any = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # unpickling a damaged file can raise anything
@@ -149,15 +138,11 @@ def read_state_dict(path: Path) -> dict[str, np.ndarray]:
 
 
 def _same_shapes(given: PyTree, wanted: PyTree, source: Path) -> PyTree:
+    """The leaves of `given` in the structure of `wanted`, which keeps its head if that of `given` does not fit."""
     have, want = leaves(given), leaves(wanted)
-
-    def of_head(path: str) -> bool:
-        return path.startswith("params/head/")
-
-    odd = sorted(p for p in have.keys() ^ want.keys() if not of_head(p))
-    odd += [p for p in want if p in have and have[p].shape != want[p].shape and not of_head(p)]
-    if odd:
-        raise UsageError(f"{source} comes from a different model: {odd[0]} and {len(odd) - 1} more differ")
-    heads = [p for p in want if of_head(p)]
-    fits = all(p in have and have[p].shape == want[p].shape for p in heads)
-    return map_with_path(lambda path, leaf: leaf if of_head(path) and not fits else have[path], wanted)
+    odd = [p for p in {**want, **have} if p not in have or p not in want or have[p].shape != want[p].shape]
+    heads = [p for p in want if p.startswith("params/head/")]
+    if body := [p for p in odd if not p.startswith("params/head/")]:
+        raise UsageError(f"{source} comes from a different model: {abbreviate(body)} differ")
+    kept = heads if {*heads} & {*odd} else []
+    return map_with_path(lambda path, leaf: leaf if path in kept else have[path], wanted)

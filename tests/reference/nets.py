@@ -23,7 +23,8 @@ quick_jit = partial(jax.jit, compiler_options=QUICK)
 
 def tiny(**options: Any) -> ResNet:
     """Two stages of one block, 8 and 16 channels, for 8x8 images."""
-    return ResNet((1, 1), BasicBlock, num_classes=CLASSES, width=8, stem=CifarStem, **options)
+    fields = {"stage_sizes": (1, 1), "block": BasicBlock, "num_classes": CLASSES, "width": 8, "stem": CifarStem}
+    return ResNet(**(fields | options))
 
 
 class Mlp(nn.Module):
@@ -58,9 +59,9 @@ def tiny_tx(lr: float = 0.1, steps: int = 100) -> Any:
     return make_optimizer("sgd", schedule, nesterov=True, weight_decay=1e-3)
 
 
-def tiny_state(tx: Any, seed: int = 0, channels: int = 3, **options: Any) -> TrainState:
+def tiny_state(tx: Any, seed: int = 0, channels: int = 3, model: Any = None, **options: Any) -> TrainState:
     init_key, key = jax.random.split(jax.random.key(seed))
-    return init_state(init_variables(tiny(), init_key, (8, 8, channels)), tx, key, **options)
+    return init_state(init_variables(model or tiny(), init_key, (8, 8, channels)), tx, key, **options)
 
 
 def batch_of(images: tuple[np.ndarray, np.ndarray]) -> dict[str, np.ndarray]:

@@ -1,6 +1,7 @@
 """Checkpoints: exact round trips, different device counts, damage, different models, failing disks."""
 
 import shutil
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -9,56 +10,72 @@ import optax
 import pytest
 
 from resnet_jax.parallel import make_mesh, replicated
-from tests.reference.nets import batch_of, tiny, tiny_state, tiny_tx
+from tests.reference.nets import tiny_state, tiny_tx
 from train.checkpoint import Checkpoints
 from train.errors import RunError, UsageError
 from train.state import digest
-from train.steps import train_step
 
 TX = tiny_tx()
+STEPS = (1, 2, 3, 4)
 # Orbax's reads of a damaged file report to an event loop that their failure has closed.
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+    pytest.mark.usefixtures("unoptimised"),
+]
 
 
 @pytest.fixture(scope="module")
-def states(images):
-    """Four successive states on 8 devices, with a moving average."""
-    step = jax.jit(lambda s, b: train_step(s, b, model=tiny(), tx=TX, ema_decay=0.9))
-    state = jax.device_put(tiny_state(TX, ema=True), replicated(make_mesh()))
-    made = []
-    for _ in range(4):
-        state, _ = step(state, batch_of(images))
-        made.append(state)
-    return made
+def states():
+    """Four states on 2 devices, with a moving average."""
+    mesh = make_mesh(jax.devices()[:2])
+    first = tiny_state(TX, ema=True)
+    later = [first.replace(step=first.step + i, params=jax.tree.map(lambda p, i=i: p + i, first.params)) for i in STEPS]
+    return [jax.device_put(state, replicated(mesh)) for state in later]
 
 
 def assert_equal(a, b):
-    assert jax.tree.structure(a) == jax.tree.structure(b)
-    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        assert x.dtype == y.dtype
-        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-            x, y = jax.random.key_data(x), jax.random.key_data(y)
-        np.testing.assert_array_equal(x, y)
+    a, b = (state.replace(key=jax.random.key_data(state.key)) for state in (a, b))
+    jax.tree.map(partial(np.testing.assert_array_equal, strict=True), a, b)
 
 
-def saved(path, states, accuracies=(0.5, 0.9, 0.7, 0.6), **options):
+def save(path, states, **options):
     checkpoints = Checkpoints(path, **options)
-    for state, accuracy in zip(states, accuracies, strict=False):
+    for state, accuracy in zip(states, (0.5, 0.9, 0.7, 0.6), strict=False):
         checkpoints.save(state, {"position": 16 * int(state.step)}, {"validation_accuracy": accuracy})
     checkpoints.close()
-    return Checkpoints(path, **options)
 
 
-def damage(checkpoint):
-    """Flip one byte in the largest file: what a bad disk does."""
-    largest = max((p for p in checkpoint.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
-    data = bytearray(largest.read_bytes())
-    data[len(data) // 2] ^= 0xFF
-    largest.write_bytes(data)
+@pytest.fixture(scope="module")
+def all_saved(states, tmp_path_factory):
+    """Folder of checkpoints 1 to 4."""
+    path = tmp_path_factory.mktemp("checkpoints")
+    save(path, states, keep_last=4)
+    return path
 
 
-def test_round_trip_is_exact_and_goes_to_one_device(tmp_path, states):
-    checkpoints = saved(tmp_path, states)
+@pytest.fixture
+def folder(all_saved, tmp_path, request):
+    """A copy of these checkpoints, or of the steps that the test names."""
+    for step in getattr(request, "param", STEPS):
+        shutil.copytree(all_saved / str(step), tmp_path / str(step))
+    return tmp_path
+
+
+only_first = pytest.mark.parametrize("folder", [[1]], indirect=True)
+
+
+def largest(checkpoint):
+    return max((p for p in checkpoint.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+
+
+def flip_a_bit(checkpoint):
+    data = bytearray(largest(checkpoint).read_bytes())
+    data[len(data) // 2] ^= 1
+    largest(checkpoint).write_bytes(data)
+
+
+def test_round_trip_is_exact_and_goes_to_one_device(folder, states):
+    checkpoints = Checkpoints(folder)
     one = jax.device_put(tiny_state(TX, seed=9, ema=True), replicated(make_mesh(jax.devices()[:1])))
     restored, iterator = checkpoints.restore(one)
     assert iterator == {"position": 64}
@@ -68,31 +85,22 @@ def test_round_trip_is_exact_and_goes_to_one_device(tmp_path, states):
 
 
 def test_keeps_the_last_and_the_best(tmp_path, states):
-    checkpoints = saved(tmp_path, states, keep_last=1, keep_best=1)
+    save(tmp_path, states, keep_last=1, keep_best=1)
+    checkpoints = Checkpoints(tmp_path, keep_last=1, keep_best=1)
     assert checkpoints.steps == [2, 4]
     assert checkpoints.best == 2
     restored, _ = checkpoints.restore(states[0], step=2)
     assert_equal(restored, states[1])
 
 
-def test_reading_changes_nothing(tmp_path, states):
+def test_reading_changes_nothing(folder, states):
     """An older checkpoint by its step leaves the newer ones, and a reader leaves another process's save in progress."""
-    saved(tmp_path, states).close()
-    (tmp_path / "5.orbax-checkpoint-tmp").mkdir()
-    before = sorted(p.name for p in tmp_path.iterdir())
-    reader = Checkpoints(tmp_path, writes=False)
+    (folder / "5.orbax-checkpoint-tmp").mkdir()
+    reader = Checkpoints(folder, writes=False)
     restored, _ = reader.restore(states[0], step=reader.best)
     reader.close()
     assert_equal(restored, states[1])
-    assert sorted(p.name for p in tmp_path.iterdir()) == before == ["2", "3", "4", "5.orbax-checkpoint-tmp"]
-
-
-def test_unmeasured_checkpoints_are_no_candidates_for_best(tmp_path, states):
-    checkpoints = Checkpoints(tmp_path)
-    checkpoints.save(states[0], {}, {"validation_accuracy": 0.1})
-    checkpoints.save(states[1], {})
-    checkpoints.wait()
-    assert checkpoints.best == 1
+    assert sorted(p.name for p in folder.iterdir()) == ["1", "2", "3", "4", "5.orbax-checkpoint-tmp"]
 
 
 def test_nothing_saved(tmp_path, states):
@@ -100,46 +108,45 @@ def test_nothing_saved(tmp_path, states):
     assert Checkpoints(tmp_path).best is None
 
 
-def test_saving_a_step_twice_keeps_the_first(tmp_path, states):
-    checkpoints = saved(tmp_path, states[:1])
+@only_first
+def test_saving_again(folder, states):
+    """A step saved twice keeps the first; a checkpoint without a measurement is not a candidate for the best."""
+    checkpoints = Checkpoints(folder)
     checkpoints.save(states[0], {"position": 0})
     checkpoints.wait()
     assert checkpoints.restore(states[0])[1] == {"position": 16}
+    checkpoints.save(states[1], {})
+    checkpoints.wait()
+    assert checkpoints.best == 1
 
 
-def test_later_changes_do_not_reach_a_checkpoint_in_progress(tmp_path, images):
+def test_later_changes_do_not_reach_a_checkpoint_in_progress(tmp_path):
     """The step donates the state that is still being written."""
-    step = jax.jit(lambda s, b: train_step(s, b, model=tiny(), tx=TX)[0], donate_argnums=0)
+    step = jax.jit(lambda s: s.replace(params=jax.tree.map(lambda p: p + 1, s.params)), donate_argnums=0)
     checkpoints = Checkpoints(tmp_path)
-    state = step(tiny_state(TX), batch_of(images))
+    state = step(tiny_state(TX))
     want = digest(state)
     checkpoints.save(state, {})
     for _ in range(5):
-        state = step(state, batch_of(images))
+        state = step(state)
     restored, _ = checkpoints.restore(state)
     assert digest(restored) == want
-
-
-def truncate(checkpoint):
-    largest = max((p for p in checkpoint.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
-    largest.write_bytes(largest.read_bytes()[:100])
 
 
 @pytest.mark.parametrize(
     "harm",
     [
-        damage,
-        truncate,
+        flip_a_bit,
+        lambda checkpoint: largest(checkpoint).write_bytes(largest(checkpoint).read_bytes()[:100]),
         lambda checkpoint: (checkpoint / "state" / "manifest.ocdbt").unlink(),
         lambda checkpoint: shutil.rmtree(checkpoint / "state"),
     ],
     ids=["bit flip", "truncated", "no manifest", "no state"],
 )
-def test_damaged_newest_falls_back_and_says_so(tmp_path, states, capsys, harm):
-    saved(tmp_path, states, keep_last=3)
-    harm(tmp_path / "4")
-    harm(tmp_path / "3")
-    checkpoints = Checkpoints(tmp_path, keep_last=3)
+def test_damaged_newest_falls_back_and_says_so(folder, states, capsys, harm):
+    harm(folder / "4")
+    harm(folder / "3")
+    checkpoints = Checkpoints(folder, keep_last=2)
     restored, iterator = checkpoints.resume(states[0])
     assert_equal(restored, states[1])
     assert iterator == {"position": 32}
@@ -152,34 +159,34 @@ def test_damaged_newest_falls_back_and_says_so(tmp_path, states, capsys, harm):
     assert checkpoints.steps == [2, 3]
 
 
-def test_silent_damage_is_found_by_checksum(tmp_path, states, monkeypatch, capsys):
-    checkpoints = saved(tmp_path, states[:2])
+def test_silent_damage_is_found_by_checksum(folder, states, monkeypatch, capsys):
+    checkpoints = Checkpoints(folder)
     load = checkpoints._orbax.load
 
     def load_with_one_bit_off(step, like):
         arrays = load(step, like)
-        if step == 2:
-            arrays["params"]["head"]["bias"] = arrays["params"]["head"]["bias"] + np.float32(1e-7)
+        if step == 4:
+            arrays["params"]["head"]["bias"] = np.nextafter(arrays["params"]["head"]["bias"], np.float32(9))
         return arrays
 
     monkeypatch.setattr(checkpoints._orbax, "load", load_with_one_bit_off)
     restored, _ = checkpoints.restore(states[0])
-    assert int(restored.step) == 1
+    assert int(restored.step) == 3
     assert "its checksum differs" in capsys.readouterr().err
 
 
-def test_all_damaged(tmp_path, states):
-    saved(tmp_path, states[:1])
-    damage(tmp_path / "1")
+@only_first
+def test_all_damaged(folder, states):
+    flip_a_bit(folder / "1")
     with pytest.raises(UsageError, match=r"every checkpoint in .* is damaged; choose a different --out to start again"):
-        Checkpoints(tmp_path).restore(states[0])
+        Checkpoints(folder).restore(states[0])
 
 
-def test_partial_save_is_ignored_and_cleaned(tmp_path, states):
+@only_first
+def test_partial_save_is_ignored_and_cleaned(folder, states):
     """What a killed save leaves behind is a folder under a temporary name."""
-    saved(tmp_path, states[:1])
-    (tmp_path / "2.orbax-checkpoint-tmp-0").mkdir()
-    checkpoints = Checkpoints(tmp_path)
+    (folder / "2.orbax-checkpoint-tmp-0").mkdir()
+    checkpoints = Checkpoints(folder)
     assert checkpoints.steps == [1]
     assert checkpoints.restore(states[0])[1] == {"position": 16}
 
@@ -195,15 +202,16 @@ def test_partial_save_is_ignored_and_cleaned(tmp_path, states):
         ),
     ],
 )
-def test_checkpoint_of_another_model(tmp_path, states, change, message):
-    checkpoints = saved(tmp_path, states[:1])
+def test_checkpoint_of_another_model(all_saved, states, change, message):
+    checkpoints = Checkpoints(all_saved, writes=False)
     with pytest.raises(UsageError, match="comes from a different model or optimizer: " + message):
         checkpoints.restore(change(states[0]))
 
 
-def test_disk_that_refuses(tmp_path, states, monkeypatch):
+@only_first
+def test_disk_that_refuses(folder, states, monkeypatch):
     """The error names the folder and what is kept; the checkpoint before stays good."""
-    checkpoints = saved(tmp_path, states[:1])
+    checkpoints = Checkpoints(folder)
 
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
@@ -211,12 +219,8 @@ def test_disk_that_refuses(tmp_path, states, monkeypatch):
     monkeypatch.setattr(checkpoints._orbax, "save_async", full)
     with pytest.raises(RunError, match=r"cannot write a checkpoint .*No space left.*newest one kept is step 1"):
         checkpoints.save(states[1], {})
-    assert_equal(Checkpoints(tmp_path).restore(states[0])[0], states[0])
-
-
-def test_disk_without_room(tmp_path, states, monkeypatch):
-    """A disk that is too full is not even tried."""
-    checkpoints = saved(tmp_path, states[:1])
+    assert_equal(Checkpoints(folder).restore(states[0])[0], states[0])
+    # A disk that is too full is not even tried.
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 99, 1))
     with pytest.raises(RunError, match="it needs 0 MB and 0 MB are free; the newest one kept is step 1"):
         checkpoints.save(states[1], {})

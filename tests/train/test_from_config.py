@@ -1,6 +1,8 @@
 """From a config to its pieces: every field reaches the piece that it describes."""
 
 import dataclasses
+import re
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 
+from resnet_jax import onednn
 from resnet_jax.losses import sigmoid_cross_entropy, smooth_labels
 from resnet_jax.mix import mix
 from resnet_jax.tree import count, leaves
@@ -17,6 +20,8 @@ from train import runtime
 from train.config import AugmentConfig, DataConfig, OptimConfig, TrainConfig
 from train.errors import UsageError
 from train.state import init_variables
+
+pytestmark = pytest.mark.usefixtures("unoptimised")
 
 NORMAL = AugmentConfig(mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
 IMAGE = np.random.default_rng(0).random((12, 12, 3), np.float32)
@@ -32,38 +37,33 @@ FIELDS = {
 }
 
 
-def augmented(config, keys=8):
-    """[keys, H, W, 3] views of the one image."""
-    augment = build.train_augment(config)
-    return jax.jit(jax.vmap(lambda key: augment(key, IMAGE)))(jax.random.split(jax.random.key(0), keys))
+def augmented(**fields):
+    """[8, H, W, 3] views of the one image."""
+    augment = build.train_augment(dataclasses.replace(NORMAL, **fields))
+    return np.asarray(jax.jit(jax.vmap(lambda key: augment(key, IMAGE)))(jax.random.split(jax.random.key(0), 8)))
 
 
 def test_every_augmentation_field_is_covered():
     others = {"crop_mode", "min_scale", "mean", "std", "mixup", "cutmix"}
     assert {f.name for f in dataclasses.fields(AugmentConfig)} == FIELDS.keys() | others
+    np.testing.assert_allclose(augmented()[0], (IMAGE - 0.5) / 0.25, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", FIELDS)
 def test_augmentation_field_changes_training_images(name):
-    views = augmented(dataclasses.replace(NORMAL, **{name: FIELDS[name]}))
+    views = augmented(**{name: FIELDS[name]})
     side = FIELDS[name] if name == "resized_crop" else 12
     assert views.shape == (8, side, side, 3)
-    assert len({view.tobytes() for view in np.asarray(views)}) > 1
-    plain = np.asarray(augmented(NORMAL, 1))
-    np.testing.assert_allclose(plain[0], (IMAGE - 0.5) / 0.25, atol=1e-5)
+    assert len({view.tobytes() for view in views}) > 1
 
 
 def test_crop_mode_and_smallest_scale():
     black = (0 - 0.5) / 0.25
-    views = {
-        mode: np.asarray(augmented(dataclasses.replace(NORMAL, crop_padding=6, crop_mode=mode)))
-        for mode in ("constant", "reflect")
-    }
+    views = {mode: augmented(crop_padding=6, crop_mode=mode) for mode in ("constant", "reflect")}
     assert (views["constant"] == black).any() and not (views["reflect"] == black).any()
-    whole = augmented(dataclasses.replace(NORMAL, resized_crop=12, min_scale=1.0))
-    small = augmented(dataclasses.replace(NORMAL, resized_crop=12, min_scale=0.08))
-    spread = [float(np.abs(np.asarray(v) - (IMAGE - 0.5) / 0.25).mean()) for v in (whole, small)]
-    assert spread[0] < spread[1]
+    plain = (IMAGE - 0.5) / 0.25
+    whole, small = (augmented(resized_crop=12, min_scale=scale) for scale in (1.0, 0.08))
+    assert np.abs(whole - plain).mean() < np.abs(small - plain).mean()
 
 
 def test_evaluation_takes_the_centre():
@@ -81,83 +81,66 @@ def test_precision(backend, expected, monkeypatch):
 
 
 def test_compiler_options_are_for_cpu_alone(monkeypatch):
-    low, plain, onednn = (
-        runtime.compiler_options(jnp.bfloat16),
-        runtime.compiler_options(jnp.float32),
-        runtime.compiler_options(jnp.float32, plain=False),
-    )
-    assert low == {runtime.YNN: ""}
-    assert plain[runtime.YNN].startswith("LIBRARY_FUSION_TYPE")
-    assert onednn == {}
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert runtime.compiler_options(jnp.bfloat16) == runtime.compiler_options(jnp.float32) == {}
-
-
-def test_compiler_options_that_this_jaxlib_does_not_know(monkeypatch):
+    options = runtime.compiler_options
+    assert options(jnp.bfloat16) == {runtime.YNN: ""}
+    assert options(jnp.float32)[runtime.YNN].startswith("LIBRARY_FUSION_TYPE")
+    assert options(jnp.float32, plain=False) == {}
+    with monkeypatch.context() as patch:
+        patch.setattr(jax, "default_backend", lambda: "gpu")
+        assert options(jnp.bfloat16) == options(jnp.float32) == {}
+    # An option that this jaxlib does not know.
     monkeypatch.setattr(runtime, "YNN", "xla_cpu_no_such_option")
-    assert runtime.compiler_options(jnp.float32) == runtime.compiler_options(jnp.bfloat16) == {}
+    assert options(jnp.float32) == options(jnp.bfloat16) == {}
 
 
-class TestKernels:
-    @pytest.fixture(autouse=True)
-    def one_device(self, monkeypatch):
-        monkeypatch.setattr(jax, "device_count", lambda: 1)
-
-    def test_plain_and_auto_off_cpu(self, monkeypatch):
-        assert build.make_kernels("plain") == ({}, "")
-        monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-        assert build.make_kernels("auto") == ({}, "")
-        with pytest.raises(UsageError, match="--kernels onednn: oneDNN runs only on CPU \\(got gpu\\)"):
-            build.make_kernels("onednn")
-
-    def test_onednn_where_it_is(self, monkeypatch):
-        monkeypatch.setattr(build.onednn, "check", lambda dtype: None)
-        onednn = build.onednn
-        fields = {"conv": onednn.Conv, "norm": onednn.BatchNorm, "max_pool": onednn.max_pool}
-        assert build.make_kernels("auto") == build.make_kernels("onednn") == (fields, "")
-
-    def test_onednn_where_it_is_not(self, monkeypatch):
-        def missing(dtype):
-            raise build.onednn.Unavailable("no compiler")
-
-        monkeypatch.setattr(build.onednn, "check", missing)
-        assert build.make_kernels("auto") == ({}, "no compiler")
-        with pytest.raises(UsageError, match="--kernels onednn: no compiler"):
-            build.make_kernels("onednn")
-
-    def test_jit_over_several_devices(self, monkeypatch):
-        monkeypatch.setattr(jax, "device_count", lambda: 8)
-        monkeypatch.setattr(build.onednn, "check", lambda dtype: None)
-        assert "use mode shard_map" in build.make_kernels("auto", "jit")[1]
-        assert build.make_kernels("auto", "shard_map")[0]
-
-    def test_unknown(self):
-        with pytest.raises(UsageError, match="unknown kernels 'mkl'"):
-            build.make_kernels("mkl")
+def unavailable(dtype):
+    raise onednn.Unavailable("no compiler")
 
 
-@pytest.mark.slow
+# (name, mode, devices, backend, oneDNN's check) -> (whether oneDNN is used, remark or error)
+KERNELS = {
+    "plain": (("plain", "jit", 1, "cpu", None), (False, "")),
+    "auto off CPU": (("auto", "jit", 1, "gpu", None), (False, "")),
+    "onednn off CPU": (("onednn", "jit", 1, "gpu", None), (False, "oneDNN runs only on CPU (got gpu)")),
+    "auto": (("auto", "jit", 1, "cpu", None), (True, "")),
+    "onednn": (("onednn", "jit", 1, "cpu", None), (True, "")),
+    "auto without": (("auto", "jit", 1, "cpu", unavailable), (False, "no compiler")),
+    "onednn without": (("onednn", "jit", 1, "cpu", unavailable), (False, "no compiler")),
+    "several devices": (("auto", "jit", 8, "cpu", None), (False, "use mode shard_map")),
+    "sharded": (("auto", "shard_map", 8, "cpu", None), (True, "")),
+}
+
+
+@pytest.mark.parametrize("case", KERNELS)
+def test_kernels(case, monkeypatch):
+    (name, mode, devices, backend, check), (used, message) = KERNELS[case]
+    monkeypatch.setattr(jax, "device_count", lambda: devices)
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    monkeypatch.setattr(onednn, "check", check or (lambda dtype: None))
+    if name == "onednn" and message:
+        with pytest.raises(UsageError, match=f"--kernels onednn: {re.escape(message)}"):
+            build.make_kernels(name, mode)
+        return
+    fields, remark = build.make_kernels(name, mode)
+    assert message in remark and bool(message) == bool(remark)
+    assert fields == ({"conv": onednn.Conv, "norm": onednn.BatchNorm, "max_pool": onednn.max_pool} if used else {})
+
+
 def test_model_fields():
     config = TrainConfig(model="resnet8", width=8, drop_path=0.2, zero_init=True, sync_bn=False)
     model = build.make_model(config, 7, "data", drop_path=config.drop_path)
     assert (model.width, model.drop_path, model.zero_init, model.sync_bn) == (8, 0.2, True, False)
     assert (model.num_classes, model.axis_name, model.stage_sizes) == (7, "data", (1, 1, 1))
     tx, _ = build.make_tx(config.optim, 10, 1.0)
-    state = build.make_state(config, model, tx, (16, 16, 1))
-    assert count(state.params) == 18_975 and state.ema is None
-    assert (leaves(state.params)["stage1_block1/norm2/scale"] == 0).all()
-    assert build.make_state(dataclasses.replace(config, ema=0.9), model, tx, (16, 16, 1)).ema is not None
-
-
-@pytest.mark.slow
-def test_seed_decides_the_weights():
-    model, (tx, _) = build.make_model(TrainConfig(width=8), 4), build.make_tx(OptimConfig(), 10, 1.0)
-    kernels = [
-        np.asarray(build.make_state(TrainConfig(seed=s), model, tx, (8, 8, 1)).params["head"]["kernel"])
-        for s in (0, 0, 1)
-    ]
+    # The seed decides the weights.
+    states = [build.make_state(dataclasses.replace(config, seed=s), model, tx, (8, 8, 1)) for s in (0, 0, 1)]
+    assert count(states[0].params) == 18_975 and states[0].ema is None
+    assert (leaves(states[0].params)["stage1_block1/norm2/scale"] == 0).all()
+    kernels = [np.asarray(state.params["head"]["kernel"]) for state in states]
     np.testing.assert_array_equal(kernels[0], kernels[1])
     assert (kernels[0] != kernels[2]).any()
+    averaged = dataclasses.replace(config, ema=0.9)
+    assert jax.eval_shape(lambda: build.make_state(averaged, model, tx, (8, 8, 1))).ema is not None
 
 
 def test_optimizer_fields():
@@ -181,21 +164,19 @@ def test_objective_of_a_config(images):
     variables = init_variables(tiny(), jax.random.key(0), (8, 8, 3))
     rngs = {"mix": jax.random.key(1), "drop_path": jax.random.key(2)}
 
-    def value(config):
-        return build.make_objective(config, CLASSES)(variables, batch, model=tiny(), rngs=rngs, axis_name=None)
+    config = TrainConfig(
+        loss="sigmoid", label_smoothing=0.2, freeze=True, augment=dataclasses.replace(NORMAL, mixup=0.3)
+    )
+    objective = jax.jit(partial(build.make_objective(config, CLASSES), model=tiny(), axis_name=None))
+    loss, (stats, metrics) = objective(variables, batch, rngs=rngs)
 
-    config = TrainConfig(loss="sigmoid", label_smoothing=0.2, freeze=True, augment=NORMAL, init="somewhere")
-    loss, (stats, metrics) = value(config)
-    logits = tiny().apply(variables, batch["image"], train=False)
-    targets = smooth_labels(jax.nn.one_hot(batch["label"], CLASSES), 0.2)
-    assert float(loss) == pytest.approx(float(sigmoid_cross_entropy(logits, targets).mean()), rel=1e-5)
-    assert metrics["accuracy"] == (logits.argmax(-1) == batch["label"]).mean()
-    assert all(map(np.array_equal, jax.tree.leaves(stats), jax.tree.leaves(variables["batch_stats"])))
-    blended, _ = value(dataclasses.replace(config, augment=dataclasses.replace(NORMAL, mixup=0.3)))
     labels = jax.nn.one_hot(batch["label"], CLASSES)
     inputs, targets = mix(rngs["mix"], batch["image"], labels, mixup_alpha=0.3, cutmix_alpha=0.0)
-    want = sigmoid_cross_entropy(tiny().apply(variables, inputs, train=False), smooth_labels(targets, 0.2)).mean()
-    assert float(blended) == pytest.approx(float(want), rel=1e-5) != float(loss)
+    logits = jax.jit(partial(tiny().apply, train=False))(variables, inputs)
+    want = sigmoid_cross_entropy(logits, smooth_labels(targets, 0.2)).mean()
+    assert float(loss) == pytest.approx(float(want), rel=1e-5)
+    assert metrics["accuracy"] == (logits.argmax(-1) == batch["label"]).mean()
+    assert all(map(np.array_equal, jax.tree.leaves(stats), jax.tree.leaves(variables["batch_stats"])))
 
 
 def test_statistics_are_measured_on_training_images_alone():
@@ -206,5 +187,3 @@ def test_statistics_are_measured_on_training_images_alone():
     pixels = dataset.train.images / 255
     np.testing.assert_allclose(measured.mean, pixels.mean((0, 1, 2)), atol=1e-4)
     np.testing.assert_allclose(measured.std, pixels.std((0, 1, 2)), atol=1e-4)
-    with pytest.raises(UsageError, match="need 3 values each"):
-        build.with_statistics(TrainConfig(augment=AugmentConfig(mean=(0.5,), std=(0.2,))), dataset)

@@ -2,7 +2,6 @@
 
 import json
 import socket
-import subprocess
 
 import pytest
 
@@ -15,26 +14,22 @@ def free_port():
         return listener.getsockname()[1]
 
 
-def start(command, out, hosts, devices):
-    where = f"localhost:{free_port()}"
-    extra = [[]] if hosts == 1 else [["--distributed", f"{where},{hosts},{index}"] for index in range(hosts)]
-    env = {"JAX_NUM_CPU_DEVICES": str(devices)}
-    return [command(*ARGUMENTS, "--out", out, *more, start=True, env=env) for more in extra]
-
-
-def finish(processes):
-    try:
-        return [(*process.communicate(timeout=240), process.returncode) for process in processes]
-    except subprocess.TimeoutExpired:
-        for process in processes:
-            process.kill()
-        raise
-
-
 @pytest.mark.slow
 def test_two_hosts_equal_one(command, tmp_path):
-    (single, _, _), *_ = finish(start(command, tmp_path / "one", 1, 8))
-    (first, said, code), (second, silence, code2) = finish(start(command, tmp_path / "two", 2, 4))
+    def outputs(out, hosts, devices):
+        where = f"localhost:{free_port()}"
+        extra = [[]] if hosts == 1 else [["--distributed", f"{where},{hosts},{index}"] for index in range(hosts)]
+        arguments = [*ARGUMENTS, "--out", tmp_path / out]
+        env = {"JAX_NUM_CPU_DEVICES": str(devices)}
+        processes = [command(*arguments, *more, start=True, env=env) for more in extra]
+        try:
+            return [(*process.communicate(timeout=240), process.returncode) for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
+
+    ((single, _, _),) = outputs("one", 1, 8)
+    (first, said, code), (second, silence, code2) = outputs("two", 2, 4)
     assert (code, code2) == (0, 0), said + silence
     assert "{" not in second  # the first host alone has a result; gloo greets from both
     one, two = (json.loads(said.splitlines()[-1]) for said in (single, first))
@@ -43,7 +38,7 @@ def test_two_hosts_equal_one(command, tmp_path):
     assert two["test_images"] == one["test_images"] == 360
     # And what two hosts saved, one goes on from.
     (tmp_path / "two" / "result.json").unlink()
-    (again, said, code), *_ = finish(start(command, tmp_path / "two", 1, 1))
+    ((again, said, code),) = outputs("two", 1, 1)
     assert code == 0, said
     assert "resuming from step 12" in said
     assert json.loads(again)["params_digest"] == two["params_digest"]

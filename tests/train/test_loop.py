@@ -1,5 +1,6 @@
 """The training loop: when it calls hooks, what it reports, how it stops."""
 
+import itertools
 import json
 
 import jax.numpy as jnp
@@ -18,40 +19,28 @@ class Counter(struct.PyTreeNode):
     step: int = 0
 
 
-class Endless:
-    """Batches that say which one they are."""
-
-    def __init__(self, position=0):
-        self.position = position
-
-    def __next__(self):
-        self.position += 1
-        return self.position
+HOOKS = {2: [2, 4, 6, 7], 3: [3, 6, 7]}  # when those of 7 steps are called: always after the last
 
 
 def count(state, batch):
     return state.replace(step=state.step + 1), {"loss": jnp.asarray(float(batch)), "accuracy": jnp.asarray(0.5)}
 
 
-def test_steps_logs_and_hooks():
+@pytest.mark.parametrize("start", [0, 4])
+def test_steps_logs_and_hooks(start):
+    """From where the state is."""
     logged, hooked = [], {2: [], 3: []}
     state = fit(
         count,
-        Counter(),
-        Endless(),
+        Counter(step=start),
+        itertools.count(start + 1),
         steps=7,
         hooks=[(every, lambda s, every=every: hooked[every].append(s.step)) for every in hooked],
         log=lambda step, metrics: logged.append((step, metrics["loss"])),
     )
     assert state.step == 7
-    assert logged == [(n, float(n)) for n in range(1, 8)]
-    assert hooked == {2: [2, 4, 6, 7], 3: [3, 6, 7]}  # and always after the last
-
-
-def test_starts_where_the_state_is():
-    logged = []
-    fit(count, Counter(step=4), Endless(4), steps=6, log=lambda step, metrics: logged.append((step, metrics["loss"])))
-    assert logged == [(5, 5.0), (6, 6.0)]
+    assert logged == [(n, float(n)) for n in range(start + 1, 8)]
+    assert hooked == {every: [n for n in numbers if n > start] for every, numbers in HOOKS.items()}
 
 
 def test_logging_lags_one_step_behind_the_dispatch():
@@ -62,7 +51,7 @@ def test_logging_lags_one_step_behind_the_dispatch():
         events.append(f"dispatch {batch}")
         return count(state, batch)
 
-    fit(step, Counter(), Endless(), steps=3, log=lambda n, metrics: events.append(f"look {n}"))
+    fit(step, Counter(), itertools.count(1), steps=3, log=lambda n, metrics: events.append(f"look {n}"))
     assert events == ["dispatch 1", "dispatch 2", "look 1", "dispatch 3", "look 2", "look 3"]
 
 
@@ -76,7 +65,7 @@ def test_not_finite_stops_before_any_hook_sees_it(bad, at):
         return state, metrics | {"loss": jnp.asarray(bad if batch == at else 1.0)}
 
     with pytest.raises(RunError, match=f"loss at step {at} is not finite"):
-        fit(step, Counter(), Endless(), steps=10, hooks=[(2, lambda s: seen.append(s.step))])
+        fit(step, Counter(), itertools.count(1), steps=10, hooks=[(2, lambda s: seen.append(s.step))])
     assert seen == [n for n in (2, 4) if n < at]
 
 
@@ -131,12 +120,10 @@ def test_evaluate_adds_sums_and_divides_once():
     assert found["calibration_error"] == pytest.approx((abs(1.5 - 2) + abs(2.4 - 2)) / 6)
 
 
-def test_class_without_examples_has_no_accuracy():
+def test_without_examples():
+    """A class without examples has no accuracy; a split without any is refused."""
     found = summarize(sums([[2, 1], [0, 0]], [[3], [2], [2]]))
     assert np.isnan(found["per_class_accuracy"][1])
-
-
-def test_nothing_to_evaluate():
     with pytest.raises(ValueError, match="no examples"):
         evaluate(lambda variables, batch: {}, None, [])
     with pytest.raises(ValueError, match="no examples"):

@@ -10,8 +10,6 @@ import pytest
 
 from pretrain.config import PretrainConfig
 from resnet_jax.masks import apply_masks
-from resnet_jax.parallel import make_mesh
-from train import session as session_module
 from train.config import TrainConfig
 from train.predict import load
 from train.run import run
@@ -19,14 +17,20 @@ from train.run_folder import load_state, read_config
 from train.state import digest
 from train.weights import load_masks, load_weights
 
+pytestmark = pytest.mark.usefixtures("unoptimised")
+
 OLD = Path(__file__).parents[1] / "reference" / "old_runs"
+
+
+def extracted(name, folder):
+    with tarfile.open(OLD / f"{name}.tar.gz") as archive:
+        archive.extractall(folder, filter="data")
+    return folder / name
 
 
 @pytest.fixture
 def old(request, tmp_path):
-    with tarfile.open(OLD / f"{request.param}.tar.gz") as archive:
-        archive.extractall(tmp_path, filter="data")
-    return tmp_path / request.param
+    return extracted(request.param, tmp_path)
 
 
 # Adafactor's state is a tuple whose fields are not in alphabetical order, as the checksum needs them.
@@ -40,15 +44,10 @@ def test_state_is_the_one_that_was_saved(old):
 
 
 @pytest.mark.parametrize("old", ["train"], indirect=True)
-def test_predicts(old):
+def test_predicts_and_goes_on(old, tfds_dir, one_device):
+    """The same command, after its end was lost: from the last checkpoint to the same result."""
     predictions = load(old, top=10)(np.zeros((8, 8, 1), np.uint8))
     assert sum(probability for _, probability in predictions) == pytest.approx(1, abs=1e-4)
-
-
-@pytest.mark.parametrize("old", ["train"], indirect=True)
-def test_goes_on(old, tfds_dir, monkeypatch):
-    """The same command, after its end was lost: from the last checkpoint to the same result."""
-    monkeypatch.setattr(session_module, "make_mesh", lambda: make_mesh(jax.devices()[:1]))
     before = json.loads((old / "result.json").read_text())
     (old / "result.json").unlink()
     config, _ = read_config(old, TrainConfig)
@@ -61,8 +60,6 @@ def test_goes_on(old, tfds_dir, monkeypatch):
 def test_encoder_of_pretraining(old):
     config, _ = read_config(old, PretrainConfig)
     assert config.objective.name == "mocov2"
-    with tarfile.open(OLD / "train.tar.gz") as archive:
-        archive.extractall(old.parent, filter="data")
-    like = load_state(old.parent / "train").variables
+    like = load_state(extracted("train", old.parent)).variables
     loaded = load_weights(old, like)["params"]
     assert not np.array_equal(loaded["stem"]["conv"]["kernel"], like["params"]["stem"]["conv"]["kernel"])

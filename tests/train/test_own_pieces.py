@@ -12,12 +12,11 @@ from pretrain.config import ObjectiveConfig, PretrainConfig, ViewConfig
 from pretrain.run import run as pretrain_run
 from resnet_jax.augment import normalize
 from resnet_jax.masks import apply_masks
-from resnet_jax.parallel import make_mesh
 from tests.reference.nets import CLASSES, Mlp, VisionTransformer
-from train import session as session_module
 from train.config import AugmentConfig, OptimConfig, TrainConfig
 from train.data import from_arrays
 from train.errors import UsageError
+from train.loop import read_rows
 from train.optim import make_optimizer
 from train.predict import load
 from train.prune.config import PruneConfig, PruningConfig
@@ -27,17 +26,11 @@ from train.run_folder import load_state
 from train.steps import classify
 from train.weights import load_weights
 
-pytestmark = pytest.mark.usefixtures("unoptimised")
+pytestmark = pytest.mark.usefixtures("unoptimised", "one_device_for_all")
 
 MODELS = {"mlp": Mlp(), "vit": VisionTransformer()}
+IN_TURN = ["mlp", pytest.param("vit", marks=pytest.mark.slow)]
 PIXELS = AugmentConfig(mean=(0.3, 0.3, 0.3), std=(0.2, 0.2, 0.2))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_device():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(session_module, "make_mesh", lambda: make_mesh(jax.devices()[:1]))
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -51,12 +44,11 @@ def dataset():
 
 def config(out, **options):
     optim = OptimConfig(name="adamw", lr=1e-2)
-    return TrainConfig(
-        out=str(out), batch=24, epochs=10, augment=PIXELS, optim=optim, log_every=4, eval_batch=24, **options
-    )
+    fields = {"batch": 24, "epochs": 10, "eval_every": 5, "log_every": 4, "eval_batch": 24}
+    return TrainConfig(out=str(out), augment=PIXELS, optim=optim, **(fields | options))
 
 
-@pytest.fixture(scope="module", params=MODELS)
+@pytest.fixture(scope="module", params=IN_TURN)
 def trained(request, dataset, tmp_path_factory):
     out = tmp_path_factory.mktemp(request.param) / "run"
     return MODELS[request.param], out, run(config(out), model=MODELS[request.param], dataset=dataset)
@@ -101,10 +93,7 @@ def test_pruned(trained, dataset, tmp_path):
     assert result["sparsity"] == pytest.approx(0.5, abs=0.01)
     assert result["pruned_accuracy"] > 0.5
     state = load_state(tmp_path)
-    for masked, plain in zip(
-        jax.tree.leaves(apply_masks(state.params, state.masks)), jax.tree.leaves(state.params), strict=True
-    ):
-        np.testing.assert_array_equal(masked, plain)
+    jax.tree.map(np.testing.assert_array_equal, apply_masks(state.params, state.masks), state.params)
 
 
 class Encoder(nn.Module):
@@ -120,20 +109,16 @@ class Classifier(nn.Module):
 
     @nn.compact
     def __call__(self, images):
-        features = nn.LayerNorm(name="LayerNorm_0")(
-            nn.gelu(nn.Dense(16, name="Dense_0")(images.reshape(len(images), -1)))
-        )
-        return nn.Dense(CLASSES, name="head")(features)
+        hidden = nn.gelu(nn.Dense(16, name="Dense_0")(images.reshape(len(images), -1)))
+        return nn.Dense(CLASSES, name="head")(nn.LayerNorm(name="LayerNorm_0")(hidden))
 
 
+@pytest.mark.slow
 def test_pretraining_of_an_encoder_without_batch_statistics(dataset, tmp_path):
-    views = ViewConfig(
-        mean=PIXELS.mean, std=PIXELS.std, min_scale=0.5, jitter=(0.0, 0.0, 0.0, 0.0), grayscale=0.0, flip=True
-    )
-    settings = PretrainConfig(
-        out=str(tmp_path / "run"), batch=24, epochs=3, augment=views, eval_batch=24, eval_every=3, neighbours=5,
-        objective=ObjectiveConfig(projector=(16, 8)),
-    )  # fmt: skip
+    views = ViewConfig(mean=PIXELS.mean, std=PIXELS.std, min_scale=0.5, jitter=(0.0,) * 4, grayscale=0.0)
+    fields = {"batch": 24, "epochs": 3, "eval_batch": 24, "eval_every": 3, "neighbours": 5}
+    objective = ObjectiveConfig(projector=(16, 8))
+    settings = PretrainConfig(out=str(tmp_path / "run"), augment=views, objective=objective, **fields)
     result = pretrain_run(settings, model=Encoder(), dataset=dataset)
     assert result["model"] == "Encoder" and 0 <= result["knn_accuracy"] <= 1
     variables = {"params": Classifier().init(jax.random.key(0), np.zeros((1, 8, 8, 3)))["params"], "batch_stats": {}}
@@ -151,15 +136,10 @@ def test_optimizer_objective_augmentation_and_hooks(dataset, tmp_path):
         return loss, (stats, metrics | {"brightest": batch["image"].max()})
 
     frozen = make_optimizer("sgd", lambda step: 0.0)
-    pieces = {"tx": frozen, "objective": counted, "augment": normalize(0.0, 0.5)}
-    options = {
-        "model": Mlp(),
-        "dataset": dataset,
-        "hooks": [(10, lambda state: steps.append(int(state.step)))],
-    }
-    run(config(tmp_path, steps=20), **pieces, **options)
+    pieces = {"model": Mlp(), "tx": frozen, "objective": counted, "augment": normalize(0.0, 0.5), "dataset": dataset}
+    run(config(tmp_path, steps=20), **pieces, hooks=[(10, lambda state: steps.append(int(state.step)))])
     assert steps == [10, 20]
-    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    rows = read_rows(tmp_path / "metrics.jsonl")
     brightest = max(row["brightest"] for row in rows if "brightest" in row)
     assert brightest == pytest.approx(2 * int(dataset.train.images.max()) / 255, rel=0.1)
     assert len({row["validation_loss"] for row in rows if "validation_loss" in row}) == 1

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import save_file
 
 from resnet_jax.torch_weights import to_torch
 from resnet_jax.tree import leaves
@@ -18,25 +19,24 @@ from train.run import run
 from train.run_folder import load_state
 from train.weights import load_weights, read_state_dict
 
+pytestmark = pytest.mark.usefixtures("unoptimised", "one_device_for_all")
+
 
 def config(out, **options):
-    base = {
-        "model": "resnet8",
-        "width": 8,
-        "data": DataConfig(name="synthetic", image_size=16),
-        "optim": OptimConfig(lr=0.05),
-        "steps": 25,
-        "batch": 64,
-        "eval_every": 100,
-    }
-    return TrainConfig(out=str(out), **(base | options))
+    base = {"data": DataConfig(name="synthetic", image_size=8), "optim": OptimConfig(lr=0.05), "batch": 64}
+    return TrainConfig(out=str(out), width=8, **({"steps": 25, "eval_every": 100} | base | options))
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A run on `synthetic` and its test split."""
     out = tmp_path_factory.mktemp("trained") / "run"
-    return run(config(out)), out, load_data("synthetic", image_size=16).test
+    return run(config(out)), out, load_data("synthetic", image_size=8).test
+
+
+@pytest.fixture(scope="module")
+def predict(trained):
+    return load(trained[1])
 
 
 def png(array):
@@ -48,70 +48,54 @@ def png(array):
 def test_predictions_are_the_evaluation_s(trained):
     """On the test split, top-1 is right exactly as often as the run's result says."""
     result, out, test = trained
-    predict = load(out, top=3)
-    found = predict(list(test.images))
+    found = load(out, top=3)(list(test.images))
     assert all(len(row) == 3 for row in found)
     right = np.mean([int(row[0][0]) == label for row, label in zip(found, test.labels, strict=True)])
     assert right == pytest.approx(result["test_accuracy"])
     assert all(row[0][1] >= row[1][1] >= row[2][1] > 0 for row in found)
 
 
-def test_path_bytes_and_array_agree(trained, tmp_path):
+def test_paths_bytes_arrays_and_the_command_line_agree(trained, predict, tmp_path, capsys):
     _, out, test = trained
-    predict = load(out)
-    image = test.images[0]
-    (tmp_path / "image.png").write_bytes(png(image))
+    image, path = test.images[0], tmp_path / "image.png"
+    path.write_bytes(png(image))
     by_array = predict(image)
-    assert by_array == predict(png(image)) == predict(tmp_path / "image.png") == predict(str(tmp_path / "image.png"))
+    assert by_array == predict(png(image)) == predict(path) == predict(str(path))
     assert predict([image]) == [by_array]
+    main([str(out), str(path), "--top", "2"])
+    said = capsys.readouterr()
+    assert json.loads(said.out) == [{"image": str(path), "top": [list(pair) for pair in by_array[:2]]}]
+    assert f"{path}: {by_array[0][0]} " in said.err
 
 
-def test_other_sizes_and_modes_are_brought_to_the_run_s(trained):
-    _, out, test = trained
-    predict = load(out)
-    large = np.asarray(Image.fromarray(test.images[0]).resize((48, 32)))
-    grey = np.asarray(Image.fromarray(test.images[0]).convert("L"))
-    for image in (large, grey, grey[..., None]):
-        assert len(predict(image)) == 5
-
-
-def test_command_line(trained, tmp_path, command):
-    _, out, test = trained
-    paths = [tmp_path / f"{i}.png" for i in range(2)]
-    for path, image in zip(paths, test.images, strict=False):
-        path.write_bytes(png(image))
-    done = command("train.predict", out, *paths, "--top", 2)
-    assert done.returncode == 0, done.stderr
-    said = json.loads(done.stdout)
-    assert [row["image"] for row in said] == [str(p) for p in paths]
-    want = load(out, top=2)([str(p) for p in paths])
-    for row, found in zip(said, want, strict=True):
-        assert [name for name, _ in row["top"]] == [name for name, _ in found]
-        np.testing.assert_allclose([p for _, p in row["top"]], [p for _, p in found], atol=1e-4)
-    assert f"{paths[0]}: {want[0][0][0]} " in done.stderr
+def test_other_sizes_and_modes_are_brought_to_the_run_s(trained, predict):
+    image = Image.fromarray(trained[2].images[0])
+    grey = np.asarray(image.convert("L"))
+    for array in (np.asarray(image.resize((48, 32))), grey, grey[..., None]):
+        assert len(predict(array)) == 5
 
 
 @pytest.mark.parametrize(
     ("image", "message"),
     [
-        ("nowhere.png", "cannot read image nowhere.png: No such file"),
+        ("nowhere.png", "cannot read image: .*No such file or directory: 'nowhere.png'"),
         (b"no image", "cannot read image"),
-        (np.zeros((16, 16, 3)), "must be uint8"),
+        (np.zeros((8, 8, 3)), "must be uint8"),
         (np.zeros((2, 2, 2, 2), np.uint8), "cannot read image"),
     ],
 )
-def test_images_that_cannot_be_read(trained, image, message):
+def test_images_that_cannot_be_read(predict, image, message):
     with pytest.raises(UsageError, match=message):
-        load(trained[1])(image)
+        predict(image)
 
 
-def test_folders_that_hold_no_run(trained, tmp_path, fails, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["predict", str(tmp_path), "image.png"])
-    assert "is not a run folder: it has no config.json" in fails(2, main)
+def test_folders_that_hold_no_run(trained, tmp_path, fails):
+    arguments = [str(tmp_path), "image.png"]
+    assert "is not a run folder: it has no config.json" in fails(2, main, arguments)
     (tmp_path / "config.json").write_text((trained[1] / "config.json").read_text())
-    assert "has no checkpoints yet" in fails(2, main)
+    assert "has no checkpoints yet" in fails(2, main, arguments)
     (tmp_path / "checkpoints").mkdir()
-    assert "has no checkpoints yet" in fails(2, main)
+    assert "has no checkpoints yet" in fails(2, main, arguments)
 
 
 # ---- fine-tuning ----------------------------------------------------------------------------------------------------
@@ -131,7 +115,7 @@ def photographs(tmp_path_factory):
 
 
 def finetune(trained, photographs, out, init, **options):
-    data = DataConfig(name=f"folder:{photographs}", image_size=16, validation=0.2)
+    data = DataConfig(name=f"folder:{photographs}", image_size=8, validation=0.2)
     return config(out, data=data, init=str(init), batch=16, steps=12, **options)
 
 
@@ -151,15 +135,16 @@ def test_finetune_from_a_run(trained, photographs, tmp_path, freeze):
 
 def test_finetune_from_torch_weights(trained, photographs, tmp_path):
     """A torchvision-style state dict in safetensors: the backbone arrives bit by bit, the head is new."""
-    from safetensors.numpy import save_file
-
     source = load_state(trained[1]).variables
     save_file(to_torch(source), tmp_path / "weights.safetensors")
-    fresh = jax.tree.map(lambda x: np.zeros_like(x), source)
-    for path, leaf in leaves(load_weights(tmp_path / "weights.safetensors", fresh)).items():
-        np.testing.assert_array_equal(leaf, leaves(source)[path], err_msg=path)
+    assert_same(load_weights(tmp_path / "weights.safetensors", jax.tree.map(np.zeros_like, source)), source)
     result = run(finetune(trained, photographs, tmp_path / "run", tmp_path / "weights.safetensors"))
     assert result["test_accuracy"] >= 0.9
+
+
+def assert_same(got, want):
+    for path, leaf in leaves(got).items():
+        np.testing.assert_array_equal(leaf, leaves(want)[path], err_msg=path)
 
 
 def test_wrapped_pth_file(trained, tmp_path):
@@ -167,8 +152,7 @@ def test_wrapped_pth_file(trained, tmp_path):
     source = load_state(trained[1]).variables
     state = {name: torch.from_numpy(np.array(array)) for name, array in to_torch(source).items()}
     torch.save({"state_dict": {f"module.{name}": tensor for name, tensor in state.items()}}, tmp_path / "weights.pth")
-    for path, leaf in leaves(load_weights(tmp_path / "weights.pth", source)).items():
-        np.testing.assert_array_equal(leaf, leaves(source)[path], err_msg=path)
+    assert_same(load_weights(tmp_path / "weights.pth", source), source)
 
 
 def test_pth_without_torch_names_the_extra(tmp_path, monkeypatch):
@@ -188,8 +172,6 @@ def test_damaged_weights(tmp_path, name):
 
 
 def test_weights_of_another_model(trained, tmp_path):
-    from safetensors.numpy import save_file
-
     _, source, _ = trained
     wider = jax.tree.map(lambda x: np.concatenate([x, x]), load_state(source).variables)
     with pytest.raises(UsageError, match="comes from a different model"):

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from PIL import Image
 
 from train.report import collect, main
 
@@ -23,17 +24,11 @@ def finished(tmp_path):
     return tmp_path / "run"
 
 
-def test_collects_all_of_a_run(finished, tmp_path):
+def test_json_and_picture(finished, tmp_path):
     main([str(finished), "--json", str(tmp_path / "kept.json")])
     kept = json.loads((tmp_path / "kept.json").read_text())
     assert kept == collect(finished) == {"test_accuracy": 0.7, "seed": 0, "config": {"batch": 128}, "history": HISTORY}
-
-
-def test_picture_of_runs_and_of_kept_files(finished, tmp_path):
     pytest.importorskip("matplotlib", reason="needs the extra plot")
-    from PIL import Image
-
-    main([str(finished), "--json", str(tmp_path / "kept.json")])
     main([str(finished), str(tmp_path / "kept.json"), "--picture", str(tmp_path / "curve.png")])
     with Image.open(tmp_path / "curve.png") as image:
         colours = {tuple(pixel[:3]) for _, pixel in image.convert("RGB").getcolors(1 << 20)}
@@ -46,12 +41,9 @@ def test_without_matplotlib(finished, tmp_path, monkeypatch, fails):
     assert 'pip install -e ".[plot]"' in line
 
 
-@pytest.mark.parametrize("missing", ["result.json", "metrics.jsonl"])
-def test_unfinished_run(finished, fails, missing, tmp_path):
-    (finished / missing).unlink()
-    assert f"holds no finished run: {missing} is missing" in fails(2, main, [str(finished), "--json", "x.json"])
-
-
-def test_nothing_to_do(finished, fails):
+def test_refusals(finished, fails):
     assert "pass --json FILE or --picture FILE" in fails(2, main, [str(finished)])
     assert "--json takes one run" in fails(2, main, [str(finished), str(finished), "--json", "x.json"])
+    for missing in ("metrics.jsonl", "result.json"):
+        (finished / missing).unlink()
+        assert f"holds no finished run: {missing} is missing" in fails(2, main, [str(finished), "--json", "x.json"])

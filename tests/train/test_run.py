@@ -9,38 +9,26 @@ import time
 from functools import partial
 
 import jax
-import jax.numpy as jnp
 import pytest
 
-from resnet_jax.parallel import make_mesh
-from train import session as session_module
 from train.__main__ import main
 from train.cli import parse
 from train.config import TrainConfig, from_dict
+from train.data.batches import batch_like
 from train.from_config import make_model, make_objective, make_state, make_tx, train_augment
+from train.loop import read_rows
 from train.presets import PRESETS
 from train.run import run
 from train.steps import train_step
 
 # A run of seconds: 20 batches of 64 in an epoch of the digits' 1,293 training images.
-QUICK = [
-    "--model",
-    "resnet8",
-    "--width",
-    "8",
-    "--steps",
-    "45",
-    "--batch",
-    "64",
-    "--eval-every",
-    "1",
-    "--log-every",
-    "5",
-]
+QUICK = "digits --model resnet8 --width 8 --kernels plain --steps 45 --batch 64 --eval-every 1 --log-every 5"
+
+pytestmark = pytest.mark.usefixtures("unoptimised")
 
 
 def quick(out, *more):
-    return ["digits", *QUICK, "--out", str(out), *more]
+    return [*QUICK.split(), "--out", str(out), *more]
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +50,7 @@ def test_run_leaves_what_it_promises(finished):
     assert result["versions"]["jax"] == jax.__version__ and result["devices"] == "1 x cpu"
     assert "images/s" in done.stderr and "left" in done.stderr and "validation accuracy" in done.stderr
 
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    rows = read_rows(out / "metrics.jsonl")
     assert [r["step"] for r in rows if "loss" in r] == list(range(5, 46, 5))
     assert [r["step"] for r in rows if "validation_accuracy" in r] == [20, 40, 45]
     assert rows[0]["learning_rate"] == pytest.approx(0.1 * 5 / 41, rel=1e-3)  # on the way up
@@ -71,16 +59,13 @@ def test_run_leaves_what_it_promises(finished):
     assert sum(map(sum, confusion)) == 360
 
 
-def test_finished_run_only_says_its_result(finished, command):
+def test_same_command_again(finished, capsys, fails):
+    """A finished run only prints its result; other settings need a different folder."""
     done, out = finished
     before = {p: p.stat().st_mtime_ns for p in out.rglob("*")}
-    again = command("train", *quick(out))
-    assert again.returncode == 0 and again.stdout == done.stdout.splitlines()[-1] + "\n"
+    main(quick(out))
+    assert capsys.readouterr().out == done.stdout.splitlines()[-1] + "\n"
     assert before == {p: p.stat().st_mtime_ns for p in out.rglob("*")}
-
-
-def test_other_settings_in_the_same_folder(finished, fails):
-    _, out = finished
     line = fails(2, main, quick(out, "--optim.lr", "0.2", "--batch", "32"))
     assert "different settings (optim.lr 0.1 -> 0.2, batch 64 -> 32); choose a different --out" in line
 
@@ -128,7 +113,7 @@ def test_killed_twice_it_ends_bit_equal(finished, command, tmp_path):
     results = [json.loads((folder / "result.json").read_text()) for folder in (whole, out)]
     assert results[0]["params_digest"] == results[1]["params_digest"]
     assert results[0]["test_loss"] == results[1]["test_loss"]
-    steps = [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+    steps = [row["step"] for row in read_rows(out / "metrics.jsonl")]
     assert steps == sorted(steps)
 
 
@@ -136,28 +121,22 @@ class Interrupted(Exception):
     """Stands for whatever stops a process."""
 
 
-def interrupted_config(out, **options):
+def short_config(out, **options):
     return TrainConfig(out=str(out), width=8, steps=12, batch=64, save_steps=4, eval_every=100, **options)
 
 
 @pytest.mark.slow
-def test_restores_from_eight_devices_to_one(tmp_path, tfds_dir, monkeypatch):
+def test_restores_from_eight_devices_to_one(tmp_path, tfds_dir, request):
     """A run that stops on 8 devices goes on, on one, to the result of one."""
-    config = interrupted_config(tmp_path / "eight")
+    config = short_config(tmp_path / "eight")
 
-    def stop_at(number):
-        def log(self, step, metrics):
-            if step == number:
-                raise Interrupted
+    def stop(state):
+        raise Interrupted
 
-        return log
-
-    with monkeypatch.context() as patch:
-        patch.setattr(session_module.Progress, "log", stop_at(10))
-        with pytest.raises(Interrupted):
-            run(config)
+    with pytest.raises(Interrupted):
+        run(config, hooks=[(10, stop)])
     assert jax.device_count() == 8
-    monkeypatch.setattr(session_module, "make_mesh", lambda: make_mesh(jax.devices()[:1]))
+    request.getfixturevalue("one_device")
     resumed = run(config)
     single = run(dataclasses.replace(config, out=str(tmp_path / "single")))
     assert resumed["test_loss"] == pytest.approx(single["test_loss"], rel=1e-4)
@@ -166,7 +145,7 @@ def test_restores_from_eight_devices_to_one(tmp_path, tfds_dir, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["pmap", "shard_map"])
 def test_modes_reach_the_same_result(mode, tmp_path, tfds_dir):
-    results = [run(interrupted_config(tmp_path / m, mode=m)) for m in ("jit", mode)]
+    results = [run(short_config(tmp_path / m, mode=m)) for m in ("jit", mode)]
     assert results[0]["test_loss"] == pytest.approx(results[1]["test_loss"], rel=1e-4)
     assert results[0]["validation_accuracy"] == results[1]["validation_accuracy"]
 
@@ -179,7 +158,7 @@ def test_options_of_a_run(tmp_path, tfds_dir):
     options += " --xla xla_cpu_enable_fast_min_max=true"
     _, config = parse("train", PRESETS, quick(tmp_path, *options.split()), default="digits")
     result = run(config)
-    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    rows = read_rows(tmp_path / "metrics.jsonl")
     measured = {r["step"]: r["validation_accuracy"] for r in rows if "validation_accuracy" in r}
     assert list(measured) == [8, 16, 24]
     best = max(measured, key=lambda step: (measured[step], step))
@@ -196,19 +175,17 @@ def test_presets_are_complete(name):
     config = PRESETS[name]()
     assert from_dict(TrainConfig, json.loads(json.dumps(dataclasses.asdict(config)))) == config
 
+    assert make_model(config, 10).num_classes == 10
     size = config.data.image_size or (8 if name == "digits" else 32)
     channels = 1 if name == "digits" else 3
     if name == "digits":
         config = dataclasses.replace(config, augment=dataclasses.replace(config.augment, mean=(0.5,), std=(0.5,)))
-    model = make_model(config, 10)
+    model = make_model(dataclasses.replace(config, model="resnet8"), 10)  # is traced faster
     tx, _ = make_tx(config.optim, 100, 10.0)
     state = jax.eval_shape(lambda: make_state(config, model, tx, (size, size, channels)))
-    batch = {
-        "image": jax.ShapeDtypeStruct((4, size, size, channels), jnp.uint8),
-        "label": jax.ShapeDtypeStruct((4,), jnp.int32),
-    }
     objective, augment = make_objective(config, 10), train_augment(config.augment)
     step = partial(train_step, model=model, tx=tx, objective=objective, augment=augment, ema_decay=config.ema)
+    batch = batch_like(4, (size, size, channels))
     new, metrics = jax.eval_shape(step, state, batch)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), new) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
     assert set(metrics) == {"loss", "accuracy", "grad_norm"}
@@ -223,14 +200,13 @@ BAD_INPUT = {
     "optimizer": (["--optim.name", "sdg"], "unknown optimizer 'sdg': did you mean sgd?"),
     "schedule": (["--optim.schedule", "cosinus"], "unknown schedule 'cosinus': did you mean cosine?"),
     "loss": (["--loss", "hinge"], "unknown loss 'hinge'"),
-    "mode": (["--mode", "pjit"], "invalid choice 'pjit' for argument '--mode'. Expected one of ('jit', 'pmap'"),
     "range": (["--ema", "1.5"], "--ema 1.5 is out of range"),
     "devices": (["--batch", "60"], "a batch of 60 is not divisible by 8 devices"),
     "large batch": (["--batch", "8000"], "a batch of 8000 is larger than the 1293 training images"),
     "crop": (["--augment.resized-crop", "64"], "--augment.resized-crop 64 is larger than the images, 8x8"),
     "parts": (["--accumulate", "3"], "--accumulate 3 does not divide the 8 images per device"),
     "folder": (["--data.name", "folder:nowhere"], "there is no folder nowhere"),
-    "weights": (["--init", "nowhere.pth"], "no weights at nowhere.pth"),
+    "weights": (["--init", "nowhere.pth", "--width", "8"], "no weights at nowhere.pth"),
     "frozen nothing": (["--freeze"], "needs a pretrained backbone: pass --init"),
     "statistics": (["--augment.mean", "0.5", "0.5", "0.5", "--augment.std", "1", "1", "1"], "need 1 values each"),
     "local statistics": (["--no-sync-bn"], "--no-sync-bn needs --mode shard_map or pmap"),
@@ -247,32 +223,23 @@ def test_bad_input_is_refused_in_one_line(case, fails, tmp_path, tfds_dir):
     assert not (tmp_path / "run").exists()
 
 
-def test_bad_input_through_the_real_command_line(command):
-    done = command("train", "cifar10_resnet19")
-    assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.startswith("error: unknown preset 'cifar10_resnet19': did you mean cifar10_resnet18")
-    assert len(done.stderr.splitlines()) == 1
-
-
-def test_unwritable_out(fails, tmp_path, tfds_dir):
-    (tmp_path / "file").write_text("")
-    assert "cannot create the run folder" in fails(2, main, quick(tmp_path / "file" / "run"))
-
-
-def test_compiler_option_that_xla_does_not_know(fails, tmp_path, tfds_dir):
-    """Nothing of it is kept: the mended command starts afresh."""
+def test_compiler_option_that_xla_does_not_know(fails, tmp_path, tfds_dir, one_device):
+    """Nothing of it is kept: the corrected command starts from scratch."""
     assert "--xla no_such_option=1: " in fails(2, main, quick(tmp_path, "--xla", "no_such_option=1"))
     assert not (tmp_path / "config.json").exists()
 
 
-def test_folder_that_is_no_run(fails, tmp_path, tfds_dir):
-    (tmp_path / "checkpoints").mkdir()
+def test_folders_that_hold_no_run(fails, tmp_path, tfds_dir, one_device, finished):
+    """The options are those of the finished run, whose programs are in the cache."""
+    (tmp_path / "file").write_text("")
+    assert "cannot create the run folder" in fails(2, main, quick(tmp_path / "file" / "run"))
+    (tmp_path / "checkpoints" / "1").mkdir(parents=True)
     assert "holds checkpoints but no config.json" in fails(2, main, quick(tmp_path))
     (tmp_path / "config.json").write_text("{")
     assert "config.json cannot be read" in fails(2, main, quick(tmp_path))
 
 
-def test_loss_that_is_not_finite_stops_the_run(fails, tmp_path, tfds_dir):
+def test_loss_that_is_not_finite_stops_the_run(fails, tmp_path, tfds_dir, one_device):
     """Exit code 1, the step is named, the checkpoints before it stay."""
     arguments = quick(tmp_path, "--optim.schedule", "constant", "--optim.lr", "1e20", "--optim.warmup-epochs", "0")
     line = fails(1, main, [*arguments, "--save-steps", "1"])

@@ -12,8 +12,8 @@ from train.runtime import cpu_only, keep_compiled
 
 @pytest.fixture
 def settings():
-    """JAX's cache settings, put back afterwards."""
-    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    """JAX's settings, put back afterwards."""
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs", "jax_platforms")
     before = {name: getattr(jax.config, name) for name in names}
     yield
     for name, value in before.items():
@@ -29,9 +29,6 @@ def test_where_programs_are_kept(settings, monkeypatch, tmp_path):
     assert path.parent == tmp_path / "resnet-jax" / "compiled" and path.is_dir()
     assert jax.config.jax_compilation_cache_dir == str(path)
     assert keep_compiled(str(tmp_path / "mine")) == tmp_path / "mine"
-
-
-def test_folder_that_cannot_be_made(settings, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UsageError, match=r"--cache .*file/x: cannot create it: Not a directory"):
         keep_compiled(str(tmp_path / "file" / "x"))
@@ -86,11 +83,7 @@ def test_memory_stays_with_the_process(monkeypatch):
     assert faults("kept") < faults("plain") / 4
 
 
-def test_cpu_alone():
-    before = jax.config.jax_platforms
-    try:
-        for platforms, expected in (("cpu", True), ("cuda,cpu", False), ("tpu", False)):
-            jax.config.update("jax_platforms", platforms)
-            assert cpu_only() == expected
-    finally:
-        jax.config.update("jax_platforms", before)
+@pytest.mark.parametrize(("platforms", "expected"), [("cpu", True), ("cuda,cpu", False), ("tpu", False)])
+def test_cpu_alone(settings, platforms, expected):
+    jax.config.update("jax_platforms", platforms)
+    assert cpu_only() == expected

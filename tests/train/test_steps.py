@@ -10,13 +10,12 @@ import optax
 import pytest
 
 from resnet_jax.augment import normalize
-from resnet_jax.losses import LOSSES, sigmoid_cross_entropy, smooth_labels, softmax_cross_entropy
+from resnet_jax.losses import LOSSES, smooth_labels
 from resnet_jax.masks import apply_masks
-from resnet_jax.mix import mixup
 from resnet_jax.tree import is_head, is_kernel, leaves, map_with_path
 from tests.reference.nets import CLASSES, batch_of, tiny, tiny_state, tiny_tx
 from train.optim import make_optimizer
-from train.state import digest
+from train.state import digest, init_state
 from train.steps import classify, eval_step, train_step
 
 pytestmark = pytest.mark.usefixtures("unoptimised")
@@ -47,16 +46,19 @@ def test_step_is_sgd_on_the_mean_loss(images):
     model, state = tiny(), tiny_state(TX)
     x = jnp.asarray(images[0], jnp.float32) / 255
 
-    def objective(params):
+    @jax.jit
+    @jax.grad
+    def gradient(params):
         logits, _ = model.apply(
             {"params": params, "batch_stats": state.batch_stats}, x, train=True, mutable=["batch_stats"]
         )
         return optax.softmax_cross_entropy_with_integer_labels(logits, images[1]).mean()
 
-    grads = jax.grad(objective)(state.params)
     # First Nesterov step from zero velocity: (1 + momentum) * gradient; learning rate 0.1 / 3 on the way up.
     want = map_with_path(
-        lambda path, p, g: p - 0.1 / 3 * 1.9 * (g + (1e-3 * p if is_kernel(path, p) else 0)), state.params, grads
+        lambda path, p, g: p - 0.1 / 3 * 1.9 * (g + (1e-3 * p if is_kernel(path, p) else 0)),
+        state.params,
+        gradient(state.params),
     )
     got, _ = STEP(state, batch_of(images))
     assert_close(got.params, want, atol=1e-6, rtol=0)
@@ -81,13 +83,14 @@ def test_overfits_32_images():
 
 
 def test_accumulation_is_the_mean_of_the_parts_gradients(images):
-    """Two parts: the mean gradient of the even and the odd rows, statistics carried from one part to the next."""
-    tx = optax.sgd(1.0)
-    state = tiny_state(tx)
-    whole = jax.jit(partial(train_step, model=tiny(), tx=tx))
-    got, metrics = jax.jit(partial(train_step, model=tiny(), tx=tx, accumulate=2))(state, batch_of(images))
-    even, first = whole(state, {k: v[::2] for k, v in batch_of(images).items()})
-    odd, second = whole(state, {k: v[1::2] for k, v in batch_of(images).items()})
+    """Two parts: the mean gradient of the even and the odd rows, statistics carried from one part to the next.
+
+    The first step of momentum and weight decay is linear in the gradient.
+    """
+    state, one, two = tiny_state(TX), batch_of(images), batch_of((255 - images[0], images[1]))
+    whole = {name: np.stack([one[name], two[name]], 1).reshape(32, *one[name].shape[1:]) for name in one}
+    got, metrics = jax.jit(partial(train_step, model=tiny(), tx=TX, accumulate=2))(state, whole)
+    (even, first), (odd, second) = STEP(state, one), STEP(state, two)
     assert_close(got.params, jax.tree.map(lambda a, b: (a + b) / 2, even.params, odd.params), atol=1e-6, rtol=0)
     assert float(metrics["loss"]) == pytest.approx((float(first["loss"]) + float(second["loss"])) / 2, rel=1e-5)
     carried = jax.tree.map(
@@ -102,14 +105,19 @@ def test_accumulation_must_divide_the_batch(images):
         train_step(tiny_state(TX), batch_of(images), model=tiny(), tx=TX, accumulate=3)
 
 
-def test_masked_weights_stay_zero_under_momentum_decay_and_ema(images):
-    masks = map_with_path(
-        lambda path, p: jnp.abs(p) > 0.05 if is_kernel(path, p) else jnp.ones((), bool), tiny_state(TX).params
-    )
-    state = tiny_state(TX, masks=masks, ema=True)
-    state = state.replace(params=apply_masks(state.params, masks))
-    step = jax.jit(partial(train_step, model=tiny(), tx=TX, ema_decay=0.9))
-    for _ in range(3):
+def test_moving_average_and_masks(images):
+    """The average follows parameters and statistics; pruned weights stay zero under momentum and decay, in both."""
+    plain = tiny_state(TX)
+    masks = map_with_path(lambda path, p: jnp.abs(p) > 0.05 if is_kernel(path, p) else np.True_, plain.params)
+    before = {"params": apply_masks(plain.params, masks), "batch_stats": plain.batch_stats}
+    state = init_state(before, TX, plain.key, masks=masks, ema=True)
+    step = jax.jit(partial(train_step, model=tiny(), tx=TX, ema_decay=0.999))
+    state, _ = step(state, batch_of(images))
+    # At step 0 the decay is (1 + 0) / (10 + 0).
+    after = {"params": state.params, "batch_stats": state.batch_stats}
+    assert_close(state.ema, jax.tree.map(lambda a, b: 0.1 * a + 0.9 * b, before, after), atol=1e-6, rtol=0)
+    assert state.variables is state.ema
+    for _ in range(2):
         state, _ = step(state, batch_of(images))
         for tree in (state.params, state.ema["params"]):
             assert_close(tree, apply_masks(tree, masks), atol=0)
@@ -117,27 +125,13 @@ def test_masked_weights_stay_zero_under_momentum_decay_and_ema(images):
     assert 0 < (kernel == 0).mean() < 1
 
 
-def test_ema_follows_parameters_and_statistics(images):
-    state = tiny_state(TX, ema=True)
-    before = jax.device_get(state.variables)
-    step = jax.jit(partial(train_step, model=tiny(), tx=TX, ema_decay=0.999))
-    state, _ = step(state, batch_of(images))
-    # At step 0 the decay is (1 + 0) / (10 + 0).
-    want = jax.tree.map(
-        lambda old, new: 0.1 * old + 0.9 * new, before, {"params": state.params, "batch_stats": state.batch_stats}
-    )
-    assert_close(state.ema, want, atol=1e-6, rtol=0)
-    assert state.variables is state.ema
-
-
 def test_frozen_backbone_and_statistics(images):
     tx = make_optimizer("sgd", lambda step: 0.1, weight_decay=0.1, trainable=is_head)
     state = tiny_state(tx)
-    new, _ = jax.jit(partial(train_step, model=tiny(), tx=tx, objective=classify(frozen_stats=True)))(
-        state, batch_of(images)
-    )
-    old, new_leaves = leaves(state.params), leaves(new.params)
-    for path, leaf in new_leaves.items():
+    step = jax.jit(partial(train_step, model=tiny(), tx=tx, objective=classify(frozen_stats=True)))
+    new, _ = step(state, batch_of(images))
+    old = leaves(state.params)
+    for path, leaf in leaves(new.params).items():
         assert np.array_equal(leaf, old[path]) != path.startswith("head/"), path
     assert_close(new.batch_stats, state.batch_stats, atol=0)
 
@@ -155,14 +149,6 @@ def test_step_key_depends_on_the_step_alone(images):
     assert first == again != other
 
 
-def test_mixing_reaches_the_loss(images):
-    mixing = classify(mix=partial(mixup, alpha=1.0), classes=CLASSES)
-    step = jax.jit(partial(train_step, model=tiny(), tx=TX, objective=mixing))
-    _, mixed = step(tiny_state(TX), batch_of(images))
-    _, plain = STEP(tiny_state(TX), batch_of(images))
-    assert mixed["loss"] != plain["loss"]
-
-
 def test_bfloat16_computes_low_and_keeps_float32(images):
     step = jax.jit(partial(train_step, model=tiny(dtype=jnp.bfloat16), tx=TX))
     state, metrics = step(tiny_state(TX), batch_of(images))
@@ -171,34 +157,10 @@ def test_bfloat16_computes_low_and_keeps_float32(images):
     _, exact = STEP(tiny_state(TX), batch_of(images))
     assert float(metrics["loss"]) == pytest.approx(float(exact["loss"]), rel=0.05)
     assert metrics["loss"] != exact["loss"]
-
-
-def test_logits_and_statistics_are_float32_under_bfloat16(images):
-    model = tiny(dtype=jnp.bfloat16)
-    maps = model.apply(tiny_state(TX).variables, jnp.zeros((1, 8, 8, 3)), method="maps")
+    low = partial(tiny(dtype=jnp.bfloat16).apply, method="maps")
+    maps = jax.eval_shape(low, state.variables, jnp.zeros((1, 8, 8, 3)))
     assert maps["stage1"].dtype == jnp.bfloat16
     assert maps["logits"].dtype == maps["pooled"].dtype == jnp.float32
-
-
-@pytest.mark.slow
-def test_per_example_gradients_and_ensembles_compose(images):
-    """Plain functions: a research script may `vmap` over examples, or over an ensemble of states."""
-    model, state = tiny(), tiny_state(TX)
-    x = jnp.asarray(images[0], jnp.float32) / 255
-
-    def loss(params, image, label):
-        logits = model.apply({"params": params, "batch_stats": state.batch_stats}, image[None])
-        return softmax_cross_entropy(logits, jax.nn.one_hot(label, CLASSES)[None])[0]
-
-    per_example = jax.jit(jax.vmap(jax.grad(loss), (None, 0, 0)))(state.params, x, images[1])
-    mean = jax.grad(lambda p: jnp.mean(jax.vmap(loss, (None, 0, 0))(p, x, images[1])))(state.params)
-    assert_close(jax.tree.map(lambda g: g.mean(0), per_example), mean, atol=1e-5)
-
-    ensemble = jax.tree.map(lambda *xs: jnp.stack(xs), *(tiny_state(TX, seed) for seed in range(2)))
-    trained, metrics = jax.jit(jax.vmap(partial(train_step, model=model, tx=TX), (0, None)))(ensemble, batch_of(images))
-    assert metrics["loss"].shape == (2,)
-    single, _ = STEP(tiny_state(TX, 1), batch_of(images))
-    assert_close(jax.tree.map(lambda p: p[1], trained.params), single.params, atol=1e-5)
 
 
 def test_calibration_and_top5_sums(images):
@@ -225,29 +187,22 @@ def test_calibration_and_top5_sums(images):
     assert sums["top5"] == (top5 == labels[:, None]).any(-1).sum()
 
 
-@pytest.mark.parametrize("name", LOSSES)
-def test_losses_against_numpy(name):
+def test_losses():
+    """Against NumPy, and finite at extremes; smoothing keeps the mass."""
     rng = np.random.default_rng(0)
     logits, targets = rng.normal(size=(6, 5)) * 3, rng.dirichlet(np.ones(5), 6)
-    if name == "softmax":
-        want = -(targets * (logits - np.log(np.exp(logits).sum(-1, keepdims=True)))).sum(-1)
-    else:
-        p = 1 / (1 + np.exp(-logits))
-        want = -(targets * np.log(p) + (1 - targets) * np.log(1 - p)).sum(-1)
-    np.testing.assert_allclose(LOSSES[name](jnp.asarray(logits, jnp.float32), targets), want, rtol=1e-5)
-
-
-def test_losses_are_finite_at_extremes():
-    logits, targets = jnp.asarray([[1e4, -1e4, 0.0]]), jnp.asarray([[0.0, 1.0, 0.0]])
-    for loss in (softmax_cross_entropy, sigmoid_cross_entropy):
-        value, gradient = jax.value_and_grad(lambda x, loss=loss: loss(x, targets).sum())(logits)
+    p = 1 / (1 + np.exp(-logits))
+    want = {
+        "softmax": -(targets * (logits - np.log(np.exp(logits).sum(-1, keepdims=True)))).sum(-1),
+        "sigmoid": -(targets * np.log(p) + (1 - targets) * np.log(1 - p)).sum(-1),
+    }
+    extreme, one = jnp.asarray([[1e4, -1e4, 0.0]]), jnp.asarray([[0.0, 1.0, 0.0]])
+    for name, loss in LOSSES.items():
+        np.testing.assert_allclose(loss(jnp.asarray(logits, jnp.float32), targets), want[name], rtol=1e-5)
+        value, gradient = jax.value_and_grad(lambda x, loss=loss: loss(x, one).sum())(extreme)
         assert np.isfinite(value) and np.isfinite(gradient).all()
-
-
-def test_smoothing_keeps_mass():
     smoothed = smooth_labels(jax.nn.one_hot(jnp.arange(3), 4), 0.1)
-    np.testing.assert_allclose(smoothed.sum(-1), 1, rtol=1e-6)
-    np.testing.assert_allclose(smoothed[0], [0.925, 0.025, 0.025, 0.025], rtol=1e-6)
+    np.testing.assert_allclose(smoothed, 0.9 * np.eye(3, 4) + 0.025, rtol=1e-6)
 
 
 def test_digest_sees_every_part(images):

@@ -2,20 +2,16 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
 import jax
-import optax
 
 from resnet_jax import mask_schedules
-from resnet_jax.augment import Augment
 from resnet_jax.masks import check_masks, kernels_except, sparsity_of
 from resnet_jax.tree import PyTree
 from train.config import TrainConfig
-from train.data.sets import Dataset
 from train.errors import RunError
 from train.from_config import make_model, make_state
 from train.loop import Hook
@@ -29,8 +25,7 @@ from train.run_folder import load_state, read_config, settle
 from train.runtime import join_hosts, say
 from train.session import Session, open_session
 from train.state import TrainState
-from train.steps import Objective
-from train.weights import dense_variables, load_masks, load_weights
+from train.weights import dense_variables
 
 DENSE = "dense"
 
@@ -39,12 +34,8 @@ def run(
     config: PruneConfig,
     preset: str = "custom",
     *,
-    model: nn.Module | None = None,
-    tx: optax.GradientTransformation | None = None,
-    objective: Objective | None = None,
-    augment: Augment | None = None,
-    dataset: Dataset | None = None,
     hooks: Sequence[Hook] = (),
+    **own: Any,
 ) -> dict[str, Any]:
     """Train a network unless `config.init` names one, prune it, keep training, deliver; also writes `out`/result.json.
 
@@ -52,43 +43,45 @@ def run(
     Run again with the same `out` to resume.
 
     Args:
-      model, tx, objective, augment, dataset, hooks: your own pieces, see `train.run.run`; every training uses them.
+      hooks, own: your own hooks and pieces (`model`, `tx`, `objective`, `augment`, `dataset`), see `train.run.run`;
+        every training uses them.
 
     Raises:
       UsageError: an error that the user can fix. RunError: a failure that stopped the run.
     """
     check(config)
     config = with_widths(config)
-    own = {"model": model, "tx": tx, "objective": objective, "augment": augment}
-    replaced = [name for name, piece in {**own, "dataset": dataset}.items() if piece is not None]
-    out, finished = settle(retraining(config), preset, replaced)
+    own = {name: piece for name, piece in own.items() if piece is not None}
+    out, finished = settle(retraining(config), preset, list(own))
     if finished is not None:
         return finished
     join_hosts(config.distributed)
     config = dataclasses.replace(config, out=str(out))
-    opened = partial(open_session, preset=preset, dataset=dataset, replaced=replaced)
+
+    def opened(config: Any) -> Session[Any]:
+        return open_session(config, preset, **own)
+
     dense = out / DENSE if config.init is None else Path(config.init).expanduser()
     if config.init is None:
         say(f"training the dense network in {dense}")
-        train_dense(config, opened(dense_config(config, dense)), own, hooks)
-    result = train_levels(config, dense, opened, own, hooks)
+        train_dense(config, opened(dense_config(config, dense)), hooks)
+    result = train_levels(config, dense, opened, own.get("model"), hooks)
     say(f"accuracy on test: dense {result['dense_accuracy']:.2%}, {result['sparsity']:.1%} pruned "
         f"{result['pruned_accuracy']:.2%}; {result['dense_bytes']:,} bytes became {result['pruned_bytes']:,}: "
         f"{result['pruned_file']}")  # fmt: skip
     return result
 
 
-def train_dense(config: PruneConfig, session: Session[Any], own: dict[str, Any], hooks: Sequence[Hook]) -> None:
+def train_dense(config: PruneConfig, session: Session[Any], hooks: Sequence[Hook]) -> None:
     """Train the dense run, which saves its early weights if pruning will rewind to them."""
     if session.finished is not None:
         return
-    pieces = make_pieces(session, **own)
+    pieces = make_pieces(session)
     state = session.place(start_state(session, pieces))
     training = Training(session, pieces, state)
     state = session.resume(state)
     if config.prune.schedule == "iterative" and config.prune.restart == "rewind":
-        with session.undone_if_refused():
-            hooks = [*hooks, *keep_early_weights(session, state, config.prune.rewind_epochs)]
+        hooks = [*hooks, *keep_early_weights(session, state, config.prune.rewind_epochs)]
     state = training.fit(state, hooks)
     session.finish(training.figures(training.selected(state)))
 
@@ -97,7 +90,7 @@ def train_levels(
     config: PruneConfig,
     dense: Path,
     opened: Callable[[PruneConfig], Session[Any]],
-    own: dict[str, Any],
+    model: nn.Module | None,
     hooks: Sequence[Hook],
 ) -> dict[str, Any]:
     """Prune and train in levels that each prune the same share of what remains; the last is in the run's own folder.
@@ -112,7 +105,7 @@ def train_levels(
     already = 0.0
     if levels > 1 and not config.dense and (dense / "checkpoints").is_dir():
         state, (_, saved) = load_state(dense), read_config(dense, TrainConfig)
-        model = own["model"] or make_model(config, len(saved["classes"]))
+        model = model or make_model(config, len(saved["classes"]))
         already = make_target(p, model, state.params).share(state.masks)
     for number in range(1, levels + 1):
         level = dataclasses.replace(config, dense=config.dense and number == 1)
@@ -125,7 +118,6 @@ def train_levels(
         result = train_pruned(
             level,
             opened(retraining(level)),
-            own,
             hooks,
             dense=dense,
             source=previous if goes_on else None,
@@ -138,7 +130,6 @@ def train_levels(
 def train_pruned(
     config: PruneConfig,
     session: Session[Any],
-    own: dict[str, Any],
     hooks: Sequence[Hook],
     *,
     dense: Path,
@@ -155,28 +146,23 @@ def train_pruned(
     """
     if session.finished is not None:
         return session.finished
-    pieces = make_pieces(session, **own)
+    pieces = make_pieces(session)
     # Scores and masks are computed outside the training's mesh axis, so with a model without it or special kernels.
-    model = own["model"] or make_model(config, len(session.dataset.classes))
+    model = session.own.get("model") or make_model(config, len(session.dataset.classes))
     p = session.config.prune
 
-    def start(variables: dict[str, PyTree]) -> dict[str, PyTree]:
-        return variables if source is None else load_weights(source, variables)
-
-    def masks(params: PyTree) -> PyTree:
-        given = None if source is None or config.dense else load_masks(source, params)
+    def masks(params: PyTree, given: PyTree | None) -> PyTree:
         return start_masks(p, make_target(p, model, params), params, given)
 
     state = session.place(
-        make_state(session.config, pieces.model, pieces.tx, session.dataset.image_shape, start, masks)
+        make_state(session.config, pieces.model, pieces.tx, session.dataset.image_shape, source, masks)
     )
     compared = dense_variables(dense, jax.device_get(state.variables))
     target = make_target(p, model, state.params)
     training = Training(session, dataclasses.replace(pieces, remask=make_remask(p, target, session.steps)), state)
     state = session.resume(state)
     if not session.resumed:
-        with session.undone_if_refused():
-            state = prune_start(training, state, model, target, dense=dense, before=before)
+        state = prune_start(training, state, model, target, dense=dense, before=before)
     state = training.fit(state, hooks)
     figures = training.figures(state)
     pruning = pruning_figures(training, state, model, compared)
