@@ -67,6 +67,7 @@ def _random_op(key: Key, image: Image, maxima: dict[str, float], level: jax.Arra
 def _apply_op(image: Image, op: jax.Array, strength: jax.Array) -> Image:
     """Apply operation number `op` of `_OPS`; a family shares one computation because vmap computes every branch."""
     is_color(image)
+    image = jnp.asarray(image)  # a NumPy array cannot be indexed by a traced row
     families = (
         lambda: image,
         lambda: _warp(image, op, strength),
@@ -106,6 +107,8 @@ def _enhance(image: Image, op: jax.Array, factor: jax.Array) -> Image:
 
 def _smooth(image: Image) -> Image:
     """Apply the 3x3 filter [[1, 1, 1], [1, 5, 1], [1, 1, 1]] / 13; the border stays unchanged."""
+    if min(image.shape[:2]) < 3:
+        return image
     rows = image[:-2] + image[1:-1] + image[2:]
     total = rows[:, :-2] + rows[:, 1:-1] + rows[:, 2:]
     return image + jnp.pad((total - 9 * image[1:-1, 1:-1]) / 13, ((1, 1), (1, 1), (0, 0)))
