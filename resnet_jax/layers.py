@@ -3,6 +3,7 @@
 Pass a class (or a `functools.partial` of one) to `ResNet` to choose it; no class has flags that select a variant.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -32,9 +33,77 @@ def conv(features: int, kernel_size: int = 3, strides: int = 1, groups: int = 1,
     return nn.Conv(features, (kernel_size,) * 2, strides=(strides,) * 2, padding=(padding, padding), **options)
 
 
+def standardize(x: jax.Array, axes: tuple[int, ...], epsilon: float) -> jax.Array:
+    """Subtract the mean over `axes` and divide by the standard deviation, `epsilon` added to the variance."""
+    x = x - x.mean(axes, keepdims=True)
+    return x * jax.lax.rsqrt(jnp.square(x).mean(axes, keepdims=True) + epsilon)
+
+
+class StandardizedConv(nn.Module):
+    """`conv` whose kernel is standardised over its inputs, https://arxiv.org/abs/1903.10520; epsilon as in BiT."""
+
+    features: int
+    kernel_size: int = 3
+    strides: int = 1
+    groups: int = 1
+    kernel_init: nn.initializers.Initializer = kernel_init
+    epsilon: float = 1e-8
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        shape = (self.kernel_size, self.kernel_size, x.shape[-1] // self.groups, self.features)
+        kernel = self.param("kernel", self.kernel_init, shape)
+        kernel = standardize(kernel, (0, 1, 2), self.epsilon)
+        padding = ((self.kernel_size - 1) // 2,) * 2
+        return jax.lax.conv_general_dilated(
+            x.astype(self.dtype),
+            kernel.astype(self.dtype),
+            (self.strides, self.strides),
+            (padding, padding),
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            feature_group_count=self.groups,
+        )
+
+
+class GroupNorm(nn.Module):
+    """Normalise each example in groups of channels, https://arxiv.org/abs/1803.08494.
+
+    There are no running statistics, so training and evaluation are the same. Layers whose channels `groups` does not
+    divide have the largest number of groups that divides both.
+    """
+
+    groups: int = 32
+    epsilon: float = 1e-5
+    scale_init: nn.initializers.Initializer = nn.initializers.ones
+    dtype: Any = jnp.float32
+    use_running_average: bool | None = None  # not used, as of `axis_name`: `BatchNorm` takes both
+    axis_name: str | None = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        channels = x.shape[-1]
+        scale = self.param("scale", self.scale_init, (channels,))
+        bias = self.param("bias", nn.initializers.zeros, (channels,))
+        grouped = x.astype(jnp.float32).reshape(*x.shape[:-1], math.gcd(self.groups, channels), -1)
+        normal = standardize(grouped, (1, 2, 4), self.epsilon).reshape(x.shape)
+        return (normal * scale[None, None, None] + bias[None, None, None]).astype(self.dtype)
+
+
 def max_pool(x: jax.Array) -> jax.Array:
     """Max-pool 3x3 with stride 2 and padding 1, [B, H, W, C] to [B, ceil(H / 2), ceil(W / 2), C]."""
     return nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+
+
+def zero_padded_max_pool(x: jax.Array) -> jax.Array:
+    """`max_pool` with zeros as padding, as in BiT; it differs where all values of a window at the edge are negative."""
+    return nn.max_pool(jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))), (3, 3), strides=(2, 2))
+
+
+def caffe_max_pool(x: jax.Array) -> jax.Array:
+    """Max-pool 3x3 with stride 2 and padding only after the last row and column, as Caffe does."""
+    padding = tuple((0, max(0, 3 - size, (size - 3) % 2)) for size in x.shape[1:3])
+    return nn.max_pool(x, (3, 3), strides=(2, 2), padding=padding)
 
 
 def norm_relu(norm: nn.Module, x: jax.Array) -> jax.Array:
@@ -152,7 +221,11 @@ class ZeroPad(Projection):
 
 
 class SqueezeExcite(nn.Module):
-    """Scale channels by a gate computed from their means, [B, H, W, C]: https://arxiv.org/abs/1709.01507."""
+    """Scale channels by a gate computed from their means, [B, H, W, C]: https://arxiv.org/abs/1709.01507.
+
+    The gate has `C // reduction` hidden units, or those of the parameters that it is applied with: published weights
+    do not agree on their number where C is small.
+    """
 
     reduction: int = 16
     dtype: Any = jnp.float32
@@ -161,7 +234,10 @@ class SqueezeExcite(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         channels = x.shape[-1]
         gate = x.mean((1, 2), dtype=jnp.float32).astype(self.dtype)
-        gate = nn.relu(nn.Dense(channels // self.reduction, dtype=self.dtype, name="fc1")(gate))
+        units = channels // self.reduction
+        if self.has_variable("params", "fc1"):
+            units = self.get_variable("params", "fc1")["kernel"].shape[1]
+        gate = nn.relu(nn.Dense(units, dtype=self.dtype, name="fc1")(gate))
         gate = nn.sigmoid(nn.Dense(channels, dtype=self.dtype, name="fc2")(gate))
         return x * gate[:, None, None, :]
 

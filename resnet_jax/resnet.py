@@ -63,10 +63,14 @@ class Block(nn.Module):
         """Whether the shape changes before pruning; a pruned network keeps the kind of its shortcuts."""
         return self.strides > 1 or self.in_channels != self.filters * self.expansion
 
+    @property
+    def strided(self) -> int:
+        """Index of the convolution with the strides: the first 3x3 ("V1.5")."""
+        return self.kernel_sizes.index(3)
+
     def convolutions(self) -> list[tuple[int, int, int]]:
-        """Return (features, kernel size, strides) of each convolution; the first 3x3 has the strides ("V1.5")."""
-        strided = self.kernel_sizes.index(3)
-        strides = [self.strides if i == strided else 1 for i in range(len(self.kernel_sizes))]
+        """Return (features, kernel size, strides) of each convolution."""
+        strides = [self.strides if i == self.strided else 1 for i in range(len(self.kernel_sizes))]
         return list(zip(self.features, self.kernel_sizes, strides, strict=True))
 
     def apply_shortcut(self, x: jax.Array) -> jax.Array:
@@ -116,6 +120,14 @@ class Bottleneck(BasicBlock):
     def default_widths(self) -> tuple[int, ...]:
         width = self.filters * self.group_width // 64 * self.groups
         return width, width, self.filters * self.expansion
+
+
+class CaffeBottleneck(Bottleneck):
+    """Bottleneck with the stride on the first 1x1, as in He et al. 2015 and in the weights that come from Caffe."""
+
+    @property
+    def strided(self) -> int:
+        return 0
 
 
 class PreActBlock(Block):
@@ -275,6 +287,15 @@ MODELS: dict[str, ModuleDef] = {
     # https://arxiv.org/abs/1605.07146
     "wide_resnet50_2": partial(ResNet, (3, 4, 6, 3), partial(Bottleneck, group_width=128)),
     "wide_resnet101_2": partial(ResNet, (3, 4, 23, 3), partial(Bottleneck, group_width=128)),
+    # https://arxiv.org/abs/1803.08494
+    "resnet50_gn": partial(ResNet, (3, 4, 6, 3), Bottleneck, norm=layers.GroupNorm),
+    # https://arxiv.org/abs/1812.01187: "C" has a deep stem, "D" pools in its shortcuts too
+    "resnet50c": partial(ResNet, (3, 4, 6, 3), Bottleneck, stem=layers.DeepStem),
+    "resnet101c": partial(ResNet, (3, 4, 23, 3), Bottleneck, stem=layers.DeepStem),
+    "resnet26": partial(ResNet, (2, 2, 2, 2), Bottleneck),
+    "resnet26d": partial(
+        ResNet, (2, 2, 2, 2), partial(Bottleneck, shortcut=layers.PooledProjection), stem=layers.DeepStem
+    ),
 }
 """Published networks by name: callables that take fields of `ResNet` as keywords and return a `ResNet`."""
 
@@ -286,11 +307,31 @@ for d, (sizes, block) in STAGES.items():
         f"resnet{d}": partial(ResNet, sizes, block),
         f"resnet{d}d": partial(ResNet, sizes, partial(block, shortcut=layers.PooledProjection), stem=layers.DeepStem),
         f"seresnet{d}": partial(ResNet, sizes, squeezed),
+        # timm calls pre-activation networks V2.
         f"preact_resnet{d}": partial(preact, stem=layers.PreActStem),
+        f"resnetv2_{d}": partial(preact, stem=layers.PreActStem),
         f"resnet{d}_cifar": partial(ResNet, sizes, block, **cifar),
         f"seresnet{d}_cifar": partial(ResNet, sizes, squeezed, **cifar),
         f"preact_resnet{d}_cifar": partial(preact, num_classes=10, stem=layers.CifarPreActStem),
     }
+
+# The networks of https://arxiv.org/abs/1709.01507 as they come from Caffe.
+caffe = partial(CaffeBottleneck, attention=layers.SqueezeExcite)
+for d in (50, 101, 152):
+    MODELS[f"legacy_seresnet{d}"] = partial(ResNet, STAGES[d][0], caffe, max_pool=layers.caffe_max_pool)
+
+# "Big Transfer", https://arxiv.org/abs/1912.11370: group norm and weight standardisation in place of batch norm.
+bit = partial(
+    ResNet,
+    block=PreActBottleneck,
+    stem=layers.PreActStem,
+    final=layers.NormAct,
+    conv=layers.StandardizedConv,
+    norm=layers.GroupNorm,
+    max_pool=layers.zero_padded_max_pool,
+)
+for d, factor in ((50, 1), (50, 3), (101, 1), (101, 3), (152, 2), (152, 4)):
+    MODELS[f"resnetv2_{d}x{factor}_bit"] = partial(bit, STAGES[d][0], width=64 * factor)
 
 # Three stages for 32x32 images, https://arxiv.org/abs/1512.03385 section 4.2 and https://arxiv.org/abs/1605.07146.
 small = partial(ResNet, num_classes=10, width=16, stem=layers.CifarStem)

@@ -17,7 +17,7 @@ from resnet_jax import auto_augment, onednn
 from resnet_jax.losses import LOSSES
 from resnet_jax.mix import mix
 from resnet_jax.parallel import Mode
-from resnet_jax.resnet import MODELS
+from resnet_jax.resnet import MODELS, ResNet
 from resnet_jax.tree import Predicate, PyTree
 from train.config import AugmentConfig, ImageConfig, OptimConfig, RunConfig, TrainConfig
 from train.data.sets import Dataset, in_memory, load
@@ -29,6 +29,9 @@ from train.steps import Objective, classify
 from train.weights import load_masks, load_weights
 
 Run = TypeVar("Run", bound=RunConfig)
+
+# The layers that oneDNN can replace.
+DEFAULTS: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(ResNet)}
 
 
 def open_data(config: RunConfig) -> Dataset:
@@ -117,7 +120,7 @@ def make_model(
     `drop_path` only matters in training.
     """
     sizes = {"width": config.width, "widths": config.widths}
-    return MODELS[config.model](
+    model = MODELS[config.model](
         num_classes=num_classes,
         drop_path=drop_path,
         zero_init=config.zero_init,
@@ -125,8 +128,13 @@ def make_model(
         axis_name=axis_name,
         sync_bn=config.sync_bn,
         **{name: size for name, size in sizes.items() if size},
-        **(kernels or {}),
     )
+    return with_kernels(model, kernels or {})
+
+
+def with_kernels(model: ResNet, kernels: dict[str, Any]) -> ResNet:
+    """Set the compute kernels of a model, except where it has layers of its own, such as group norm."""
+    return model.clone(**{name: kernel for name, kernel in kernels.items() if getattr(model, name) is DEFAULTS[name]})
 
 
 def make_kernels(name: str, mode: Mode = "jit", dtype: Any = jnp.float32) -> tuple[dict[str, Any], str]:

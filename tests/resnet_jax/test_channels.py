@@ -342,3 +342,9 @@ def test_wrong_widths(widths: tuple[int, ...], message: str) -> None:
     model = FAMILIES["features"].clone(widths=widths)
     with pytest.raises(ValueError, match=message):
         shapes_of(model)
+
+
+def test_group_norm_is_refused():
+    model = MODELS["resnet50_gn"](width=16).clone(stage_sizes=(1, 1, 1, 1))
+    with pytest.raises(ValueError, match="group norm cannot be removed: prune single weights"):
+        channel_groups(model, {})

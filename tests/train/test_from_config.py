@@ -10,7 +10,8 @@ import numpy as np
 import optax
 import pytest
 
-from resnet_jax import onednn
+from resnet_jax import MODELS, GroupNorm, StandardizedConv, onednn
+from resnet_jax.layers import zero_padded_max_pool
 from resnet_jax.losses import sigmoid_cross_entropy, smooth_labels
 from resnet_jax.mix import mix
 from resnet_jax.tree import count, leaves
@@ -187,3 +188,12 @@ def test_statistics_are_measured_on_training_images_alone():
     pixels = dataset.train.images / 255
     np.testing.assert_allclose(measured.mean, pixels.mean((0, 1, 2)), atol=1e-4)
     np.testing.assert_allclose(measured.std, pixels.std((0, 1, 2)), atol=1e-4)
+
+
+def test_kernels_leave_a_model_s_own_layers_alone():
+    kernels = {"conv": onednn.Conv, "norm": onednn.BatchNorm, "max_pool": onednn.max_pool}
+    taken = {name: build.with_kernels(MODELS[name](), kernels) for name in ("resnet18", "resnet50_gn")}
+    assert (taken["resnet18"].conv, taken["resnet18"].norm) == (onednn.Conv, onednn.BatchNorm)
+    assert (taken["resnet50_gn"].conv, taken["resnet50_gn"].norm) == (onednn.Conv, GroupNorm)
+    bit = build.with_kernels(MODELS["resnetv2_50x1_bit"](), kernels)
+    assert (bit.conv, bit.max_pool) == (StandardizedConv, zero_padded_max_pool)

@@ -73,7 +73,8 @@ def kernels(config: BenchConfig) -> tuple[str, dict[str, Any], str]:
 def make_model(config: BenchConfig) -> nn.Module:
     """The config's classifier, for steps compiled in its mode."""
     dtype, axis_name = from_config.compute_dtype(config.dtype), axis_of(config.mode)
-    return MODELS[config.model](num_classes=config.classes, dtype=dtype, axis_name=axis_name, **kernels(config)[1])
+    model = MODELS[config.model](num_classes=config.classes, dtype=dtype, axis_name=axis_name)
+    return from_config.with_kernels(model, kernels(config)[1])
 
 
 def image_shape(config: BenchConfig) -> tuple[int, int, int]:

@@ -55,10 +55,14 @@ def make_target(p: PruningConfig, model: Any, params: PyTree) -> Target:
     """Find what the config prunes in these parameters (or their shapes), and how.
 
     Raises:
-      UsageError: a pattern that matches nothing; the message lists some of the names.
+      UsageError: a pattern that matches nothing (the message lists some of the names), or channels that cannot be
+        removed.
     """
     channels = p.structure == CHANNELS
-    groups = channel_groups(model, params) if channels else ()
+    try:
+        groups = channel_groups(model, params) if channels else ()
+    except ValueError as error:
+        raise UsageError(f"--prune.structure channels: {error}") from None
     names = [g.name for g in groups] if channels else [path for path, x in leaves(params).items() if is_kernel(path, x)]
     for pattern in p.exclude:
         if pattern not in PruningConfig().exclude and not any(re.search(pattern, name) for name in names):
