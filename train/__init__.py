@@ -29,6 +29,7 @@ __all__, __getattr__ = lazy_names(
         "data.batches": "eval_batches train_batches",
         "data.sets": "Dataset from_arrays",
         "errors": "RunError UsageError",
+        "hub": "from_pretrained",
         "loop": "Progress evaluate fit",
         "optim": "make_optimizer make_schedule",
         "run": "Pieces Training make_pieces start_state",

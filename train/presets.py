@@ -158,7 +158,8 @@ def finetune() -> TrainConfig:
 
     Command: python -m train finetune --data.name folder:DIR --init resnet50.safetensors --model resnet50
     Hardware: a GPU, minutes; `--freeze` trains only the head and suits a CPU. `--init` takes torchvision or timm
-    weights of the same model, or the folder of a run.
+    weights of the same model, the folder of a run, or a name on the hub such as `hf:timm/resnet50.a1_in1k`, whose card
+    then gives model, image size and normalisation.
     """
     return TrainConfig(
         model="resnet50",

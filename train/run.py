@@ -15,15 +15,19 @@ from resnet_jax.augment import Augment
 from resnet_jax.losses import LOSSES
 from resnet_jax.mask_schedules import MaskSchedule
 from resnet_jax.parallel import axis_of
+from resnet_jax.resnet import MODELS
 from resnet_jax.tree import PyTree, count, is_head
 from train.config import TrainConfig, check, check_images
 from train.data.batches import eval_batches
 from train.data.sets import Dataset
-from train.errors import UsageError
+from train.errors import UsageError, unknown
 from train.from_config import eval_augment, make_model, make_objective, make_state, make_tx, train_augment
+from train.hub import read_card
 from train.loop import Hook, evaluate
 from train.optim import Schedule
+from train.presets import PRESETS
 from train.run_folder import write_json
+from train.runtime import say
 from train.session import Session, open_session
 from train.state import TrainState, digest
 from train.steps import Objective, eval_step, train_step
@@ -60,7 +64,7 @@ def run(
     """
     check(config)
     own = {"model": model, "tx": tx, "objective": objective, "augment": augment}
-    session = open_session(with_widths(config), preset, dataset=dataset, **own)
+    session = open_session(with_card(with_widths(config), preset), preset, dataset=dataset, **own)
     if session.finished is not None:
         return session.finished
     pieces = make_pieces(session)
@@ -76,6 +80,33 @@ def with_widths(config: Config) -> Config:
         return config
     model, widths = widths_of(Path(config.init))
     return dataclasses.replace(config, widths=widths) if model == config.model else config
+
+
+def with_card(config: TrainConfig, preset: str) -> TrainConfig:
+    """Take model, image size and normalisation from the card of the model that `init` names on the hub.
+
+    A folder laid out like one on the hub has a card too. Fields that the user has changed from the preset's stay.
+
+    Raises:
+      UsageError: the model cannot be read, or is not in `MODELS`.
+    """
+    card = None if config.init is None else read_card(config.init)
+    if card is None:
+        return config
+    default = PRESETS.get(preset, TrainConfig)()
+    if config.model == default.model and card.model not in MODELS:
+        raise unknown("model", card.model, MODELS)
+    images: dict[str, Any] = {"resized_crop": card.size, "mean": card.mean, "std": card.std}
+    # Sets that come as arrays keep their size.
+    resized = config.data.name.startswith("folder:") or config.data.image_size is not None
+    names = [name for name in images if resized or name != "resized_crop"]
+    changed = {n: images[n] for n in names if getattr(config.augment, n) == getattr(default.augment, n)}
+    data = config.data
+    if "resized_crop" in changed and data.image_size == default.data.image_size:
+        data = dataclasses.replace(data, image_size=card.resize)
+    model = card.model if config.model == default.model else config.model
+    say(f"{config.init}: {card}" + ("" if resized else f" (images of {data.name} keep their size)"))
+    return dataclasses.replace(config, model=model, data=data, augment=dataclasses.replace(config.augment, **changed))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,9 @@
-"""Weights to start from: a run of this project, or a PyTorch state dict."""
+"""Weights to start from: a run of this project, or a PyTorch state dict in a file or on the Hugging Face hub."""
 
 import json
+import re
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,46 +11,102 @@ import jax
 import numpy as np
 from safetensors.numpy import save_file
 
-from resnet_jax.torch_weights import canonical, from_torch, to_torch
+from resnet_jax.torch_weights import canonical, from_torch, same_shape, to_array, to_torch
 from resnet_jax.tree import PyTree, abbreviate, leaves, map_with_path
 from train.config import TrainConfig
 from train.errors import UsageError
+from train.hub import WEIGHTS, download, is_hub_name
 from train.prune.sparse_file import is_sparse_file, load_sparse
 from train.run_folder import load_state, pipeline_of, read_config
+from train.runtime import say
 
 ENCODER = "encoder.safetensors"  # in the folder of a pretraining run
+PICKLE = "pytorch_model.bin"  # in older folders from the hub
+FOREIGN = {
+    **dict.fromkeys((".h5", ".hdf5", ".keras"), "Keras weights"),
+    ".msgpack": "weights in Flax's format",
+    ".npz": "NumPy arrays",
+    ".onnx": "an ONNX model",
+    **dict.fromkeys((".pb", ".tflite"), "a TensorFlow model"),
+    ".gguf": "a GGUF file",
+    **dict.fromkeys((".zip", ".gz", ".tgz"), "an archive: unpack it first"),
+}
+
+
+def find_weights(source: Path) -> Path:
+    """Find the run folder or the weights file that `source` stands for; downloads a name on the hub.
+
+    A folder of pretraining stands for its encoder, and a folder from the hub for its weights.
+
+    Raises:
+      UsageError: nothing is there, or a folder without weights.
+    """
+    if is_hub_name(source):
+        return download(str(source), WEIGHTS)
+    source = source.expanduser()
+    if not source.exists():
+        hint = f"; a model on the hub is called hf:{source}" if re.fullmatch(r"[\w-]+/[\w.-]+", str(source)) else ""
+        raise UsageError(f"no weights at {source}{hint}")
+    if not source.is_dir():
+        return source
+    if (source / ENCODER).is_file():
+        return source / ENCODER
+    if pipeline_of(source) == "pretrain":
+        raise UsageError(f"{source} is a run of pretraining that is not finished: it has no {ENCODER}")
+    if not is_run(source):
+        found = [*source.glob("*.safetensors")]
+        for file in (source / WEIGHTS, *(found if len(found) == 1 else ()), source / PICKLE):
+            if file.is_file():
+                return file
+    return source
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder's config.json is a run's; folders from the hub have one too."""
+    try:
+        return "config" in json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError, TypeError):
+        return (folder / "checkpoints").is_dir()
 
 
 def load_weights(source: Path, variables: dict[str, PyTree]) -> dict[str, PyTree]:
     """Load the weights of `source` into `variables`; a head that is missing or of a different size stays as it was.
 
+    Prints what is left out of a file that holds more than a ResNet.
+
     Args:
-      source: a run folder (of training, or of pretraining for its encoder), a .safetensors file, or a .pth / .pt /
-        .bin file (read with `weights_only=True`) with torchvision's or timm's names.
+      source: a run folder (of training, or of pretraining for its encoder); a .safetensors file, or a .pth / .pt /
+        .bin / .ckpt file (read with `weights_only=True`), with the names of torchvision, timm or transformers (see
+        `resnet_jax.torch_weights.canonical`), or a folder with one; or a name on the hub, `hf:OWNER/NAME[@REVISION]`.
 
     Raises:
-      UsageError: no such file, one that cannot be read, or weights of a different model; no tensor is ignored.
+      UsageError: no such file, one that cannot be read, or weights of a different model; no tensor of it is ignored.
     """
-    source = source.expanduser()
-    if (source / ENCODER).is_file():
-        source = source / ENCODER
-    if source.is_dir() and pipeline_of(source) == "pretrain":
-        raise UsageError(f"{source} is a run of pretraining that is not finished: it has no {ENCODER}")
-    if source.is_dir():
-        loaded = load_state(source).variables
-    elif not source.is_file():
-        raise UsageError(f"no weights at {source}")
+    file = find_weights(source)
+    if file.is_dir():
+        loaded = load_state(file).variables
     else:
-        loaded = load_sparse(source)[0] if is_sparse_file(source) else read_state_dict(source)
+        loaded = load_sparse(file)[0] if is_sparse_file(file) else read_state_dict(file)
     # PyTorch's names have no slash; `save_encoder` may have written Flax's.
     if any(path.startswith("params/") for path in leaves(loaded)):
         return _same_shapes(loaded, variables, source)
-    theirs, ours = canonical(loaded).get("fc.weight"), variables["params"].get("head")
-    fits = theirs is not None and ours is not None and theirs.shape == ours["kernel"].shape[::-1]
     try:
-        return from_torch(loaded, variables, new_head=not fits)
+        tensors, left_out = canonical(loaded)
+        if bad := [name for name, x in tensors.items() if not np.isfinite(to_array(x)).all()]:
+            raise ValueError(f"tensors that are not finite: {abbreviate(bad)}")
+        theirs, ours = tensors.get("fc.weight"), variables["params"].get("head")
+        classes = None if theirs is None else len(theirs)
+        fits = ours is not None and theirs is not None and theirs.shape[:2] == ours["kernel"].shape[::-1]
+        fits = fits and "fc.bias" in tensors
+        found = from_torch(tensors, variables, new_head=not fits)
     except ValueError as error:
         raise UsageError(f"{source}: {error}") from None
+    if left_out:
+        listed = ", ".join(f"{module} ({count} tensor{'s' * (count > 1)})" for module, count in left_out.items())
+        say(f"note: only the ResNet of {source} is taken; left out: {listed}")
+    if not fits and ours is not None and classes is not None:
+        say(f"note: the head starts from random weights, as the one of {source} has {classes} outputs")
+    return found
 
 
 def save_encoder(path: Path, variables: dict[str, PyTree], *, flax_names: bool = False) -> None:
@@ -64,11 +123,11 @@ def load_masks(source: Path, params: PyTree) -> PyTree | None:
     Raises:
       UsageError: as `load_weights`, or masks of a different model.
     """
-    source = source.expanduser()
-    if source.is_dir() and not (source / ENCODER).is_file():
-        masks = load_state(source).masks
-    elif source.is_file() and is_sparse_file(source):
-        masks = load_sparse(source)[1]
+    file = find_weights(source)
+    if file.is_dir():
+        masks = load_state(file).masks
+    elif is_sparse_file(file):
+        masks = load_sparse(file)[1]
     else:
         return None
     have, want = leaves(masks), leaves(params)
@@ -96,29 +155,34 @@ def dense_variables(source: Path, like: dict[str, PyTree]) -> dict[str, PyTree]:
 
 def widths_of(source: Path) -> tuple[str, tuple[int, ...]]:
     """Read (model, `widths`) of a run folder or a sparse file; no widths if they are the model's defaults."""
+    if is_hub_name(source):
+        return "", ()
     source = source.expanduser()
     if source.is_file() and is_sparse_file(source):
         about = load_sparse(source)[2]
         return about.get("model", ""), tuple(json.loads(about.get("widths", "[]")))
-    if not (source / "config.json").is_file() or pipeline_of(source) != "train":
+    if not is_run(source) or pipeline_of(source) != "train":
         return "", ()
     config, _ = read_config(source, TrainConfig)
     return config.model, config.widths
 
 
 def read_state_dict(path: Path) -> dict[str, np.ndarray]:
-    """Read a PyTorch weights file as {name: array}; wrappers such as {"state_dict": ...} are unwrapped.
+    """Read a PyTorch weights file as {name: array}; tensors in nested dicts have names like `state_dict.conv1.weight`.
 
     Raises:
-      UsageError: the file is damaged, or it needs PyTorch, which is not installed.
+      UsageError: the file is damaged or of another kind, or it needs PyTorch, which is not installed.
     """
+    if path.suffix.lower() in FOREIGN:
+        known = ".safetensors, .pth, .pt, .bin and .ckpt files, run folders and hf:OWNER/NAME"
+        raise UsageError(f"{path} cannot be read ({FOREIGN[path.suffix.lower()]}): weights come from {known}")
     if path.suffix == ".safetensors":
         from safetensors import SafetensorError
         from safetensors.numpy import load_file
 
         try:
             return load_file(path)
-        except (SafetensorError, OSError, ValueError) as error:
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
             raise UsageError(f"{path} is not a readable safetensors file: {error}") from None
     try:
         import torch
@@ -126,21 +190,47 @@ def read_state_dict(path: Path) -> dict[str, np.ndarray]:
         message = f'reading {path} needs PyTorch: pip install -e ".[parity]", or convert it to .safetensors'
         raise UsageError(message) from None
     try:
-        content: Any = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):
+            content: Any = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # unpickling a damaged file can raise anything
-        raise UsageError(f"{path} is not a readable PyTorch weights file: {error}") from None
-    for wrapper in ("state_dict", "model", "net"):
-        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
-            content = content[wrapper]
-    if not isinstance(content, dict) or not all(isinstance(v, torch.Tensor) for v in content.values()):
+        raise UsageError(_reason(path, str(error))) from None
+    tensors = {name: to_array(x) for name, x in _flat(content).items() if isinstance(x, torch.Tensor) and x.ndim}
+    if not tensors:
         raise UsageError(f"{path} holds no state dict (names and tensors)")
-    return {name: tensor.numpy() for name, tensor in content.items()}
+    return tensors
+
+
+def _flat(content: Any, prefix: str = "") -> dict[str, Any]:
+    """Flatten nested dicts to {name: leaf}, except the state of an optimizer."""
+    if not isinstance(content, Mapping):
+        return {prefix.removesuffix("."): content}
+    flat: dict[str, Any] = {}
+    for name, value in content.items():
+        if not re.search("optim|sched|scaler", str(name)) or not isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{name}.")
+    return flat
+
+
+def _reason(path: Path, message: str) -> str:
+    """Say in one line why PyTorch does not read a file, and what to do."""
+    if "TorchScript" in message:
+        how = f"torch.save(torch.jit.load('{path}').state_dict(), 'weights.pth')"
+        return f"{path} is a TorchScript archive: extract its weights with {how}"
+    if "weights_only" in message and (kind := re.search(r"GLOBAL (\S+)|type (\S+) ", message)):
+        read = f"x = torch.load('{path}', map_location='cpu', weights_only=False)"
+        how = f"{read}; torch.save(x['state_dict'], 'weights.pth'), or x['model'], or x.state_dict() of a whole module"
+        held = f"{path} holds Python objects next to its weights ({kind[1] or kind[2]}), and loading them can run code"
+        return f"{held}; if you trust it, extract the weights: {how}"
+    reason = "damaged, or not of PyTorch" if "weights_only" in message else message.partition("\n")[0]
+    return f"{path} is not a readable PyTorch weights file: {reason}"
 
 
 def _same_shapes(given: PyTree, wanted: PyTree, source: Path) -> PyTree:
     """The leaves of `given` in the structure of `wanted`, which keeps its head if that of `given` does not fit."""
     have, want = leaves(given), leaves(wanted)
-    odd = [p for p in {**want, **have} if p not in have or p not in want or have[p].shape != want[p].shape]
+    odd = [
+        p for p in {**want, **have} if p not in have or p not in want or not same_shape(p, have[p].shape, want[p].shape)
+    ]
     heads = [p for p in want if p.startswith("params/head/")]
     if body := [p for p in odd if not p.startswith("params/head/")]:
         raise UsageError(f"{source} comes from a different model: {abbreviate(body)} differ")

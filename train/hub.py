@@ -1,0 +1,214 @@
+"""Models by name from the Hugging Face hub: their files, what they say of their images, and how to use them.
+
+A name is `hf:OWNER/NAME` or `hf:OWNER/NAME@REVISION`. Only safetensors and JSON files are read, never a pickle.
+"""
+
+import io
+import json
+import re
+import socket
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+
+from resnet_jax.augment import IMAGENET_MEAN, IMAGENET_STD, center_crop, compose, normalize, preprocess_batch
+from resnet_jax.resnet import MODELS, STAGES, BasicBlock, ResNet
+from resnet_jax.tree import PyTree
+from train.data.decode import UNREADABLE, decode_image
+from train.errors import UsageError, unknown
+
+WEIGHTS = "model.safetensors"
+SECONDS = 5.0  # to wait for the hub's answer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Card:
+    """What the files next to a model's weights say of it.
+
+    Attributes:
+      model: name in `MODELS`, or of an architecture that is not among them.
+      classes: number of outputs; None for features.
+      resize, size: side in pixels of the square to resize an image's centre to, and of the centre crop of that.
+      mean, std: of each channel, for pixels in [0, 1].
+    """
+
+    model: str
+    classes: int | None
+    resize: int
+    size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __str__(self) -> str:
+        mean, std = (" ".join(f"{x:g}" for x in values) for values in (self.mean, self.std))
+        return f"{self.model}, {self.size} pixels cropped from {self.resize}, mean {mean}, std {std}"
+
+
+def is_hub_name(source: str | Path) -> bool:
+    """Whether a source of weights is a name on the hub."""
+    return re.match("(hf|hf-hub|hf_hub):", str(source)) is not None
+
+
+def download(name: str, file: str) -> Path:
+    """Find a file of a model on the hub: in the local cache, else it is downloaded.
+
+    Raises:
+      UsageError: a malformed name, no such model or file, no network, or huggingface_hub is not installed.
+    """
+    match = re.fullmatch(r"[\w-]+:([\w.-]+/[\w.-]+?)(?:@([\w./-]+))?", name)
+    if match is None:
+        raise UsageError(f"{name} is not of the form hf:OWNER/NAME or hf:OWNER/NAME@REVISION")
+    try:
+        from huggingface_hub import errors, hf_hub_download
+    except ImportError:
+        raise UsageError(f'{name} needs huggingface_hub: pip install -e ".[hub]"') from None
+    repository, revision = match.groups()
+    try:
+        # Without the test, huggingface_hub tries for half a minute.
+        return Path(hf_hub_download(repository, file, revision=revision, local_files_only=not _reachable()))
+    except errors.GatedRepoError:
+        reason = "is gated: accept its terms on the hub, then log in (hf auth login)"
+    except errors.RepositoryNotFoundError:
+        reason = "does not exist, or is private: log in (hf auth login)"
+    except errors.RevisionNotFoundError:
+        reason = f"has no revision {revision}"
+    except errors.LocalEntryNotFoundError:
+        reason = f"cannot be reached (no network, or offline), and {file} is not in the local cache"
+    except errors.EntryNotFoundError:
+        reason = f"has no {file}; pickles are not read"
+    except Exception as error:  # any of several HTTP libraries, a full disk, a read-only cache
+        reason = f"cannot be read: {' '.join(str(error).split())[:200]}"
+    raise UsageError(f"{name} {reason}")
+
+
+def _reachable() -> bool:
+    """Whether the hub, or the proxy on the way to it, takes connections."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    hub = urlsplit(constants.ENDPOINT)
+    proxies = {} if proxy_bypass(hub.hostname or "") else getproxies()
+    first = urlsplit(proxies.get(hub.scheme, proxies.get("all", constants.ENDPOINT)))
+    try:
+        port = first.port or (80 if first.scheme == "http" else 443)
+        socket.create_connection((first.hostname or "", port), timeout=SECONDS).close()
+    except OSError:
+        return False
+    return True
+
+
+def read_card(source: str | Path) -> Card | None:
+    """Read the card of a model on the hub, or of a folder laid out like one; None for other sources.
+
+    Raises:
+      UsageError: see `download`.
+    """
+    folder = Path(source).expanduser()
+    folder = folder if folder.is_dir() else folder.parent
+
+    def read(file: str) -> dict[str, Any]:
+        path = download(str(source), file) if is_hub_name(source) else folder / file
+        try:
+            content = json.loads(path.read_text())
+        except (OSError, ValueError):
+            content = None
+        return content if isinstance(content, dict) else {}
+
+    config = read("config.json")
+    try:
+        if "pretrained_cfg" in config:
+            return _timm_card(config)
+        if config.get("model_type") == "resnet":
+            return _transformers_card(config, read("preprocessor_config.json"))
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise UsageError(f"the config.json of {source} is not understood: {error!r}") from None
+    if is_hub_name(source):
+        raise UsageError(f"{source} is not a model of timm, nor a ResNet of transformers: its config.json names none")
+    return None
+
+
+def _timm_card(config: dict[str, Any]) -> Card:
+    about = config["pretrained_cfg"]
+    size = about.get("input_size", (3, 224, 224))[-1]
+    return Card(
+        model=config["architecture"],
+        classes=config.get("num_classes", about.get("num_classes")) or None,
+        resize=int(size / (about.get("crop_pct") or 0.875)),
+        size=size,
+        mean=tuple(about.get("mean", IMAGENET_MEAN)),
+        std=tuple(about.get("std", IMAGENET_STD)),
+    )
+
+
+def _transformers_card(config: dict[str, Any], images: dict[str, Any]) -> Card:
+    shape = tuple(config["depths"]), config["layer_type"] == "basic"
+    depths = {(stages, block is BasicBlock): depth for depth, (stages, block) in STAGES.items()}
+    known = shape in depths and not config.get("downsample_in_bottleneck")
+    size = images.get("size", 224)
+    size = size if isinstance(size, int) else size.get("shortest_edge", size.get("height", 224))
+    return Card(
+        model=f"resnet{depths[shape]}" if known else f"ResNet of {config['depths']} {config['layer_type']} blocks",
+        classes=len(config.get("id2label", ())) or None,
+        resize=int(size / (images.get("crop_pct") or 0.875)),
+        size=size,
+        mean=tuple(images.get("image_mean", IMAGENET_MEAN)),
+        std=tuple(images.get("image_std", IMAGENET_STD)),
+    )
+
+
+def from_pretrained(source: str | Path, **fields: Any) -> tuple[ResNet, dict[str, PyTree], Callable[[Any], jax.Array]]:
+    """Load (model, variables, preprocess) by name from the hub, or from a folder laid out like a model there.
+
+    `model.apply(variables, preprocess("cat.jpg"))` are logits. `preprocess` takes an image (a path, encoded bytes, a
+    Pillow image, or uint8 [H, W, 3]) or a list of them, and returns the normalised float32 [B, size, size, 3].
+
+    Args:
+      source: `hf:OWNER/NAME`, such as `hf:timm/resnet50.a1_in1k`, `hf:OWNER/NAME@REVISION`, or a folder.
+      fields: of `ResNet`, such as `dtype`; `num_classes=None` drops the head, so that the model returns features.
+
+    Raises:
+      UsageError: no such model, one that is not among `MODELS`, no network, or huggingface_hub is not installed.
+    """
+    from train.weights import load_weights  # which downloads by this module
+
+    card = read_card(source)
+    if card is None:
+        raise UsageError(f"{source} has no config.json that names its model")
+    if card.model not in MODELS:
+        raise unknown("model", card.model, MODELS)
+    model = MODELS[card.model](**{"num_classes": card.classes, **fields})
+    images = jnp.zeros((1, card.size, card.size, 3))
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), images))
+    variables = load_weights(Path(source), dict(shapes))
+    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(variables)):
+        raise UsageError(f"{source} has no head for {model.num_classes} classes: pass num_classes=None for features")
+    crop = compose(center_crop(card.size), normalize(card.mean, card.std))
+
+    def preprocess(images: Any) -> jax.Array:
+        many = isinstance(images, Sequence) and not isinstance(images, str | bytes)
+        pixels = np.stack([_pixels(image, card.resize) for image in (images if many else [images])])
+        return preprocess_batch(crop, jnp.asarray(pixels))
+
+    return model, variables, preprocess
+
+
+def _pixels(image: Any, side: int) -> np.ndarray:
+    try:
+        if isinstance(image, str | Path):
+            image = Path(image).expanduser().read_bytes()
+        if not isinstance(image, bytes):
+            encoded = io.BytesIO()
+            (image if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image))).save(encoded, "PNG")
+            image = encoded.getvalue()
+        return decode_image(image, side, 3)
+    except (*UNREADABLE, TypeError) as error:
+        raise UsageError(f"cannot read image: {error}") from None
