@@ -1,6 +1,7 @@
 """A supervised run, from a config to a result; read it from top to bottom."""
 
 import dataclasses
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -27,7 +28,6 @@ from train.loop import Hook, evaluate
 from train.optim import Schedule
 from train.presets import PRESETS
 from train.run_folder import write_json
-from train.runtime import say
 from train.session import Session, open_session
 from train.state import TrainState, digest
 from train.steps import Objective, eval_step, train_step
@@ -105,7 +105,8 @@ def with_card(config: TrainConfig, preset: str) -> TrainConfig:
     if "resized_crop" in changed and data.image_size == default.data.image_size:
         data = dataclasses.replace(data, image_size=card.resize)
     model = card.model if config.model == default.model else config.model
-    say(f"{config.init}: {card}" + ("" if resized else f" (images of {data.name} keep their size)"))
+    # Not `say`, which needs the other hosts.
+    print(f"{config.init}: {card}{'' if resized else f' (images of {data.name} keep their size)'}", file=sys.stderr)
     return dataclasses.replace(config, model=model, data=data, augment=dataclasses.replace(config.augment, **changed))
 
 

@@ -58,6 +58,7 @@ def find_weights(source: Path) -> Path:
         for file in (source / WEIGHTS, *(found if len(found) == 1 else ()), source / PICKLE):
             if file.is_file():
                 return file
+        raise UsageError(f"{source} is not a run folder, and has no {WEIGHTS}")
     return source
 
 
@@ -176,7 +177,7 @@ def read_state_dict(path: Path) -> dict[str, np.ndarray]:
     if path.suffix.lower() in FOREIGN:
         known = ".safetensors, .pth, .pt, .bin and .ckpt files, run folders and hf:OWNER/NAME"
         raise UsageError(f"{path} cannot be read ({FOREIGN[path.suffix.lower()]}): weights come from {known}")
-    if path.suffix == ".safetensors":
+    if path.suffix.lower() == ".safetensors":
         from safetensors import SafetensorError
         from safetensors.numpy import load_file
 

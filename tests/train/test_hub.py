@@ -17,8 +17,9 @@ from tests.reference.make_golden import weights
 from train import hub
 from train.config import DataConfig, TrainConfig
 from train.errors import UsageError
-from train.hub import Card, download, from_pretrained, is_hub_name, read_card
+from train.hub import Card, download, is_hub_name, read_card
 from train.presets import PRESETS
+from train.pretrained import from_pretrained
 from train.run import with_card
 from train.weights import find_weights
 
