@@ -1,0 +1,66 @@
+"""Models by name in a script: `model, variables, preprocess = from_pretrained("hf:timm/resnet50.a1_in1k")`."""
+
+import io
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+
+from resnet_jax.augment import center_crop, compose, normalize, preprocess_batch
+from resnet_jax.resnet import MODELS, ResNet
+from resnet_jax.tree import PyTree
+from train.data.decode import UNREADABLE, decode_image
+from train.errors import UsageError, unknown
+from train.hub import read_card
+from train.weights import load_weights
+
+
+def from_pretrained(source: str | Path, **fields: Any) -> tuple[ResNet, dict[str, PyTree], Callable[[Any], jax.Array]]:
+    """Load (model, variables, preprocess) by name from the hub, or from a folder laid out like a model there.
+
+    `model.apply(variables, preprocess("cat.jpg"))` are logits. `preprocess` takes an image (a path, encoded bytes, a
+    Pillow image, or uint8 [H, W, 3]) or a list of them, and returns the normalised float32 [B, size, size, 3].
+
+    Args:
+      source: `hf:OWNER/NAME`, such as `hf:timm/resnet50.a1_in1k`, `hf:OWNER/NAME@REVISION`, or a folder.
+      fields: of `ResNet`, such as `dtype`; `num_classes=None` drops the head, so that the model returns features.
+
+    Raises:
+      UsageError: no such model, one that is not among `MODELS`, no network, or huggingface_hub is not installed.
+    """
+    card = read_card(source)
+    if card is None:
+        raise UsageError(f"{source} has no config.json that names its model")
+    if card.model not in MODELS:
+        raise unknown("model", card.model, MODELS)
+    model = MODELS[card.model](**{"num_classes": card.classes, **fields})
+    images = jnp.zeros((1, card.size, card.size, 3))
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), images))
+    variables = load_weights(Path(source), dict(shapes))
+    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(variables)):
+        raise UsageError(f"{source} has no head for {model.num_classes} classes: pass num_classes=None for features")
+    crop = compose(center_crop(card.size), normalize(card.mean, card.std))
+
+    def preprocess(images: Any) -> jax.Array:
+        many = isinstance(images, Sequence) and not isinstance(images, str | bytes)
+        pixels = np.stack([_pixels(image, card.resize) for image in (images if many else [images])])
+        return preprocess_batch(crop, jnp.asarray(pixels))
+
+    return model, variables, preprocess
+
+
+def _pixels(image: Any, side: int) -> np.ndarray:
+    try:
+        if isinstance(image, str | Path):
+            image = Path(image).expanduser().read_bytes()
+        if not isinstance(image, bytes):
+            encoded = io.BytesIO()
+            (image if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image))).save(encoded, "PNG")
+            image = encoded.getvalue()
+        return decode_image(image, side, 3)
+    except (*UNREADABLE, TypeError) as error:
+        raise UsageError(f"cannot read image: {error}") from None
