@@ -12,17 +12,17 @@ from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
-from resnet_jax.augment import IMAGENET_MEAN, IMAGENET_STD
 from resnet_jax.resnet import STAGES, BasicBlock
 from train.errors import UsageError
 
 WEIGHTS = "model.safetensors"
 SECONDS = 5.0  # to wait for the hub's answer
+CROP = 0.875  # timm's default
 
 
 @dataclass(frozen=True, kw_only=True)
 class Card:
-    """What the files next to a model's weights say of it.
+    """What the files next to a model's weights say of it; None where they say nothing.
 
     Attributes:
       model: name in `MODELS`, or of an architecture that is not among them.
@@ -32,15 +32,24 @@ class Card:
     """
 
     model: str
-    classes: int | None
-    resize: int
-    size: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    classes: int | None = None
+    resize: int | None = None
+    size: int | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
 
     def __str__(self) -> str:
-        mean, std = (" ".join(f"{x:g}" for x in values) for values in (self.mean, self.std))
-        return f"{self.model}, {self.size} pixels cropped from {self.resize}, mean {mean}, std {std}"
+        sides = [f"{self.size} pixels cropped from {self.resize}"] if self.size else []
+        channels = {"mean": self.mean, "std": self.std}
+        moments = [f"{name} {' '.join(f'{x:g}' for x in values)}" for name, values in channels.items() if values]
+        return ", ".join([self.model, *sides, *moments])
+
+
+def make_card(model: str, classes: int | None, size: int | None, crop: float | None, mean: Any, std: Any) -> Card:
+    """Make a card from the side of the images, and the fraction of the resized images that it is."""
+    resize = int(size / (crop or CROP)) if size else None
+    moments = {"mean": tuple(mean) if mean else None, "std": tuple(std) if std else None}
+    return Card(model=model, classes=classes or None, resize=resize, size=size, **moments)
 
 
 def is_hub_name(source: str | Path) -> bool:
@@ -129,28 +138,17 @@ def read_card(source: str | Path) -> Card | None:
 
 def _timm_card(config: dict[str, Any]) -> Card:
     about = config["pretrained_cfg"]
-    size = about.get("input_size", (3, 224, 224))[-1]
-    return Card(
-        model=config["architecture"],
-        classes=config.get("num_classes", about.get("num_classes")) or None,
-        resize=int(size / (about.get("crop_pct") or 0.875)),
-        size=size,
-        mean=tuple(about.get("mean", IMAGENET_MEAN)),
-        std=tuple(about.get("std", IMAGENET_STD)),
-    )
+    classes = config.get("num_classes", about.get("num_classes"))
+    size = about["input_size"][-1] if "input_size" in about else None
+    return make_card(config["architecture"], classes, size, about.get("crop_pct"), about.get("mean"), about.get("std"))
 
 
 def _transformers_card(config: dict[str, Any], images: dict[str, Any]) -> Card:
     shape = tuple(config["depths"]), config["layer_type"] == "basic"
     depths = {(stages, block is BasicBlock): depth for depth, (stages, block) in STAGES.items()}
     known = shape in depths and not config.get("downsample_in_bottleneck")
-    size = images.get("size", 224)
-    size = size if isinstance(size, int) else size.get("shortest_edge", size.get("height", 224))
-    return Card(
-        model=f"resnet{depths[shape]}" if known else f"ResNet of {config['depths']} {config['layer_type']} blocks",
-        classes=len(config.get("id2label", ())) or None,
-        resize=int(size / (images.get("crop_pct") or 0.875)),
-        size=size,
-        mean=tuple(images.get("image_mean", IMAGENET_MEAN)),
-        std=tuple(images.get("image_std", IMAGENET_STD)),
-    )
+    model = f"resnet{depths[shape]}" if known else f"ResNet of {config['depths']} {config['layer_type']} blocks"
+    size = images.get("size")
+    size = size.get("shortest_edge", size.get("height")) if isinstance(size, dict) else size
+    crop, mean, std = (images.get(name) for name in ("crop_pct", "image_mean", "image_std"))
+    return make_card(model, len(config.get("id2label", ())), size, crop, mean, std)

@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from resnet_jax.augment import center_crop, compose, normalize, preprocess_batch
+from resnet_jax.augment import IMAGENET_MEAN, IMAGENET_STD, center_crop, compose, normalize, preprocess_batch
 from resnet_jax.resnet import MODELS, ResNet
 from resnet_jax.tree import PyTree
 from train.data.decode import UNREADABLE, decode_image
@@ -38,17 +39,19 @@ def from_pretrained(source: str | Path, **fields: Any) -> tuple[ResNet, dict[str
     if card.model not in MODELS:
         raise unknown("model", card.model, MODELS)
     model = MODELS[card.model](**{"num_classes": card.classes, **fields})
-    images = jnp.zeros((1, card.size, card.size, 3))
+    size, resize = card.size or 224, card.resize or 256
+    images = jnp.zeros((1, size, size, 3))
     shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), images))
     variables = load_weights(Path(source), dict(shapes))
     if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(variables)):
         raise UsageError(f"{source} has no head for {model.num_classes} classes: pass num_classes=None for features")
-    crop = compose(center_crop(card.size), normalize(card.mean, card.std))
+    normal = normalize(card.mean or IMAGENET_MEAN, card.std or IMAGENET_STD)
+    crop = jax.jit(partial(preprocess_batch, compose(center_crop(size), normal)))
 
     def preprocess(images: Any) -> jax.Array:
         many = isinstance(images, Sequence) and not isinstance(images, str | bytes)
-        pixels = np.stack([_pixels(image, card.resize) for image in (images if many else [images])])
-        return preprocess_batch(crop, jnp.asarray(pixels))
+        pixels = np.stack([_pixels(image, resize) for image in (images if many else [images])])
+        return crop(pixels)
 
     return model, variables, preprocess
 

@@ -96,18 +96,20 @@ def with_card(config: TrainConfig, preset: str) -> TrainConfig:
     default = PRESETS.get(preset, TrainConfig)()
     if config.model == default.model and card.model not in MODELS:
         raise unknown("model", card.model, MODELS)
-    images: dict[str, Any] = {"resized_crop": card.size, "mean": card.mean, "std": card.std}
+    data, augment = config.data, config.augment
+    for name in ("mean", "std"):
+        if getattr(card, name) and getattr(augment, name) == getattr(default.augment, name):
+            augment = dataclasses.replace(augment, **{name: getattr(card, name)})
     # Sets that come as arrays keep their size.
-    resized = config.data.name.startswith("folder:") or config.data.image_size is not None
-    names = [name for name in images if resized or name != "resized_crop"]
-    changed = {n: images[n] for n in names if getattr(config.augment, n) == getattr(default.augment, n)}
-    data = config.data
-    if "resized_crop" in changed and data.image_size == default.data.image_size:
+    resized = data.name.startswith("folder:") or data.image_size is not None
+    sizes = [(c.data.image_size, c.augment.resized_crop) for c in (config, default)]
+    if card.size and resized and sizes[0] == sizes[1]:
         data = dataclasses.replace(data, image_size=card.resize)
+        augment = dataclasses.replace(augment, resized_crop=card.size)
     model = card.model if config.model == default.model else config.model
     # Not `say`, which needs the other hosts.
     print(f"{config.init}: {card}{'' if resized else f' (images of {data.name} keep their size)'}", file=sys.stderr)
-    return dataclasses.replace(config, model=model, data=data, augment=dataclasses.replace(config.augment, **changed))
+    return dataclasses.replace(config, model=model, data=data, augment=augment)
 
 
 @dataclass(frozen=True, kw_only=True)

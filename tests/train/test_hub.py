@@ -36,7 +36,7 @@ def tiny(monkeypatch):
     """The model `tiny` in the table, and its state dict."""
 
     def make(**fields):
-        return MODELS["resnet18"](**{"width": 8, **fields}).clone(stage_sizes=(1, 1, 1, 1))
+        return MODELS["resnet18"](**{"width": 8, **fields}).clone(stage_sizes=(1,))
 
     monkeypatch.setitem(MODELS, "tiny", make)
     like = jax.eval_shape(make(num_classes=3).init, jax.random.key(0), np.zeros((1, 32, 32, 3), np.float32))
@@ -48,9 +48,11 @@ def tiny(monkeypatch):
 @pytest.fixture
 def cache(tiny, tmp_path, monkeypatch):
     """A cache with `hf:someone/tiny`; the hub is offline."""
-    package = pytest.importorskip("huggingface_hub", reason="needs the extra hub")
-    monkeypatch.setattr(package.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(package.constants, "HF_HUB_CACHE", str(tmp_path))
+    pytest.importorskip("huggingface_hub", reason="needs the extra hub")
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     model, commit = tmp_path / "models--someone--tiny", "0" * 40
     files = model / "snapshots" / commit
     files.mkdir(parents=True)
@@ -68,8 +70,7 @@ def check(source, tiny):
     x = preprocess([photo, Image.fromarray(photo)])
     assert x.shape == (2, 32, 32, 3)
     np.testing.assert_allclose(x[0, 0, 0], [2, 3, 7], rtol=1e-6)
-    logits = model.apply(variables, preprocess(photo))
-    assert logits.shape == (1, 3) and np.isfinite(logits).all()
+    assert jax.eval_shape(model.apply, variables, preprocess(photo)).shape == (1, 3)
 
 
 def test_two_lines_by_name(cache, tiny):
@@ -91,7 +92,7 @@ def test_features_and_a_missing_head(tiny, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(TIMM))
     save_file({k: x for k, x in tiny[0].items() if not k.startswith("fc.")}, tmp_path / "model.safetensors")
     model, variables, preprocess = from_pretrained(tmp_path, num_classes=None)
-    assert jax.eval_shape(model.apply, variables, preprocess(np.zeros((9, 9, 3), np.uint8))).shape == (1, 64)
+    assert jax.eval_shape(model.apply, variables, preprocess(np.zeros((9, 9, 3), np.uint8))).shape == (1, 8)
     with pytest.raises(UsageError, match="has no head for 3 classes: pass num_classes=None"):
         from_pretrained(tmp_path)
 
@@ -112,10 +113,10 @@ def test_refused_within_seconds(name, message, cache):
 
 
 def test_no_network_is_noticed(cache, monkeypatch):
-    import huggingface_hub
+    from huggingface_hub import constants
 
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr(hub, "getproxies", dict)
     assert read_card("hf:someone/tiny") == CARD  # from the cache
     with pytest.raises(UsageError, match="cannot be reached"):
@@ -131,7 +132,7 @@ def test_cards(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(resnet))
     (tmp_path / "preprocessor_config.json").write_text('{"size": {"shortest_edge": 224}, "crop_pct": 0.875}')
     card = read_card(tmp_path)
-    assert (card.model, card.classes, card.resize, card.size, card.mean[0]) == ("resnet50", 1, 256, 224, 0.485)
+    assert card == Card(model="resnet50", classes=1, resize=256, size=224)
     (tmp_path / "config.json").write_text(json.dumps(resnet | {"downsample_in_bottleneck": True}))
     assert read_card(tmp_path).model not in MODELS
     (tmp_path / "config.json").write_text('{"pretrained_cfg": {}}')
@@ -149,10 +150,12 @@ def test_a_run_takes_what_its_user_has_not_changed(tiny, tmp_path, capsys):
     assert "tiny, 32 pixels cropped from 35" in capsys.readouterr().err
     own = replace(finetune, init=str(tmp_path), model="resnet18", data=DataConfig(name="folder:x", image_size=64))
     kept = with_card(own, "finetune")
-    assert (kept.model, kept.data.image_size) == ("resnet18", 64)
+    assert (kept.model, kept.data.image_size, kept.augment.resized_crop) == ("resnet18", 64, 224)
     digits = with_card(TrainConfig(init=str(tmp_path), data=DataConfig(name="digits")), "custom")
     assert (digits.data.image_size, digits.augment.resized_crop, digits.augment.mean) == (None, None, CARD.mean)
     assert with_card(finetune, "finetune") is finetune
+    (tmp_path / "config.json").write_text('{"architecture": "resnet50", "pretrained_cfg": {}}')
+    assert with_card(replace(finetune, init=str(tmp_path)), "finetune") == replace(finetune, init=str(tmp_path))
     (tmp_path / "config.json").write_text(json.dumps(TIMM | {"architecture": "convnext_tiny"}))
     with pytest.raises(UsageError, match="convnext_tiny"):
         with_card(replace(finetune, init=str(tmp_path)), "finetune")
