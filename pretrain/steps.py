@@ -24,7 +24,7 @@ from resnet_jax.losses import softmax_cross_entropy
 from resnet_jax.masks import apply_masks
 from resnet_jax.parallel import all_rows, mean_over, vary
 from resnet_jax.tree import PyTree, ema, global_norm
-from train.state import forward
+from train.state import forward, like
 from train.steps import Batch, Metrics, update
 
 
@@ -117,7 +117,8 @@ def contrastive_step(
     if objective.remember is not None:
         memory = objective.remember(jax.lax.stop_gradient(outputs), axis_name=axis_name)
 
-    state = new.replace(params=params, ema=target, memory=memory, probe=probe)
+    arrays = {"params": params, "ema": target, "memory": memory, "probe": probe}
+    state = new.replace(**like(arrays, {name: getattr(state, name) for name in arrays}))
     figures["grad_norm"] = global_norm(gradient)  # includes pruned weights
     spread = similarities(*outputs.online["projection"][:2], axis_name=axis_name)
     return state, metrics | figures | spread

@@ -6,8 +6,10 @@ skipped.
 """
 
 import json
+import re
 import shutil
 import sys
+import tempfile
 import zlib
 from pathlib import Path
 from typing import Any
@@ -41,8 +43,16 @@ class Checkpoints:
             get_metric_fn=lambda metrics: metrics[METRIC], n=keep_best, keep_checkpoints_without_metrics=False
         )
         self.root = root.resolve()
+        self._link: tempfile.TemporaryDirectory[str] | None = None
+        folder = self.root
+        # Orbax takes a path for a pattern in places, and `gs:` for a scheme: then it gets a link with a plain name.
+        if not re.fullmatch(r"[\w/.,=+@%# -]*", str(self.root), re.ASCII) and (writes or self.root.is_dir()):
+            self.root.mkdir(parents=True, exist_ok=True)
+            self._link = tempfile.TemporaryDirectory(prefix="checkpoints-")
+            folder = Path(self._link.name) / "link"
+            folder.symlink_to(self.root, target_is_directory=True)
         self._orbax = ocp.training.Checkpointer(
-            self.root,
+            folder,
             preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep_last), best]),
             cleanup_tmp_directories=writes,
         )
@@ -66,8 +76,9 @@ class Checkpoints:
         if step in self.steps:
             return
         # Copy the arrays, as donated buffers change while files are written, and pack masks into bits.
-        arrays = jax.tree.map(np.array, {**_fields(state), "masks": pack(state.masks)})
-        metadata = {"iterator": iterator, "checksum": _checksum(arrays)}
+        fields = {**_fields(state), "masks": pack(state.masks), "key": jax.random.key_data(state.key)}
+        arrays = jax.tree.map(np.array, fields)
+        metadata = {"iterator": iterator, "checksum": _checksum(arrays), "key": str(jax.random.key_impl(state.key))}
         needed, free = sum(a.nbytes for a in jax.tree.leaves(arrays)), shutil.disk_usage(self.root).free
         if free < needed:
             raise self._failed(f"it needs {needed / 1e6:.0f} MB and {free / 1e6:.0f} MB are free")
@@ -106,16 +117,24 @@ class Checkpoints:
         for path, leaf in wanted.items():
             if saved[path].shape != leaf.shape:
                 raise UsageError(f"{other}: {path} has shape {saved[path].shape} there, {leaf.shape} in this run")
-        # Orbax returns plain containers, and optimizer states are named tuples: match them leaf by leaf.
-        saved["key"] = jax.random.wrap_key_data(arrays["key"], impl=jax.random.key_impl(like.key))
-        fields = {name: getattr(like, name) for name in like.__dataclass_fields__}
-        placed = map_with_path(lambda path, leaf: place(saved[path], leaf.sharding), fields)
-        return type(like)(**placed), iterator
+        theirs, ours = (str(jax.random.key_impl(key)) for key in (arrays["key"], like.key))
+        if theirs != ours:
+            raise UsageError(
+                f"checkpoint {self.root / str(int(arrays['step']))} draws its random numbers by {theirs}, this process "
+                f"by {ours}: set JAX_DEFAULT_PRNG_IMPL={theirs} to go on"
+            )
+
+        # Orbax returns plain containers, and optimizer states are named tuples: match them leaf by leaf. A process
+        # with 64 bits may have saved float64.
+        def restored(path: str, leaf: Any) -> Any:
+            return place(saved[path] if path == "key" else saved[path].astype(leaf.dtype), leaf.sharding)
+
+        return type(like)(**map_with_path(restored, _fields(like))), iterator
 
     def read(self, *, step: int | None = None) -> tuple[PyTree, dict[str, Any]] | None:
         """Like `restore`, without a state to restore into: the saved fields by name, as NumPy arrays.
 
-        Containers are plain dicts and lists; masks are unpacked, and the key is returned as raw data.
+        Containers are plain dicts and lists; masks are unpacked, and the key is typed.
 
         Raises:
           UsageError: every checkpoint is damaged.
@@ -149,6 +168,8 @@ class Checkpoints:
     def close(self) -> None:
         self.wait()
         self._orbax.close()
+        if self._link is not None:
+            self._link.cleanup()
 
     def _load(self, step: int) -> tuple[PyTree, dict[str, Any]]:
         files = [self.root / str(step) / "state" / name for name in ("manifest.ocdbt", "_METADATA")]
@@ -166,6 +187,9 @@ class Checkpoints:
         if _checksum(ordered) != metadata.custom_metadata["checksum"]:
             raise ValueError("its checksum differs")
         arrays["masks"] = unpack(arrays["masks"], arrays["params"])
+        # Older checkpoints do not name the implementation of their key, whose size says it.
+        impl = metadata.custom_metadata.get("key") or {2: "threefry2x32", 4: "rbg"}[arrays["key"].size]
+        arrays["key"] = jax.random.wrap_key_data(arrays["key"], impl=impl)
         return arrays, metadata.custom_metadata["iterator"]
 
     def _failed(self, error: Exception | str) -> RunError:
@@ -180,9 +204,8 @@ def _order(index: Path) -> list[str]:
 
 
 def _fields(state: TrainState) -> dict[str, PyTree]:
-    """The fields of a state by name, its key as data."""
-    fields = {name: getattr(state, name) for name in state.__dataclass_fields__}
-    return {**fields, "key": jax.random.key_data(state.key)}
+    """The fields of a state by name."""
+    return {name: getattr(state, name) for name in state.__dataclass_fields__}
 
 
 def _checksum(arrays: PyTree) -> int:

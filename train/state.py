@@ -45,7 +45,7 @@ class TrainState(struct.PyTreeNode):
 def init_variables(model: nn.Module, key: jax.Array, image_shape: tuple[int, int, int]) -> dict[str, PyTree]:
     """Initialise variables {"params", "batch_stats"} of `model` for images (H, W, C), in one compiled call."""
     images = jnp.zeros((1, *image_shape), jnp.float32)
-    variables = jax.jit(lambda k: model.init(k, images, **train_argument(model, False)))(key)
+    variables = jax.jit(lambda k: single_precision(model.init(k, images, **train_argument(model, False))))(key)
     return {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})}
 
 
@@ -85,16 +85,27 @@ def init_state(
     ema: bool = False,
 ) -> TrainState:
     """Make a state at step 0. `key` is the run's key; `ema` starts a moving average at `variables`."""
-    arrays = {name: variables[name] for name in ("params", "batch_stats")}
+    arrays = single_precision({name: variables[name] for name in ("params", "batch_stats")})
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         **arrays,
-        opt_state=tx.init(arrays["params"]),
+        opt_state=single_precision(tx.init(arrays["params"])),
         masks=no_masks(arrays["params"]) if masks is None else masks,
         # A copy: donated buffers must not appear twice in a state.
         ema=jax.tree.map(jnp.copy, arrays) if ema else None,
         key=key,
     )
+
+
+def single_precision(tree: PyTree) -> PyTree:
+    """Convert float64 to float32 and int64 to int32, which JAX makes if it is set to 64 bits; copies nothing else."""
+    single = {"float64": "float32", "int64": "int32"}
+    return jax.tree.map(lambda x: x.astype(single[name]) if (name := str(x.dtype)) in single else x, tree)
+
+
+def like(new: PyTree, old: PyTree) -> PyTree:
+    """`new` in the dtypes of `old`: with 64 bits, float64 learning rates would make all parameters float64."""
+    return jax.tree.map(lambda x, wanted: x.astype(wanted.dtype), new, old)
 
 
 def digest(state: TrainState) -> str:

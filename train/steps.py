@@ -21,7 +21,7 @@ from resnet_jax.mask_schedules import MaskSchedule
 from resnet_jax.masks import apply_masks, sparsity_of
 from resnet_jax.parallel import mean_over, sum_over, vary
 from resnet_jax.tree import PyTree, ema, global_norm
-from train.state import TrainState, forward
+from train.state import TrainState, forward, like
 
 State = TypeVar("State", bound=TrainState)
 Batch = dict[str, jax.Array]
@@ -200,10 +200,9 @@ def update(
         decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))
         average = ema(average, {"params": params, "batch_stats": stats}, decay)
         average["params"] = apply_masks(average["params"], masks)
-    state = state.replace(
-        step=state.step + 1, params=params, batch_stats=stats, opt_state=opt_state, masks=masks, ema=average
-    )
-    return state, metrics
+    arrays = {"params": params, "batch_stats": stats, "opt_state": opt_state, "ema": average}
+    arrays = like(arrays, {name: getattr(state, name) for name in arrays})
+    return state.replace(step=state.step + 1, masks=masks, **arrays), metrics
 
 
 def _accumulated(gradient: Callable[..., Any], params: PyTree, stats: PyTree, rows: Batch, parts: int) -> Any:
