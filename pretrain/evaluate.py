@@ -33,6 +33,7 @@ from train.config import AugmentConfig, DataConfig, OptimConfig, TrainConfig
 from train.data.sets import Dataset, known_labels, share_of
 from train.errors import UsageError, unknown
 from train.from_config import compute_dtype, eval_augment, make_kernels, make_model, open_data, read_data
+from train.json_text import to_json
 from train.run import run as train_run
 from train.run_folder import environment, read_config, write_json
 from train.runtime import compiler_options, keep_compiled, say
@@ -195,7 +196,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name, value in result.items():
         if name.endswith("_accuracy"):
             print(f"{name.removesuffix('_accuracy')}: {value:.2%} test, {result['dataset']}{transfer}", file=sys.stderr)
-    print(json.dumps(result))
+    print(to_json(result))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ import difflib
 import importlib
 import inspect
 import io
-import json
 import re
 import sys
 from collections.abc import Callable, Container, Sequence
@@ -16,6 +15,7 @@ import tyro
 
 from train.config import flat
 from train.errors import UsageError, one_line, unknown
+from train.json_text import to_json
 from train.runtime import keep_memory
 
 
@@ -53,7 +53,7 @@ def run_command(
     run = importlib.import_module(f"{program}.run").run
     result = run(config, preset if known is None or preset in known else "custom")
     if jax.process_index() == 0:
-        print(json.dumps(result))
+        print(to_json(result))
 
 
 def parse(program: str, presets: dict[str, Callable[[], Any]], argv: Sequence[str], *, default: str) -> tuple[str, Any]:

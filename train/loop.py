@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from train.data.batches import Batches
 from train.errors import RunError
+from train.json_text import to_json
 from train.state import TrainState
 from train.steps import summarize
 
@@ -37,7 +39,8 @@ def fit(
     `log(number, metrics)` receives each step's metrics as floats, one step late; `number` counts completed steps.
 
     Raises:
-      RunError: a loss or gradient that is not finite, with the step's number; hooks are not called with that state.
+      RunError: a loss, gradient or parameter that is not finite, with the step's number; hooks are not called with
+        that state.
     """
     number = int(state.step)
     late: tuple[int, dict[str, jax.Array]] | None = None
@@ -47,10 +50,7 @@ def fit(
             metrics = {name: float(value) for name, value in late[1].items()}
             bad = [name for name, value in metrics.items() if not math.isfinite(value)]
             if bad:
-                raise RunError(
-                    f"{' and '.join(bad)} at step {late[0]} is not finite: lower the learning rate, clip gradients or "
-                    "warm up longer"
-                )
+                raise RunError(f"{' and '.join(bad)} at step {late[0]} is not finite: {ADVICE}")
             log(late[0], metrics)
 
     while number < steps:
@@ -60,13 +60,40 @@ def fit(
         late = number, metrics
         due = [call for every, call in hooks if number % every == 0 or number == steps]
         if due:
-            # Hooks may save the state, so first check that its metrics are finite.
+            # Hooks may save the state, so first check that its metrics are finite, and what the update made of it.
             look()
             late = None
+            check_finite(state)
             for call in due:
                 call(state)
     look()
+    check_finite(state)
     return state
+
+
+def check_finite(state: TrainState) -> None:
+    """Check the parameters, the running statistics and the moving average of a state.
+
+    Raises:
+      RunError: one of them is not finite.
+    """
+    fields = {name: getattr(state, name, None) for name in ("params", "batch_stats", "ema")}
+    bad = [name for name, fits in _all_finite(fields).items() if not fits]
+    if bad:
+        named = " and ".join(WORDS[name] for name in bad)
+        raise RunError(f"{named} after step {int(state.step)} are not finite: {ADVICE}")
+
+
+WORDS = {"params": "the parameters", "batch_stats": "the running statistics", "ema": "the averaged parameters"}
+ADVICE = "lower the learning rate, clip gradients or warm up longer"
+
+
+@jax.jit
+def _all_finite(fields: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: jnp.all(jnp.asarray([jnp.isfinite(x).all() for x in jax.tree.leaves(tree)], bool))
+        for name, tree in fields.items()
+    }
 
 
 def evaluate(
@@ -109,7 +136,7 @@ class Progress:
         if path is not None:
             # The steps after the checkpoint that a run resumes from are trained again: drop their rows.
             keep = [row for row in read_rows(path) if row["step"] <= start]
-            path.write_text("".join(json.dumps(row) + "\n" for row in keep))
+            path.write_text("".join(to_json(row) + "\n" for row in keep))
             self.file = path.open("a", buffering=1)
         self.terminal = sys.stderr.isatty()
         self.window: list[dict[str, float]] = []
@@ -148,7 +175,7 @@ class Progress:
     def row(self, row: dict[str, Any]) -> None:
         if self.file is not None:
             try:
-                self.file.write(json.dumps(row) + "\n")
+                self.file.write(to_json(row) + "\n")
             except OSError as error:
                 raise RunError(f"cannot write {self.file.name}: {error}") from None
 

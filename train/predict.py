@@ -7,7 +7,6 @@ predict("seven.png")  # [("7", 0.97), ("1", 0.01), ...]
 
 import argparse
 import io
-import json
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -25,6 +24,7 @@ from train.config import TrainConfig
 from train.data.decode import UNREADABLE, decode_image
 from train.errors import UsageError, one_line
 from train.from_config import compute_dtype, eval_augment, make_model
+from train.json_text import to_json
 from train.run_folder import load_state, read_config
 from train.runtime import compiler_options
 from train.state import forward
@@ -97,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     predictions = list(zip(args.images, load(args.run, top=args.top)(args.images), strict=True))
     for path, found in predictions:
         print(f"{path}: " + ", ".join(f"{name} {p:.1%}" for name, p in found), file=sys.stderr)
-    print(json.dumps([{"image": path, "top": found} for path, found in predictions]))
+    print(to_json([{"image": path, "top": found} for path, found in predictions]))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from train.errors import UsageError, one_line
+from train.json_text import to_json
 
 
 def collect(run: Path) -> dict[str, Any]:
@@ -105,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UsageError("--json takes one run")
     runs = {run.stem: collect(run) for run in args.runs}
     if args.json:
-        args.json.write_text(json.dumps(*runs.values(), indent=1) + "\n")
+        args.json.write_text(to_json(*runs.values(), indent=1) + "\n")
     if args.picture:
         draw(runs, args.picture)
 

@@ -18,8 +18,9 @@ from train.checkpoint import Checkpoints
 from train.config import RunConfig, TrainConfig, flat, from_dict
 from train.data.sets import Dataset
 from train.errors import RunError, UsageError
+from train.json_text import to_json
 from train.runtime import cpu_line
-from train.state import TrainState
+from train.state import TrainState, single_precision
 
 Run = TypeVar("Run", bound=RunConfig)
 
@@ -129,7 +130,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write JSON atomically: readers see the old file or the new one."""
     temporary = path.with_suffix(".tmp")
     try:
-        temporary.write_text(json.dumps(content, indent=1) + "\n")
+        temporary.write_text(to_json(content, indent=1) + "\n")
         os.replace(temporary, path)
     except OSError as error:
         raise RunError(f"cannot write {path}: {error}") from None
@@ -151,8 +152,7 @@ def load_state(run: Path) -> TrainState:
     checkpoints.close()
     if found is None:
         raise UsageError(f"{run} has no checkpoints yet")
-    arrays = found[0]
-    return TrainState(**{**arrays, "key": jax.random.wrap_key_data(arrays["key"])})
+    return TrainState(**single_precision(found[0]))
 
 
 def environment() -> dict[str, Any]:

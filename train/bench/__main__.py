@@ -1,6 +1,5 @@
 """`python -m train.bench [--FIELD VALUE ...]`: a table on stderr; the last line on stdout is the result as JSON."""
 
-import json
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -9,6 +8,7 @@ from train.bench import bench
 from train.bench.config import PRESETS, BenchConfig
 from train.bench.table import render
 from train.cli import parse, start
+from train.json_text import to_json
 
 
 def main(
@@ -22,7 +22,7 @@ def main(
     _, config = parse(program, presets, sys.argv[1:] if argv is None else argv, default=next(iter(presets)))
     result = bench(config, **options)
     print(render(result), file=sys.stderr)
-    print(json.dumps(result))
+    print(to_json(result))
 
 
 if __name__ == "__main__":
