@@ -34,6 +34,7 @@ from train.data.sets import Dataset, known_labels, share_of
 from train.errors import UsageError, unknown
 from train.from_config import compute_dtype, eval_augment, make_kernels, make_model, open_data, read_data
 from train.json_text import to_json
+from train.paths import local_path
 from train.run import run as train_run
 from train.run_folder import environment, read_config, write_json
 from train.runtime import compiler_options, keep_compiled, say
@@ -177,7 +178,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         prog="python -m pretrain.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("run", type=Path, help="the folder of a finished run of pretraining")
+    add("run", type=local_path, help="the folder of a finished run of pretraining")
     add("--protocol", nargs="+", default=FROZEN, metavar="NAME", help="protocols to evaluate (default: knn linear)")
     add("--data", help="a different set from the one it was pretrained on, to measure transfer")
     add("--dir", help="the TFDS data_dir of that set")

@@ -61,7 +61,7 @@ def run(
     """
     check(config)
     own = {"model": model, "tx": tx, "objective": objective, "augment": augment}
-    session = open_session(config, preset, dataset=dataset, **own)
+    session = open_session(config, preset, dataset=dataset, longer=True, **own)
     if session.finished is not None:
         return session.finished
 

@@ -16,13 +16,14 @@ import tyro
 from train.config import flat
 from train.errors import UsageError, one_line, unknown
 from train.json_text import to_json
-from train.runtime import keep_memory
+from train.runtime import keep_memory, use_own_precision
 
 
 def start(main: Callable[[], None]) -> None:
-    """Run `main` as the whole process: report the user's errors in one line, and keep freed memory."""
+    """Run `main` as the whole process: report the user's errors in one line, keep freed memory, compute in 32 bits."""
     with one_line():
         keep_memory()
+        use_own_precision()
         main()
 
 

@@ -3,6 +3,7 @@
 import difflib
 import logging
 import os
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -37,6 +38,12 @@ def one_line() -> Iterator[None]:
     except (UsageError, RunError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2 if isinstance(error, UsageError) else 1) from None
+    except RuntimeError as error:
+        # JAX_PLATFORMS names a platform that is not there.
+        if not re.match(r"Unable to initialize backend|Unknown backend", str(error)):
+            raise
+        print(f"error: {' '.join(str(error).split())}; see JAX_PLATFORMS", file=sys.stderr)
+        raise SystemExit(2) from None
     except BrokenPipeError:
         # The reader has closed the pipe, as in `python -m train --help | head`: end quietly.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

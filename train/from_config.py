@@ -1,7 +1,7 @@
 """Build the pieces of a run from a config: for entry points, and for scripts that want a preset's pieces."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,18 +15,20 @@ import optax
 from resnet_jax import augment as aug
 from resnet_jax import auto_augment, onednn
 from resnet_jax.losses import LOSSES
+from resnet_jax.masks import no_masks
 from resnet_jax.mix import mix
 from resnet_jax.parallel import Mode
 from resnet_jax.resnet import MODELS, ResNet
-from resnet_jax.tree import Predicate, PyTree
+from resnet_jax.tree import Predicate, PyTree, abbreviate
 from train.config import AugmentConfig, ImageConfig, OptimConfig, RunConfig, TrainConfig
 from train.data.sets import Dataset, in_memory, load
 from train.data.sources import Arrays
 from train.errors import UsageError
 from train.optim import Schedule, make_optimizer, make_schedule
+from train.runtime import say
 from train.state import TrainState, init_state, init_variables
 from train.steps import Objective, classify
-from train.weights import load_masks, load_weights
+from train.weights import classes_of, load_masks, load_weights
 
 Run = TypeVar("Run", bound=RunConfig)
 
@@ -199,16 +201,25 @@ def make_state(
     image_shape: tuple[int, int, int],
     source: Path | None = None,
     masks: Callable[[PyTree, PyTree | None], PyTree | None] = lambda params, given: given,
+    classes: Sequence[str] = (),
 ) -> TrainState:
     """Make the state at step 0: random, or from `source`, whose pruned weights stay pruned unless `dense` is set.
+
+    If `source` is a run with other classes than `classes`, the head stays random.
 
     `masks(params, given)` makes the masks of the parameters; `given` are those of `source`, if it is pruned.
     """
     init_key, run_key = jax.random.split(jax.random.key(config.seed))
     variables, given = init_variables(model, init_key, image_shape), None
     if source is not None:
-        variables = load_weights(source, variables)
+        loaded = load_weights(source, variables)
         given = None if config.dense else load_masks(source, variables["params"])
+        theirs = classes_of(source)
+        if "head" in variables["params"] and classes and theirs and theirs != list(classes):
+            say(f"{source} has other classes ({abbreviate(theirs)}): the head starts from random weights")
+            loaded["params"] = {**loaded["params"], "head": variables["params"]["head"]}
+            given = given and {**given, "head": no_masks(given["head"])}
+        variables = loaded
     masks_at_start = masks(variables["params"], given)
     return init_state(variables, tx, run_key, masks=masks_at_start, ema=config.ema is not None)
 

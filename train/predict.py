@@ -25,6 +25,7 @@ from train.data.decode import UNREADABLE, decode_image
 from train.errors import UsageError, one_line
 from train.from_config import compute_dtype, eval_augment, make_model
 from train.json_text import to_json
+from train.paths import local_path
 from train.run_folder import load_state, read_config
 from train.runtime import compiler_options
 from train.state import forward
@@ -41,7 +42,7 @@ def load(run: str | Path, *, model: nn.Module | None = None, top: int = 5) -> Ca
     Raises:
       UsageError: no such run, no good checkpoint, a model that is missing, an image that cannot be read.
     """
-    run = Path(run)
+    run = local_path(run)
     config, saved = read_config(run, TrainConfig)
     if model is None and "model" in saved.get("replaced", []):
         raise UsageError(f"{run} trained a model that was passed to run(): pass it here too, load(run, model=...)")
@@ -72,7 +73,7 @@ def _pixels(image: Any, shape: Sequence[int]) -> np.ndarray:
         raise UsageError(f"this run was trained on {height}x{width} images: pass arrays of that size")
     try:
         if isinstance(image, str | Path):
-            image = Path(image).read_bytes()
+            image = local_path(image).read_bytes()
         if not isinstance(image, bytes):
             array = np.asarray(image)
             if array.dtype != np.uint8:

@@ -8,6 +8,7 @@ from typing import Any
 
 from train.errors import UsageError, one_line
 from train.json_text import to_json
+from train.paths import local_path
 
 
 def collect(run: Path) -> dict[str, Any]:
@@ -29,6 +30,13 @@ def collect(run: Path) -> dict[str, Any]:
     except ValueError as error:
         raise UsageError(f"{run} cannot be read: {error}") from None
     return {**result, "config": config, "history": history}
+
+
+def run_name(path: Path, among: Sequence[Path]) -> str:
+    """Name of a run in a picture: its folder or file, with the parent folder where two names would be equal."""
+    path, paths = path.absolute(), [other.absolute() for other in among]
+    name = path.stem if path.suffix == ".json" else path.name
+    return name if [other.name for other in paths].count(path.name) < 2 else f"{path.parent.name}/{name}"
 
 
 def new_figure(width: float, height: float) -> Any:
@@ -96,15 +104,15 @@ def _curve(run: dict[str, Any], figure: str, scale: float = 1) -> tuple[list[flo
 def main(argv: Sequence[str] | None = None) -> None:
     """Collect runs, and write the JSON file or the picture that the flags name."""
     parser = argparse.ArgumentParser(prog="python -m train.report", description=__doc__)
-    parser.add_argument("runs", nargs="+", type=Path, help="run folders, or JSON files written by --json")
-    parser.add_argument("--json", type=Path, help="write the run with its history here (takes one run)")
-    parser.add_argument("--picture", type=Path, help="draw the curves here, as .png, .svg or .pdf")
+    parser.add_argument("runs", nargs="+", type=local_path, help="run folders, or JSON files written by --json")
+    parser.add_argument("--json", type=local_path, help="write the run with its history here (takes one run)")
+    parser.add_argument("--picture", type=local_path, help="draw the curves here, as .png, .svg or .pdf")
     args = parser.parse_args(argv)
     if not (args.json or args.picture):
         raise UsageError("nothing to do: pass --json FILE or --picture FILE")
     if args.json and len(args.runs) > 1:
         raise UsageError("--json takes one run")
-    runs = {run.stem: collect(run) for run in args.runs}
+    runs = {run_name(run, args.runs): collect(run) for run in args.runs}
     if args.json:
         args.json.write_text(to_json(*runs.values(), indent=1) + "\n")
     if args.picture:

@@ -1,6 +1,7 @@
 """A supervised run, from a config to a result; read it from top to bottom."""
 
 import dataclasses
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,10 +22,10 @@ from resnet_jax.tree import PyTree, count, is_head
 from train.config import TrainConfig, check, check_images
 from train.data.batches import eval_batches
 from train.data.sets import Dataset
-from train.errors import UsageError, unknown
+from train.errors import RunError, UsageError, unknown
 from train.from_config import eval_augment, make_model, make_objective, make_state, make_tx, train_augment
 from train.hub import read_card
-from train.loop import Hook, evaluate
+from train.loop import ADVICE, Hook, evaluate
 from train.optim import Schedule
 from train.presets import PRESETS
 from train.run_folder import write_json
@@ -64,7 +65,8 @@ def run(
     """
     check(config)
     own = {"model": model, "tx": tx, "objective": objective, "augment": augment}
-    session = open_session(with_card(with_widths(config), preset), preset, dataset=dataset, **own)
+    described = with_card(with_widths(config), preset)
+    session = open_session(described, preset, dataset=dataset, longer=True, **own)
     if session.finished is not None:
         return session.finished
     pieces = make_pieces(session)
@@ -160,7 +162,8 @@ def make_pieces(session: Session[Any]) -> Pieces:
 def start_state(session: Session[Any], pieces: Pieces) -> TrainState:
     """Make the state at step 0: random, or from `--init`, whose pruned weights stay pruned unless `--dense` is set."""
     source = None if session.config.init is None else Path(session.config.init)
-    return make_state(session.config, pieces.model, pieces.tx, session.dataset.image_shape, source)
+    classes = session.dataset.classes
+    return make_state(session.config, pieces.model, pieces.tx, session.dataset.image_shape, source, classes=classes)
 
 
 class Training:
@@ -218,6 +221,8 @@ class Training:
         """Compute a trained state's figures for the result, with the only test evaluation; writes confusion.json."""
         session = self.session
         validation, test = (self.measure(state.variables, split) for split in ("validation", "test"))
+        if not math.isfinite(validation["loss"]):
+            raise RunError(f"the validation loss at step {int(state.step)} is not finite: {ADVICE}")
         if session.main:
             confusion = {"classes": session.dataset.classes, "confusion": test["confusion"].tolist()}
             write_json(session.out / "confusion.json", confusion)

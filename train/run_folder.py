@@ -14,31 +14,48 @@ from typing import Any, TypeVar
 
 import jax
 
+from resnet_jax.tree import abbreviate
 from train.checkpoint import Checkpoints
 from train.config import RunConfig, TrainConfig, flat, from_dict
 from train.data.sets import Dataset
 from train.errors import RunError, UsageError
 from train.json_text import to_json
+from train.paths import FOLDER, local_path, located, same_place
 from train.runtime import cpu_line
 from train.state import TrainState, single_precision
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 Run = TypeVar("Run", bound=RunConfig)
+
+LOCK = ".lock"
 
 # Fields that may differ between a run and its continuation: they change where and how fast it runs, never its result.
 FREE_FIELDS = {"out", "mode", "data.dir", "distributed", "log_every", "eval_batch"}
 FREE_FIELDS |= {"keep_last", "keep_best", "save_steps", "kernels", "cache"}
 
 
-def settle(config: RunConfig, preset: str, replaced: Sequence[str] = ()) -> tuple[Path, dict[str, Any] | None]:
+# Fields that hold a path, or `folder:PATH`.
+PATHS = ("init", "prune.masks", "data.name")
+
+
+def settle(
+    config: RunConfig, preset: str, replaced: Sequence[str] = (), *, longer: bool = False
+) -> tuple[Path, dict[str, Any] | None]:
     """Choose the run folder: (folder, result of the finished run that it holds, else None).
 
+    With `longer`, a config with more epochs or steps than the run in the folder continues it.
+
     Raises:
-      UsageError: the folder holds a run with different settings.
+      UsageError: the folder holds a run with different settings, or is not a local one.
     """
-    out = Path(config.out or f"runs/{preset}-seed{config.seed}").expanduser()
+    out = local_path(config.out or f"runs/{preset}-seed{config.seed}")
     if (out / "config.json").exists() or (out / "result.json").exists():
-        check_continues(out, config, replaced)
-    if not (out / "result.json").exists():
+        check_continues(out, config, replaced, longer=longer)
+    if not (out / "result.json").exists() or (longer and length_before(out, config)):
         return out, None
     print(f"{out} already holds this run, finished; its result:", file=sys.stderr)
     return out, json.loads((out / "result.json").read_text())
@@ -55,11 +72,29 @@ def read_config(out: Path, kind: type[Run]) -> tuple[Run, dict[str, Any]]:
         theirs, ours = saved.get("pipeline", "train"), pipeline(kind)
         if theirs != ours:
             raise UsageError(f"{out} is a run of {theirs}, not of {ours}")
+        for name, text in _paths(saved["config"]).items():
+            _set(saved["config"], name, located(text, out, saved))
         return from_dict(kind, saved["config"]), saved
     except FileNotFoundError:
         raise UsageError(f"{out} is not a run folder: it has no config.json") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"{out / 'config.json'} cannot be read: {error}") from None
+
+
+def _paths(config: dict[str, Any]) -> dict[str, str]:
+    """The paths in a config as a dict, by the name of their field in `PATHS`."""
+    found = {}
+    for name in PATHS:
+        group, _, last = name.rpartition(".")
+        text = (config.get(group, {}) if group else config).get(last)
+        if text and (name != "data.name" or text.startswith(FOLDER)):
+            found[name] = text
+    return found
+
+
+def _set(config: dict[str, Any], name: str, text: str) -> None:
+    group, _, last = name.rpartition(".")
+    (config[group] if group else config)[last] = text
 
 
 def pipeline(kind: type[RunConfig]) -> str:
@@ -75,40 +110,123 @@ def pipeline_of(out: Path) -> str:
         return "train"
 
 
-def claim(out: Path, config: RunConfig, replaced: Sequence[str] = ()) -> None:
-    """Create a run's folder, or check that it holds this run.
+def claim(
+    out: Path, config: RunConfig, dataset: Dataset, replaced: Sequence[str] = (), *, longer: bool = False
+) -> None:
+    """Create a run's folder, or check that it holds this run; lock it until `release`, or until the process ends.
 
     Raises:
-      UsageError: it holds a different run, or cannot be created.
+      UsageError: it holds a different run or one of different images, a different process uses it, or it cannot be
+        created.
     """
     if (out / "config.json").exists():
-        check_continues(out, config, replaced)
+        check_images(out, config, dataset)
+        check_continues(out, config, replaced, longer=longer)
     elif any((out / "checkpoints").glob("*")):
         raise UsageError(f"{out} holds checkpoints but no config.json; choose a different --out")
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"cannot create the run folder {out}: {error}") from None
+    lock(out)
+
+
+_locks: dict[Path, int] = {}  # file descriptors of the folders that this process has locked
+
+
+def lock(out: Path) -> None:
+    """Lock a run folder, until `release` or the end of the process; does nothing on file systems without locks.
+
+    Raises:
+      UsageError: a different process has locked it.
+    """
+    if fcntl is None or out.resolve() in _locks:
+        return
+    try:
+        file = os.open(out / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:
+        raise UsageError(f"cannot write to the run folder {out}: {error.strerror}") from None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = os.read(file, 200).decode(errors="replace").strip() or "a different process"
+        os.close(file)
+        raise UsageError(
+            f"{out} is in use by {holder}: wait for its end, stop it, or choose a different --out"
+        ) from None
+    except OSError:  # NFS without locks
+        os.close(file)
+        return
+    os.truncate(file, 0)
+    os.write(file, f"process {os.getpid()} on {platform.node()}\n".encode())
+    _locks[out.resolve()] = file
+
+
+def release(out: Path) -> None:
+    """Unlock a run folder."""
+    if (file := _locks.pop(out.resolve(), None)) is not None:
+        os.close(file)
 
 
 def write_config(out: Path, preset: str, config: RunConfig, dataset: Dataset, replaced: Sequence[str] = ()) -> None:
-    """Record a run in its folder, unless it is recorded there already."""
+    """Record a run in its folder, unless it is recorded there already.
+
+    If this config continues it for longer, its result is kept as result-STEPS.json.
+    """
     if (out / "config.json").exists():
-        return
+        if length_before(out, config) is None:
+            return
+        if (out / "result.json").exists():
+            steps = json.loads((out / "result.json").read_text())["steps"]
+            os.replace(out / "result.json", out / f"result-{steps}.json")
     described = {
         "pipeline": pipeline(type(config)),
         "preset": preset,
         "config": dataclasses.asdict(config),
         "replaced": list(replaced),
         "classes": dataset.classes,
+        "images": dataset.images,
         "image_shape": dataset.image_shape,
+        "cwd": os.getcwd(),
         **environment(),
     }
     write_json(out / "config.json", described)
 
 
-def check_continues(out: Path, config: RunConfig, replaced: Sequence[str] = ()) -> None:
+def length_before(out: Path, config: RunConfig) -> str | None:
+    """The length of the run in a folder, such as `30 epochs`, if this config differs in a larger one; else None."""
+    before, _ = read_config(out, type(config))
+    if before.steps and config.steps:
+        return f"{before.steps:,} steps" if config.steps > before.steps else None
+    longer = not before.steps and not config.steps and config.epochs > before.epochs
+    return f"{before.epochs:g} epochs" if longer else None
+
+
+def check_images(out: Path, config: RunConfig, dataset: Dataset) -> None:
+    """Check that a run in a folder was made from these classes and images.
+
+    Raises:
+      UsageError: they differ; the message says in what.
+    """
+    _, saved = read_config(out, type(config))
+    ways = f"restore them, choose a different --out, or start a new run from these weights with --init {out}"
+    before, now = list(saved.get("classes", dataset.classes)), list(dataset.classes)
+    if before != now:
+        names = f"{abbreviate(before)} -> {abbreviate(now)}"
+        if len(before) == len(now):
+            names = ", ".join(f"{a} -> {b}" for a, b in zip(before, now, strict=True) if a != b)
+        raise UsageError(f"{out} was made from different classes ({names}): {ways}")
+    theirs, ours = saved.get("images", {}), dataset.images
+    for split in (split for split in ours if split in theirs and theirs[split] != ours[split]):
+        counts = [images[split]["count"] for images in (theirs, ours)]
+        change = f"{counts[0]:,} -> {counts[1]:,}" if counts[0] != counts[1] else "other names or labels"
+        raise UsageError(f"{out} was made from different {split} images ({change}): {ways}")
+
+
+def check_continues(out: Path, config: RunConfig, replaced: Sequence[str] = (), *, longer: bool = False) -> None:
     """Check that a run folder was created with this config (except `FREE_FIELDS`) and these pieces.
+
+    With `longer`, the config may have more epochs or steps.
 
     Raises:
       UsageError: settings or pieces differ.
@@ -117,6 +235,9 @@ def check_continues(out: Path, config: RunConfig, replaced: Sequence[str] = ()) 
     saved, wanted = flat(theirs), flat(config)
     # The command need not repeat statistics that were measured.
     free = FREE_FIELDS | {name for name in ("augment.mean", "augment.std") if wanted[name] is None}
+    free |= {n for n in PATHS if saved.get(n) and wanted.get(n) and same_place(saved[n], wanted[n])}
+    if longer and length_before(out, config):
+        free |= {"epochs", "steps"}
     changes = [f"{n} {saved[n]} -> {wanted[n]}" for n in wanted if n not in free and saved[n] != wanted[n]]
     if changes:
         listed = ", ".join(changes)

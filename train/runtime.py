@@ -8,18 +8,21 @@ import hashlib
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from importlib import metadata, util
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 
 from resnet_jax.onednn import cache_folder
 from train.errors import RunError, UsageError
+from train.paths import local_path
 
 # glibc's mallopt, malloc.h
 M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
@@ -41,7 +44,7 @@ def keep_compiled(folder: str = "auto") -> Path | None:
     if folder == "auto" and given:
         return Path(given)
     try:
-        path = cache_folder() / "compiled" / _processor() if folder == "auto" else Path(folder).expanduser()
+        path = cache_folder() / "compiled" / _processor() if folder == "auto" else local_path(folder)
         path.mkdir(parents=True, exist_ok=True)
     except (OSError, RuntimeError) as error:
         if folder == "auto":
@@ -92,6 +95,12 @@ def keep_memory() -> bool:
     return all(done)
 
 
+def use_own_precision() -> None:
+    """Ignore JAX_ENABLE_X64 and JAX_NUMPY_DTYPE_PROMOTION: all that a run saves is float32, and so are its steps."""
+    jax.config.update("jax_enable_x64", False)
+    jax.config.update("jax_numpy_dtype_promotion", "standard")
+
+
 def cpu_only() -> bool:
     """Whether the CPU will be JAX's only device, determined without initialising JAX."""
     platforms = getattr(jax.config, "jax_platforms", None) or ""
@@ -116,6 +125,30 @@ def join_hosts(distributed: str | None) -> None:
             jax.distributed.initialize(address, int(hosts), int(index))
     except (RuntimeError, ValueError) as error:
         raise RunError(f"cannot join the other hosts (--distributed {distributed}): {error}") from None
+
+
+@contextmanager
+def all_hosts() -> Iterator[None]:
+    """If this block fails on one host, it fails on all of them, with that host's error."""
+    failed: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        failed = error
+    if jax.process_count() > 1:
+        from jax.experimental.multihost_utils import process_allgather
+
+        text = f"{type(failed).__name__}: {failed}"[:1000] if failed else ""
+        lines = np.zeros(4096, np.uint8)
+        encoded = np.frombuffer(text.encode(), np.uint8)
+        lines[: len(encoded)] = encoded
+        texts = [bytes(row).rstrip(b"\0").decode() for row in np.asarray(process_allgather(lines))]
+        if failed is None and any(texts):
+            host = next(index for index, text in enumerate(texts) if text)
+            kind, _, message = texts[host].partition(": ")
+            raise (UsageError if kind == "UsageError" else RunError)(f"host {host} failed: {message or kind}")
+    if failed is not None:
+        raise failed
 
 
 def say(line: str) -> None:

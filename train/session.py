@@ -22,8 +22,8 @@ from train.errors import RunError
 from train.from_config import compute_dtype, make_kernels, open_measured, read_data, with_statistics
 from train.loop import Hook, Progress, fit
 from train.optim import Schedule
-from train.run_folder import claim, environment, settle, write_config, write_json
-from train.runtime import compile_in, compiler_options, join_hosts, keep_compiled, say, xla_options
+from train.run_folder import claim, environment, length_before, release, settle, write_config, write_json
+from train.runtime import all_hosts, compile_in, compiler_options, join_hosts, keep_compiled, say, xla_options
 from train.state import TrainState
 
 Config = TypeVar("Config", bound=RunConfig)
@@ -32,23 +32,26 @@ Validate = Callable[[Any], tuple[dict[str, float], str]]
 
 
 def open_session(
-    config: Config, preset: str = "custom", *, dataset: Dataset | None = None, **own: Any
+    config: Config, preset: str = "custom", *, dataset: Dataset | None = None, longer: bool = False, **own: Any
 ) -> "Session[Config]":
     """Open a run's session: settle its folder, join the hosts, open the data.
 
     Args:
       dataset: images to use instead of those that the config names.
+      longer: let a config with more epochs or steps continue the run in its folder.
       own: pieces that were passed to the run as objects, by name, such as `model`; None means not passed. The names
         are recorded in the folder's config.json.
 
     Raises:
       UsageError: the folder holds a different run, or the data cannot be read or do not fit the batch size.
     """
-    session = Session(config, preset, {name: piece for name, piece in own.items() if piece is not None}, dataset)
+    own = {name: piece for name, piece in own.items() if piece is not None}
+    session = Session(config, preset, own, dataset, longer=longer)
     if session.finished is None:
         join_hosts(config.distributed)
         keep_compiled(config.cache)
-        session.open_data(dataset)
+        with all_hosts():
+            session.open_data(dataset)
     return session
 
 
@@ -74,10 +77,13 @@ class Session(Generic[Config]):
     checkpoints: Checkpoints
     resumed = False
 
-    def __init__(self, config: Config, preset: str, own: dict[str, Any], dataset: Dataset | None) -> None:
+    def __init__(
+        self, config: Config, preset: str, own: dict[str, Any], dataset: Dataset | None, *, longer: bool = False
+    ) -> None:
         self.config, self.preset, self.own = config, preset, own
         self.replaced = [*own] if dataset is None else [*own, "dataset"]
-        self.out, self.finished = settle(config, preset, self.replaced)
+        self.longer = longer
+        self.out, self.finished = settle(config, preset, self.replaced, longer=longer)
         self.model_name = type(own["model"]).__name__ if "model" in own else config.model
         self.last_row: dict[str, float] = {}
 
@@ -120,8 +126,18 @@ class Session(Generic[Config]):
           evaluations: pairs of `(x, batch, *, axis_name) -> arrays` and the shapes of `x`.
           state: the state to start from.
         """
-        if self.main:
-            claim(self.out, self.config, self.replaced)
+        with all_hosts():
+            if self.main:
+                claim(self.out, self.config, self.dataset, self.replaced, longer=self.longer)
+            try:
+                return self._compile(step, evaluations, state)
+            except BaseException:
+                release(self.out)
+                raise
+
+    def _compile(
+        self, step: Callable[..., Any], evaluations: Sequence[tuple[Callable[..., Any], Any]], state: TrainState
+    ) -> tuple[Callable[..., Any], list[Callable[..., Any]]]:
         # Compilation needs only the shapes of batches, which are known before the images are read.
         config, pmap, shape = self.config, self.config.mode == "pmap", self.dataset.image_shape
         compiled_for = partial(compile_step, mesh=self.mesh, mode=config.mode)
@@ -190,7 +206,12 @@ class Session(Generic[Config]):
           RunError: the run stopped; the message says why, and which checkpoint was kept.
         """
         # Record the run only now: until here it may be refused, and the corrected command can use the folder.
-        config = self.config
+        config, number = self.config, int(state.step)
+        if self.longer and self.resumed and (before := length_before(self.out, config)):
+            say(
+                f"this run was one of {before}: its schedule now spans {self.steps:,} steps, so the learning rate goes "
+                f"on at {float(schedule(number)):.3g}"
+            )
         if self.main:
             write_config(self.out, self.preset, config, self.dataset, self.replaced)
         progress = Progress(
@@ -232,7 +253,11 @@ class Session(Generic[Config]):
         except RunError as error:
             kept = self.checkpoints.steps
             where = f"; {self.out} keeps checkpoint {kept[-1]}" if kept else ""
+            release(self.out)
             raise RunError(f"{error}{where}") from None
+        except BaseException:
+            release(self.out)
+            raise
         finally:
             progress.close()
         self.seconds = time.perf_counter() - began
@@ -259,4 +284,5 @@ class Session(Generic[Config]):
         }
         if self.main:
             write_json(self.out / "result.json", result)
+        release(self.out)
         return result

@@ -168,6 +168,14 @@ def widths_of(source: Path) -> tuple[str, tuple[int, ...]]:
     return config.model, config.widths
 
 
+def classes_of(source: Path) -> list[str]:
+    """The classes of the training run in a folder, in the order of its head; empty if `source` is not such a run."""
+    source = source.expanduser()
+    if not (source / "config.json").is_file() or pipeline_of(source) != "train":
+        return []
+    return list(read_config(source, TrainConfig)[1].get("classes", []))
+
+
 def read_state_dict(path: Path) -> dict[str, np.ndarray]:
     """Read a PyTorch weights file as {name: array}; tensors in nested dicts have names like `state_dict.conv1.weight`.
 

@@ -84,6 +84,40 @@ def test_round_trip_is_exact_and_goes_to_one_device(folder, states):
     assert {leaf.sharding for leaf in jax.tree.leaves(restored)} == {replicated(make_mesh(jax.devices()[:1]))}
 
 
+@pytest.mark.parametrize("name", ["[x]", "Photos [2026]", "a*b?", "a\\b", "gs:", "100% #1", "Ü é", "a\nb"])
+def test_any_folder(tmp_path, states, name):
+    """Orbax takes some names for patterns or schemes: saved, resumed, and cleaned up."""
+    save(tmp_path / name / "checkpoints", states[:3], keep_last=1, keep_best=1)
+    checkpoints = Checkpoints(tmp_path / name / "checkpoints", keep_last=1)
+    assert checkpoints.steps == [2, 3]
+    assert_equal(checkpoints.resume(states[0])[0], states[2])
+    checkpoints.close()
+    assert [p.name for p in tmp_path.rglob("manifest.ocdbt")]
+    assert {p.name for p in (tmp_path / name / "checkpoints").iterdir()} == {"2", "3"}
+
+
+def test_64_bits(tmp_path, states):
+    """What a process with JAX_ENABLE_X64 saved, also before states were kept in float32, any process reads."""
+    wide = {"float32": np.float64, "int32": np.int64}
+    with jax.enable_x64(True):
+        widened = jax.tree.map(lambda x: x.astype(wide.get(str(x.dtype), x.dtype)), states[0].opt_state)
+        save(tmp_path, [states[0].replace(opt_state=widened)])
+    restored, _ = Checkpoints(tmp_path, writes=False).restore(states[1])
+    assert_equal(restored, states[0])
+
+
+def test_key_of_a_different_implementation(tmp_path, states):
+    """Whoever only reads does not need it; whoever goes on is told how."""
+    key = jax.random.key(1, impl="rbg")
+    save(tmp_path, [states[0].replace(key=key)])
+    arrays, _ = Checkpoints(tmp_path, writes=False).read()
+    assert jax.random.key_impl(arrays["key"]) == jax.random.key_impl(key)
+    with pytest.raises(UsageError, match="by rbg, this process by threefry2x32: set JAX_DEFAULT_PRNG_IMPL=rbg"):
+        Checkpoints(tmp_path, writes=False).restore(states[0])
+    restored, _ = Checkpoints(tmp_path, writes=False).restore(states[1].replace(key=key))
+    assert_equal(restored, states[0].replace(key=key))
+
+
 def test_keeps_the_last_and_the_best(tmp_path, states):
     save(tmp_path, states, keep_last=1, keep_best=1)
     checkpoints = Checkpoints(tmp_path, keep_last=1, keep_best=1)

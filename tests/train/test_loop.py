@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +18,15 @@ class Counter(struct.PyTreeNode):
     """A state that counts."""
 
     step: int = 0
+
+
+class FakeState(struct.PyTreeNode):
+    """The fields of a state that must be finite."""
+
+    step: int = 0
+    params: Any = None
+    batch_stats: Any = None
+    ema: Any = None
 
 
 HOOKS = {2: [2, 4, 6, 7], 3: [3, 6, 7]}  # when those of 7 steps are called: always after the last
@@ -67,6 +77,19 @@ def test_not_finite_stops_before_any_hook_sees_it(bad, at):
     with pytest.raises(RunError, match=f"loss at step {at} is not finite"):
         fit(step, Counter(), itertools.count(1), steps=10, hooks=[(2, lambda s: seen.append(s.step))])
     assert seen == [n for n in (2, 4) if n < at]
+
+
+@pytest.mark.parametrize("field", ["params", "batch_stats", "ema"])
+@pytest.mark.parametrize("hooks", [[], [(1, print)]])
+def test_parameters_after_the_last_update(field, hooks, capsys):
+    """Its loss was finite: that of the next step would not be."""
+
+    def step(state, batch):
+        return FakeState(step=1, **{field: {"w": jnp.asarray([1.0, jnp.nan])}}), {}
+
+    with pytest.raises(RunError, match=r"after step 1 are not finite: lower the learning rate"):
+        fit(step, FakeState(), itertools.count(), steps=1, hooks=hooks)
+    assert capsys.readouterr().out == ""
 
 
 def test_progress_writes_means_and_resumes_without_duplicates(tmp_path, capsys):

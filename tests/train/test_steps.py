@@ -64,6 +64,16 @@ def test_step_is_sgd_on_the_mean_loss(images):
     assert_close(got.params, want, atol=1e-6, rtol=0)
 
 
+def test_64_bits_change_no_dtype(images):
+    """Learning rates are float64 then, and JAX would promote the parameters."""
+    with jax.enable_x64(True):
+        state = tiny_state(TX, ema=True)
+        step = partial(train_step, model=tiny(), tx=TX, ema_decay=0.9)
+        new, _ = jax.eval_shape(step, state, batch_of(images))
+    dtypes = [{str(x.dtype) for x in jax.tree.leaves(s)} for s in (state, new)]
+    assert dtypes[0] == dtypes[1] == {"float32", "int32", "bool", "key<fry>"}
+
+
 def test_overfits_32_images():
     """32 noise images with random labels are learnt by heart."""
     rng = np.random.default_rng(1)

@@ -1,11 +1,11 @@
 """`python -m train.data prepare NAME [--dir DIR]`: download a stock TFDS set and store it as ArrayRecord."""
 
 import argparse
-from pathlib import Path
 
 from train.data.prepare import prepare
 from train.data.sets import default_data_dir
 from train.errors import one_line
+from train.paths import local_path
 
 
 def main() -> None:
@@ -13,7 +13,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m train.data", description=__doc__)
     parser.add_argument("command", choices=["prepare"])
     parser.add_argument("name")
-    parser.add_argument("--dir", type=Path, default=default_data_dir(), help="the TFDS data_dir")
+    parser.add_argument("--dir", type=local_path, default=default_data_dir(), help="the TFDS data_dir")
     args = parser.parse_args()
     print(prepare(args.name, args.dir))
 

@@ -5,11 +5,13 @@
 once into `Arrays`; large ones stay encoded and are decoded by `train.data.batches` while training runs.
 """
 
+import hashlib
 import math
 import os
 import re
+import unicodedata
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,13 +28,18 @@ MEMORY_LIMIT = 2 << 30  # bytes: sets that decode to no more than this live in m
 
 @dataclass(frozen=True, kw_only=True)
 class Dataset:
-    """Three splits of one set. `test` is evaluated once, at the end; decisions are made on `validation`."""
+    """Three splits of one set. `test` is evaluated once, at the end; decisions are made on `validation`.
+
+    `images` says which images they hold, {split: {"count", "digest"}}, so that a run can tell if others are there when
+    it is resumed; empty if that is not known.
+    """
 
     name: str
     classes: tuple[str, ...]
     train: Arrays | Encoded
     validation: Arrays | Encoded
     test: Arrays | Encoded
+    images: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -100,7 +107,8 @@ def load(
                 f"{name} is not decoded, so nothing can be cropped while decoding: drop --data.random-crop"
             )
         splits["train"] = replace(splits["train"], random_crop=True)
-    dataset = _checked(Dataset(name=name, classes=classes, **splits))
+    images = {split: _fingerprint(source) for split, source in splits.items()}
+    dataset = _checked(Dataset(name=name, classes=classes, images=images, **splits))
     return dataset if memory_limit == 0 else in_memory(dataset, skip_broken=broken == "skip", limit=memory_limit)
 
 
@@ -120,6 +128,21 @@ def in_memory(dataset: Dataset, *, skip_broken: bool = False, limit: int = MEMOR
         return dataset
     decoded: dict[str, Any] = {split: decode_all(source, skip_broken=skip_broken) for split, source in encoded.items()}
     return _checked(replace(dataset, **decoded))
+
+
+def _fingerprint(source: Arrays | Encoded) -> dict[str, Any]:
+    """Describe which images a split holds: their `count`, and a `digest` of their names, without folders, and labels.
+
+    Labels that can only be read with the images are left out.
+    """
+    if isinstance(source, Arrays):
+        names, labels = [], source.labels
+    else:
+        names = [Path(source.name(position)).name for position in source.indices.tolist()]
+        labels = np.zeros(0) if source.labels is None else source.labels[source.indices]
+    text = unicodedata.normalize("NFC", "\n".join([*names, *map(str, labels.tolist())]))
+    digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+    return {"count": len(source), "digest": digest[:16]}
 
 
 def _checked(dataset: Dataset) -> Dataset:
@@ -152,7 +175,9 @@ def from_arrays(
     if test is not None:
         splits["test"] = Arrays(images=test[0], labels=test[1])
     names = tuple(classes) if classes else tuple(str(c) for c in range(int(labels.max(initial=-1)) + 1))
-    return _checked(Dataset(name="arrays", classes=names, **_complete(splits, validation, split_seed)))
+    splits = _complete(splits, validation, split_seed)
+    known = {split: _fingerprint(source) for split, source in splits.items()}
+    return _checked(Dataset(name="arrays", classes=names, images=known, **splits))
 
 
 def split_indices(count: int, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:

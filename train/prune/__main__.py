@@ -5,10 +5,10 @@ The last line on stdout is the result as JSON. `python -m train.prune report RUN
 """
 
 import sys
-from pathlib import Path
 
 from train.cli import run_command, start
 from train.errors import UsageError
+from train.paths import local_path
 from train.prune.config import PruneConfig, check_changes, of_run
 from train.prune.presets import PRESETS
 
@@ -21,13 +21,14 @@ def main(argv: list[str] | None = None) -> None:
 
         return (report.report_main if argv[0] == "report" else report.curve_main)(argv[1:])
     named = argv[0] if argv and not argv[0].startswith("-") and argv[0] not in PRESETS else ""
-    exists = bool(named) and (Path(named) / "config.json").exists()
-    if named and not exists and ("/" in named or Path(named).exists()):
+    run = local_path(named)
+    exists = bool(named) and (run / "config.json").exists()
+    if named and not exists and ("/" in named or run.exists()):
         raise UsageError(f"{named} is neither a preset ({', '.join(PRESETS)}) nor a run folder")
 
     def given() -> PruneConfig:
         """Settings of the named run."""
-        return of_run(Path(named))
+        return of_run(run)
 
     presets = {**PRESETS, named: given} if exists else PRESETS
     run_command("train.prune", presets, argv, default="digits_prune", check=check_changes, known=PRESETS)

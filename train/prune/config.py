@@ -138,7 +138,7 @@ def of_run(run: Path) -> PruneConfig:
         epochs, lr = max(round(trained / 3), 1), config.optim.lr / 5
     return dataclasses.replace(
         config,
-        out=f"{str(run).rstrip('/')}-pruned",
+        out=f"{run if run.name and run.name != '..' else run.resolve()}-pruned",
         init=str(run),
         select="last",
         dense=False,

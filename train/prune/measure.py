@@ -34,11 +34,18 @@ WARMUP = 3
 
 
 def measure(
-    run: Path, *, shares: Sequence[float] = (), images: int = 1000, steps: int = 20, repeats: int = 10
+    run: Path,
+    *,
+    before: Path | None = None,
+    shares: Sequence[float] = (),
+    images: int = 1000,
+    steps: int = 20,
+    repeats: int = 10,
 ) -> Report:
     """Report on a finished run, ready for JSON: accuracy, bytes, multiply-adds and latency, layer by layer.
 
     Args:
+      before: the run or weights that it started from, if they are no longer where its config says.
       shares: sparsities for `sensitivity`, which is not measured if this is empty.
       images: number of validation images for `sensitivity`.
       steps, repeats: arguments of `latency`, which is not measured with 0 steps.
@@ -60,10 +67,12 @@ def measure(
 
     # "Before" is the network that the run started from, or trained first.
     state = load_state(run)
-    source = run / "dense" if config.init is None else Path(config.init).expanduser()
+    source = before or (run / "dense" if config.init is None else Path(config.init).expanduser())
+    if not source.exists():
+        raise UsageError(f"{run} was pruned from {source}, which is not there: name it with --before")
     dense = dense_variables(source, {"params": state.params, "batch_stats": state.batch_stats})
     masks = load_masks(source, dense["params"])
-    before = model, dense, no_masks(dense["params"]) if masks is None else masks
+    network = model, dense, no_masks(dense["params"]) if masks is None else masks
     # "After" is the delivered network, which is smaller if channels were removed.
     if config.prune.structure == CHANNELS:
         state = load_state(run / COMPACT)
@@ -73,10 +82,10 @@ def measure(
     # Timing and sensitivity take minutes, so both are optional.
     times = curves = None
     if steps:
-        pair = {"before": before[:2], "after": after[:2]}
+        pair = {"before": network[:2], "after": after[:2]}
         times = latency(pair, shape, steps=steps, repeats=repeats, plain=not kernels)
     if shares:
-        evaluated, number = _validation(config, before[0], dense, images, not kernels)
+        evaluated, number = _validation(config, network[0], dense, images, not kernels)
         curves = {
             "split": "validation",
             "images": number,
@@ -84,7 +93,7 @@ def measure(
             "sparsities": list(shares),
             "accuracy": sensitivity(evaluated, dense["params"], shares),
         }
-    found = compare(before, after, shape)
+    found = compare(network, after, shape)
     for side, key in (("before", "dense"), ("after", "pruned")):
         found[side] |= {"accuracy": result[f"{key}_accuracy"], "bytes": result[f"{key}_bytes"]}
         found[side]["latency_ms"] = {batch: timed[side]["step_ms"] for batch, timed in (times or {}).items()}

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from train.errors import UsageError
+from train.paths import local_path
 from train.prune.layers import Row, aligned, short
 from train.prune.layers import text as layers_text
 from train.prune.measure import Report, measure
@@ -23,9 +24,10 @@ def report_main(argv: Sequence[str] | None = None) -> None:
     """Print the report of a run; write it as JSON and draw it on request."""
     about = "Compare a pruned run with the network that it started from."
     parser = argparse.ArgumentParser(prog="python -m train.prune report", description=about)
-    parser.add_argument("run", type=Path, help="a finished run of pruning")
-    parser.add_argument("--json", type=Path, help="write the report to this file")
-    parser.add_argument("--picture", type=Path, help="draw it to this file: .png, .svg or .pdf")
+    parser.add_argument("run", type=local_path, help="a finished run of pruning")
+    parser.add_argument("--before", type=local_path, help="the run that it started from, if that has moved alone")
+    parser.add_argument("--json", type=local_path, help="write the report to this file")
+    parser.add_argument("--picture", type=local_path, help="draw it to this file: .png, .svg or .pdf")
     parser.add_argument(
         "--sensitivity",
         type=float,
@@ -40,7 +42,7 @@ def report_main(argv: Sequence[str] | None = None) -> None:
         raise UsageError(f"--sensitivity {' '.join(map(str, shares))}: sparsities are in [0, 1)")
     if args.picture:  # refuse a picture that cannot be drawn before minutes of measuring
         check_picture(args.picture)
-    report = measure(args.run, shares=shares, steps=args.steps)
+    report = measure(args.run, before=args.before, shares=shares, steps=args.steps)
     print(text(report))
     if args.json:
         write_json(args.json, {**report, **environment()})
@@ -53,9 +55,9 @@ def curve_main(argv: Sequence[str] | None = None) -> None:
     about = "Compare runs of pruning: accuracy by sparsity."
     parser = argparse.ArgumentParser(prog="python -m train.prune curve", description=about)
     parser.add_argument(
-        "runs", nargs="+", type=Path, help="finished runs, or JSON files of python -m train.report --json"
+        "runs", nargs="+", type=local_path, help="finished runs, or JSON files of python -m train.report --json"
     )
-    parser.add_argument("--picture", type=Path, help="draw them to this file: .png, .svg or .pdf")
+    parser.add_argument("--picture", type=local_path, help="draw them to this file: .png, .svg or .pdf")
     args = parser.parse_args(argv)
     runs = [collect(path) for path in args.runs]
     for path, run in zip(args.runs, runs, strict=True):

@@ -155,7 +155,15 @@ def train_pruned(
         return start_masks(p, make_target(p, model, params), params, given)
 
     state = session.place(
-        make_state(session.config, pieces.model, pieces.tx, session.dataset.image_shape, source, masks)
+        make_state(
+            session.config,
+            pieces.model,
+            pieces.tx,
+            session.dataset.image_shape,
+            source,
+            masks,
+            classes=session.dataset.classes,
+        )
     )
     compared = dense_variables(dense, jax.device_get(state.variables))
     target = make_target(p, model, state.params)

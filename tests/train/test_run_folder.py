@@ -1,0 +1,250 @@
+"""A run's folder: what it was made from, who uses it, where it lies, going on for longer."""
+
+import fcntl
+import json
+import os
+import shutil
+import unicodedata
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.reference.nets import Mlp
+from train.config import AugmentConfig, DataConfig, OptimConfig, TrainConfig
+from train.errors import RunError, UsageError
+from train.json_text import to_json
+from train.loop import read_rows
+from train.paths import local_path, same_place
+from train.prune.config import PruneConfig, of_run
+from train.report import collect, run_name
+from train.run import run
+from train.run_folder import LOCK, load_state, lock, read_config, release
+from train.runtime import all_hosts
+
+pytestmark = pytest.mark.usefixtures("unoptimised", "one_device")
+
+CLASSES = ("apple", "pear", "plum", "quince")
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """A folder of 4 classes of 9 images, 8x8."""
+    rng = np.random.default_rng(0)
+    for name in CLASSES:
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for i in range(9):
+            Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)).save(tmp_path / f"photos/{name}/{i}.png")
+    return tmp_path / "photos"
+
+
+def config_of(photos, out, **options):
+    statistics = AugmentConfig(mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
+    fields = {"steps": 4, "batch": 4, "eval_batch": 8, "augment": statistics, "optim": OptimConfig(lr=0.01)}
+    return TrainConfig(out=str(out), data=DataConfig(name=f"folder:{photos}"), **fields | options)
+
+
+class Interrupted(Exception):
+    """Stands for whatever stops a process."""
+
+
+def interrupted(config):
+    """Start a run that stops after its second step, with a checkpoint of it."""
+
+    def stop(state):
+        raise Interrupted
+
+    with pytest.raises(Interrupted):
+        run(config, model=Mlp(), hooks=[(3, stop)])
+
+
+def other_class(photos):
+    (photos / "apple").rename(photos / "zapple")
+
+
+def more_images(photos):
+    shutil.copy(photos / "pear/0.png", photos / "pear/9.png")
+
+
+def other_images(photos):
+    """As many of every class."""
+    (photos / "pear/0.png").rename(photos / "pear/00.png")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (other_class, r"different classes \(apple -> pear, pear -> plum, plum -> quince, quince -> zapple\): restore"),
+        (more_images, r"different \w+ images \(\d+ -> \d+\): restore them, .* --init"),
+        (other_images, r"different \w+ images \(other names or labels\): restore them"),
+    ],
+)
+def test_resumes_only_on_the_images_that_it_was_made_from(photos, tmp_path, change, message):
+    config = config_of(photos, tmp_path / "run", save_steps=2)
+    interrupted(config)
+    change(photos)
+    with pytest.raises(UsageError, match=message):
+        run(config, model=Mlp())
+
+
+def test_resumes_where_its_images_have_moved_in_another_form_of_their_names(photos, tmp_path, capsys):
+    """As between macOS and Linux; a path that is typed in a different way is the same path."""
+    forms = [photos / "pear" / f"{unicodedata.normalize(form, 'ü')}.png" for form in ("NFC", "NFD")]
+    (photos / "pear/0.png").rename(forms[0])
+    interrupted(config_of(photos, tmp_path / "run", save_steps=2))
+    forms[0].rename(forms[1])
+    run(config_of(f"{tmp_path}/./photos/", tmp_path / "run", save_steps=2), model=Mlp())
+    assert "resuming from step 2" in capsys.readouterr().err
+
+
+def test_head_of_other_classes_is_not_taken(photos, tmp_path, capsys):
+    """As many of them, in the right shapes."""
+    first = config_of(photos, tmp_path / "first", model="resnet8", width=8, steps=1)
+    run(first)
+    other_class(photos)
+    second = config_of(photos, tmp_path / "second", model="resnet8", width=8, steps=1, init=str(tmp_path / "first"))
+    second = TrainConfig(**{**vars(second), "optim": OptimConfig(lr=0.0)})
+    capsys.readouterr()
+    run(second)
+    assert (
+        "has other classes (4: apple, pear, plum, ...): the head starts from random weights" in capsys.readouterr().err
+    )
+    before, after = (load_state(tmp_path / name).params for name in ("first", "second"))
+    np.testing.assert_array_equal(before["stem"]["conv"]["kernel"], after["stem"]["conv"]["kernel"])
+    assert not np.array_equal(before["head"]["kernel"], after["head"]["kernel"])
+
+
+def test_folder_in_use_is_refused(photos, tmp_path):
+    """By a different process; the same one may try again after a failure."""
+    config = config_of(photos, tmp_path / "run", save_steps=2)
+    interrupted(config)
+    with (tmp_path / "run" / LOCK).open() as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(UsageError, match=rf"is in use by process {os.getpid()} on .*: wait for its end"):
+            run(config, model=Mlp())
+    run(config, model=Mlp())
+    steps = [row["step"] for row in read_rows(tmp_path / "run" / "metrics.jsonl")]
+    assert steps == sorted(steps)
+    with (tmp_path / "run" / LOCK).open() as other:  # the end of the run has released it
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def test_file_systems_without_locks(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    lock(tmp_path)
+    release(tmp_path)
+
+
+def test_goes_on_for_longer(photos, tmp_path, capsys):
+    """A finished run keeps its optimizer's state and its first result; with less it is a different run."""
+    short = config_of(photos, tmp_path / "run", keep_last=5)
+    run(short, model=Mlp())
+    with pytest.raises(UsageError, match="different settings"):
+        run(config_of(photos, tmp_path / "run", steps=3), model=Mlp())
+    longer = config_of(photos, tmp_path / "run", steps=6, keep_last=5)
+    result = run(longer, model=Mlp())
+    assert result["steps"] == 6
+    said = capsys.readouterr().err
+    assert "resuming from step 4" in said
+    assert "this run was one of 4 steps: its schedule now spans 6 steps, so the learning rate goes on at 0.0025" in said
+    assert json.loads((tmp_path / "run/result-4.json").read_text())["steps"] == 4
+    assert json.loads((tmp_path / "run/config.json").read_text())["config"]["steps"] == 6
+    assert run(longer, model=Mlp())["params_digest"] == result["params_digest"]
+
+
+def test_moved_runs(photos, tmp_path, monkeypatch):
+    """Paths in the config are found relative to the run, and a run named `.` has a name."""
+    monkeypatch.chdir(tmp_path)
+    run(config_of("photos", "runs/a", steps=1), model=Mlp())
+    out = tmp_path / "runs/a"
+    saved = json.loads((out / "config.json").read_text())
+    saved["config"] |= {"init": "runs/dense"}
+    (out / "config.json").write_text(json.dumps(saved))
+    (tmp_path / "runs/dense").mkdir()
+    shutil.move(tmp_path / "runs", tmp_path / "archive")
+    moved = tmp_path / "archive/a"
+    (tmp_path / "elsewhere").mkdir()
+    for where in (tmp_path, tmp_path / "elsewhere"):
+        monkeypatch.chdir(where)
+        config, _ = read_config(moved, TrainConfig)
+        assert same_place(config.init, tmp_path / "archive/dense")
+        assert where == tmp_path or same_place(config.data.name, f"folder:{photos}")
+    monkeypatch.chdir(moved)
+    assert of_run(Path(".")).out == f"{moved}-pruned"
+    assert of_run(Path("../a/")).out == "../a-pruned"
+    assert isinstance(of_run(moved), PruneConfig)
+
+
+@pytest.mark.parametrize("path", ["gs://bucket/run", "s3://bucket/run", Path("gs://bucket/run")])
+def test_remote_folders_are_refused_at_once(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match="is not a local folder"):
+        local_path(path)
+    with pytest.raises(UsageError, match="is not a local folder"):
+        run(TrainConfig(out=str(path)))
+    assert not list(tmp_path.iterdir())
+
+
+def test_home(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert local_path("~/run/") == tmp_path / "run"
+    with pytest.raises(UsageError, match="no such user"):
+        local_path("~nobody-of-this-name/run")
+
+
+def test_names_of_runs_in_a_picture():
+    runs = [Path("a/lr=0.1"), Path("a/lr=0.2"), Path("b/lr=0.1")]
+    assert [run_name(path, runs) for path in runs] == ["a/lr=0.1", "lr=0.2", "b/lr=0.1"]
+    assert run_name(Path("."), [Path(".")]) == Path.cwd().name
+
+
+def test_json_is_json(photos, tmp_path):
+    """A class without test images has no accuracy."""
+    assert to_json({"a": [float("nan"), np.float32("inf"), np.arange(2)], "b": (1.5, None, True)}) == (
+        '{"a": [null, null, [0, 1]], "b": [1.5, null, true]}'
+    )
+    for file in list((photos / "apple").iterdir())[1:]:
+        file.unlink()
+    result = run(config_of(photos, tmp_path / "run", steps=1), model=Mlp())
+    assert np.isnan(result["test_per_class_accuracy"][0])
+
+    def refuse(word):
+        raise AssertionError(f"{word} is not JSON")
+
+    for file in (tmp_path / "run").glob("*.json*"):
+        for line in file.read_text().splitlines() if file.suffix == ".jsonl" else [file.read_text()]:
+            json.loads(line, parse_constant=refuse)
+    assert collect(tmp_path / "run")["test_per_class_accuracy"][0] is None
+
+
+def test_run_that_ends_in_infinity_fails(photos, tmp_path):
+    """In the last update, whose loss was still finite."""
+    optim = OptimConfig(lr=1e38, schedule="constant", momentum=0.0)
+    with pytest.raises(RunError, match="the parameters after step 1 are not finite: lower the learning rate"):
+        run(config_of(photos, tmp_path / "run", steps=1, optim=optim, batch=32, label_smoothing=0.1), model=Mlp())
+    assert not (tmp_path / "run/result.json").exists()
+
+
+def test_all_hosts_fail_with_the_error_of_one(monkeypatch):
+    """The other host's line, as if it had come from there."""
+    own = []
+
+    def gathered(line):
+        own.append(bytes(line).rstrip(b"\0").decode())
+        other = np.zeros(4096, np.uint8)
+        text = np.frombuffer(b"UsageError: there is no folder photos", np.uint8)
+        other[: len(text)] = text
+        return np.stack([line, other])
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr("jax.experimental.multihost_utils.process_allgather", gathered)
+    with pytest.raises(UsageError, match="host 1 failed: there is no folder photos"), all_hosts():
+        pass
+    with pytest.raises(RunError, match=r"^mine$"), all_hosts():
+        raise RunError("mine")
+    assert own == ["", "RunError: mine"]

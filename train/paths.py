@@ -1,0 +1,52 @@
+"""Paths as users write them, and paths in the config of a run that has moved."""
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from train.errors import UsageError
+
+FOLDER = "folder:"
+
+
+def local_path(path: str | Path) -> Path:
+    """Make a path of what a user wrote: `~` is the home folder.
+
+    Raises:
+      UsageError: a remote address such as gs://BUCKET/RUN, or the home of an unknown user.
+    """
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://|(gs|s3|az|abfss?|hdfs|https?|file):/", str(path)):
+        raise UsageError(f"{path} is not a local folder: mount it or copy it, and name the local path")
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise UsageError(f"{path}: there is no such user's home folder") from None
+
+
+def located(text: str, run: Path, saved: dict[str, Any]) -> str:
+    """Find a path of a run's config from here: relative to the run folder, which may have moved, or as it was typed.
+
+    Args:
+      text: a path, or `folder:PATH`.
+      run: the run folder where it is now.
+      saved: the run's config.json.
+    """
+    prefix, path = (FOLDER, text.removeprefix(FOLDER)) if text.startswith(FOLDER) else ("", text)
+    typed, base = Path(path).expanduser(), Path(saved.get("cwd", ""))
+    out = saved["config"].get("out") or f"runs/{saved.get('preset')}-seed{saved['config'].get('seed')}"
+    before, source = base / Path(out).expanduser(), base / typed
+    places = [typed]
+    if before.is_absolute() == source.is_absolute():  # else it is unknown where the command was typed
+        now = Path(os.path.normpath(run.absolute() / os.path.relpath(source, before)))
+        places = [now, typed, source]
+    found = next((place for place in places if place.exists()), typed)
+    return text if same_place(found, typed) else f"{prefix}{found}"
+
+
+def same_place(one: str | Path, other: str | Path) -> bool:
+    """Whether two paths, or two `folder:PATH`, name the same place."""
+    if str(one).startswith(FOLDER) != str(other).startswith(FOLDER):
+        return False
+    paths = (Path(str(path).removeprefix(FOLDER)).expanduser().resolve() for path in (one, other))
+    return next(paths) == next(paths)
