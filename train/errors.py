@@ -18,6 +18,10 @@ class RunError(Exception):
     """A run that could not continue: the message says where it stopped and what was kept."""
 
 
+class LostHostError(RunError):
+    """A host that stopped answering. The process ends without JAX's shutdown, which would wait for it."""
+
+
 def unknown(kind: str, name: str, valid: Iterable[str]) -> UsageError:
     """Make the error for an unknown name; it suggests the nearest valid names and lists all of them."""
     valid = list(valid)
@@ -36,7 +40,9 @@ def one_line() -> Iterator[None]:
     try:
         yield
     except (UsageError, RunError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        if isinstance(error, LostHostError):
+            os._exit(1)
         raise SystemExit(2 if isinstance(error, UsageError) else 1) from None
     except RuntimeError as error:
         # JAX_PLATFORMS names a platform that is not there.

@@ -18,7 +18,7 @@ from train.checkpoint import METRIC, Checkpoints
 from train.config import RunConfig
 from train.data.batches import Batches, batch_like, check_batch, padded, train_batches
 from train.data.sets import Dataset
-from train.errors import RunError
+from train.errors import LostHostError, RunError
 from train.from_config import compute_dtype, make_kernels, open_measured, read_data, with_statistics
 from train.loop import Hook, Progress, fit
 from train.optim import Schedule
@@ -250,11 +250,16 @@ class Session(Generic[Config]):
         try:
             state = fit(step, state, self.stream, steps=self.steps, hooks=[*hooks, *every], log=progress.log)
             self.checkpoints.wait()
-        except RunError as error:
+        except (RunError, jax.errors.JaxRuntimeError) as error:
             kept = self.checkpoints.steps
             where = f"; {self.out} keeps checkpoint {kept[-1]}" if kept else ""
             release(self.out)
-            raise RunError(f"{error}{where}") from None
+            if isinstance(error, RunError):
+                raise RunError(f"{error}{where}") from None
+            if jax.process_count() == 1:
+                raise
+            reason = str(error).splitlines()[0][:200]
+            raise LostHostError(f"a different host has stopped or cannot be reached ({reason}){where}") from None
         except BaseException:
             release(self.out)
             raise

@@ -1,5 +1,6 @@
 """A run's folder: what it was made from, who uses it, where it lies, going on for longer."""
 
+import dataclasses
 import fcntl
 import json
 import os
@@ -12,16 +13,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.reference.nets import Mlp
+from tests.reference.nets import Mlp, tiny, tiny_state, tiny_tx
+from train.checkpoint import Checkpoints
 from train.config import AugmentConfig, DataConfig, OptimConfig, TrainConfig
 from train.errors import RunError, UsageError
+from train.from_config import make_state
 from train.json_text import to_json
-from train.loop import read_rows
+from train.loop import evaluate, read_rows
 from train.paths import local_path, same_place
 from train.prune.config import PruneConfig, of_run
 from train.report import collect, run_name
 from train.run import run
-from train.run_folder import LOCK, load_state, lock, read_config, release
+from train.run_folder import LOCK, load_state, lock, read_config, release, write_json
 from train.runtime import all_hosts
 
 pytestmark = pytest.mark.usefixtures("unoptimised", "one_device")
@@ -99,21 +102,21 @@ def test_resumes_where_its_images_have_moved_in_another_form_of_their_names(phot
     assert "resuming from step 2" in capsys.readouterr().err
 
 
-def test_head_of_other_classes_is_not_taken(photos, tmp_path, capsys):
+@pytest.mark.parametrize("other", [CLASSES, CLASSES[::-1]])
+def test_head_of_other_classes_is_not_taken(tmp_path, capsys, other):
     """As many of them, in the right shapes."""
-    first = config_of(photos, tmp_path / "first", model="resnet8", width=8, steps=1)
-    run(first)
-    other_class(photos)
-    second = config_of(photos, tmp_path / "second", model="resnet8", width=8, steps=1, init=str(tmp_path / "first"))
-    second = TrainConfig(**{**vars(second), "optim": OptimConfig(lr=0.0)})
-    capsys.readouterr()
-    run(second)
-    assert (
-        "has other classes (4: apple, pear, plum, ...): the head starts from random weights" in capsys.readouterr().err
-    )
-    before, after = (load_state(tmp_path / name).params for name in ("first", "second"))
+    tx = tiny_tx()
+    config = TrainConfig(init=str(tmp_path))
+    write_json(tmp_path / "config.json", {"config": dataclasses.asdict(config), "classes": CLASSES})
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    checkpoints.save(tiny_state(tx), {})
+    checkpoints.close()
+    state = make_state(TrainConfig(seed=5), tiny(), tx, (8, 8, 3), tmp_path, classes=other)
+    message = "has other classes (4: apple, pear, plum, ...): the head starts from random weights"
+    assert (message in capsys.readouterr().err) == (other != CLASSES)
+    before, after = load_state(tmp_path).params, state.params
     np.testing.assert_array_equal(before["stem"]["conv"]["kernel"], after["stem"]["conv"]["kernel"])
-    assert not np.array_equal(before["head"]["kernel"], after["head"]["kernel"])
+    assert np.array_equal(before["head"]["kernel"], after["head"]["kernel"]) == (other == CLASSES)
 
 
 def test_folder_in_use_is_refused(photos, tmp_path):
@@ -224,9 +227,21 @@ def test_json_is_json(photos, tmp_path):
 
 def test_run_that_ends_in_infinity_fails(photos, tmp_path):
     """In the last update, whose loss was still finite."""
-    optim = OptimConfig(lr=1e38, schedule="constant", momentum=0.0)
+    optim = OptimConfig(lr=1e39, schedule="constant", momentum=0.0)
     with pytest.raises(RunError, match="the parameters after step 1 are not finite: lower the learning rate"):
-        run(config_of(photos, tmp_path / "run", steps=1, optim=optim, batch=32, label_smoothing=0.1), model=Mlp())
+        run(config_of(photos, tmp_path / "run", steps=1, optim=optim), model=Mlp())
+    assert not (tmp_path / "run/result.json").exists()
+
+
+def test_run_whose_network_overflows_at_the_end_fails(photos, tmp_path, monkeypatch):
+    """Its parameters are finite, but what it computes is not."""
+
+    def overflowing(*arguments):
+        return {**evaluate(*arguments), "loss": float("inf")}
+
+    monkeypatch.setattr("train.run.evaluate", overflowing)
+    with pytest.raises(RunError, match="the validation loss at step 1 is not finite"):
+        run(config_of(photos, tmp_path / "run", steps=1), model=Mlp())
     assert not (tmp_path / "run/result.json").exists()
 
 

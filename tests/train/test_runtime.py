@@ -7,7 +7,7 @@ import jax
 import pytest
 
 from train.errors import UsageError
-from train.runtime import cpu_only, keep_compiled
+from train.runtime import cpu_only, keep_compiled, use_own_precision
 
 
 @pytest.fixture
@@ -32,6 +32,22 @@ def test_where_programs_are_kept(settings, monkeypatch, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UsageError, match=r"--cache .*file/x: cannot create it: Not a directory"):
         keep_compiled(str(tmp_path / "file" / "x"))
+
+
+def test_platform_that_does_not_exist(fails):
+    def start():
+        raise RuntimeError("Unable to initialize backend 'tpu4': Backend 'tpu4' is not in the list of known backends")
+
+    assert "Unable to initialize backend 'tpu4'" in fails(2, start)
+
+
+def test_commands_compute_in_their_own_precision():
+    before = jax.config.jax_numpy_dtype_promotion
+    with jax.enable_x64(False):
+        jax.config.update("jax_numpy_dtype_promotion", "strict")
+        use_own_precision()
+        assert jax.config.jax_numpy_dtype_promotion == "standard" == before
+        assert jax.numpy.zeros(3).dtype == "float32"
 
 
 @pytest.mark.slow

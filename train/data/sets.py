@@ -138,7 +138,7 @@ def _fingerprint(source: Arrays | Encoded) -> dict[str, Any]:
     if isinstance(source, Arrays):
         names, labels = [], source.labels
     else:
-        names = [Path(source.name(position)).name for position in source.indices.tolist()]
+        names = [os.path.basename(source.name(position)) for position in source.indices.tolist()]
         labels = np.zeros(0) if source.labels is None else source.labels[source.indices]
     text = unicodedata.normalize("NFC", "\n".join([*names, *map(str, labels.tolist())]))
     digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
