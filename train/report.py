@@ -114,7 +114,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UsageError("--json takes one run")
     runs = {run_name(run, args.runs): collect(run) for run in args.runs}
     if args.json:
-        args.json.write_text(to_json(*runs.values(), indent=1) + "\n")
+        try:
+            args.json.write_text(to_json(*runs.values(), indent=1) + "\n")
+        except OSError as error:
+            raise UsageError(f"cannot write {args.json}: {error.strerror}") from None
     if args.picture:
         draw(runs, args.picture)
 

@@ -26,6 +26,7 @@ from train.bench.work import ceilings, usable_cores
 from train.data.batches import check_batch
 from train.errors import UsageError
 from train.from_config import compute_dtype
+from train.paths import local_path
 from train.run_folder import environment, write_json
 from train.runtime import say
 from train.timing import interleaved, ratio
@@ -51,7 +52,7 @@ def bench(config: BenchConfig, *, tasks: Tasks = TASKS, augmentations: Augmentat
     second = other(config, tasks) if config.versus else None
     if config.out is not None:
         try:
-            Path(config.out).mkdir(parents=True, exist_ok=True)  # before the time is spent
+            local_path(config.out).mkdir(parents=True, exist_ok=True)  # before the time is spent
         except OSError as error:
             raise UsageError(f"cannot make the folder --out {config.out}: {error.strerror}") from None
     conditions = {
@@ -81,7 +82,7 @@ def bench(config: BenchConfig, *, tasks: Tasks = TASKS, augmentations: Augmentat
         result["ceilings"] = ceiling
     result |= {**environment(), **conditions, "config": asdict(config)}
     if config.out is not None:
-        path = free_path(Path(config.out), result)
+        path = free_path(local_path(config.out), result)
         write_json(path, result)
         result["file"] = str(path)
     return result
@@ -94,7 +95,7 @@ def measured(config: BenchConfig, mesh: Mesh, tasks: Tasks, ceiling: dict[str, A
     variants = {name: prepare(config, mesh, variant) for name, variant in workload.variants.items()}
     time_steps({"step": one, **variants}, config)
     if config.profile is not None:
-        with jax.profiler.trace(config.profile):
+        with jax.profiler.trace(str(local_path(config.profile))):
             for _ in range(3):
                 jax.block_until_ready(one.stepper())
     result = described(one, ceiling)

@@ -10,7 +10,6 @@ import json
 import runpy
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from jax.sharding import Mesh
@@ -22,6 +21,7 @@ from train.bench.tasks import TASKS, UPDATE_EVERY, Tasks, kernels, train
 from train.bench.work import ceilings
 from train.errors import RunError, UsageError
 from train.from_config import compute_dtype
+from train.paths import local_path
 from train.run_folder import write_json
 from train.runtime import say
 from train.timing import Runner, interleaved, ratio
@@ -82,9 +82,10 @@ def gate(config: BenchConfig, mesh: Mesh) -> dict[str, Any]:
       UsageError: a file that cannot be loaded, no limits for this kind of device.
       RunError: pipelines that are slower than their limit allows, twice.
     """
-    path = Path(config.gate or "").with_name("gate.json")
+    file = local_path(config.gate or "")
+    path = file.with_name("gate.json")
     try:
-        plain: dict[str, Callable[[int], Runner]] = runpy.run_path(str(config.gate))["PIPELINES"]
+        plain: dict[str, Callable[[int], Runner]] = runpy.run_path(str(file))["PIPELINES"]
         stored = json.loads(path.read_text()) if path.exists() else {}
     except Exception as error:
         raise UsageError(f"--gate {config.gate} cannot be loaded: {type(error).__name__}: {error}") from None
