@@ -5,6 +5,7 @@ Entry points do it, and `train.session.open_session` for hosts and compiled prog
 
 import ctypes
 import hashlib
+import itertools
 import os
 import sys
 import time
@@ -17,11 +18,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 
 from resnet_jax.onednn import cache_folder
-from train.errors import RunError, UsageError
+from train.errors import LostHostError, RunError, UsageError
 from train.paths import local_path
 
 # glibc's mallopt, malloc.h
@@ -135,20 +135,37 @@ def all_hosts() -> Iterator[None]:
         yield
     except Exception as error:
         failed = error
-    if jax.process_count() > 1:
-        from jax.experimental.multihost_utils import process_allgather
-
-        text = f"{type(failed).__name__}: {failed}"[:1000] if failed else ""
-        lines = np.zeros(4096, np.uint8)
-        encoded = np.frombuffer(text.encode(), np.uint8)
-        lines[: len(encoded)] = encoded
-        texts = [bytes(row).rstrip(b"\0").decode() for row in np.asarray(process_allgather(lines))]
-        if failed is None and any(texts):
-            host = next(index for index, text in enumerate(texts) if text)
-            kind, _, message = texts[host].partition(": ")
-            raise (UsageError if kind == "UsageError" else RunError)(f"host {host} failed: {message or kind}")
+    # Hosts meet at JAX's coordinator, not in a collective: one may be minutes later than the others.
+    if (client := _coordinator()) is not None:
+        number = next(_meetings)
+        text = f"{type(failed).__name__}: {failed}" if failed else ""
+        try:
+            client.key_value_set(f"resnet-jax/{number}/{jax.process_index()}", text or "-")
+            client.wait_at_barrier(f"resnet-jax-{number}", MEETING_SECONDS * 1000)
+            texts = [
+                client.blocking_key_value_get(f"resnet-jax/{number}/{host}", 10_000)
+                for host in range(jax.process_count())
+            ]
+        except jax.errors.JaxRuntimeError as error:
+            reason = str(error).splitlines()[0][:200]
+            raise failed or LostHostError(f"a different host has stopped or cannot be reached ({reason})") from None
+        bad = next((host for host, text in enumerate(texts) if text != "-"), None)
+        if failed is None and bad is not None:
+            kind, _, message = texts[bad].partition(": ")
+            raise (UsageError if kind == "UsageError" else RunError)(f"host {bad} failed: {message or kind}")
     if failed is not None:
         raise failed
+
+
+MEETING_SECONDS = 3600  # how much later than the first the last host may have opened and compiled all it needs
+_meetings = itertools.count()
+
+
+def _coordinator() -> Any:
+    """The client of JAX's coordination service, None in a single process."""
+    from jax._src import distributed  # has no public name
+
+    return distributed.global_state.client
 
 
 def say(line: str) -> None:
