@@ -214,7 +214,7 @@ def check_images(out: Path, config: RunConfig, dataset: Dataset) -> None:
     if before != now:
         names = f"{abbreviate(before)} -> {abbreviate(now)}"
         if len(before) == len(now):
-            names = ", ".join(f"{a} -> {b}" for a, b in zip(before, now, strict=True) if a != b)
+            names = abbreviate([f"{a} -> {b}" for a, b in zip(before, now, strict=True) if a != b])
         raise UsageError(f"{out} was made from different classes ({names}): {ways}")
     theirs, ours = saved.get("images", {}), dataset.images
     for split in (split for split in ours if split in theirs and theirs[split] != ours[split]):

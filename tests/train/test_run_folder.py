@@ -79,7 +79,7 @@ def other_images(photos):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (other_class, r"different classes \(apple -> pear, pear -> plum, plum -> quince, quince -> zapple\): restore"),
+        (other_class, r"different classes \(4: apple -> pear, pear -> plum, plum -> quince, ...\): restore"),
         (more_images, r"different \w+ images \(\d+ -> \d+\): restore them, .* --init"),
         (other_images, r"different \w+ images \(other names or labels\): restore them"),
     ],
