@@ -30,6 +30,7 @@ from resnet_jax.parallel import axis_of, compile_step, make_mesh, place, replica
 from resnet_jax.tree import PyTree
 from train.cli import start
 from train.config import AugmentConfig, DataConfig, OptimConfig, TrainConfig
+from train.data.batches import eval_batch_size
 from train.data.sets import Dataset, known_labels, share_of
 from train.errors import UsageError, unknown
 from train.from_config import compute_dtype, eval_augment, make_kernels, make_model, open_data, read_data
@@ -164,7 +165,8 @@ def frozen_figures(config: PretrainConfig, run: Path, dataset: Dataset) -> Froze
         donate=False,
         compiler_options=compiler_options(encoder.dtype, plain=not kernels),
     )
-    features = Extractor(step, config.eval_batch, mesh, config.mode)
+    counts = [len(split) for split in dataset.splits.values()]
+    features = Extractor(step, eval_batch_size(config.eval_batch, max(counts), max(counts)), mesh, config.mode)
     return evaluate_features(config, features.splits(variables, dataset), len(dataset.classes))
 
 

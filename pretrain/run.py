@@ -88,8 +88,9 @@ def run(
             (partial(view_step, encoder=network.encoder, views=views[:2]), shapes),
         ],
         state,
+        evaluated=("train", "validation", "test"),
     )
-    features, pairs = (Extractor(program, config.eval_batch, session.mesh, config.mode) for program in programs)
+    features, pairs = (Extractor(program, session.eval_batch, session.mesh, config.mode) for program in programs)
     state = session.resume(state)
     monitor = make_monitor(session, objective, features, pairs)
     labelled = classes > 1

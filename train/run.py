@@ -193,7 +193,7 @@ class Training:
     def measure(self, variables: PyTree, split: str) -> dict[str, Any]:
         """Evaluate a split, see `train.steps.summarize`; evaluate the test split only at the end."""
         config, source = self.session.config, self.session.dataset.splits[split]
-        batches = eval_batches(source, batch=config.eval_batch, mesh=self.session.mesh, mode=config.mode)
+        batches = eval_batches(source, batch=self.session.eval_batch, mesh=self.session.mesh, mode=config.mode)
         return evaluate(self.eval_program, variables, batches)
 
     def fit(self, state: TrainState, hooks: Sequence[Hook] = ()) -> TrainState:
