@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,13 @@ def collect(run: Path) -> dict[str, Any]:
     except ValueError as error:
         raise UsageError(f"{run} cannot be read: {error}") from None
     return {**result, "config": config, "history": history}
+
+
+def run_name(path: Path, among: Sequence[Path]) -> str:
+    """Name of a run in a picture: its folder or file, with the parent folder where two of the paths end alike."""
+    path, *others = (Path(os.path.abspath(p)) for p in (path, *among))
+    name = path.stem if path.suffix == ".json" else path.name
+    return name if [other.name for other in others].count(path.name) < 2 else f"{path.parent.name}/{name}"
 
 
 def new_figure(width: float, height: float) -> Any:
@@ -103,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UsageError("nothing to do: pass --json FILE or --picture FILE")
     if args.json and len(args.runs) > 1:
         raise UsageError("--json takes one run")
-    runs = {run.stem: collect(run) for run in args.runs}
+    runs = {run_name(run, args.runs): collect(run) for run in args.runs}
     if args.json:
         args.json.write_text(json.dumps(*runs.values(), indent=1) + "\n")
     if args.picture:

@@ -1,11 +1,12 @@
 """Publishing a run: one file, one picture."""
 
 import json
+from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from train.report import collect, main
+from train.report import collect, main, run_name
 
 HISTORY = [
     {"step": 10, "epoch": 1.0, "loss": 1.5, "accuracy": 0.4, "grad_norm": 1.0, "learning_rate": 0.1},
@@ -33,6 +34,14 @@ def test_json_and_picture(finished, tmp_path):
     with Image.open(tmp_path / "curve.png") as image:
         colours = {tuple(pixel[:3]) for _, pixel in image.convert("RGB").getcolors(1 << 20)}
     assert {(31, 119, 180), (255, 127, 14)} <= colours  # both runs' curves are there
+
+
+def test_runs_of_one_name_are_told_apart(monkeypatch):
+    monkeypatch.chdir("/")
+    paths = [Path(p) for p in ("a/run", "b/run/", "c/net.v2", "kept.json", "/d/other/.")]
+    assert [run_name(path, paths) for path in paths] == ["a/run", "b/run", "net.v2", "kept", "other"]
+    monkeypatch.chdir("/usr/lib")
+    assert run_name(Path("."), [Path(".")]) == "lib"
 
 
 def test_without_matplotlib(finished, tmp_path, monkeypatch, fails):
