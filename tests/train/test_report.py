@@ -51,6 +51,14 @@ def test_without_matplotlib(finished, tmp_path, monkeypatch, fails):
 
 
 def test_refusals(finished, fails):
+    nowhere, folder = finished / "nowhere" / "x.json", finished.parent
+    line = fails(2, main, [str(finished), "--json", str(nowhere)])
+    assert line.endswith(f"cannot write {nowhere}: {nowhere.parent} is not a folder")
+    assert f"cannot write {folder}: it is a folder" in fails(2, main, [str(finished), "--json", str(folder)])
+    (folder / "list.json").write_text("not json")
+    line = fails(2, main, [str(finished / "result.json"), "--picture", str(folder / "x.png")])
+    assert "result.json holds no run: pass a run folder, or a file that train.report --json wrote" in line
+    assert "list.json cannot be read: " in fails(2, main, [str(folder / "list.json"), "--json", "x.json"])
     assert "pass --json FILE or --picture FILE" in fails(2, main, [str(finished)])
     assert "--json takes one run" in fails(2, main, [str(finished), str(finished), "--json", "x.json"])
     for missing in ("metrics.jsonl", "result.json"):
