@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from train.errors import UsageError
-from train.report import collect, new_figure, save_figure
+from train.report import collect, new_figure, run_name, save_figure
 
 Run = dict[str, Any]
 
@@ -100,12 +100,6 @@ def read(path: Path, *, labelled: bool = False) -> Run:
     return run
 
 
-def _name(path: Path, among: Sequence[Path]) -> str:
-    """Name of a run in a picture: its folder or file, with the parent folder where two names would be equal."""
-    name = path.stem if path.suffix == ".json" else path.name
-    return name if [other.name for other in among].count(path.name) < 2 else f"{path.parent.name}/{name}"
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Read the runs; draw a picture or print a table, as the flags request."""
     import argparse
@@ -117,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if not (args.picture or args.table):
         raise UsageError("nothing to do: pass --picture FILE or --table")
-    runs = {_name(path, args.runs): read(path, labelled=args.table) for path in args.runs}
+    runs = {run_name(path, args.runs): read(path, labelled=args.table) for path in args.runs}
     if args.picture:
         draw(runs, args.picture)
     if args.table:

@@ -124,6 +124,7 @@ class RunConfig:
     batch: int = 128
     """Global batch size."""
     eval_batch: int = 500
+    """Largest batch of evaluations; smaller splits are not padded to it."""
     seed: int = 0
     mode: Mode = "jit"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"

@@ -21,13 +21,16 @@ import numpy as np
 from PIL import Image
 
 from resnet_jax.augment import preprocess_batch
+from resnet_jax.tree import PyTree
 from train.config import TrainConfig
-from train.data.decode import UNREADABLE, decode_image
+from train.data.decode import UNREADABLE, decode_image, fault
 from train.errors import UsageError, one_line
 from train.from_config import compute_dtype, eval_augment, make_model
 from train.run_folder import load_state, read_config
 from train.runtime import compiler_options
 from train.state import forward
+
+CHUNK = 32  # most images to decode and compute at once
 
 Prediction = list[tuple[str, float]]  # (class, probability), most probable first
 
@@ -37,10 +40,14 @@ def load(run: str | Path, *, model: nn.Module | None = None, top: int = 5) -> Ca
 
     An image is a path, encoded bytes, or a uint8 array [H, W, C]; it is resized and cropped as the run's test images
     were. Returns the `top` classes with their probabilities. `model` is the one that was passed to the run, if one was.
+    A list may be of any length: `CHUNK` images are decoded and computed at a time.
 
     Raises:
-      UsageError: no such run, no good checkpoint, a model that is missing, an image that cannot be read.
+      UsageError: no such run, no good checkpoint, a model that is missing, an image that cannot be read, no class asked
+        for.
     """
+    if top < 1:
+        raise UsageError(f"the number of classes to return must be at least 1, got {top}")
     run = Path(run)
     config, saved = read_config(run, TrainConfig)
     if model is None and "model" in saved.get("replaced", []):
@@ -50,23 +57,37 @@ def load(run: str | Path, *, model: nn.Module | None = None, top: int = 5) -> Ca
     preprocess = eval_augment(config.augment)
 
     @partial(jax.jit, compiler_options=compiler_options(compute_dtype(config.dtype)))
-    def probabilities(images: jax.Array) -> jax.Array:
+    def probabilities(variables: PyTree, images: jax.Array) -> jax.Array:
         logits, _ = forward(model, variables, preprocess_batch(preprocess, images))
         return jax.nn.softmax(logits)
 
     def predict(images: Any) -> Prediction | list[Prediction]:
         many = isinstance(images, Sequence) and not isinstance(images, str | bytes)
-        batch = np.stack([_pixels(i, saved["image_shape"]) for i in (images if many else [images])])
+        if not many:
+            return chunk([images], [_name(images)])[0]
+        names = [_name(image, f"number {number}") for number, image in enumerate(images)]
+        starts = range(0, len(images), CHUNK)
+        return [found for at in starts for found in chunk(images[at : at + CHUNK], names[at : at + CHUNK])]
+
+    def chunk(images: Sequence[Any], names: Sequence[str]) -> list[Prediction]:
+        pixels = [_pixels(image, name, saved["image_shape"]) for image, name in zip(images, names, strict=True)]
+        # Pad to a power of two: then all lists share a few compiled programs, whatever their lengths.
+        padding = [pixels[0]] * (2 ** (len(pixels) - 1).bit_length() - len(pixels))
         found = []
-        for row in np.asarray(probabilities(batch)):
+        for row in np.asarray(probabilities(variables, np.stack(pixels + padding)))[: len(pixels)]:
             best = np.argsort(-row, kind="stable")[:top]
             found.append([(saved["classes"][i], float(row[i])) for i in best])
-        return found if many else found[0]
+        return found
 
     return predict
 
 
-def _pixels(image: Any, shape: Sequence[int]) -> np.ndarray:
+def _name(image: Any, otherwise: str = "") -> str:
+    """The name of an image in messages: its path, or where it stands in a list (from 0)."""
+    return str(image) if isinstance(image, str | Path) else otherwise
+
+
+def _pixels(image: Any, name: str, shape: Sequence[int]) -> np.ndarray:
     height, width, channels = shape
     if height != width:
         raise UsageError(f"this run was trained on {height}x{width} images: pass arrays of that size")
@@ -84,20 +105,44 @@ def _pixels(image: Any, shape: Sequence[int]) -> np.ndarray:
             image = encoded.getvalue()
         return decode_image(image, height, channels)
     except (*UNREADABLE, TypeError) as error:
-        raise UsageError(f"cannot read image: {error}") from None
+        reason = (error.strerror if isinstance(error, OSError) else None) or fault(error)
+        raise UsageError(f"cannot read image{name and f' {name}'}: {reason}") from None
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """`python -m train.predict RUN IMAGE...`: print each image's top classes on stderr, and as JSON on stdout."""
+    """`python -m train.predict RUN IMAGE...`: print each image's top classes on stderr, and as JSON on stdout.
+
+    An image that cannot be read has an `error` there instead of `top`, and makes the exit code 2.
+    """
     parser = argparse.ArgumentParser(prog="python -m train.predict", description=main.__doc__)
     parser.add_argument("run", help="run folder")
     parser.add_argument("images", nargs="+", help="image files")
     parser.add_argument("--top", type=int, default=5, help="number of classes to print")
     args = parser.parse_args(argv)
-    predictions = list(zip(args.images, load(args.run, top=args.top)(args.images), strict=True))
-    for path, found in predictions:
-        print(f"{path}: " + ", ".join(f"{name} {p:.1%}" for name, p in found), file=sys.stderr)
-    print(json.dumps([{"image": path, "top": found} for path, found in predictions]))
+    predict = load(args.run, top=args.top)
+
+    def attempt(paths: Sequence[str]) -> list[dict[str, Any]]:
+        try:
+            return [{"image": path, "top": found} for path, found in zip(paths, predict(paths), strict=True)]
+        except UsageError as error:
+            if len(paths) == 1:
+                return [{"image": paths[0], "error": str(error)}]
+            return [found for path in paths for found in attempt([path])]
+
+    # An image that cannot be read does not cost the others their predictions.
+    results: list[dict[str, Any]] = []
+    for at in range(0, len(args.images), CHUNK):
+        for found in attempt(args.images[at : at + CHUNK]):
+            results.append(found)
+            if "top" in found:
+                line = ", ".join(f"{name} {p:.1%}" for name, p in found["top"])
+                print(f"{found['image']}: {line}", file=sys.stderr)
+    if any("top" in found for found in results):
+        print(json.dumps(results))
+    broken = [found["error"] for found in results if "error" in found]
+    if broken:
+        more = f" (and {len(broken) - 1} more of {len(results)} images)" if len(broken) > 1 else ""
+        raise UsageError(broken[0] + more)
 
 
 if __name__ == "__main__":

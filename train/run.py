@@ -27,7 +27,7 @@ from train.hub import read_card
 from train.loop import Hook, evaluate
 from train.optim import Schedule
 from train.presets import PRESETS
-from train.run_folder import write_json
+from train.run_folder import write_confusion
 from train.session import Session, open_session
 from train.state import TrainState, digest
 from train.steps import Objective, eval_step, train_step
@@ -193,7 +193,7 @@ class Training:
     def measure(self, variables: PyTree, split: str) -> dict[str, Any]:
         """Evaluate a split, see `train.steps.summarize`; evaluate the test split only at the end."""
         config, source = self.session.config, self.session.dataset.splits[split]
-        batches = eval_batches(source, batch=config.eval_batch, mesh=self.session.mesh, mode=config.mode)
+        batches = eval_batches(source, batch=self.session.eval_batch, mesh=self.session.mesh, mode=config.mode)
         return evaluate(self.eval_program, variables, batches)
 
     def fit(self, state: TrainState, hooks: Sequence[Hook] = ()) -> TrainState:
@@ -219,8 +219,7 @@ class Training:
         session = self.session
         validation, test = (self.measure(state.variables, split) for split in ("validation", "test"))
         if session.main:
-            confusion = {"classes": session.dataset.classes, "confusion": test["confusion"].tolist()}
-            write_json(session.out / "confusion.json", confusion)
+            write_confusion(session.out, test["confusion"], session.dataset.classes)
         return {
             "selected_step": int(state.step),
             "test_accuracy": test["accuracy"],

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
+import numpy as np
 
 from train.checkpoint import Checkpoints
 from train.config import RunConfig, TrainConfig, flat, from_dict
@@ -20,12 +21,17 @@ from train.data.sets import Dataset
 from train.errors import RunError, UsageError
 from train.runtime import cpu_line
 from train.state import TrainState
+from train.steps import confusion_matrix
 
 Run = TypeVar("Run", bound=RunConfig)
 
 # Fields that may differ between a run and its continuation: they change where and how fast it runs, never its result.
 FREE_FIELDS = {"out", "mode", "data.dir", "distributed", "log_every", "eval_batch"}
 FREE_FIELDS |= {"keep_last", "keep_best", "save_steps", "kernels", "cache"}
+
+
+MATRIX_CLASSES = 1000  # most classes whose confusion matrix is written in full
+MOST_CONFUSED = 20  # pairs of classes that confusion.json names
 
 
 def settle(config: RunConfig, preset: str, replaced: Sequence[str] = ()) -> tuple[Path, dict[str, Any] | None]:
@@ -133,6 +139,23 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
         os.replace(temporary, path)
     except OSError as error:
         raise RunError(f"cannot write {path}: {error}") from None
+
+
+def write_confusion(out: Path, confusion: np.ndarray, classes: Sequence[str]) -> None:
+    """Write confusion.json from the `confusion` of `train.steps.summarize`.
+
+    It holds the names of the `classes`; `most_confused`, the most frequent errors as [true class, predicted class,
+    count], by name; and the matrix `confusion`, true class by row, or, as that is quadratic in the number of classes,
+    for more than `MATRIX_CLASSES` of them `counts`: [true class, predicted class, count] of the pairs that occurred.
+    """
+    errors = confusion[confusion[:, 0] != confusion[:, 1]]
+    worst = errors[np.argsort(-errors[:, 2], kind="stable")][:MOST_CONFUSED]
+    content = {"classes": classes, "most_confused": [[classes[t], classes[p], n] for t, p, n in worst.tolist()]}
+    if len(classes) <= MATRIX_CLASSES:
+        content["confusion"] = confusion_matrix(confusion, len(classes)).tolist()
+    else:
+        content["counts"] = confusion.tolist()
+    write_json(out / "confusion.json", content)
 
 
 def load_state(run: Path) -> TrainState:

@@ -189,6 +189,19 @@ def test_transfer_says_so(finished, tfds_dir, capsys):
     assert (out / "evaluation-digits_1.0.0.json").is_file()
 
 
+@pytest.mark.slow
+def test_evaluation_of_a_run_that_only_may_be_read(finished, tfds_dir, capsys, monkeypatch, fails):
+    *_, out = finished
+    kept = out / "evaluation-digits.json"
+    before = kept.read_bytes() if kept.exists() else None
+    monkeypatch.setattr("pretrain.evaluate.os.access", lambda path, mode: False)
+    assert evaluate(out, ["knn"])["knn_accuracy"] > 0.5
+    assert "cannot be written to, so evaluation-digits.json is not written" in capsys.readouterr().err
+    assert (kept.read_bytes() if kept.exists() else None) == before
+    line = fails(2, evaluate_main, [str(out), "--protocol", "knn", "finetune_1"])
+    assert "fine-tuning keeps its runs there: copy it first" in line
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

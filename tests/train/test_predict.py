@@ -17,6 +17,7 @@ from train.errors import UsageError
 from train.predict import load, main
 from train.run import run
 from train.run_folder import load_state
+from train.state import forward
 from train.weights import load_weights, read_state_dict
 
 pytestmark = pytest.mark.usefixtures("unoptimised", "one_device_for_all")
@@ -68,6 +69,38 @@ def test_paths_bytes_arrays_and_the_command_line_agree(trained, predict, tmp_pat
     assert f"{path}: {by_array[0][0]} " in said.err
 
 
+def test_lists_of_any_length(trained, monkeypatch):
+    """Images are computed in chunks of few shapes, so few programs are compiled, and memory does not grow."""
+    images, rows = list(trained[2].images[:71]), []
+
+    def counted(model, variables, x):
+        rows.append(len(x))
+        return forward(model, variables, x)
+
+    monkeypatch.setattr("train.predict.forward", counted)
+    predict = load(trained[1], top=2)
+    lists = {count: predict(images[:count]) for count in (71, 70, 33, 7, 5, 1, 0)}
+    assert sorted(rows) == [1, 8, 32]  # traced once each
+    for count, found in lists.items():
+        assert [row[0][0] for row in found] == [row[0][0] for row in lists[71][:count]]
+    with pytest.raises(UsageError, match="must be at least 1, got 0"):
+        load(trained[1], top=0)
+
+
+def test_broken_images_are_named_and_cost_nothing_else(trained, predict, tmp_path, fails, capsys):
+    image = trained[2].images[0]
+    for name, content in {"good": png(image), "cut": png(image)[:60], "text": b"no image"}.items():
+        (tmp_path / f"{name}.png").write_bytes(content)
+    paths = [str(tmp_path / f"{name}.png") for name in ("text", "good", "cut")]
+    with pytest.raises(UsageError, match=rf"^cannot read image {paths[0]}: not an image \(and 1 more of 3 images\)$"):
+        main([str(trained[1]), *paths])
+    text, good, cut = json.loads(capsys.readouterr().out)
+    assert good == {"image": paths[1], "top": [list(pair) for pair in predict(image)]}
+    assert text == {"image": paths[0], "error": f"cannot read image {paths[0]}: not an image"}
+    assert cut["error"].startswith(f"cannot read image {paths[2]}: ") and "0x" not in cut["error"]
+    assert fails(2, main, [str(trained[1]), paths[2]]).endswith(cut["error"])
+
+
 def test_other_sizes_and_modes_are_brought_to_the_run_s(trained, predict):
     image = Image.fromarray(trained[2].images[0])
     grey = np.asarray(image.convert("L"))
@@ -78,8 +111,9 @@ def test_other_sizes_and_modes_are_brought_to_the_run_s(trained, predict):
 @pytest.mark.parametrize(
     ("image", "message"),
     [
-        ("nowhere.png", "cannot read image: .*No such file or directory: 'nowhere.png'"),
-        (b"no image", "cannot read image"),
+        ("nowhere.png", "^cannot read image nowhere.png: No such file or directory$"),
+        (b"no image", "^cannot read image: not an image$"),
+        ([png(np.zeros((8, 8, 3), np.uint8)), b"no image"], "^cannot read image number 1: not an image$"),
         (np.zeros((8, 8, 3)), "must be uint8"),
         (np.zeros((2, 2, 2, 2), np.uint8), "cannot read image"),
     ],

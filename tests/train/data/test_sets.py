@@ -25,6 +25,7 @@ from train.data.sets import (
     from_arrays,
     load,
     prepared_folder,
+    share_of,
     split_by_class,
 )
 from train.data.sources import Arrays, Encoded, decode_all
@@ -220,6 +221,20 @@ def test_split_by_class(labels, fraction, seed):
     assert (np.diff(kept) > 0).all() and (np.diff(held) > 0).all()
     for label, count in zip(*np.unique(labels, return_counts=True), strict=True):
         assert (labels[held] == label).sum() == min(max(round(count * fraction), 1), count - 1)
+
+
+@quick
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=200), st.floats(0.001, 0.999), st.integers(0, 2**32))
+def test_share_of_each_class(labels, fraction, seed):
+    labels = np.asarray(labels)
+    kept = share_of(labels, fraction, seed)
+    assert (np.diff(kept) > 0).all()
+    for label, count in zip(*np.unique(labels, return_counts=True), strict=True):
+        assert (labels[kept] == label).sum() == max(round(count * fraction), 1)
+    # As version 0.1 drew: what is drawn from a class depends on nothing else.
+    members = np.flatnonzero(labels == labels[0])
+    drawn = np.random.default_rng([seed, labels[0]]).permutation(members)[: max(round(len(members) * fraction), 1)]
+    np.testing.assert_array_equal(kept[labels[kept] == labels[0]], np.sort(drawn))
 
 
 # ---- built-in sets -------------------------------------------------------------------------------------------------
