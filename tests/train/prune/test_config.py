@@ -11,9 +11,18 @@ from train.prune.config import PruneConfig, check
 from train.prune.presets import PRESETS
 
 BAD_SETTINGS = {
-    "nothing left": (["--prune.sparsity", "1"], "--prune.sparsity 1.0 is out of range"),
-    "negative": (["--prune.sparsity", "-0.1"], "--prune.sparsity -0.1 is out of range"),
-    "more than all": (["--prune.sparsity", "1.5"], "--prune.sparsity 1.5 is out of range"),
+    "nothing left": (
+        ["--prune.sparsity", "1"],
+        "--prune.sparsity must be at least 0 and below 1 (a share",
+    ),
+    "negative": (
+        ["--prune.sparsity", "-0.1"],
+        "--prune.sparsity must be at least 0 and below 1 (a share",
+    ),
+    "percent": (
+        ["--prune.sparsity", "90"],
+        "--prune.sparsity must be at least 0 and below 1 (a share",
+    ),
     "preset": (["digits_prun"], "unknown preset 'digits_prun': did you mean digits_prune"),
     "no such run": (["runs/nowhere"], "runs/nowhere is neither a preset (digits_prune, "),
     "field": (["--prune.sparsty", "0.5"], "unknown field '--prune.sparsty': did you mean --prune.sparsity"),
@@ -22,7 +31,7 @@ BAD_SETTINGS = {
     "N of M": (["--prune.structure", "4:2"], "unknown structure '4:2'"),
     "schedule": (["--prune.schedule", "slow"], "invalid choice 'slow' for argument '--prune.schedule'"),
     "layers": (["--prune.layers", "stage1"], "--prune.layers stage1 is not of the form PATTERN=SPARSITY"),
-    "share": (["--prune.layers", "stage1=1"], "--prune.layers ('stage1=1',) is out of range"),
+    "share": (["--prune.layers", "stage1=1"], "--prune.layers must be at least 0 and below 1 (a share"),
     "sparsity of N:M": (["--prune.structure", "2:4", "--prune.sparsity", "0.9"], "contradicts 2:4: leave it out"),
     "scope of channels": (
         ["--prune.structure", "channels", "--prune.scope", "lamp"],
@@ -38,8 +47,11 @@ BAD_SETTINGS = {
         "rigl moves single weights: it needs --prune.structure unstructured",
     ),
     "masks": (["--prune.masks", "runs/other"], "--prune.masks needs --prune.schedule one_shot"),
-    "end before begin": (["--prune.begin", "0.5", "--prune.end", "0.4"], "--prune.end 0.4 is out of range"),
-    "levels": (["--prune.schedule", "iterative", "--prune.levels", "0"], "--prune.levels 0 is out of range"),
+    "end before begin": (
+        ["--prune.begin", "0.5", "--prune.end", "0.4"],
+        "end 0.4 is not after --prune.begin 0.5",
+    ),
+    "levels": (["--prune.schedule", "iterative", "--prune.levels", "0"], "--prune.levels must be at least 1, got 0"),
     "random levels": (
         ["--prune.schedule", "iterative", "--prune.start", "random"],
         "--prune.start random does not work with iterative: choose --prune.restart reinit",
