@@ -5,9 +5,10 @@ import json
 
 import pytest
 
-from train.config import from_dict
+from train.config import OptimConfig, TrainConfig, from_dict
+from train.errors import UsageError
 from train.prune.__main__ import main
-from train.prune.config import PruneConfig, check
+from train.prune.config import PruneConfig, PruningConfig, check, check_dates, of_run
 from train.prune.presets import PRESETS
 
 BAD_SETTINGS = {
@@ -83,6 +84,14 @@ UNUSED = {
     "score": ["--prune.schedule", "one_shot", "--prune.masks", "runs/other", "--prune.score", "random"],
     "batches": ["--prune.batches", "2"],
 }
+# (schedule, every, begin, end, the longest spacing that works) in a training of 20 steps
+LATE = [
+    ("rigl", 50, 0.0, 1.0, 19),
+    ("rigl", 20, 0.0, 1.0, 19),
+    ("set", 10, 0.0, 0.5, 9),
+    ("acdc", 10, 0.5, 1.0, 9),
+    ("rigl", 50, 0.0, 0.05, 0),
+]
 
 
 @pytest.mark.parametrize("case", BAD_SETTINGS)
@@ -107,3 +116,40 @@ def test_presets_say_what_they_are_and_survive_json(name):
     config = PRESETS[name]()
     check(config)
     assert from_dict(PruneConfig, json.loads(json.dumps(dataclasses.asdict(config)))) == config
+
+
+@pytest.mark.parametrize(("schedule", "every", "begin", "end", "longest"), LATE)
+def test_masks_that_would_never_move_are_refused(schedule, every, begin, end, longest):
+    """In time is in time: one step less between the changes works. Gradual pruning reaches its sparsity at the end."""
+
+    def config(schedule, every):
+        return PruneConfig(prune=PruningConfig(schedule=schedule, every=every, begin=begin, end=end, epochs=2))
+
+    hint = f"choose --prune.every {longest} or less, or train longer" if longest else "train longer"
+    with pytest.raises(
+        UsageError, match=rf"^--prune.every {every}: the masks of {schedule} would not move .*: {hint}$"
+    ):
+        check_dates(config(schedule, every), 10.0)
+    if longest:
+        check_dates(config(schedule, longest), 10.0)
+    check_dates(config("gradual", 50), 10.0)
+
+
+def test_what_is_not_taken_over_from_the_run_that_is_pruned(tmp_path):
+    """How it started and where it ran; the recipe is."""
+    dense = TrainConfig(
+        init="weights.pth", freeze=True, dense=True, select="best", distributed="auto", kernels="onednn", cache="there",
+        ema=0.9, drop_path=0.1, accumulate=2, label_smoothing=0.1, optim=OptimConfig(lr=0.5, momentum=0.8), epochs=9,
+    )  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps({"config": dataclasses.asdict(dense)}))
+    config = of_run(tmp_path)
+    assert (config.freeze, config.dense, config.select, config.distributed) == (False, False, "last", None)
+    assert (config.kernels, config.cache, config.init) == ("auto", "auto", str(tmp_path))
+    assert (config.ema, config.drop_path, config.accumulate, config.label_smoothing) == (0.9, 0.1, 2, 0.1)
+    assert (config.optim.momentum, config.prune.lr, config.prune.epochs) == (0.8, 0.1, 3)
+
+
+def test_run_may_follow_its_flags(tmp_path, fails):
+    (tmp_path / "config.json").write_text(json.dumps({"config": dataclasses.asdict(TrainConfig())}))
+    assert "--prune.sparsity must be" in fails(2, main, ["--prune.sparsity", "7", str(tmp_path)])
+    assert "is neither a preset" in fails(2, main, ["--prune.sparsity", "0.7", str(tmp_path / "no")])
