@@ -152,7 +152,7 @@ def test_fields_of_pretraining_and_of_benchmarks_without_effect():
         check_changes(with_field(with_field(usual, name, value), "augment.small_views", 2), usual, pretraining.unused)
     step = bench.step()
     for given, name, value in (
-        ({"task": "augment"}, "model", "resnet8"),
+        ({"task": "input"}, "shares", False),
         ({"task": "eval"}, "donate", False),
         ({"gate": "x.py"}, "batch", 64),
         ({"versus": "--batch 3"}, "shares", False),

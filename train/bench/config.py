@@ -109,20 +109,13 @@ def check(config: BenchConfig, tasks: Collection[str]) -> None:
 
 def unused(config: BenchConfig) -> dict[str, str]:
     """Fields that the chosen benchmark does not use, see `train.config.unused`."""
-    names: tuple[str, ...]
     if config.gate:
-        reason = "with --gate, which fixes what is measured"
-        names = ("model", "task", "batch", "image_size", "classes", "dtype", "mode", "xla", "shares", "peak")
-    else:
-        reason = f"with --task {config.task}"
-        names = {
-            "augment": ("model", "classes", "kernels", "donate", "shares", "peak"),
-            "input": ("shares", "peak"),
-            "eval": ("donate",),
-            "predict": ("donate",),
-        }.get(config.task, ())
-    reasons = dict.fromkeys(names, reason)
-    return {**reasons, "shares": "with --versus"} if config.versus else reasons
+        fixed = ("model", "task", "batch", "image_size", "classes", "dtype", "mode", "xla", "shares")
+        return dict.fromkeys(fixed, "with --gate, which fixes what is measured")
+    if config.versus:
+        return {"shares": "with --versus"}
+    names = {"augment": ("donate", "shares"), "input": ("shares",), "eval": ("donate",), "predict": ("donate",)}
+    return dict.fromkeys(names.get(config.task, ()), f"with --task {config.task}")
 
 
 def other(config: BenchConfig, tasks: Collection[str]) -> BenchConfig:

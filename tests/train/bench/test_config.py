@@ -26,7 +26,7 @@ def test_versus_applies_flags_over_the_config(flags, batch):
         (["--batch", "0"], "--batch must be at least 1, got 0"),
         (["--repeats", "1"], "--repeats must be at least 2, got 1"),
         (["--xla", "fast"], "--xla 'fast' is not of the form NAME=VALUE"),
-        (["--versus", "--bacth 3"], "--versus '--bacth 3': unknown field '--bacth': did you mean --batch or "),
+        (["--versus", "--bacth 3"], "--versus '--bacth 3': unknown field '--bacth': did you mean --batch? "),
         (["--versus=--model=vgg"], "unknown model 'vgg'"),
         (["--versus=--steps=3"], "--versus cannot change --steps: both sides share it"),
         (["--versus", "--batch 32", "--gate", "x.py"], "--versus and --gate are separate benchmarks"),
