@@ -84,18 +84,20 @@ class OptimConfig:
     """Optimizer and schedule; see `train.optim`."""
 
     name: str = "sgd"
-    """`sgd`, `adamw`, `lars`, `lamb`, or `optax.NAME`."""
+    """`sgd`, `adamw`, `lars`, `lamb`, or `optax.NAME`, which keeps its own momentum."""
     lr: float = 0.1
     """Peak learning rate."""
     momentum: float = 0.9
+    """Momentum of sgd and lars, and the first beta of adamw and lamb."""
     nesterov: bool = False
+    """Nesterov's variant of the momentum of sgd, lars and adamw."""
     weight_decay: float = 0.0
     """Applies only to kernels, never to norms or biases."""
     schedule: str = "cosine"
     """`cosine`, `linear`, `step`, `one_cycle` or `constant`."""
     warmup_epochs: float = 0.0
     milestones: tuple[float, ...] = (0.5, 0.75)
-    """Fractions of all steps at which `step` multiplies the rate by `factor`."""
+    """Fractions (not epochs) of all steps at which `step` multiplies the rate by `factor`."""
     factor: float = 0.1
     clip_norm: float | None = None
     """Clip the gradient to this global norm; None does not clip."""

@@ -25,6 +25,7 @@ from train.config import TrainConfig
 from train.data.decode import UNREADABLE, decode_image
 from train.errors import UsageError, one_line
 from train.from_config import compute_dtype, eval_augment, make_model
+from train.ranges import check_ranges
 from train.run_folder import load_state, read_config
 from train.runtime import compiler_options
 from train.state import forward
@@ -94,6 +95,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("images", nargs="+", help="image files")
     parser.add_argument("--top", type=int, default=5, help="number of classes to print")
     args = parser.parse_args(argv)
+    check_ranges({"top": args.top}, {"[1, inf)": "top"})
     predictions = list(zip(args.images, load(args.run, top=args.top)(args.images), strict=True))
     for path, found in predictions:
         print(f"{path}: " + ", ".join(f"{name} {p:.1%}" for name, p in found), file=sys.stderr)

@@ -1,12 +1,14 @@
 """What a config may hold: every number has a range, and fields without effect are refused."""
 
 import dataclasses
+from pathlib import Path
 from typing import get_args
 
 import pytest
 
 from pretrain import config as pretraining
 from pretrain.config import PretrainConfig
+from pretrain.evaluate import evaluate
 from pretrain.presets import PRESETS as PRETRAIN_PRESETS
 from train import config as training
 from train.bench import config as bench
@@ -162,6 +164,12 @@ def test_fields_of_pretraining_and_of_benchmarks_without_effect():
         check_changes(config, step, bench.unused)
         with pytest.raises(UsageError, match=f"^--{name} has no effect with --"):
             check_changes(dataclasses.replace(config, **{name: value}), step, bench.unused)
+
+
+@pytest.mark.parametrize("given", [{"epochs": 0}, {"lr": float("nan")}, {"batch": 0}, {"seed": -1}])
+def test_numbers_of_an_evaluation(given):
+    with pytest.raises(UsageError, match=f"^--{next(iter(given))} must be "):
+        evaluate(Path("nowhere"), **given)
 
 
 def test_presets_pass_their_own_checks():
