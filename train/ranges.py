@@ -39,12 +39,12 @@ def _contains(interval: str, number: float) -> bool:
     low, high, closing, _ = _bounds(interval)
     above = number >= float(low[1:]) if low[0] == "[" else number > float(low[1:])
     below = number <= float(high) if closing == "]" else number < float(high)
-    return math.isfinite(number) and above and below
+    return abs(number) < math.inf and above and below
 
 
 def _described(interval: str, number: float) -> str:
     low, high, closing, note = _bounds(interval)
     bottom, top = f"{LOW[low[0]]} {low[1:]}", f" and {HIGH[closing]} {high}"
     if high == "inf":
-        top = "" if math.isfinite(number) else " and finite"
+        top = "" if abs(number) < math.inf else " and finite"
     return f"{bottom}{top}{note}"

@@ -79,7 +79,7 @@ def test_messages_name_the_range():
         assert str(refusal.value) == message
 
 
-@pytest.mark.parametrize("seed", [-1, 2**32, 2**64])
+@pytest.mark.parametrize("seed", [-1, 2**32, 2**64, 10**400])
 def test_seeds_have_32_bits(seed):
     for config in (TrainConfig(seed=seed), TrainConfig(data=DataConfig(split_seed=seed))):
         with pytest.raises(UsageError, match=r"seed must be at least 0 and below 4294967296, got "):
