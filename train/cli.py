@@ -10,7 +10,7 @@ import re
 import sys
 from collections.abc import Callable, Container, Sequence
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import jax
 import tyro
@@ -188,28 +188,39 @@ def _written(name: str, values: list[str], kind: Any) -> list[str]:
     """A flag and its values as tyro reads them.
 
     Raises:
-      UsageError: an empty value.
+      UsageError: an empty value, a word for a number, or none of the choices.
     """
     if kind is bool:
         return [f"--{name}" if values == ["True"] else f"--{_negative(name)}"]
     if _holds_numbers(kind):
         values = [one for value in values for one in _split(value)]
         values = ["None" if one.lower() == "none" else one for one in values]
-        if int in (_base(kind), *get_args(_base(kind))):
-            values = [_whole(one) for one in values]
+        whole = int in (_base(kind), *get_args(_base(kind)))
+        values = [_number(name, one, whole) for one in values]
+    sizes = get_args(_base(kind)) if _is_tuple(kind) else (kind,)
+    if values not in ([], ["None"]) and _holds_numbers(kind) and ... not in sizes and len(values) != len(sizes):
+        raise UsageError(f"--{name} takes {len(sizes)} value{'s' * (len(sizes) > 1)}, got {len(values)}")
     if _is_tuple(kind):
         return [f"--{name}", *(one for one in values if one)]
     if not "".join(values).strip():
         raise UsageError(f"--{name} is empty: give it a value or leave it out")
+    choices = get_args(_base(kind)) if get_origin(_base(kind)) is Literal else values
+    if values[0] not in choices:
+        raise UsageError(f"--{name} {values[0]!r}: {suggestion(values[0], choices)}choose one of {', '.join(choices)}")
     return [f"--{name}={' '.join(values)}"]
 
 
-def _whole(number: str) -> str:
-    """`1e2` and `64.0` as the integers that they are."""
+def _number(name: str, word: str, whole: bool) -> str:
+    """A number as Python writes it; where it must be whole, `1e2` and `64.0` are the integers that they equal."""
     try:
-        return number if number.isdecimal() or not float(number).is_integer() else str(int(float(number)))
+        number = None if word == "None" else int(word) if word.replace("_", "").isdecimal() else float(word)
+        if number is None or not whole or isinstance(number, int):
+            return word
+        if number.is_integer():
+            return str(int(number))
     except (ValueError, OverflowError):
-        return number
+        pass
+    raise UsageError(f"--{name} takes {'whole numbers' if whole else 'numbers'}, got {word!r}")
 
 
 def _negative(name: str) -> str:

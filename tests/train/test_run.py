@@ -194,7 +194,7 @@ def test_presets_are_complete(name):
 BAD_INPUT = {
     "preset": (["digit"], "unknown preset 'digit': did you mean digits?"),
     "field": (["--optim.learning-rate", "1"], "unknown field '--optim.learning-rate': "),
-    "kind of value": (["--batch", "many"], "error: Value error Error parsing --batch: invalid literal"),
+    "kind of value": (["--batch", "many"], "error: --batch takes whole numbers, got 'many'"),
     "model": (["--model", "resnet19"], "unknown model 'resnet19': did you mean resnet"),
     "dataset": (["--data.name", "cifar11"], "no prepared set 'cifar11'"),
     "optimizer": (["--optim.name", "sdg"], "unknown optimizer 'sdg': did you mean sgd?"),

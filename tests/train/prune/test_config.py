@@ -30,7 +30,7 @@ BAD_SETTINGS = {
     "score": (["--prune.score", "magnitud"], "unknown score 'magnitud': did you mean magnitude?"),
     "structure": (["--prune.structure", "rows"], "unknown structure 'rows': choose unstructured, N:M such as 2:4, or"),
     "N of M": (["--prune.structure", "4:2"], "unknown structure '4:2'"),
-    "schedule": (["--prune.schedule", "slow"], "invalid choice 'slow' for argument '--prune.schedule'"),
+    "schedule": (["--prune.schedule", "slow"], "--prune.schedule 'slow': choose one of one_shot, gradual,"),
     "layers": (["--prune.layers", "stage1"], "--prune.layers stage1 is not of the form PATTERN=SPARSITY"),
     "share": (["--prune.layers", "stage1=1"], "--prune.layers must be at least 0 and below 1 (a share"),
     "sparsity of N:M": (["--prune.structure", "2:4", "--prune.sparsity", "0.9"], "contradicts 2:4: leave it out"),
