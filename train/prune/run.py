@@ -152,6 +152,10 @@ def train_pruned(
     if session.finished is not None:
         return session.finished
     check_dates(config, session.epoch_steps)
+    begin, end = dates(config.prune, session.steps)
+    if config.prune.schedule == "gradual" and config.prune.every >= end - begin:
+        say(f"note: everything is pruned at step {end}, because --prune.every {config.prune.every} is not below the "
+            f"{end - begin} steps of gradual pruning")  # fmt: skip
     pieces = make_pieces(session)
     # Scores and masks are computed outside the training's mesh axis, so with a model without it or special kernels.
     model = session.own.get("model") or make_model(config, len(session.dataset.classes))
@@ -173,7 +177,10 @@ def train_pruned(
     figures = training.figures(state)
     pruning = pruning_figures(training, state, model, compared)
     if isinstance(target, Channels):
-        pruning["channels_pruned"] = target.share(state.masks)
+        pruning["channels_pruned"] = share = target.share(state.masks)
+        if p.final - share > 0.02:
+            say(f"note: {share:.1%} of the channels are pruned, not {p.final:.1%}: layers keep some, in multiples "
+                f"of --prune.round-to {p.round_to}")  # fmt: skip
     return session.finish({**figures, "pruned_accuracy": figures["test_accuracy"], **pruning})
 
 
