@@ -30,11 +30,12 @@ from pretrain.steps import feature_step
 from resnet_jax.parallel import axis_of, compile_step, make_mesh, place, replicated
 from resnet_jax.tree import PyTree
 from train.cli import start
-from train.config import AugmentConfig, DataConfig, OptimConfig, TrainConfig
+from train.config import SEEDS, AugmentConfig, DataConfig, OptimConfig, TrainConfig
 from train.data.batches import eval_batch_size
 from train.data.sets import Dataset, known_labels, share_of
 from train.errors import UsageError, unknown
 from train.from_config import compute_dtype, eval_augment, make_kernels, make_model, open_data, read_data
+from train.ranges import check_ranges
 from train.run import run as train_run
 from train.run_folder import environment, read_config, write_json
 from train.runtime import compiler_options, keep_compiled, say
@@ -75,6 +76,8 @@ def evaluate(
     for protocol in protocols:
         if protocol not in (*FROZEN, *TRAINED):
             raise unknown("protocol", protocol, (*FROZEN, *TRAINED))
+    sizes = {"image_size": data.image_size if data else None, "epochs": epochs, "lr": lr, "batch": batch, "seed": seed}
+    check_ranges(sizes, {"[1, inf)": "image_size batch", "(0, inf)": "epochs", "[0, inf)": "lr", SEEDS: "seed"})
     config, saved = read_config(run, PretrainConfig)
     if not (run / ENCODER).is_file():
         raise UsageError(f"{run} is not finished: it has no {ENCODER}")

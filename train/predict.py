@@ -26,6 +26,7 @@ from train.config import TrainConfig
 from train.data.decode import UNREADABLE, decode_image, fault
 from train.errors import UsageError, one_line
 from train.from_config import compute_dtype, eval_augment, make_model
+from train.ranges import check_ranges
 from train.run_folder import load_state, read_config
 from train.runtime import compiler_options
 from train.state import forward
@@ -119,6 +120,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("images", nargs="+", help="image files")
     parser.add_argument("--top", type=int, default=5, help="number of classes to print")
     args = parser.parse_args(argv)
+    check_ranges({"top": args.top}, {"[1, inf)": "top"})
     predict = load(args.run, top=args.top)
 
     def attempt(paths: Sequence[str]) -> list[dict[str, Any]]:
