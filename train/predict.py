@@ -6,7 +6,6 @@ predict("seven.png")  # [("7", 0.97), ("1", 0.01), ...]
 """
 
 import argparse
-import io
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -18,11 +17,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from PIL import Image
 
 from resnet_jax.augment import preprocess_batch
 from train.config import TrainConfig
-from train.data.decode import UNREADABLE, decode_image
+from train.data.decode import Unreadable, any_to_pixels, is_many, silence_pillow
 from train.errors import UsageError, one_line
 from train.from_config import compute_dtype, eval_augment, make_model
 from train.run_folder import load_state, read_config
@@ -35,12 +33,14 @@ Prediction = list[tuple[str, float]]  # (class, probability), most probable firs
 def load(run: str | Path, *, model: nn.Module | None = None, top: int = 5) -> Callable[[Any], Any]:
     """Load the trained network of a run as a function of an image, or of a list of images.
 
-    An image is a path, encoded bytes, or a uint8 array [H, W, C]; it is resized and cropped as the run's test images
-    were. Returns the `top` classes with their probabilities. `model` is the one that was passed to the run, if one was.
+    An image is a path, encoded bytes, an open file, a Pillow image or a uint8 array [H, W, C]; it is resized and
+    cropped to the shape of the run's images. Returns the `top` classes with their probabilities. `model` is the one
+    that was passed to the run, if one was.
 
     Raises:
       UsageError: no such run, no good checkpoint, a model that is missing, an image that cannot be read.
     """
+    silence_pillow()
     run = Path(run)
     config, saved = read_config(run, TrainConfig)
     if model is None and "model" in saved.get("replaced", []):
@@ -55,7 +55,9 @@ def load(run: str | Path, *, model: nn.Module | None = None, top: int = 5) -> Ca
         return jax.nn.softmax(logits)
 
     def predict(images: Any) -> Prediction | list[Prediction]:
-        many = isinstance(images, Sequence) and not isinstance(images, str | bytes)
+        many = is_many(images)
+        if many and not len(images := list(images)):
+            return []
         batch = np.stack([_pixels(i, saved["image_shape"]) for i in (images if many else [images])])
         found = []
         for row in np.asarray(probabilities(batch)):
@@ -67,23 +69,9 @@ def load(run: str | Path, *, model: nn.Module | None = None, top: int = 5) -> Ca
 
 
 def _pixels(image: Any, shape: Sequence[int]) -> np.ndarray:
-    height, width, channels = shape
-    if height != width:
-        raise UsageError(f"this run was trained on {height}x{width} images: pass arrays of that size")
     try:
-        if isinstance(image, str | Path):
-            image = Path(image).read_bytes()
-        if not isinstance(image, bytes):
-            array = np.asarray(image)
-            if array.dtype != np.uint8:
-                raise UsageError(f"an image array must be uint8 [H, W, C], not {array.dtype} {array.shape}")
-            if array.shape == tuple(shape):
-                return array
-            encoded = io.BytesIO()
-            Image.fromarray(array.squeeze()).save(encoded, "PNG")
-            image = encoded.getvalue()
-        return decode_image(image, height, channels)
-    except (*UNREADABLE, TypeError) as error:
+        return any_to_pixels(image, (shape[0], shape[1], shape[2]))
+    except Unreadable as error:
         raise UsageError(f"cannot read image: {error}") from None
 
 
