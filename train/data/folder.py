@@ -59,7 +59,7 @@ def read(where: str, *, size: int | None) -> tuple[tuple[str, ...], Splits, tupl
             passed.append((str(folder), "a split without class folders"))
         else:
             splits[split] = _split(folder, classes, size, passed)
-    _note(train, classes, passed)
+    _note(root, train, classes, passed)
     return classes or (UNLABELLED,), splits, tuple(f"{path}: {reason}" for path, reason in passed)
 
 
@@ -104,11 +104,11 @@ def _check_classes(folder: Path, classes: Sequence[str]) -> None:
         known[same] = name
 
 
-def _note(train: Path, classes: Sequence[str], passed: PassedOver) -> None:
+def _note(root: Path, train: Path, classes: Sequence[str], passed: PassedOver) -> None:
     """Say on stderr what may surprise: what was passed over, and the order and number of classes."""
     if passed:
         counted = ", ".join(f"{count} x {reason}" for reason, count in Counter(r for _, r in passed).most_common(5))
-        print(f"note: passed over in {train}: {counted} (a run lists them in skipped.txt)", file=sys.stderr)
+        print(f"note: passed over in {root}: {counted} (a run lists them in skipped.txt)", file=sys.stderr)
     if list(classes) != sorted(classes, key=lambda name: [int(t) if t.isdecimal() else t for t in DIGITS.split(name)]):
         print(f"note: classes are in the order of their names as text: {_first(classes)}", file=sys.stderr)
     if len(classes) == 1 and (inner := _subfolders(train / classes[0])):
