@@ -72,7 +72,8 @@ def _pixels(image: Any, shape: Sequence[int]) -> np.ndarray:
     try:
         return any_to_pixels(image, (shape[0], shape[1], shape[2]))
     except Unreadable as error:
-        raise UsageError(f"cannot read image: {error}") from None
+        name = f" {image}" if isinstance(image, str | Path) else ""
+        raise UsageError(f"cannot read image{name}: {error}") from None
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -82,12 +82,13 @@ def test_whatever_holds_an_image(trained, predict, tmp_path, monkeypatch):
     want = predict(image)
     palette = Image.fromarray(image).quantize(64)
     monkeypatch.setenv("HOME", str(tmp_path))
-    for same in (Image.open(path), path.open("rb"), bytearray(png(image)), np.str_(path), jax.numpy.asarray(image)):
-        assert predict(same) == want
+    with Image.open(path) as opened, path.open("rb") as file:
+        for same in (opened, file, bytearray(png(image)), np.str_(path), jax.numpy.asarray(image)):
+            assert predict(same) == want
     assert predict("~/image.png") == want
     assert predict(palette) == predict(np.asarray(palette.convert("RGB")))
     for many in (np.asarray([str(path)] * 2), (path for _ in range(2)), {path: 1, str(path): 2}, [path, image]):
-        assert predict(many) == [want] * 2
+        assert [[name for name, _ in found] for found in predict(many)] == [[name for name, _ in want]] * 2
     assert predict([]) == predict(np.asarray([], str)) == []
     row = np.zeros((1, 8, 3), np.uint8)
     assert predict(row) == predict(png(row))
@@ -96,7 +97,7 @@ def test_whatever_holds_an_image(trained, predict, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("image", "message"),
     [
-        ("nowhere.png", "cannot read image: .*No such file or directory: 'nowhere.png'"),
+        ("nowhere.png", "cannot read image nowhere.png: No such file or directory"),
         (b"no image", "cannot read image"),
         (np.zeros((8, 8, 3)), "must be uint8"),
         (np.zeros((2, 2, 2, 2), np.uint8), "cannot read image.*pass several images as a list"),
@@ -136,8 +137,9 @@ def test_run_on_images_that_are_not_square(tmp_path):
     predict, path = load(tmp_path / "run"), tmp_path / "photos" / "red" / "0.png"
     found = predict(path)
     assert found[0][0] == "red"
-    assert found == predict(np.asarray(Image.open(path))) == predict(path.read_bytes())
-    assert predict(Image.open(path).resize((31, 77)))[0][0] == "red"
+    with Image.open(path) as opened:
+        assert found == predict(np.asarray(opened)) == predict(path.read_bytes()) == predict(opened)
+        assert predict(opened.resize((31, 77)))[0][0] == "red"
 
 
 # ---- fine-tuning ----------------------------------------------------------------------------------------------------
