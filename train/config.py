@@ -33,7 +33,7 @@ class DataConfig:
     random_crop: bool = False
     """Crop a different random box from the full image in every epoch while decoding; for large photographs."""
     broken: Literal["refuse", "skip"] = "refuse"
-    """Refuse a set with images that cannot be decoded, or skip those images."""
+    """Refuse a set with images that cannot be decoded, or skip those images (listed in the run's skipped.txt)."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,6 @@ predict("seven.png")  # [("7", 0.97), ("1", 0.01), ...]
 """
 
 import argparse
-import io
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -18,12 +17,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from PIL import Image
 
 from resnet_jax.augment import preprocess_batch
 from resnet_jax.tree import PyTree
 from train.config import TrainConfig
-from train.data.decode import UNREADABLE, decode_image, fault
+from train.data.decode import Unreadable, any_to_pixels, is_many, silence_pillow
 from train.errors import UsageError, one_line
 from train.from_config import compute_dtype, eval_augment, make_model
 from train.ranges import check_ranges
@@ -39,9 +37,10 @@ Prediction = list[tuple[str, float]]  # (class, probability), most probable firs
 def load(run: str | Path, *, model: nn.Module | None = None, top: int = 5) -> Callable[[Any], Any]:
     """Load the trained network of a run as a function of an image, or of a list of images.
 
-    An image is a path, encoded bytes, or a uint8 array [H, W, C]; it is resized and cropped as the run's test images
-    were. Returns the `top` classes with their probabilities. `model` is the one that was passed to the run, if one was.
-    A list may be of any length: `CHUNK` images are decoded and computed at a time.
+    An image is a path, encoded bytes, an open file, a Pillow image or a uint8 array [H, W, C]; it is resized and
+    cropped to the shape of the run's images. Returns the `top` classes with their probabilities. `model` is the one
+    that was passed to the run, if one was. A list may be of any length: `CHUNK` images are decoded and computed at a
+    time.
 
     Raises:
       UsageError: no such run, no good checkpoint, a model that is missing, an image that cannot be read, no class asked
@@ -49,6 +48,7 @@ def load(run: str | Path, *, model: nn.Module | None = None, top: int = 5) -> Ca
     """
     if top < 1:
         raise UsageError(f"the number of classes to return must be at least 1, got {top}")
+    silence_pillow()
     run = Path(run)
     config, saved = read_config(run, TrainConfig)
     if model is None and "model" in saved.get("replaced", []):
@@ -63,9 +63,9 @@ def load(run: str | Path, *, model: nn.Module | None = None, top: int = 5) -> Ca
         return jax.nn.softmax(logits)
 
     def predict(images: Any) -> Prediction | list[Prediction]:
-        many = isinstance(images, Sequence) and not isinstance(images, str | bytes)
-        if not many:
+        if not is_many(images):
             return chunk([images], [_name(images)])[0]
+        images = list(images)
         names = [_name(image, f"number {number}") for number, image in enumerate(images)]
         starts = range(0, len(images), CHUNK)
         return [found for at in starts for found in chunk(images[at : at + CHUNK], names[at : at + CHUNK])]
@@ -89,25 +89,10 @@ def _name(image: Any, otherwise: str = "") -> str:
 
 
 def _pixels(image: Any, name: str, shape: Sequence[int]) -> np.ndarray:
-    height, width, channels = shape
-    if height != width:
-        raise UsageError(f"this run was trained on {height}x{width} images: pass arrays of that size")
     try:
-        if isinstance(image, str | Path):
-            image = Path(image).read_bytes()
-        if not isinstance(image, bytes):
-            array = np.asarray(image)
-            if array.dtype != np.uint8:
-                raise UsageError(f"an image array must be uint8 [H, W, C], not {array.dtype} {array.shape}")
-            if array.shape == tuple(shape):
-                return array
-            encoded = io.BytesIO()
-            Image.fromarray(array.squeeze()).save(encoded, "PNG")
-            image = encoded.getvalue()
-        return decode_image(image, height, channels)
-    except (*UNREADABLE, TypeError) as error:
-        reason = (error.strerror if isinstance(error, OSError) else None) or fault(error)
-        raise UsageError(f"cannot read image{name and f' {name}'}: {reason}") from None
+        return any_to_pixels(image, (shape[0], shape[1], shape[2]))
+    except Unreadable as error:
+        raise UsageError(f"cannot read image{name and f' {name}'}: {error}") from None
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -1,4 +1,4 @@
-"""A run's folder: `config.json`, `metrics.jsonl`, `checkpoints/`, `confusion.json`, `result.json`."""
+"""A run's folder: `config.json`, `metrics.jsonl`, `checkpoints/`, `confusion.json`, `result.json`, `skipped.txt`."""
 
 import dataclasses
 import json
@@ -110,6 +110,16 @@ def write_config(out: Path, preset: str, config: RunConfig, dataset: Dataset, re
         **environment(),
     }
     write_json(out / "config.json", described)
+
+
+def write_skipped(out: Path, dataset: Dataset) -> None:
+    """List the files that the dataset leaves out, with the reasons, in skipped.txt; without any, write no file."""
+    if dataset.passed_over:
+        lines = "".join(f"{line}\n" for line in dataset.passed_over)
+        try:
+            (out / "skipped.txt").write_text(lines, encoding="utf-8", errors="backslashreplace")
+        except OSError as error:
+            raise RunError(f"cannot write {out / 'skipped.txt'}: {error}") from None
 
 
 def check_continues(out: Path, config: RunConfig, replaced: Sequence[str] = ()) -> None:

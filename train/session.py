@@ -22,7 +22,7 @@ from train.errors import RunError
 from train.from_config import compute_dtype, make_kernels, open_measured, read_data, with_statistics
 from train.loop import Hook, Progress, fit
 from train.optim import Schedule
-from train.run_folder import claim, environment, settle, write_config, write_json
+from train.run_folder import claim, environment, settle, write_config, write_json, write_skipped
 from train.runtime import compile_in, compiler_options, join_hosts, keep_compiled, say, xla_options
 from train.state import TrainState
 
@@ -203,6 +203,7 @@ class Session(Generic[Config]):
         config = self.config
         if self.main:
             write_config(self.out, self.preset, config, self.dataset, self.replaced)
+            write_skipped(self.out, self.dataset)
         progress = Progress(
             self.out / "metrics.jsonl" if self.main else None,
             start=int(state.step),

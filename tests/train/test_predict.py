@@ -108,6 +108,25 @@ def test_other_sizes_and_modes_are_brought_to_the_run_s(trained, predict):
         assert len(predict(array)) == 5
 
 
+def test_whatever_holds_an_image(trained, predict, tmp_path, monkeypatch):
+    """Open files, Pillow images, buffers, arrays of paths, generators; a palette's indices are no colours."""
+    image, path = trained[2].images[0], tmp_path / "image.png"
+    path.write_bytes(png(image))
+    want = predict(image)
+    palette = Image.fromarray(image).quantize(64)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with Image.open(path) as opened, path.open("rb") as file:
+        for same in (opened, file, bytearray(png(image)), np.str_(path), jax.numpy.asarray(image)):
+            assert predict(same) == want
+    assert predict("~/image.png") == want
+    assert predict(palette) == predict(np.asarray(palette.convert("RGB")))
+    for many in (np.asarray([str(path)] * 2), (path for _ in range(2)), {path: 1, str(path): 2}, [path, image]):
+        assert [[name for name, _ in found] for found in predict(many)] == [[name for name, _ in want]] * 2
+    assert predict([]) == predict(np.asarray([], str)) == []
+    row = np.zeros((1, 8, 3), np.uint8)
+    assert predict(row) == predict(png(row))
+
+
 @pytest.mark.parametrize(
     ("image", "message"),
     [
@@ -115,7 +134,12 @@ def test_other_sizes_and_modes_are_brought_to_the_run_s(trained, predict):
         (b"no image", "^cannot read image: not an image$"),
         ([png(np.zeros((8, 8, 3), np.uint8)), b"no image"], "^cannot read image number 1: not an image$"),
         (np.zeros((8, 8, 3)), "must be uint8"),
-        (np.zeros((2, 2, 2, 2), np.uint8), "cannot read image"),
+        (np.zeros((2, 2, 2, 2), np.uint8), "cannot read image.*pass several images as a list"),
+        (np.zeros((3, 8, 8), np.uint8), "cannot read image.*moveaxis"),
+        (np.ones((8, 8, 3), np.float32), r"must be uint8 \[H, W, C\], not float32 .*multiply by 255"),
+        (np.zeros((8, 8, 7), np.uint8), "must be uint8"),
+        (np.zeros((0, 0, 3), np.uint8), "must be uint8"),
+        (None, "must be uint8"),
     ],
 )
 def test_images_that_cannot_be_read(predict, image, message):
@@ -130,6 +154,26 @@ def test_folders_that_hold_no_run(trained, tmp_path, fails):
     assert "has no checkpoints yet" in fails(2, main, arguments)
     (tmp_path / "checkpoints").mkdir()
     assert "has no checkpoints yet" in fails(2, main, arguments)
+
+
+def test_run_on_images_that_are_not_square(tmp_path):
+    """The run keeps their shape, and brings other images to it."""
+    rng = np.random.default_rng(0)
+    for name, colour in {"blue": (40, 40, 200), "red": (200, 40, 40)}.items():
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for i in range(10):
+            pixels = np.clip(rng.normal(colour, 30, (12, 16, 3)), 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "photos" / name / f"{i}.png")
+    (tmp_path / "photos" / "red" / "notes.txt").touch()
+    data = DataConfig(name=f"folder:{tmp_path / 'photos'}", validation=0.2)
+    run(config(tmp_path / "run", data=data, batch=8, steps=12))
+    assert (tmp_path / "run" / "skipped.txt").read_text() == f"{tmp_path}/photos/red/notes.txt: .txt\n"
+    predict, path = load(tmp_path / "run"), tmp_path / "photos" / "red" / "0.png"
+    found = predict(path)
+    assert found[0][0] == "red"
+    with Image.open(path) as opened:
+        assert found == predict(np.asarray(opened)) == predict(path.read_bytes()) == predict(opened)
+        assert predict(opened.resize((31, 77)))[0][0] == "red"
 
 
 # ---- fine-tuning ----------------------------------------------------------------------------------------------------
