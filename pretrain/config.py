@@ -1,11 +1,11 @@
 """Configuration of pretraining: one flag per field (`--objective.name byol`). Only entry points import it."""
 
 import dataclasses
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
 from pretrain.objectives import OBJECTIVES, Objective
+from train import config as training
 from train.config import ImageConfig, RunConfig, check_run
 from train.errors import UsageError, unknown
 
@@ -125,13 +125,16 @@ def make_objective(config: ObjectiveConfig) -> Objective:
     return dataclasses.replace(objective, **changes).bind(**options)
 
 
-# Ranges of the objective's fields, where they are given.
-RANGES: dict[str, Callable[[float], bool]] = {
-    **dict.fromkeys(("temperature", "teacher_temperature", "epsilon", "scale"), lambda x: x > 0),
-    **dict.fromkeys(("redundancy", "invariance", "variance", "covariance", "frozen_prototypes"), lambda x: x >= 0),
-    **dict.fromkeys(("target_momentum", "center_momentum"), lambda x: 0 <= x <= 1),
-    **dict.fromkeys(("queue", "sinkhorn_iterations"), lambda x: x >= 1),
-    "prototypes": lambda x: x >= 2,
+RANGES = {
+    "(0, inf)": "objective.temperature objective.teacher_temperature objective.epsilon objective.scale "
+    "neighbour_temperature",
+    "[0, inf)": "objective.redundancy objective.invariance objective.variance objective.covariance "
+    "objective.frozen_prototypes probe_lr augment.small_views augment.jitter",
+    "[1, inf)": "objective.queue objective.sinkhorn_iterations objective.projector objective.predictor neighbours "
+    "neighbour_images augment.views augment.small_crop",
+    "[2, inf)": "objective.prototypes",
+    "[0, 1]": "objective.target_momentum objective.center_momentum augment.grayscale augment.blur augment.solarize",
+    "(0, 1]": "augment.small_scale",
 }
 
 
@@ -144,27 +147,13 @@ def check(config: PretrainConfig) -> None:
     """
     o, a = config.objective, config.augment
     objective = make_objective(o)
-    options = {name: getattr(o, name) for name in RANGES}
-    check_run(
-        config,
-        {
-            "augment.grayscale": 0 <= a.grayscale <= 1,
-            "augment.blur": all(0 <= p <= 1 for p in a.blur),
-            "augment.solarize": all(0 <= p <= 1 for p in a.solarize),
-            "augment.min_scale": 0 < a.min_scale <= 1,
-            "augment.jitter": min(a.jitter) >= 0 and a.jitter[3] <= 0.5,
-            "augment.small_views": a.small_views >= 0,
-            "augment.small_crop": a.small_crop >= 1,
-            "augment.small_scale": 0 < a.small_scale[0] <= a.small_scale[1] <= 1,
-            "probe_lr": config.probe_lr >= 0,
-            "neighbours": config.neighbours >= 1,
-            "neighbour_temperature": config.neighbour_temperature > 0,
-            "neighbour_images": config.neighbour_images is None or config.neighbour_images >= 1,
-            "objective.projector": min(objective.projector, default=0) >= 1,
-            "objective.predictor": min(objective.predictor, default=1) >= 1,
-            **{f"objective.{name}": x is None or RANGES[name](x) for name, x in options.items()},
-        },
-    )
+    check_run(config, RANGES)
+    if not objective.projector:
+        raise UsageError("--objective.projector needs the size of at least one layer")
+    if a.jitter[3] > 0.5:
+        raise UsageError(f"--augment.jitter: the last strength, of hue, must be at most 0.5, got {a.jitter[3]}")
+    if a.small_scale[0] > a.small_scale[1]:
+        raise UsageError(f"--augment.small-scale {a.small_scale[0]} {a.small_scale[1]}: the smaller one comes first")
     if config.data.random_crop:
         raise UsageError("--data.random-crop cuts one box for all views of an image, which must differ: leave it out")
     if config.batch < 2:
@@ -195,3 +184,11 @@ def check_images(config: PretrainConfig, shape: tuple[int, int, int]) -> None:
             raise UsageError(f"--augment.{name} {crop} is larger than the images, {shape[0]}x{shape[1]}")
     if a.small_views and a.small_crop >= large:
         raise UsageError(f"--augment.small-crop {a.small_crop} is not smaller than the large views, {large}")
+
+
+def unused(config: PretrainConfig) -> dict[str, str]:
+    """Fields that other settings leave without effect, see `train.config.unused`."""
+    reasons = training.unused(config)
+    if not config.augment.small_views:
+        reasons |= dict.fromkeys(("augment.small_crop", "augment.small_scale"), "without --augment.small-views")
+    return reasons

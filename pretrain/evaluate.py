@@ -12,6 +12,7 @@ split once.
 """
 
 import json
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -29,12 +30,14 @@ from pretrain.steps import feature_step
 from resnet_jax.parallel import axis_of, compile_step, make_mesh, place, replicated
 from resnet_jax.tree import PyTree
 from train.cli import start
-from train.config import AugmentConfig, DataConfig, OptimConfig, TrainConfig
+from train.config import SEEDS, AugmentConfig, DataConfig, OptimConfig, TrainConfig
+from train.data.batches import eval_batch_size
 from train.data.sets import Dataset, known_labels, share_of
 from train.errors import UsageError, unknown
 from train.from_config import compute_dtype, eval_augment, make_kernels, make_model, open_data, read_data
 from train.json_text import to_json
 from train.paths import local_path
+from train.ranges import check_ranges
 from train.run import run as train_run
 from train.run_folder import environment, read_config, write_json
 from train.runtime import compiler_options, keep_compiled, say
@@ -59,7 +62,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Evaluate a finished run's encoder: test accuracies in [0, 1] by protocol.
 
-    Each is written to RUN/evaluation-SET.json, with its settings, as soon as it has been measured.
+    Each is written to RUN/evaluation-SET.json, with its settings, as soon as it has been measured. Protocols that train
+    nothing also take a run that cannot be written to.
 
     Args:
       data: the set; None means the one that the encoder was pretrained on, with the same splits. Images are
@@ -74,9 +78,14 @@ def evaluate(
     for protocol in protocols:
         if protocol not in (*FROZEN, *TRAINED):
             raise unknown("protocol", protocol, (*FROZEN, *TRAINED))
+    sizes = {"image_size": data.image_size if data else None, "epochs": epochs, "lr": lr, "batch": batch, "seed": seed}
+    check_ranges(sizes, {"[1, inf)": "image_size batch", "(0, inf)": "epochs", "[0, inf)": "lr", SEEDS: "seed"})
     config, saved = read_config(run, PretrainConfig)
     if not (run / ENCODER).is_file():
         raise UsageError(f"{run} is not finished: it has no {ENCODER}")
+    writable = os.access(run, os.W_OK)
+    if not writable and set(protocols) & set(TRAINED):
+        raise UsageError(f"{run} cannot be written to, and fine-tuning keeps its runs there: copy it first")
     keep_compiled(config.cache)
     if data is not None and data.name == config.data.name:
         # The same set must have the same splits: otherwise its test split would contain images seen in pretraining.
@@ -91,6 +100,8 @@ def evaluate(
     # Keep figures of protocols that were evaluated before in the same file.
     set_name = re.sub(r"[/:]+", "_", dataset.name)
     path = run / f"evaluation-{set_name}.json"
+    if not writable:
+        say(f"note: {run} cannot be written to, so {path.name} is not written")
     source = saved["config"]["data"]["name"]
     kept: dict[str, Any] = {"pretrained_on": source, "dataset": dataset.name, "run": str(run), "figures": {}}
     if path.is_file():
@@ -100,7 +111,8 @@ def evaluate(
     def keep(protocol: str, accuracy: float, **how: Any) -> None:
         accuracies[f"{protocol}_accuracy"] = accuracy
         kept["figures"][protocol] = {"accuracy": accuracy, **how, **environment()}
-        write_json(path, kept)
+        if writable:
+            write_json(path, kept)
 
     # The protocols on frozen features share one pass over the splits.
     if set(protocols) & set(FROZEN):
@@ -166,7 +178,8 @@ def frozen_figures(config: PretrainConfig, run: Path, dataset: Dataset) -> Froze
         donate=False,
         compiler_options=compiler_options(encoder.dtype, plain=not kernels),
     )
-    features = Extractor(step, config.eval_batch, mesh, config.mode)
+    counts = [len(split) for split in dataset.splits.values()]
+    features = Extractor(step, eval_batch_size(config.eval_batch, max(counts), max(counts)), mesh, config.mode)
     return evaluate_features(config, features.splits(variables, dataset), len(dataset.classes))
 
 

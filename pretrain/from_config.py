@@ -18,8 +18,7 @@ from pretrain.views import view
 from resnet_jax.augment import Augment
 from resnet_jax.tree import PyTree
 from train.errors import UsageError
-from train.from_config import compute_dtype, make_model
-from train.state import init_variables
+from train.from_config import compute_dtype, draw_variables, make_model
 
 
 def make_views(config: ViewConfig) -> tuple[Augment, ...]:
@@ -85,7 +84,7 @@ def init_network(
     """
     init_key, run_key = jax.random.split(jax.random.key(config.seed))
     try:
-        return init_variables(network, init_key, image_shape), run_key
+        return draw_variables(config, network, init_key, image_shape), run_key
     except ValueError as error:
         raise UsageError(f"{config.model} cannot be pretrained: {error}") from None
 

@@ -14,6 +14,8 @@ from resnet_jax.contrastive import cosine, unit
 COLLAPSED_STD = 0.05
 # A dimension is dead if its standard deviation is at most this fraction of the features' root mean square.
 DEAD_STD = 1e-3
+# Features of this many images or fewer span too few dimensions to tell a collapse from too little data.
+FEW_IMAGES = 3
 # Rows of the distance matrix to hold in memory at once.
 ROWS = 256
 
@@ -108,6 +110,8 @@ def collapse_step(rows: Sequence[Mapping[str, Any]]) -> int | None:
 def verdict(rows: Sequence[Mapping[str, Any]], final: Mapping[str, float]) -> str:
     """Judge a run's representations in one sentence: collapsed to a point, collapsed to few dimensions, or healthy.
 
+    With `FEW_IMAGES` or fewer in `final`, only the history is judged.
+
     Args:
       rows: the run's history, as for `collapse_step`.
       final: the result of `health` at the end of the run.
@@ -123,8 +127,12 @@ def verdict(rows: Sequence[Mapping[str, Any]], final: Mapping[str, float]) -> st
     rank, dimensions, dead = final["effective_rank"], final["dimensions"], final["dead_fraction"]
     of = f"effective rank {rank:.{int(rank < 10)}f} of {dimensions:.0f}"
     views = f"positives {final['positive_similarity']:.2f} similar, negatives {final['negative_similarity']:.2f}"
-    # A few images cannot span many dimensions.
-    if rank < max(2, 0.02 * min(dimensions, final["images"])):
+    images = final["images"]
+    if images <= FEW_IMAGES:
+        return f"too few validation images ({images:.0f}) to judge the representations: {of}, {views}"
+    # A few images cannot span many dimensions: without their mean, one less than their number.
+    possible = min(dimensions, images - 1)
+    if rank < max(min(2, possible / 2), 0.02 * min(dimensions, images)):
         return f"representations have collapsed to few dimensions: {of}, {dead:.0%} dead dimensions, {views}"
     if dead > 0.5:
         return f"representations are healthy: {of}, {views}, but {dead:.0%} of the dimensions are dead"

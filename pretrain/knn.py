@@ -38,6 +38,14 @@ def knn_scores(
     Returns:
       Votes, float32 [Q, `classes`]; the predicted class has the largest.
     """
+    weights, voted = _nearest(queries, bank, labels, k, temperature, chunk)
+    return _votes(weights, voted, jnp.arange(classes)[:, None]).T
+
+
+def _nearest(
+    queries: jax.Array, bank: jax.Array, labels: jax.Array, k: int, temperature: Any, chunk: int
+) -> tuple[jax.Array, jax.Array]:
+    """Weights float32 and classes of the k nearest neighbours [Q, k]; arguments as for `knn_scores`."""
     size = len(bank)
     k, chunk = min(k, size), min(chunk, size)
     queries = unit(queries)
@@ -58,14 +66,27 @@ def knn_scores(
     (similarity, place), _ = jax.lax.scan(merge, none, (chunks, starts))
     # Scale votes so that the nearest has 1: at low temperatures exp alone would overflow.
     weights = jnp.exp((similarity - similarity[:, :1]) / temperature)
-    voted = jnp.asarray(labels)[place]
-    # Sum class by class: a one-hot array [Q, k, classes] would be large, and a scatter has no fixed order of addition.
-    return jax.lax.map(lambda c: jnp.where(voted == c, weights, 0.0).sum(1), jnp.arange(classes)).T
+    return weights, jnp.asarray(labels)[place]
+
+
+def _votes(weights: jax.Array, voted: jax.Array, candidates: jax.Array) -> jax.Array:
+    """Sum the votes [Q, k] for each of the candidate classes [C, Q] or [C, 1]: [C, Q].
+
+    One candidate at a time: a one-hot array [Q, k, C] would be large, and a scatter has no fixed order of addition.
+    """
+    return jax.lax.map(lambda c: jnp.where(voted == c[:, None], weights, 0.0).sum(1), candidates)
 
 
 @partial(jax.jit, static_argnames=("classes", "k"))
-def _predict(queries: jax.Array, bank: jax.Array, labels: jax.Array, **options: Any) -> jax.Array:
-    return knn_scores(queries, bank, labels, **options).argmax(1)
+def _predict(
+    queries: jax.Array, bank: jax.Array, labels: jax.Array, *, classes: int, k: int, temperature: float
+) -> jax.Array:
+    """Predicted classes, int [Q]; ties go to the lower class."""
+    weights, voted = _nearest(queries, bank, labels, k, temperature, CHUNK)
+    # Only the neighbours' classes have votes, which matters if there are thousands of classes.
+    candidates = jnp.arange(classes)[:, None] if classes <= voted.shape[1] else voted.T
+    votes = _votes(weights, voted, candidates)
+    return jnp.where(votes == votes.max(0, keepdims=True), candidates, classes).min(0)
 
 
 def knn_accuracy(

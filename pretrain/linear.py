@@ -13,6 +13,7 @@ from resnet_jax.losses import softmax_cross_entropy
 
 LEARNING_RATES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 MOMENTUM = 0.9
+BLOCK = 1024  # rows to classify at once
 Split = tuple[Any, Any]  # features [N, D], labels int [N]
 Weights = dict[str, jax.Array]  # kernel [D, K], bias [K]
 
@@ -57,12 +58,14 @@ def linear_probe(
       batch: size of the shuffled batches, at most N; an incomplete last batch of an epoch is dropped.
 
     Raises:
-      ValueError: no learning rates, rates out of range, features and labels that `knn.labelled` refuses, or training
-        diverged at every learning rate.
+      ValueError: no learning rates, rates out of range, `epochs` or `batch` below 1, features and labels that
+        `knn.labelled` refuses, or training diverged at every learning rate.
     """
     rates = sorted({float(rate) for rate in learning_rates})
     if not rates or not all(0 < rate < np.inf for rate in rates):
         raise ValueError(f"pass at least one learning rate, all above 0 and finite, got {list(learning_rates)}")
+    if epochs < 1 or batch < 1:
+        raise ValueError(f"epochs and batch must be at least 1, got {epochs} and {batch}")
     features, labels = labelled("train", *train, classes)
     other, other_labels = labelled("validation", *validation, classes)
     # Train one probe per learning rate at once, then drop those that diverged.
@@ -119,7 +122,10 @@ def _logits(weights: Weights, features: jax.Array) -> jax.Array:
 
 @jax.jit
 def _predict(weights: Weights, features: jax.Array) -> jax.Array:
-    return _logits(weights, features).argmax(-1)
+    """Predicted classes, int32 [N], in blocks of rows, so that no logits [N, K] are held."""
+    return jax.lax.map(
+        lambda row: _logits(weights, row[None])[0].argmax(), features, batch_size=min(BLOCK, len(features))
+    )
 
 
 @partial(jax.jit, static_argnames=("classes", "epochs", "batch"))

@@ -16,6 +16,7 @@ from pretrain.from_config import init_network, make_network, make_pretrain_state
 from pretrain.heads import Network
 from pretrain.health import collapse_step, health, verdict
 from pretrain.knn import knn_accuracy
+from pretrain.linear import BLOCK
 from pretrain.objectives import Objective
 from pretrain.state import PretrainState, encoder_of, pretrain_digest, probe_logits
 from pretrain.steps import contrastive_step, feature_step, view_step
@@ -88,8 +89,9 @@ def run(
             (partial(view_step, encoder=network.encoder, views=views[:2]), shapes),
         ],
         state,
+        evaluated=("train", "validation", "test"),
     )
-    features, pairs = (Extractor(program, config.eval_batch, session.mesh, config.mode) for program in programs)
+    features, pairs = (Extractor(program, session.eval_batch, session.mesh, config.mode) for program in programs)
     state = session.resume(state)
     monitor = make_monitor(session, objective, features, pairs)
     labelled = classes > 1
@@ -214,5 +216,8 @@ def evaluate_features(config: PretrainConfig, splits: Sequence[Features], classe
 
 def online_accuracy(state: PretrainState, held: Features) -> float:
     """Accuracy in [0, 1] of the online probe on features of held-out images."""
-    logits = probe_logits(jax.device_get(state.probe), jnp.asarray(held.features))
-    return float((np.asarray(logits).argmax(-1) == held.labels).mean())
+    probe, count = jax.device_get(state.probe), len(held.labels)
+    # In blocks of rows, so that no logits [N, K] are held.
+    blocks = (held.features[at : at + BLOCK] for at in range(0, count, BLOCK))
+    predicted = [np.asarray(probe_logits(probe, jnp.asarray(block))).argmax(-1) for block in blocks]
+    return float((np.concatenate(predicted) == held.labels).mean())

@@ -1,20 +1,21 @@
 """Parse the command line of every pipeline: a preset's name, then its fields as flags (tyro)."""
 
 import contextlib
-import difflib
+import dataclasses
 import importlib
 import inspect
 import io
 import re
 import sys
 from collections.abc import Callable, Container, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import jax
 import tyro
 
-from train.config import flat
-from train.errors import UsageError, one_line, unknown
+from resnet_jax.resnet import MODELS
+from train.errors import UsageError, one_line, suggestion, unknown
 from train.json_text import to_json
 from train.runtime import keep_memory, use_own_precision
 
@@ -63,35 +64,189 @@ def parse(program: str, presets: dict[str, Callable[[], Any]], argv: Sequence[st
     Raises:
       UsageError: an unknown preset or flag, or a value of the wrong type; the message is one line.
     """
-    argv = list(argv)
-    if "--versus" in argv[:-1]:  # its value looks like a flag: `--versus "--batch 64"` becomes `--versus=--batch 64`
-        place = argv.index("--versus")
-        argv[place : place + 2] = [f"--versus={argv[place + 1]}"]
-    preset = argv.pop(0) if argv and not argv[0].startswith("-") else default
+    kinds = kinds_of(type(presets[default]()))
+    helps = "-h" in argv or "--help" in argv
+    words, flags = ([one for one in argv if one in presets][:1], {}) if helps else arranged(argv, kinds)
+    preset = words[0] if words else default
     if preset not in presets:
-        raise unknown("preset", preset, presets)
+        raise UsageError(f"{unknown('preset', preset, presets)}{_not_a_preset(preset)}")
+    if len(words) > 1:
+        raise UsageError(f"{' '.join(words[1:])!r} belongs to no flag: only the preset, {preset}, comes without one")
     config = presets[preset]()
-    about = f"{inspect.getdoc(presets[preset])}\n\nPresets: {', '.join(presets)}."
-    if "-h" in argv or "--help" in argv:
-        return preset, tyro.cli(type(config), prog=f"{program} {preset}", description=about, default=config, args=argv)
-    _check_names(argv, flat(config))
+    if helps:
+        about = f"{inspect.getdoc(presets[preset])}\n\nPresets: {', '.join(presets)}."
+        return preset, tyro.cli(
+            type(config), prog=f"{program} {preset}", description=about, default=config, args=["-h"]
+        )
     output = io.StringIO()
+    written = [word for name, values in flags.items() for word in _written(name, values, kinds[name])]
     try:
         with contextlib.redirect_stderr(output), contextlib.redirect_stdout(output):
-            return preset, tyro.cli(type(config), prog=program, default=config, args=argv)
+            return preset, tyro.cli(type(config), prog=program, default=config, args=written)
     except SystemExit:
         raise UsageError(_plain(output.getvalue())) from None
 
 
-def _check_names(argv: Sequence[str], fields: dict[str, Any]) -> None:
-    known = {f"--{name.replace('_', '-')}" for name in fields}
-    for argument in argv:
-        flag = argument.split("=", 1)[0].replace("_", "-")
-        positive = re.sub(r"(--|\.)no-", r"\1", flag)
-        if flag.startswith("--") and not {flag, positive} & known:
-            near = difflib.get_close_matches(flag, known)
-            hint = f"did you mean {' or '.join(near)}? " if near else ""
-            raise UsageError(f"unknown field {flag!r}: {hint}--help lists all fields")
+def kinds_of(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Annotated types of a config's fields by flag's name: {"optim.weight-decay": float}."""
+    kinds: dict[str, Any] = {}
+    for name, kind in get_type_hints(config).items():
+        flag = prefix + name.replace("_", "-")
+        kinds |= kinds_of(kind, f"{flag}.") if dataclasses.is_dataclass(kind) else {flag: kind}
+    return kinds
+
+
+def arranged(argv: Sequence[str], kinds: dict[str, Any]) -> tuple[list[str], dict[str, list[str]]]:
+    """Split a command line into (words that belong to no flag, values by flag); of a repeated flag the last counts.
+
+    Raises:
+      UsageError: an unknown flag, or one without its value.
+    """
+    words: list[str] = []
+    flags: dict[str, list[str]] = {}
+    rest = [one for one in argv if one != "--"]
+    while rest:
+        word = rest.pop(0)
+        flag, equals, value = word.partition("=")
+        if not _is_flag(word) and not (equals and flag.replace("_", "-") in kinds):
+            words.append(word)
+            continue
+        typed = re.sub(r"^[-\u2013\u2014]*", "--", flag)
+        name = typed[2:].lower().replace("_", "-")
+        positive = re.sub(r"(^|\.)no-", r"\1", name)
+        name, negated = (name, False) if name in kinds or positive not in kinds else (positive, True)
+        if name == "preset":
+            words += [value] if equals else []
+            continue
+        if name not in kinds or (negated and kinds[name] is not bool):
+            raise UsageError(f"unknown field {typed!r}: {_meant(name, kinds)}--help lists all fields")
+        if kinds[name] is bool:
+            given = value if equals else rest.pop(0) if rest and rest[0].lower() in TRUTH else "true"
+            if given.lower() not in TRUTH:
+                raise UsageError(f"--{name} {given}: it is a switch, --{name} or --{_negative(name)}")
+            flags[name] = [str(TRUTH[given.lower()] != negated)]
+        elif equals:
+            flags[name] = [value]
+        elif _is_tuple(kinds[name]):
+            flags[name] = []
+            while rest and not _is_flag(rest[0]) and (_is_number(rest[0]) or not _holds_numbers(kinds[name])):
+                flags[name].append(rest.pop(0))
+        elif rest and (not _is_flag(rest[0]) or name == "versus"):  # the value of --versus looks like a flag
+            flags[name] = [rest.pop(0)]
+        else:
+            raise UsageError(f"--{name} needs a value")
+    return words, flags
+
+
+TRUTH = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+# What other programs call our fields.
+ELSEWHERE = {
+    "learning-rate": "optim.lr",
+    "wd": "optim.weight-decay",
+    "optimizer": "optim.name",
+    "arch": "model",
+    "dataset": "data.name",
+    "batch-size": "batch",
+    "output": "out",
+    "output-dir": "out",
+    "sparsity": "prune.sparsity",
+    "temperature": "objective.temperature",
+}
+
+
+def _is_flag(word: str) -> bool:
+    return bool(re.match(r"[-\u2013\u2014]+[A-Za-z]", word)) and not _is_number(word)
+
+
+def _is_number(word: str) -> bool:
+    """Whether a word is a number, several, or None."""
+    try:
+        return all(one.lower() == "none" or float(one) is not None for one in _split(word))
+    except ValueError:
+        return False
+
+
+def _split(word: str) -> list[str]:
+    """`(0.5, 0.75)` and `0.5,0.75` to their parts."""
+    return [one for one in re.split(r"[,\s]+", word.strip("()[] ")) if one]
+
+
+def _base(kind: Any) -> Any:
+    """A field's type without its None."""
+    others = [one for one in get_args(kind) if one is not type(None)]
+    return others[0] if type(None) in get_args(kind) and len(others) == 1 else kind
+
+
+def _is_tuple(kind: Any) -> bool:
+    return get_origin(_base(kind)) is tuple
+
+
+def _holds_numbers(kind: Any) -> bool:
+    return bool({int, float} & {_base(kind), *get_args(_base(kind))})
+
+
+def _written(name: str, values: list[str], kind: Any) -> list[str]:
+    """A flag and its values as tyro reads them.
+
+    Raises:
+      UsageError: an empty value, a word for a number, or none of the choices.
+    """
+    if kind is bool:
+        return [f"--{name}" if values == ["True"] else f"--{_negative(name)}"]
+    if _holds_numbers(kind):
+        values = [one for value in values for one in _split(value)]
+        values = ["None" if one.lower() == "none" else one for one in values]
+        whole = int in (_base(kind), *get_args(_base(kind)))
+        values = [_number(name, one, whole) for one in values]
+    sizes = get_args(_base(kind)) if _is_tuple(kind) else (kind,)
+    if values not in ([], ["None"]) and _holds_numbers(kind) and ... not in sizes and len(values) != len(sizes):
+        raise UsageError(f"--{name} takes {len(sizes)} value{'s' * (len(sizes) > 1)}, got {len(values)}")
+    if _is_tuple(kind):
+        return [f"--{name}", *(one for one in values if one)]
+    if not "".join(values).strip():
+        raise UsageError(f"--{name} is empty: give it a value or leave it out")
+    choices = get_args(_base(kind)) if get_origin(_base(kind)) is Literal else values
+    if values[0] not in choices:
+        raise UsageError(f"--{name} {values[0]!r}: {suggestion(values[0], choices)}choose one of {', '.join(choices)}")
+    return [f"--{name}={' '.join(values)}"]
+
+
+def _number(name: str, word: str, whole: bool) -> str:
+    """A number as Python writes it; where it must be whole, `1e2` and `64.0` are the integers that they equal."""
+    try:
+        number = None if word == "None" else int(word) if word.replace("_", "").isdecimal() else float(word)
+        if number is None or not whole or isinstance(number, int):
+            return word
+        if number.is_integer():
+            return str(int(number))
+    except (ValueError, OverflowError):
+        pass
+    raise UsageError(f"--{name} takes {'whole numbers' if whole else 'numbers'}, got {word!r}")
+
+
+def _negative(name: str) -> str:
+    group, dot, last = name.rpartition(".")
+    return f"{group}{dot}no-{last}"
+
+
+def _meant(name: str, kinds: dict[str, Any]) -> str:
+    """Suggest fields for a name that is not one: its own name elsewhere, the fields of a group, or near ones."""
+    last = name.rpartition(".")[2]
+    same = [one for one in kinds if one.rpartition(".")[2] == last or one.startswith(f"{name}.")]
+    if ELSEWHERE.get(last) in kinds:
+        same = [ELSEWHERE[last]]
+    if same:
+        return f"did you mean {' or '.join(f'--{one}' for one in same[:4])}? "
+    return suggestion(f"--{name}", [f"--{one}" for one in kinds])
+
+
+def _not_a_preset(word: str) -> str:
+    """What a word was probably meant for, as an addition to the message."""
+    if word in MODELS:
+        return f"; {word} is a model: --model {word}"
+    if Path(word).expanduser().is_dir():
+        return f"; a folder of images is --data.name folder:{word}"
+    return ""
 
 
 def _plain(text: str) -> str:

@@ -10,6 +10,8 @@ from resnet_jax.losses import LOSSES
 from resnet_jax.parallel import Mode
 from resnet_jax.resnet import MODELS
 from train.errors import UsageError, unknown
+from train.optim import OPTIMIZERS, make_optimizer, make_schedule
+from train.ranges import check_ranges
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +33,7 @@ class DataConfig:
     random_crop: bool = False
     """Crop a different random box from the full image in every epoch while decoding; for large photographs."""
     broken: Literal["refuse", "skip"] = "refuse"
-    """Refuse a set with images that cannot be decoded, or skip those images."""
+    """Refuse a set with images that cannot be decoded, or skip those images (listed in the run's skipped.txt)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,18 +84,20 @@ class OptimConfig:
     """Optimizer and schedule; see `train.optim`."""
 
     name: str = "sgd"
-    """`sgd`, `adamw`, `lars`, `lamb`, or `optax.NAME`."""
+    """`sgd`, `adamw`, `lars`, `lamb`, or `optax.NAME`, which keeps its own momentum."""
     lr: float = 0.1
     """Peak learning rate."""
     momentum: float = 0.9
+    """Momentum of sgd and lars, and the first beta of adamw and lamb."""
     nesterov: bool = False
+    """Nesterov's variant of the momentum of sgd, lars and adamw."""
     weight_decay: float = 0.0
     """Applies only to kernels, never to norms or biases."""
     schedule: str = "cosine"
     """`cosine`, `linear`, `step`, `one_cycle` or `constant`."""
     warmup_epochs: float = 0.0
     milestones: tuple[float, ...] = (0.5, 0.75)
-    """Fractions of all steps at which `step` multiplies the rate by `factor`."""
+    """Fractions (not epochs) of all steps at which `step` multiplies the rate by `factor`."""
     factor: float = 0.1
     clip_norm: float | None = None
     """Clip the gradient to this global norm; None does not clip."""
@@ -124,6 +128,7 @@ class RunConfig:
     batch: int = 128
     """Global batch size."""
     eval_batch: int = 500
+    """Largest batch of evaluations; smaller splits are not padded to it."""
     seed: int = 0
     mode: Mode = "jit"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -223,36 +228,36 @@ def check_images(config: TrainConfig, shape: tuple[int, int, int], devices: int)
         raise UsageError(f"--accumulate {config.accumulate} does not divide the {share} images per device")
 
 
-# Ranges of the fields that training and other pipelines have; None is always in range.
-RANGES: list[tuple[Callable[[Any], bool], str]] = [
-    (lambda x: x > 0, "epochs steps batch eval_batch eval_every save_steps keep_last log_every width accumulate"),
-    (lambda x: x > 0, "optim.clip_norm optim.trust_coefficient"),
-    (lambda x: x >= 0, "optim.lr optim.weight_decay optim.warmup_epochs keep_best"),
-    (lambda x: x >= 0, "augment.crop_padding augment.mixup augment.cutmix"),
-    (lambda x: 0 <= x < 1, "optim.momentum drop_path label_smoothing ema"),
-    (lambda x: 0 <= x <= 1, "augment.color_jitter augment.erasing"),
-    (lambda x: 0 < x <= 1, "data.fraction augment.min_scale"),
-    (lambda x: 0 <= x <= 30, "augment.rand_augment"),
-]
+SEEDS = "[0, 4294967296)"  # 32 bits reach the random keys
+# Ranges of the numbers of a run; see `check_ranges`.
+RANGES = {
+    "(0, inf)": "epochs eval_every optim.clip_norm optim.trust_coefficient",
+    "[0, inf)": "optim.lr optim.weight_decay optim.warmup_epochs keep_best augment.mixup augment.cutmix "
+    "augment.resized_crop augment.crop_padding augment.cutout",
+    "[1, inf)": "steps batch eval_batch save_steps keep_last log_every width widths accumulate data.image_size",
+    "[0, 1)": "optim.momentum drop_path label_smoothing ema",
+    "[0, 1]": "augment.color_jitter augment.erasing",
+    "[0, 1] for pixels scaled to [0, 1]": "augment.mean",
+    "(0, 1] for pixels scaled to [0, 1]": "augment.std",
+    "(0, 1)": "data.validation",
+    "(0, 1) (fractions of all steps)": "optim.milestones",
+    "(0, 1]": "data.fraction augment.min_scale optim.factor",
+    "[0, 30]": "augment.rand_augment",
+    SEEDS: "seed data.split_seed",
+}
 
 
-def check_run(config: RunConfig, ranges: Mapping[str, bool] | None = None) -> None:
-    """Check the fields of `RANGES`, and a pipeline's additional `ranges`, {field: whether it is in range}.
+def check_run(config: RunConfig, *ranges: Mapping[str, str]) -> None:
+    """Check the numbers of `RANGES` and of a pipeline's additional tables, and the names of a config.
 
     Raises:
       UsageError: an unknown name, or a number out of range.
     """
     if config.model not in MODELS:
         raise unknown("model", config.model, MODELS)
-    values, ranges = flat(config), dict(ranges or {})
-    for in_range, names in RANGES:
-        ranges |= {name: values[name] is None or in_range(values[name]) for name in names.split() if name in values}
-    ranges["widths"] = all(width > 0 for width in config.widths)
-    for name, fits in ranges.items():
-        if not fits:
-            raise UsageError(f"--{name.replace('_', '-')} {values[name]} is out of range")
-    if config.optim.name != "lars" and config.optim.trust_coefficient != OptimConfig().trust_coefficient:
-        raise UsageError(f"--optim.trust-coefficient applies only to lars (got {config.optim.name})")
+    for table in (RANGES, *ranges):
+        check_ranges(flat(config), table)
+    check_optim(config.optim)
     if not config.sync_bn and config.mode == "jit":
         raise UsageError(
             "--no-sync-bn needs --mode shard_map or pmap: jit computes batch statistics over the whole batch"
@@ -262,18 +267,62 @@ def check_run(config: RunConfig, ranges: Mapping[str, bool] | None = None) -> No
     check_xla(config.xla, config.mode)
 
 
-def check(config: TrainConfig) -> None:
-    """Refuse a config that cannot work, before anything is loaded.
+def check_optim(optim: OptimConfig) -> None:
+    """Check the names of the optimizer and the schedule, and that the optimizer fits the train step.
+
+    Raises:
+      UsageError: an unknown name, or an optimizer that needs more than gradients and parameters.
+    """
+    make_optimizer(optim.name, make_schedule(optim.schedule, peak=optim.lr, steps=1), weight_decay=optim.weight_decay)
+
+
+def check(config: TrainConfig, *ranges: Mapping[str, str]) -> None:
+    """Refuse a config that cannot work, before anything is loaded; `ranges`: see `check_run`.
 
     Raises:
       UsageError: an unknown name, or a number out of range.
     """
     if config.loss not in LOSSES:
         raise unknown("loss", config.loss, LOSSES)
-    check_run(config)
+    check_run(config, *ranges)
     if config.init is None and config.freeze:
         raise UsageError("--freeze trains only the head and needs a pretrained backbone: pass --init")
     if config.init is None and config.dense:
         raise UsageError("--dense frees the pruned weights of a sparse run: pass that run with --init")
     if config.select == "best" and config.keep_best == 0:
         raise UsageError("--select best needs --keep-best 1 or more")
+
+
+def unused(config: RunConfig) -> dict[str, str]:
+    """Fields that other settings leave without effect, each with the reason: {"optim.factor": "with ..."}."""
+    optim, augment = config.optim, config.augment
+    optimizer, schedule = f"with --optim.name {optim.name}", f"with --optim.schedule {optim.schedule}"
+    generated = config.data.name == "synthetic" or config.data.name.startswith("folder:")
+    reasons = {
+        "epochs": config.steps is not None and "with --steps",
+        "optim.momentum": optim.name not in OPTIMIZERS and optimizer,
+        "optim.nesterov": optim.name not in ("sgd", "adamw", "lars") and optimizer,
+        "optim.trust_coefficient": optim.name != "lars" and f"{optimizer}: it applies only to lars",
+        "optim.milestones": optim.schedule != "step" and schedule,
+        "optim.factor": optim.schedule != "step" and schedule,
+        "data.dir": generated and f"with --data.name {config.data.name}: it is for prepared sets",
+    }
+    if isinstance(augment, AugmentConfig):
+        reasons["augment.crop_mode"] = not augment.crop_padding and "without --augment.crop-padding"
+        reasons["augment.min_scale"] = not augment.resized_crop and "without --augment.resized-crop"
+    if isinstance(config, TrainConfig):
+        reasons["drop_path"] = config.freeze and "with --freeze"
+        reasons["zero_init"] = config.init is not None and "with --init, which sets all weights but the head's"
+    return {name: reason for name, reason in reasons.items() if reason}
+
+
+def check_changes(config: Any, default: Any, reasons: Callable[[Any], Mapping[str, str]] = unused) -> None:
+    """Refuse fields that differ from the preset's, `default`, and are `unused`.
+
+    Raises:
+      UsageError: there is such a field; the message names it, with the reason.
+    """
+    changed, usual = flat(config), flat(default)
+    for name, reason in reasons(config).items():
+        if changed[name] != usual[name]:
+            raise UsageError(f"--{name.replace('_', '-')} has no effect {reason}")

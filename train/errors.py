@@ -22,12 +22,26 @@ class LostHostError(RunError):
     """A host that stopped answering. The process ends without JAX's shutdown, which would wait for it."""
 
 
-def unknown(kind: str, name: str, valid: Iterable[str]) -> UsageError:
-    """Make the error for an unknown name; it suggests the nearest valid names and lists all of them."""
+def unknown(kind: str, name: str, valid: Iterable[str], other: Iterable[str] = ()) -> UsageError:
+    """Make the error for an unknown name; it suggests the nearest valid names and lists all of them.
+
+    `other` names are valid too, and only suggested.
+    """
     valid = list(valid)
-    near = difflib.get_close_matches(name, valid)
-    hint = f"did you mean {' or '.join(near)}? " if near else ""
-    return UsageError(f"unknown {kind} {name!r}: {hint}choose one of {', '.join(valid)}")
+    return UsageError(f"unknown {kind} {name!r}: {suggestion(name, [*valid, *other])}choose one of {', '.join(valid)}")
+
+
+def suggestion(name: str, valid: Iterable[str]) -> str:
+    """Suggest the valid names nearest to `name`, whatever their case and dashes: "did you mean a or b? "."""
+
+    def plain(name: str) -> str:
+        return re.sub(r"[-_ ]", "", name.lower())
+
+    last = {plain(one).rpartition(".")[2]: one for one in valid}
+    whole = {plain(one): one for one in valid}
+    near = [same[plain(name)] for same in (whole, last) if plain(name) in same]
+    near = near or [whole[one] for one in difflib.get_close_matches(plain(name), whole)]
+    return f"did you mean {' or '.join(dict.fromkeys(near))}? " if near else ""
 
 
 @contextmanager

@@ -177,7 +177,10 @@ def make_tx(
     optim: OptimConfig, steps: int, epoch_steps: float, *, trainable: Predicate | None = None
 ) -> tuple[optax.GradientTransformation, Schedule]:
     """Build the config's (optimizer, schedule) over `steps`; for `trainable` see `train.optim.make_optimizer`."""
-    warmup = min(round(optim.warmup_epochs * epoch_steps), steps - 1)
+    warmup = round(optim.warmup_epochs * epoch_steps)
+    if warmup >= steps > 1:
+        say(f"note: the warm-up of {warmup} steps is cut to {steps - 1}, because the run has only {steps}")
+    warmup = min(warmup, steps - 1)
     options = {"milestones": optim.milestones, "factor": optim.factor} if optim.schedule == "step" else {}
     schedule = make_schedule(optim.schedule, peak=optim.lr, steps=steps, warmup=warmup, **options)
     own: dict[str, Any] = {"trust_coefficient": optim.trust_coefficient} if optim.name == "lars" else {}
@@ -192,6 +195,25 @@ def make_tx(
         **own,
     )
     return tx, schedule
+
+
+def draw_variables(
+    config: RunConfig, model: nn.Module, key: jax.Array, image_shape: tuple[int, int, int]
+) -> dict[str, PyTree]:
+    """Draw a model's random variables, see `train.state.init_variables`.
+
+    Raises:
+      UsageError: a model that is too narrow, or `widths` that do not fit it.
+    """
+    try:
+        return init_variables(model, key, image_shape)
+    except ZeroDivisionError:  # an initializer's scale for a layer without inputs or outputs
+        narrow = f"--width {config.width}" if config.width else f"--widths {' '.join(map(str, config.widths))}"
+        raise UsageError(f"{config.model} is too narrow with {narrow}: a layer would have no channels") from None
+    except ValueError as error:
+        if not config.widths:
+            raise
+        raise UsageError(f"--widths {' '.join(map(str, config.widths))}: {error}") from None
 
 
 def make_state(
@@ -210,7 +232,7 @@ def make_state(
     `masks(params, given)` makes the masks of the parameters; `given` are those of `source`, if it is pruned.
     """
     init_key, run_key = jax.random.split(jax.random.key(config.seed))
-    variables, given = init_variables(model, init_key, image_shape), None
+    variables, given = draw_variables(config, model, init_key, image_shape), None
     if source is not None:
         loaded = load_weights(source, variables)
         given = None if config.dense else load_masks(source, variables["params"])

@@ -101,12 +101,15 @@ def evaluate(
 ) -> dict[str, Any]:
     """Sum `step(variables, batch)` over all batches in float64 and summarise; see `train.steps.summarize`."""
     total: dict[str, np.ndarray] | None = None
+    pairs: list[np.ndarray] = []
     for batch in batches:
-        sums = jax.tree.map(lambda x: np.asarray(x, np.float64), step(variables, batch))
+        found = {**step(variables, batch)}
+        pairs.append(np.asarray(found.pop("pairs")))
+        sums = jax.tree.map(lambda x: np.asarray(x, np.float64), found)
         total = sums if total is None else jax.tree.map(np.add, total, sums)
     if total is None:
         raise ValueError("no examples were evaluated")
-    return summarize(total)
+    return summarize({**total, "pairs": np.concatenate(pairs)})
 
 
 class Progress:

@@ -6,7 +6,6 @@ predict("seven.png")  # [("7", 0.97), ("1", 0.01), ...]
 """
 
 import argparse
-import io
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -17,18 +16,21 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from PIL import Image
 
 from resnet_jax.augment import preprocess_batch
+from resnet_jax.tree import PyTree
 from train.config import TrainConfig
-from train.data.decode import UNREADABLE, decode_image
+from train.data.decode import Unreadable, any_to_pixels, is_many, silence_pillow
 from train.errors import UsageError, one_line
 from train.from_config import compute_dtype, eval_augment, make_model
 from train.json_text import to_json
 from train.paths import local_path
+from train.ranges import check_ranges
 from train.run_folder import load_state, read_config
 from train.runtime import compiler_options
 from train.state import forward
+
+CHUNK = 32  # most images to decode and compute at once
 
 Prediction = list[tuple[str, float]]  # (class, probability), most probable first
 
@@ -36,12 +38,18 @@ Prediction = list[tuple[str, float]]  # (class, probability), most probable firs
 def load(run: str | Path, *, model: nn.Module | None = None, top: int = 5) -> Callable[[Any], Any]:
     """Load the trained network of a run as a function of an image, or of a list of images.
 
-    An image is a path, encoded bytes, or a uint8 array [H, W, C]; it is resized and cropped as the run's test images
-    were. Returns the `top` classes with their probabilities. `model` is the one that was passed to the run, if one was.
+    An image is a path, encoded bytes, an open file, a Pillow image or a uint8 array [H, W, C]; it is resized and
+    cropped to the shape of the run's images. Returns the `top` classes with their probabilities. `model` is the one
+    that was passed to the run, if one was. A list may be of any length: `CHUNK` images are decoded and computed at a
+    time.
 
     Raises:
-      UsageError: no such run, no good checkpoint, a model that is missing, an image that cannot be read.
+      UsageError: no such run, no good checkpoint, a model that is missing, an image that cannot be read, no class asked
+        for.
     """
+    if top < 1:
+        raise UsageError(f"the number of classes to return must be at least 1, got {top}")
+    silence_pillow()
     run = local_path(run)
     config, saved = read_config(run, TrainConfig)
     if model is None and "model" in saved.get("replaced", []):
@@ -51,54 +59,78 @@ def load(run: str | Path, *, model: nn.Module | None = None, top: int = 5) -> Ca
     preprocess = eval_augment(config.augment)
 
     @partial(jax.jit, compiler_options=compiler_options(compute_dtype(config.dtype)))
-    def probabilities(images: jax.Array) -> jax.Array:
+    def probabilities(variables: PyTree, images: jax.Array) -> jax.Array:
         logits, _ = forward(model, variables, preprocess_batch(preprocess, images))
         return jax.nn.softmax(logits)
 
     def predict(images: Any) -> Prediction | list[Prediction]:
-        many = isinstance(images, Sequence) and not isinstance(images, str | bytes)
-        batch = np.stack([_pixels(i, saved["image_shape"]) for i in (images if many else [images])])
+        if not is_many(images):
+            return chunk([images], [_name(images)])[0]
+        images = list(images)
+        names = [_name(image, f"number {number}") for number, image in enumerate(images)]
+        starts = range(0, len(images), CHUNK)
+        return [found for at in starts for found in chunk(images[at : at + CHUNK], names[at : at + CHUNK])]
+
+    def chunk(images: Sequence[Any], names: Sequence[str]) -> list[Prediction]:
+        pixels = [_pixels(image, name, saved["image_shape"]) for image, name in zip(images, names, strict=True)]
+        # Pad to a power of two: then all lists share a few compiled programs, whatever their lengths.
+        padding = [pixels[0]] * (2 ** (len(pixels) - 1).bit_length() - len(pixels))
         found = []
-        for row in np.asarray(probabilities(batch)):
+        for row in np.asarray(probabilities(variables, np.stack(pixels + padding)))[: len(pixels)]:
             best = np.argsort(-row, kind="stable")[:top]
             found.append([(saved["classes"][i], float(row[i])) for i in best])
-        return found if many else found[0]
+        return found
 
     return predict
 
 
-def _pixels(image: Any, shape: Sequence[int]) -> np.ndarray:
-    height, width, channels = shape
-    if height != width:
-        raise UsageError(f"this run was trained on {height}x{width} images: pass arrays of that size")
+def _name(image: Any, otherwise: str = "") -> str:
+    """The name of an image in messages: its path, or where it stands in a list (from 0)."""
+    return str(image) if isinstance(image, str | Path) else otherwise
+
+
+def _pixels(image: Any, name: str, shape: Sequence[int]) -> np.ndarray:
     try:
-        if isinstance(image, str | Path):
-            image = local_path(image).read_bytes()
-        if not isinstance(image, bytes):
-            array = np.asarray(image)
-            if array.dtype != np.uint8:
-                raise UsageError(f"an image array must be uint8 [H, W, C], not {array.dtype} {array.shape}")
-            if array.shape == tuple(shape):
-                return array
-            encoded = io.BytesIO()
-            Image.fromarray(array.squeeze()).save(encoded, "PNG")
-            image = encoded.getvalue()
-        return decode_image(image, height, channels)
-    except (*UNREADABLE, TypeError) as error:
-        raise UsageError(f"cannot read image: {error}") from None
+        return any_to_pixels(image, (shape[0], shape[1], shape[2]))
+    except Unreadable as error:
+        raise UsageError(f"cannot read image{name and f' {name}'}: {error}") from None
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """`python -m train.predict RUN IMAGE...`: print each image's top classes on stderr, and as JSON on stdout."""
+    """`python -m train.predict RUN IMAGE...`: print each image's top classes on stderr, and as JSON on stdout.
+
+    An image that cannot be read has an `error` there instead of `top`, and makes the exit code 2.
+    """
     parser = argparse.ArgumentParser(prog="python -m train.predict", description=main.__doc__)
     parser.add_argument("run", help="run folder")
     parser.add_argument("images", nargs="+", help="image files")
     parser.add_argument("--top", type=int, default=5, help="number of classes to print")
     args = parser.parse_args(argv)
-    predictions = list(zip(args.images, load(args.run, top=args.top)(args.images), strict=True))
-    for path, found in predictions:
-        print(f"{path}: " + ", ".join(f"{name} {p:.1%}" for name, p in found), file=sys.stderr)
-    print(to_json([{"image": path, "top": found} for path, found in predictions]))
+    check_ranges({"top": args.top}, {"[1, inf)": "top"})
+    predict = load(args.run, top=args.top)
+
+    def attempt(paths: Sequence[str]) -> list[dict[str, Any]]:
+        try:
+            return [{"image": path, "top": found} for path, found in zip(paths, predict(paths), strict=True)]
+        except UsageError as error:
+            if len(paths) == 1:
+                return [{"image": paths[0], "error": str(error)}]
+            return [found for path in paths for found in attempt([path])]
+
+    # An image that cannot be read does not cost the others their predictions.
+    results: list[dict[str, Any]] = []
+    for at in range(0, len(args.images), CHUNK):
+        for found in attempt(args.images[at : at + CHUNK]):
+            results.append(found)
+            if "top" in found:
+                line = ", ".join(f"{name} {p:.1%}" for name, p in found["top"])
+                print(f"{found['image']}: {line}", file=sys.stderr)
+    if any("top" in found for found in results):
+        print(to_json(results))
+    broken = [found["error"] for found in results if "error" in found]
+    if broken:
+        more = f" (and {len(broken) - 1} more of {len(results)} images)" if len(broken) > 1 else ""
+        raise UsageError(broken[0] + more)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """Models by name in a script: `model, variables, preprocess = from_pretrained("hf:timm/resnet50.a1_in1k")`."""
 
-import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,12 +8,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from PIL import Image
 
 from resnet_jax.augment import IMAGENET_MEAN, IMAGENET_STD, center_crop, compose, normalize, preprocess_batch
 from resnet_jax.resnet import MODELS, ResNet
 from resnet_jax.tree import PyTree
-from train.data.decode import UNREADABLE, decode_image
+from train.data.decode import Unreadable, any_to_pixels, is_many
 from train.errors import UsageError, unknown
 from train.hub import read_card
 from train.weights import load_weights
@@ -49,8 +47,7 @@ def from_pretrained(source: str | Path, **fields: Any) -> tuple[ResNet, dict[str
     crop = jax.jit(partial(preprocess_batch, compose(center_crop(size), normal)))
 
     def preprocess(images: Any) -> jax.Array:
-        many = isinstance(images, Sequence) and not isinstance(images, str | bytes)
-        pixels = np.stack([_pixels(image, resize) for image in (images if many else [images])])
+        pixels = np.stack([_pixels(image, resize) for image in (images if is_many(images) else [images])])
         return crop(pixels)
 
     return model, variables, preprocess
@@ -58,12 +55,6 @@ def from_pretrained(source: str | Path, **fields: Any) -> tuple[ResNet, dict[str
 
 def _pixels(image: Any, side: int) -> np.ndarray:
     try:
-        if isinstance(image, str | Path):
-            image = Path(image).expanduser().read_bytes()
-        if not isinstance(image, bytes):
-            encoded = io.BytesIO()
-            (image if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image))).save(encoded, "PNG")
-            image = encoded.getvalue()
-        return decode_image(image, side, 3)
-    except (*UNREADABLE, TypeError) as error:
+        return any_to_pixels(image, (side, side, 3))
+    except Unreadable as error:
         raise UsageError(f"cannot read image: {error}") from None

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,22 +22,25 @@ def collect(run: Path) -> dict[str, Any]:
     """
     try:
         if run.is_file():
-            return json.loads(run.read_text())
+            record = json.loads(run.read_text())
+            if not isinstance(record, dict) or "history" not in record:
+                raise UsageError(f"{run} holds no run: pass a run folder, or a file that train.report --json wrote")
+            return record
         result = json.loads((run / "result.json").read_text())
         config = json.loads((run / "config.json").read_text())["config"]
         history = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     except FileNotFoundError as error:
         raise UsageError(f"{run} holds no finished run: {Path(error.filename).name} is missing") from None
-    except ValueError as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{run} cannot be read: {error}") from None
     return {**result, "config": config, "history": history}
 
 
 def run_name(path: Path, among: Sequence[Path]) -> str:
-    """Name of a run in a picture: its folder or file, with the parent folder where two names would be equal."""
-    path, paths = path.absolute(), [other.absolute() for other in among]
+    """Name of a run in a picture: its folder or file, with the parent folder where two of the paths end alike."""
+    path, *others = (Path(os.path.abspath(p)) for p in (path, *among))
     name = path.stem if path.suffix == ".json" else path.name
-    return name if [other.name for other in paths].count(path.name) < 2 else f"{path.parent.name}/{name}"
+    return name if [other.name for other in others].count(path.name) < 2 else f"{path.parent.name}/{name}"
 
 
 def new_figure(width: float, height: float) -> Any:
@@ -64,6 +68,19 @@ def check_picture(picture: Path) -> None:
         raise UsageError(f"cannot draw {picture}: {kind} is not one of {', '.join(sorted(kinds))}")
     if not picture.parent.is_dir():
         raise UsageError(f"cannot draw {picture}: {picture.parent} is not a folder")
+
+
+def check_file(path: Path) -> None:
+    """Refuse a file that could not be written, before anything is measured; writes nothing.
+
+    Raises:
+      UsageError: its folder does not exist, or the system does not allow it.
+    """
+    if not path.parent.is_dir() or path.is_dir():
+        reason = "it is a folder" if path.is_dir() else f"{path.parent} is not a folder"
+        raise UsageError(f"cannot write {path}: {reason}")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise UsageError(f"cannot write {path}: permission denied")
 
 
 def save_figure(figure: Any, picture: Path) -> None:
@@ -112,6 +129,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UsageError("nothing to do: pass --json FILE or --picture FILE")
     if args.json and len(args.runs) > 1:
         raise UsageError("--json takes one run")
+    if args.json:
+        check_file(args.json)
     runs = {run_name(run, args.runs): collect(run) for run in args.runs}
     if args.json:
         try:

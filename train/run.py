@@ -28,7 +28,7 @@ from train.hub import read_card
 from train.loop import ADVICE, Hook, evaluate
 from train.optim import Schedule
 from train.presets import PRESETS
-from train.run_folder import write_json
+from train.run_folder import write_confusion
 from train.session import Session, open_session
 from train.state import TrainState, digest
 from train.steps import Objective, eval_step, train_step
@@ -196,7 +196,7 @@ class Training:
     def measure(self, variables: PyTree, split: str) -> dict[str, Any]:
         """Evaluate a split, see `train.steps.summarize`; evaluate the test split only at the end."""
         config, source = self.session.config, self.session.dataset.splits[split]
-        batches = eval_batches(source, batch=config.eval_batch, mesh=self.session.mesh, mode=config.mode)
+        batches = eval_batches(source, batch=self.session.eval_batch, mesh=self.session.mesh, mode=config.mode)
         return evaluate(self.eval_program, variables, batches)
 
     def fit(self, state: TrainState, hooks: Sequence[Hook] = ()) -> TrainState:
@@ -224,8 +224,7 @@ class Training:
         if not math.isfinite(validation["loss"]):
             raise RunError(f"the validation loss at step {int(state.step)} is not finite: {ADVICE}")
         if session.main:
-            confusion = {"classes": session.dataset.classes, "confusion": test["confusion"].tolist()}
-            write_json(session.out / "confusion.json", confusion)
+            write_confusion(session.out, test["confusion"], session.dataset.classes)
         return {
             "selected_step": int(state.step),
             "test_accuracy": test["accuracy"],

@@ -1,4 +1,4 @@
-"""A run's folder: `config.json`, `metrics.jsonl`, `checkpoints/`, `confusion.json`, `result.json`."""
+"""A run's folder: `config.json`, `metrics.jsonl`, `checkpoints/`, `confusion.json`, `result.json`, `skipped.txt`."""
 
 import dataclasses
 import json
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
+import numpy as np
 
 from resnet_jax.tree import abbreviate
 from train.checkpoint import Checkpoints
@@ -23,6 +24,7 @@ from train.json_text import to_json
 from train.paths import FOLDER, local_path, located, same_place
 from train.runtime import cpu_line
 from train.state import TrainState, single_precision
+from train.steps import confusion_matrix
 
 try:
     import fcntl
@@ -40,6 +42,9 @@ FREE_FIELDS |= {"keep_last", "keep_best", "save_steps", "kernels", "cache"}
 
 # Fields that hold a path, or `folder:PATH`.
 PATHS = ("init", "prune.masks", "data.name")
+
+MATRIX_CLASSES = 1000  # most classes whose confusion matrix is written in full
+MOST_CONFUSED = 20  # pairs of classes that confusion.json names
 
 
 def settle(
@@ -193,6 +198,16 @@ def write_config(out: Path, preset: str, config: RunConfig, dataset: Dataset, re
     write_json(out / "config.json", described)
 
 
+def write_skipped(out: Path, dataset: Dataset) -> None:
+    """List the files that the dataset leaves out, with the reasons, in skipped.txt; without any, write no file."""
+    if dataset.passed_over:
+        lines = "".join(f"{line}\n" for line in dataset.passed_over)
+        try:
+            (out / "skipped.txt").write_text(lines, encoding="utf-8", errors="backslashreplace")
+        except OSError as error:
+            raise RunError(f"cannot write {out / 'skipped.txt'}: {error}") from None
+
+
 def length_before(out: Path, config: RunConfig) -> str | None:
     """The length of the run in a folder, such as `30 epochs`, if this config differs in a larger one; else None."""
     before, _ = read_config(out, type(config))
@@ -255,6 +270,23 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
         os.replace(temporary, path)
     except OSError as error:
         raise RunError(f"cannot write {path}: {error}") from None
+
+
+def write_confusion(out: Path, confusion: np.ndarray, classes: Sequence[str]) -> None:
+    """Write confusion.json from the `confusion` of `train.steps.summarize`.
+
+    It holds the names of the `classes`; `most_confused`, the most frequent errors as [true class, predicted class,
+    count], by name; and the matrix `confusion`, true class by row, or, as that is quadratic in the number of classes,
+    for more than `MATRIX_CLASSES` of them `counts`: [true class, predicted class, count] of the pairs that occurred.
+    """
+    errors = confusion[confusion[:, 0] != confusion[:, 1]]
+    worst = errors[np.argsort(-errors[:, 2], kind="stable")][:MOST_CONFUSED]
+    content = {"classes": classes, "most_confused": [[classes[t], classes[p], n] for t, p, n in worst.tolist()]}
+    if len(classes) <= MATRIX_CLASSES:
+        content["confusion"] = confusion_matrix(confusion, len(classes)).tolist()
+    else:
+        content["counts"] = confusion.tolist()
+    write_json(out / "confusion.json", content)
 
 
 def load_state(run: Path) -> TrainState:

@@ -16,13 +16,22 @@ from jax.sharding import Mesh
 from resnet_jax.parallel import compile_step, make_mesh, place, replicated
 from train.checkpoint import METRIC, Checkpoints
 from train.config import RunConfig
-from train.data.batches import Batches, batch_like, check_batch, padded, train_batches
+from train.data.batches import Batches, batch_like, check_batch, eval_batch_size, padded, train_batches
 from train.data.sets import Dataset
 from train.errors import LostHostError, RunError
 from train.from_config import compute_dtype, make_kernels, open_measured, read_data, with_statistics
 from train.loop import Hook, Progress, fit
 from train.optim import Schedule
-from train.run_folder import claim, environment, length_before, release, settle, write_config, write_json
+from train.run_folder import (
+    claim,
+    environment,
+    length_before,
+    release,
+    settle,
+    write_config,
+    write_json,
+    write_skipped,
+)
 from train.runtime import all_hosts, compile_in, compiler_options, join_hosts, keep_compiled, say, xla_options
 from train.state import TrainState
 
@@ -65,6 +74,7 @@ class Session(Generic[Config]):
       own, model_name: the pieces that were passed to the run, and the name of the model that it trains.
       main: whether this process writes to the folder.
       mesh, dataset, epoch_steps, steps: devices, images, steps per epoch (not always whole) and in total.
+      eval_batch: batch size of evaluations (after `compile`): the config's, or less for small splits.
       kernels, dtype: model fields that select its compute kernels, and its compute dtype.
       stream, checkpoints: the training data (after `compile`) and the saved states (after `resume`).
       resumed: whether `resume` found a checkpoint.
@@ -117,7 +127,12 @@ class Session(Generic[Config]):
         return place(tree, replicated(self.mesh))
 
     def compile(
-        self, step: Callable[..., Any], evaluations: Sequence[tuple[Callable[..., Any], Any]], state: TrainState
+        self,
+        step: Callable[..., Any],
+        evaluations: Sequence[tuple[Callable[..., Any], Any]],
+        state: TrainState,
+        *,
+        evaluated: Sequence[str] = ("validation", "test"),
     ) -> tuple[Callable[..., Any], list[Callable[..., Any]]]:
         """Compile to (train step, evaluations), while the images are read.
 
@@ -125,25 +140,33 @@ class Session(Generic[Config]):
           step: `(state, batch, *, axis_name) -> (state, metrics)`.
           evaluations: pairs of `(x, batch, *, axis_name) -> arrays` and the shapes of `x`.
           state: the state to start from.
+          evaluated: the splits that are evaluated, whose sizes bound `eval_batch`.
         """
         with all_hosts():
             if self.main:
                 claim(self.out, self.config, self.dataset, self.replaced, longer=self.longer)
             try:
-                return self._compile(step, evaluations, state)
+                return self._compile(step, evaluations, state, evaluated)
             except BaseException:
                 release(self.out)
                 raise
 
     def _compile(
-        self, step: Callable[..., Any], evaluations: Sequence[tuple[Callable[..., Any], Any]], state: TrainState
+        self,
+        step: Callable[..., Any],
+        evaluations: Sequence[tuple[Callable[..., Any], Any]],
+        state: TrainState,
+        evaluated: Sequence[str],
     ) -> tuple[Callable[..., Any], list[Callable[..., Any]]]:
         # Compilation needs only the shapes of batches, which are known before the images are read.
         config, pmap, shape = self.config, self.config.mode == "pmap", self.dataset.image_shape
+        counts = {name: len(split) for name, split in self.dataset.splits.items()}
+        largest = max(counts[name] for name in evaluated)
+        self.eval_batch = eval_batch_size(config.eval_batch, counts["validation"], largest)
         compiled_for = partial(compile_step, mesh=self.mesh, mode=config.mode)
         options = {} if pmap else compiler_options(self.dtype, plain=not self.kernels)
         train_like = batch_like(config.batch, shape)
-        eval_like = batch_like(padded(config.eval_batch, self.mesh), shape, valid=True)
+        eval_like = batch_like(padded(self.eval_batch, self.mesh), shape, valid=True)
 
         # Compile in a separate thread while images are decoded: both release Python's global lock.
         compiler = ThreadPoolExecutor(1)
@@ -165,9 +188,9 @@ class Session(Generic[Config]):
         self.stream = train_batches(
             self.dataset.train, batch=config.batch, seed=config.seed, mesh=self.mesh, mode=config.mode
         )
-        counts = ", ".join(f"{len(split):,} {name}" for name, split in self.dataset.splits.items())
+        listed = ", ".join(f"{len(split):,} {name}" for name, split in self.dataset.splits.items())
         classes = len(self.dataset.classes)
-        say(f"{self.dataset.name}: {counts} images, {classes} classes, read in {self.reading:.1f} s")
+        say(f"{self.dataset.name}: {listed} images, {classes} classes, read in {self.reading:.1f} s")
         return train, [program for program, _ in others]
 
     def resume(self, state: Any) -> Any:
@@ -214,6 +237,7 @@ class Session(Generic[Config]):
             )
         if self.main:
             write_config(self.out, self.preset, config, self.dataset, self.replaced)
+            write_skipped(self.out, self.dataset)
         progress = Progress(
             self.out / "metrics.jsonl" if self.main else None,
             start=int(state.step),

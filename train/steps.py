@@ -19,7 +19,7 @@ from resnet_jax.keys import example_index, example_keys, step_key
 from resnet_jax.losses import smooth_labels, softmax_cross_entropy
 from resnet_jax.mask_schedules import MaskSchedule
 from resnet_jax.masks import apply_masks, sparsity_of
-from resnet_jax.parallel import mean_over, sum_over, vary
+from resnet_jax.parallel import all_rows, mean_over, sum_over, vary
 from resnet_jax.tree import PyTree, ema, global_norm
 from train.state import TrainState, forward, like
 
@@ -239,8 +239,9 @@ def eval_step(
     """Sum metrics over the valid rows of a batch; `summarize` divides the totals at the end.
 
     Returns:
-      float32 `count`, `loss`, `correct`, `top5`; `confusion` [K, K] (true class, predicted class); `calibration`
-      [3, bins]: count, confidence and correct by confidence of the predicted class.
+      float32 sums `count`, `loss`, `correct`, `top5`, and `calibration` [3, bins]: count, confidence and correct by
+      confidence of the predicted class. `by_class` float32 [2, K]: examples, and correct ones, by true class. `pairs`
+      int32 [B, 2], not summed: true and predicted class of every row of the whole batch, -1 where it is padding.
     """
     logits, _ = forward(model, variables, preprocess_batch(preprocess, batch["image"]))
     classes = logits.shape[-1]
@@ -257,19 +258,23 @@ def eval_step(
         "loss": (loss(logits, targets) * valid).sum(),
         "correct": correct.sum(),
         "top5": ((top == label[:, None]).any(-1) * valid).sum(),
-        "confusion": (targets * valid[:, None]).T @ jax.nn.one_hot(predicted, classes),
+        # Sums of whole numbers are exact, so the order in which a scatter adds them does not matter.
+        "by_class": jnp.zeros((2, classes)).at[:, label].add(jnp.stack([valid, correct])),
         "calibration": jnp.stack([by_bin.sum(0), confidence @ by_bin, correct @ by_bin]),
     }
-    return sum_over(sums, axis_name)
+    # A confusion matrix has K x K numbers, so it is counted from these pairs at the end.
+    pairs = jnp.where(batch["valid"][:, None], jnp.stack([label, predicted], axis=1).astype(jnp.int32), -1)
+    return {**sum_over(sums, axis_name), "pairs": all_rows(pairs, axis_name)}
 
 
 def summarize(sums: dict[str, np.ndarray]) -> dict[str, Any]:
-    """Turn the sums of `eval_step`, added over all batches, into means.
+    """Turn what `eval_step` returned for all batches, its sums added and its `pairs` concatenated, into means.
 
     Returns:
       `accuracy`, `top5_accuracy`, `loss` (nats) and `calibration_error` (expected calibration error over equal-width
       bins of confidence, https://arxiv.org/abs/1706.04599) as floats; `count`; `per_class_accuracy` [K] (nan for a
-      class without examples); `confusion` [K, K] counts, true class by row.
+      class without examples); `confusion` int64 [P, 3]: true class, predicted class and how often this pair occurred,
+      which is never 0, sorted by class (`confusion_matrix` makes it a matrix).
 
     Raises:
       ValueError: there were no examples.
@@ -277,11 +282,12 @@ def summarize(sums: dict[str, np.ndarray]) -> dict[str, Any]:
     count = float(sums["count"])
     if count == 0:
         raise ValueError("no examples were evaluated")
-    confusion = np.asarray(sums["confusion"], np.float64)
+    examples, correct_by_class = np.asarray(sums["by_class"], np.float64)
     binned, confidence, correct = np.asarray(sums["calibration"], np.float64)
-    totals = confusion.sum(1)
     with np.errstate(invalid="ignore"):
-        per_class = np.diag(confusion) / totals
+        per_class = correct_by_class / examples
+    pairs = np.asarray(sums["pairs"], np.int64)
+    different, times = np.unique(pairs[pairs[:, 0] >= 0], axis=0, return_counts=True)
     return {
         "count": int(count),
         "accuracy": float(sums["correct"]) / count,
@@ -289,5 +295,12 @@ def summarize(sums: dict[str, np.ndarray]) -> dict[str, Any]:
         "loss": float(sums["loss"]) / count,
         "calibration_error": float(np.abs(confidence - correct).sum() / binned.sum()),
         "per_class_accuracy": per_class,
-        "confusion": np.rint(confusion).astype(np.int64),
+        "confusion": np.concatenate([different, times[:, None]], axis=1),
     }
+
+
+def confusion_matrix(confusion: np.ndarray, classes: int) -> np.ndarray:
+    """Make the matrix of counts, int64 [K, K], true class by row, from the `confusion` of `summarize`."""
+    matrix = np.zeros((classes, classes), np.int64)
+    matrix[confusion[:, 0], confusion[:, 1]] = confusion[:, 2]
+    return matrix

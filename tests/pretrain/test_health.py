@@ -128,7 +128,8 @@ def test_degenerate_features_are_finite(shape):
         assert np.isfinite(list(found.values())).all()
         assert (found["effective_rank"], found["dead_fraction"]) == (0, 1)
         assert found["feature_std"] == pytest.approx(0, abs=1e-6)
-        assert verdict([], found).startswith("representations have collapsed to few dimensions")
+        judged = "representations have collapsed to few dimensions" if shape[0] > 3 else "too few validation images"
+        assert verdict([], found).startswith(judged)
 
 
 def test_bad_input_is_named():
@@ -216,6 +217,19 @@ FINAL = {
 )
 def test_verdict(rows, final, sentence):
     assert verdict(rows, FINAL | final) == sentence
+
+
+@pytest.mark.parametrize("images", [1, 2, 3, 4, 5, 8])
+def test_few_images_are_not_a_collapse(images):
+    """Features of every direction are healthy as soon as there are enough to say so; those on a line never are."""
+    rng = np.random.default_rng(0)
+    spread, line = rng.normal(size=(images, 32)), np.outer(rng.normal(size=images), np.ones(32))
+    few = f"too few validation images ({images}) to judge the representations: effective rank "
+    healthy, collapsed = "representations are healthy", "representations have collapsed to few dimensions"
+    assert verdict([], health(spread, spread)).startswith(healthy if images > 3 else few)
+    assert verdict([], health(line, line)).startswith(collapsed if images > 3 else few)
+    # The history is measured on training batches.
+    assert "since step 10 every image" in verdict(history(0.01, 0.01), health(spread, spread))
 
 
 def test_few_dimensions_are_few_of_what_the_images_can_span():

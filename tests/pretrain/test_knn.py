@@ -62,6 +62,15 @@ def test_defaults_are_the_protocols():
     assert knn_accuracy(queries, truth, bank, labels, classes=CLASSES) == pytest.approx(want, abs=1e-9)
 
 
+@pytest.mark.parametrize("classes", [CLASSES, 30, 5000])
+def test_accuracy_does_not_depend_on_absent_classes(classes):
+    """With more classes than neighbours, only the neighbours' classes are counted; ties go to the lower class."""
+    (queries, truth), (bank, labels) = clusters(50, 1), clusters(300)
+    queries, bank = (np.sign(x) for x in (queries, bank))  # many equal similarities
+    want = np.mean(np.asarray(SCORES(queries, bank, labels, k=6, temperature=0.5)).argmax(1) == truth)
+    assert knn_accuracy(queries, truth, bank, labels, classes=classes, k=6, temperature=0.5) == want
+
+
 @pytest.mark.parametrize("block", [1, 4, 13, 1024])
 def test_every_query_counts_once(block):
     """13 queries of which the last alone is wrong, in blocks that do and do not divide them."""

@@ -153,6 +153,8 @@ def test_equal_seeds_are_equal_and_one_compilation_serves_all():
     [
         ({"learning_rates": []}, "pass at least one learning rate"),
         ({"learning_rates": [0.1, -1.0]}, "all above 0 and finite, got"),
+        ({"epochs": 0}, "epochs and batch must be at least 1, got 0 and 16"),
+        ({"batch": 0}, "epochs and batch must be at least 1, got 3 and 0"),
         ({"classes": 2}, r"train: labels must be integers in \[0, 2\)"),
         ({"train": (np.ones((0, 5)), np.ones(0, int))}, "train: needs features"),
         ({"validation": (np.ones((2, 5)), np.ones(3, int))}, "validation: needs features"),

@@ -189,6 +189,19 @@ def test_transfer_says_so(finished, tfds_dir, capsys):
     assert (out / "evaluation-digits_1.0.0.json").is_file()
 
 
+@pytest.mark.slow
+def test_evaluation_of_a_run_that_only_may_be_read(finished, tfds_dir, capsys, monkeypatch, fails):
+    *_, out = finished
+    kept = out / "evaluation-digits.json"
+    before = kept.read_bytes() if kept.exists() else None
+    monkeypatch.setattr("pretrain.evaluate.os.access", lambda path, mode: False)
+    assert evaluate(out, ["knn"])["knn_accuracy"] > 0.5
+    assert "cannot be written to, so evaluation-digits.json is not written" in capsys.readouterr().err
+    assert (kept.read_bytes() if kept.exists() else None) == before
+    line = fails(2, evaluate_main, [str(out), "--protocol", "knn", "finetune_1"])
+    assert "fine-tuning keeps its runs there: copy it first" in line
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -280,8 +293,8 @@ BAD_INPUT = {
     "--objective.temprature 1": "unknown field '--objective.temprature': did you mean --objective.temp",
     "--objective.name moco": "unknown objective 'moco': did you mean mocov",
     "--batch 1": "a batch of one has no other image to compare with",
-    "--objective.temperature 0": "--objective.temperature 0.0 is out of range",
-    "digits_byol --objective.target-momentum 1.5": "--objective.target-momentum 1.5 is out of range",
+    "--objective.temperature 0": "--objective.temperature must be above 0, got 0.0",
+    "digits_byol --objective.target-momentum 1.5": "--objective.target-momentum must be at least 0 and at most 1, got",
     "digits_byol --augment.views 3": "byol takes two views, not 3",
     "--augment.views 1": "simclr takes two or more views, not 1",
     "--augment.small-views 4": "simclr does not take small views",
@@ -293,8 +306,8 @@ BAD_INPUT = {
     "--data.random-crop": "--data.random-crop cuts one box for all views of an image",
     "digits_swav --augment.small-views 2 --augment.small-crop 8": "small-crop 8 is not smaller than the large views, 8",
     "digits_swav --augment.small-views 2": "--augment.small-crop 96 is larger than the images, 8x8",
-    "--augment.blur 0.5 2": "--augment.blur (0.5, 2.0) is out of range",
-    "--neighbours 0": "--neighbours 0 is out of range",
+    "--augment.blur 0.5 2": "--augment.blur must be at least 0 and at most 1, got 2.0",
+    "--neighbours 0": "--neighbours must be at least 1, got 0",
 }
 
 

@@ -11,7 +11,8 @@ from flax import struct
 
 from train.errors import RunError
 from train.loop import Progress, evaluate, fit
-from train.steps import summarize
+from train.run_folder import write_confusion
+from train.steps import confusion_matrix, summarize
 
 
 class Counter(struct.PyTreeNode):
@@ -123,7 +124,8 @@ def sums(confusion, calibration):
         "loss": 3.0,
         "correct": np.trace(confusion),
         "top5": confusion.sum(),
-        "confusion": confusion,
+        "by_class": [confusion.sum(1), np.diag(confusion)],
+        "pairs": [pair for pair in np.ndindex(confusion.shape) for _ in range(int(confusion[pair]))] or [[-1, -1]],
         "calibration": np.asarray(calibration, float),
     }
 
@@ -138,9 +140,25 @@ def test_evaluate_adds_sums_and_divides_once():
     assert found["accuracy"] == pytest.approx(4 / 6)
     assert found["loss"] == pytest.approx(1.0)
     np.testing.assert_allclose(found["per_class_accuracy"], [2 / 3, 2 / 3])
-    np.testing.assert_array_equal(found["confusion"], [[2, 1], [1, 2]])
+    np.testing.assert_array_equal(found["confusion"], [[0, 0, 2], [0, 1, 1], [1, 0, 1], [1, 1, 2]])
+    np.testing.assert_array_equal(confusion_matrix(found["confusion"], 2), [[2, 1], [1, 2]])
     # Bin 1: confidence 0.5 against accuracy 2/3; bin 2: 0.8 against 2/3; each holds half of the examples.
     assert found["calibration_error"] == pytest.approx((abs(1.5 - 2) + abs(2.4 - 2)) / 6)
+
+
+@pytest.mark.parametrize(("classes", "file"), [(1000, "matrix"), (1001, "counts")])
+def test_confusion_file(tmp_path, classes, file):
+    """The matrix up to 1,000 classes, else the pairs that occurred: 5,000 classes would be 150 MB."""
+    names = [f"class {c}" for c in range(classes)]
+    confusion = np.asarray([[0, 0, 9], [3, 5, 2], [999, 0, 4]])
+    write_confusion(tmp_path, confusion, names)
+    kept = json.loads((tmp_path / "confusion.json").read_text())
+    assert kept["classes"] == names
+    assert kept["most_confused"] == [["class 999", "class 0", 4], ["class 3", "class 5", 2]]
+    if file == "matrix":
+        np.testing.assert_array_equal(kept["confusion"], confusion_matrix(confusion, classes))
+    else:
+        assert kept["counts"] == confusion.tolist() and "confusion" not in kept
 
 
 def test_without_examples():

@@ -14,7 +14,7 @@ from resnet_jax.parallel import axis_of, compile_step, make_mesh, replicated, sh
 from resnet_jax.tree import is_kernel, map_with_path
 from tests.reference.nets import CLASSES, batch_of, tiny, tiny_state, tiny_tx
 from train.loop import evaluate
-from train.steps import classify, eval_step, train_step
+from train.steps import classify, confusion_matrix, eval_step, train_step
 
 pytestmark = pytest.mark.usefixtures("unoptimised")
 
@@ -123,7 +123,8 @@ def test_evaluation_counts_each_example_once(mode, images):
     assert got["loss"] == pytest.approx(-log_p[np.arange(13), labels].mean(), rel=1e-5)
     want = np.zeros((4, 4), int)
     np.add.at(want, (labels, logits.argmax(-1)), 1)
-    np.testing.assert_array_equal(got["confusion"], want)
+    np.testing.assert_array_equal(confusion_matrix(got["confusion"], 4), want)
+    np.testing.assert_array_equal(got["per_class_accuracy"], np.diag(want) / want.sum(1))
 
 
 def test_refusals(images):

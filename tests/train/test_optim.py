@@ -47,9 +47,22 @@ def test_schedules_at_single_steps():
         assert rates([100], name) == [last]
     assert rates([0, 29, 30, 59, 60], "step", milestones=(0.3, 0.6), factor=0.2) == [1, 1, 0.2, 0.2, 0.04]
     assert rates(range(5), "cosine", warmup=4) == [0.2, 0.4, 0.6, 0.8, 1.0]
+    # Milestones are fractions of all steps, with a warm-up too, and those on one step of a short run all count.
+    assert rates([49, 50, 74, 75], "step", warmup=50) == [50 / 51, 0.1, 0.1, 0.01]
+    assert rates([59, 60, 90], "step", warmup=10, milestones=(0.6,)) == [1, 0.1, 0.1]
+    assert rates([50, 51], "step", milestones=(0.5, 0.501)) == [0.01, 0.01]
 
 
-@pytest.mark.parametrize("name", [*OPTIMIZERS, "optax.adan", "optax.lion", "optax.rmsprop"])
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 100])
+def test_one_cycle_of_few_steps(steps):
+    rates = [float(make_schedule("one_cycle", peak=1.0, steps=steps)(step)) for step in range(steps)]
+    assert np.isfinite(rates).all() and min(rates) > 0 and max(rates) <= 1 + 1e-6
+    assert steps == 1 or max(rates) == pytest.approx(1)
+    for warmup in range(1, steps):  # the peak is at the end of the warm-up, whatever their quotient rounds to
+        assert float(make_schedule("one_cycle", peak=1.0, steps=steps, warmup=warmup)(warmup)) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("name", [*OPTIMIZERS, "optax.adan", "optax.lars", "optax.novograd", "optax.contrib.muon"])
 def test_optimizer_family(name):
     """Each by name: descends a quadratic under jit, and decays kernels alone."""
     tx = make_optimizer(name, optax.constant_schedule(0.02), weight_decay=0.0)
@@ -110,3 +123,29 @@ def test_frozen_parameters_do_not_move_and_do_not_count_when_clipping():
 def test_unknown_optimizer(name):
     with pytest.raises(UsageError, match=rf"unknown optimizer '{name}'.*sgd, adamw, lars, lamb, optax.NAME"):
         make_optimizer(name, lambda step: 0.1)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    {
+        "optax.lbfgs": "missing 3 required keyword-only arguments",
+        "optax.rprop": "scheduled rate",
+        "optax.noisy_sgd": "its state holds a random key",
+        "optax.contrib.momo": "missing 1 required",
+        "optax.contrib.dpsgd": "missing 3 required",
+        "optax.contrib.schedule_free_adamw": "it trains different parameters from those to evaluate",
+    }.items(),
+)
+@pytest.mark.filterwarnings("ignore:Specifying a key")
+def test_optimizers_that_do_not_fit_a_train_step(name, reason):
+    with pytest.raises(UsageError, match=rf"^{name} does not fit a train step, .*{reason}") as refusal:
+        make_optimizer(name, lambda step: 0.1)
+    assert len(str(refusal.value).splitlines()) == 1
+
+
+def test_optimizer_that_decays_everything_decays_kernels_alone():
+    """Its own weight decay takes no mask, so it gets L2."""
+    tx = make_optimizer("optax.contrib.madgrad", lambda step: 0.1, weight_decay=0.5)
+    updates, _ = tx.update(ZEROS, tx.init(PARAMS), PARAMS)
+    assert float(abs(updates["head"]["kernel"]).max()) > 0
+    assert float(abs(updates["norm"]["scale"]).max()) == 0

@@ -17,6 +17,7 @@ from train.errors import UsageError
 from train.predict import load, main
 from train.run import run
 from train.run_folder import load_state
+from train.state import forward
 from train.weights import load_weights, read_state_dict
 
 pytestmark = pytest.mark.usefixtures("unoptimised", "one_device_for_all")
@@ -68,6 +69,38 @@ def test_paths_bytes_arrays_and_the_command_line_agree(trained, predict, tmp_pat
     assert f"{path}: {by_array[0][0]} " in said.err
 
 
+def test_lists_of_any_length(trained, monkeypatch):
+    """Images are computed in chunks of few shapes, so few programs are compiled, and memory does not grow."""
+    images, rows = list(trained[2].images[:71]), []
+
+    def counted(model, variables, x):
+        rows.append(len(x))
+        return forward(model, variables, x)
+
+    monkeypatch.setattr("train.predict.forward", counted)
+    predict = load(trained[1], top=2)
+    lists = {count: predict(images[:count]) for count in (71, 70, 33, 7, 5, 1, 0)}
+    assert sorted(rows) == [1, 8, 32]  # traced once each
+    for count, found in lists.items():
+        assert [row[0][0] for row in found] == [row[0][0] for row in lists[71][:count]]
+    with pytest.raises(UsageError, match="must be at least 1, got 0"):
+        load(trained[1], top=0)
+
+
+def test_broken_images_are_named_and_cost_nothing_else(trained, predict, tmp_path, fails, capsys):
+    image = trained[2].images[0]
+    for name, content in {"good": png(image), "cut": png(image)[:60], "text": b"no image"}.items():
+        (tmp_path / f"{name}.png").write_bytes(content)
+    paths = [str(tmp_path / f"{name}.png") for name in ("text", "good", "cut")]
+    with pytest.raises(UsageError, match=rf"^cannot read image {paths[0]}: not an image \(and 1 more of 3 images\)$"):
+        main([str(trained[1]), *paths])
+    text, good, cut = json.loads(capsys.readouterr().out)
+    assert good == {"image": paths[1], "top": [list(pair) for pair in predict(image)]}
+    assert text == {"image": paths[0], "error": f"cannot read image {paths[0]}: not an image"}
+    assert cut["error"].startswith(f"cannot read image {paths[2]}: ") and "0x" not in cut["error"]
+    assert fails(2, main, [str(trained[1]), paths[2]]).endswith(cut["error"])
+
+
 def test_other_sizes_and_modes_are_brought_to_the_run_s(trained, predict):
     image = Image.fromarray(trained[2].images[0])
     grey = np.asarray(image.convert("L"))
@@ -75,13 +108,38 @@ def test_other_sizes_and_modes_are_brought_to_the_run_s(trained, predict):
         assert len(predict(array)) == 5
 
 
+def test_whatever_holds_an_image(trained, predict, tmp_path, monkeypatch):
+    """Open files, Pillow images, buffers, arrays of paths, generators; a palette's indices are no colours."""
+    image, path = trained[2].images[0], tmp_path / "image.png"
+    path.write_bytes(png(image))
+    want = predict(image)
+    palette = Image.fromarray(image).quantize(64)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with Image.open(path) as opened, path.open("rb") as file:
+        for same in (opened, file, bytearray(png(image)), np.str_(path), jax.numpy.asarray(image)):
+            assert predict(same) == want
+    assert predict("~/image.png") == want
+    assert predict(palette) == predict(np.asarray(palette.convert("RGB")))
+    for many in (np.asarray([str(path)] * 2), (path for _ in range(2)), {path: 1, str(path): 2}, [path, image]):
+        assert [[name for name, _ in found] for found in predict(many)] == [[name for name, _ in want]] * 2
+    assert predict([]) == predict(np.asarray([], str)) == []
+    row = np.zeros((1, 8, 3), np.uint8)
+    assert predict(row) == predict(png(row))
+
+
 @pytest.mark.parametrize(
     ("image", "message"),
     [
-        ("nowhere.png", "cannot read image: .*No such file or directory: 'nowhere.png'"),
-        (b"no image", "cannot read image"),
+        ("nowhere.png", "^cannot read image nowhere.png: No such file or directory$"),
+        (b"no image", "^cannot read image: not an image$"),
+        ([png(np.zeros((8, 8, 3), np.uint8)), b"no image"], "^cannot read image number 1: not an image$"),
         (np.zeros((8, 8, 3)), "must be uint8"),
-        (np.zeros((2, 2, 2, 2), np.uint8), "cannot read image"),
+        (np.zeros((2, 2, 2, 2), np.uint8), "cannot read image.*pass several images as a list"),
+        (np.zeros((3, 8, 8), np.uint8), "cannot read image.*moveaxis"),
+        (np.ones((8, 8, 3), np.float32), r"must be uint8 \[H, W, C\], not float32 .*multiply by 255"),
+        (np.zeros((8, 8, 7), np.uint8), "must be uint8"),
+        (np.zeros((0, 0, 3), np.uint8), "must be uint8"),
+        (None, "must be uint8"),
     ],
 )
 def test_images_that_cannot_be_read(predict, image, message):
@@ -96,6 +154,26 @@ def test_folders_that_hold_no_run(trained, tmp_path, fails):
     assert "has no checkpoints yet" in fails(2, main, arguments)
     (tmp_path / "checkpoints").mkdir()
     assert "has no checkpoints yet" in fails(2, main, arguments)
+
+
+def test_run_on_images_that_are_not_square(tmp_path):
+    """The run keeps their shape, and brings other images to it."""
+    rng = np.random.default_rng(0)
+    for name, colour in {"blue": (40, 40, 200), "red": (200, 40, 40)}.items():
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for i in range(10):
+            pixels = np.clip(rng.normal(colour, 30, (12, 16, 3)), 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "photos" / name / f"{i}.png")
+    (tmp_path / "photos" / "red" / "notes.txt").touch()
+    data = DataConfig(name=f"folder:{tmp_path / 'photos'}", validation=0.2)
+    run(config(tmp_path / "run", data=data, batch=8, steps=12))
+    assert (tmp_path / "run" / "skipped.txt").read_text() == f"{tmp_path}/photos/red/notes.txt: .txt\n"
+    predict, path = load(tmp_path / "run"), tmp_path / "photos" / "red" / "0.png"
+    found = predict(path)
+    assert found[0][0] == "red"
+    with Image.open(path) as opened:
+        assert found == predict(np.asarray(opened)) == predict(path.read_bytes()) == predict(opened)
+        assert predict(opened.resize((31, 77)))[0][0] == "red"
 
 
 # ---- fine-tuning ----------------------------------------------------------------------------------------------------

@@ -1,11 +1,12 @@
 """Publishing a run: one file, one picture."""
 
 import json
+from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from train.report import collect, main
+from train.report import collect, main, run_name
 
 HISTORY = [
     {"step": 10, "epoch": 1.0, "loss": 1.5, "accuracy": 0.4, "grad_norm": 1.0, "learning_rate": 0.1},
@@ -35,6 +36,14 @@ def test_json_and_picture(finished, tmp_path):
     assert {(31, 119, 180), (255, 127, 14)} <= colours  # both runs' curves are there
 
 
+def test_runs_of_one_name_are_told_apart(monkeypatch):
+    monkeypatch.chdir("/")
+    paths = [Path(p) for p in ("a/run", "b/run/", "c/net.v2", "kept.json", "/d/other/.")]
+    assert [run_name(path, paths) for path in paths] == ["a/run", "b/run", "net.v2", "kept", "other"]
+    monkeypatch.chdir("/usr/lib")
+    assert run_name(Path("."), [Path(".")]) == "lib"
+
+
 def test_without_matplotlib(finished, tmp_path, monkeypatch, fails):
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
     line = fails(2, main, [str(finished), "--picture", str(tmp_path / "curve.png")])
@@ -42,6 +51,14 @@ def test_without_matplotlib(finished, tmp_path, monkeypatch, fails):
 
 
 def test_refusals(finished, fails):
+    nowhere, folder = finished / "nowhere" / "x.json", finished.parent
+    line = fails(2, main, [str(finished), "--json", str(nowhere)])
+    assert line.endswith(f"cannot write {nowhere}: {nowhere.parent} is not a folder")
+    assert f"cannot write {folder}: it is a folder" in fails(2, main, [str(finished), "--json", str(folder)])
+    (folder / "list.json").write_text("not json")
+    line = fails(2, main, [str(finished / "result.json"), "--picture", str(folder / "x.png")])
+    assert "result.json holds no run: pass a run folder, or a file that train.report --json wrote" in line
+    assert "list.json cannot be read: " in fails(2, main, [str(folder / "list.json"), "--json", "x.json"])
     assert "pass --json FILE or --picture FILE" in fails(2, main, [str(finished)])
     assert "--json takes one run" in fails(2, main, [str(finished), str(finished), "--json", "x.json"])
     for missing in ("metrics.jsonl", "result.json"):

@@ -194,13 +194,18 @@ def test_presets_are_complete(name):
 BAD_INPUT = {
     "preset": (["digit"], "unknown preset 'digit': did you mean digits?"),
     "field": (["--optim.learning-rate", "1"], "unknown field '--optim.learning-rate': "),
-    "kind of value": (["--batch", "many"], "error: Value error Error parsing --batch: invalid literal"),
+    "kind of value": (["--batch", "many"], "error: --batch takes whole numbers, got 'many'"),
     "model": (["--model", "resnet19"], "unknown model 'resnet19': did you mean resnet"),
     "dataset": (["--data.name", "cifar11"], "no prepared set 'cifar11'"),
     "optimizer": (["--optim.name", "sdg"], "unknown optimizer 'sdg': did you mean sgd?"),
     "schedule": (["--optim.schedule", "cosinus"], "unknown schedule 'cosinus': did you mean cosine?"),
+    "narrow": (
+        ["--model", "resnet18d", "--width", "1"],
+        "resnet18d is too narrow with --width 1: a layer",
+    ),
+    "before data": (["--data.name", "folder:nowhere", "--optim.name", "sdg"], "unknown optimizer 'sdg'"),
     "loss": (["--loss", "hinge"], "unknown loss 'hinge'"),
-    "range": (["--ema", "1.5"], "--ema 1.5 is out of range"),
+    "range": (["--ema", "1.5"], "--ema must be at least 0 and below 1, got 1.5"),
     "devices": (["--batch", "60"], "a batch of 60 is not divisible by 8 devices"),
     "large batch": (["--batch", "8000"], "a batch of 8000 is larger than the 1293 training images"),
     "crop": (["--augment.resized-crop", "64"], "--augment.resized-crop 64 is larger than the images, 8x8"),
@@ -211,7 +216,7 @@ BAD_INPUT = {
     "statistics": (["--augment.mean", "0.5", "0.5", "0.5", "--augment.std", "1", "1", "1"], "need 1 values each"),
     "local statistics": (["--no-sync-bn"], "--no-sync-bn needs --mode shard_map or pmap"),
     "compiler option": (["--xla", "fast"], "--xla 'fast' is not of the form NAME=VALUE"),
-    "validation": (["--data.validation", "0"], "must lie between 0 and 1"),
+    "validation": (["--data.validation", "0"], "--data.validation must be above 0 and below 1, got 0.0"),
 }
 
 

@@ -13,9 +13,10 @@ from resnet_jax.augment import normalize
 from resnet_jax.losses import LOSSES, smooth_labels
 from resnet_jax.masks import apply_masks
 from resnet_jax.tree import is_head, is_kernel, leaves, map_with_path
-from tests.reference.nets import CLASSES, batch_of, tiny, tiny_state, tiny_tx
+from tests.reference.nets import CLASSES, batch_of, quick_jit, tiny, tiny_state, tiny_tx
+from train.loop import evaluate
 from train.optim import make_optimizer
-from train.state import digest, init_state
+from train.state import digest, init_state, init_variables
 from train.steps import classify, eval_step, train_step
 
 pytestmark = pytest.mark.usefixtures("unoptimised")
@@ -195,6 +196,21 @@ def test_calibration_and_top5_sums(images):
         np.testing.assert_allclose(sums["calibration"][:, index], want, rtol=1e-5)
     top5 = np.argsort(-logits, axis=-1)[:, :5]
     assert sums["top5"] == (top5 == labels[:, None]).any(-1).sum()
+
+
+def test_evaluation_grows_with_the_batch_not_with_the_classes_squared(images):
+    """5,000 classes: nothing has more numbers than the logits, neither while computing nor in what is returned."""
+    classes, count = 5000, 16
+    model = tiny(num_classes=classes)
+    variables = init_variables(model, jax.random.key(0), images[0].shape[1:])
+    batch = {**batch_of(images), "label": np.arange(count, dtype=np.int32) * 300, "valid": np.arange(count) < 13}
+    step = quick_jit(partial(eval_step, model=model)).lower(variables, batch).compile()
+    used = step.memory_analysis()
+    assert used.temp_size_in_bytes + used.output_size_in_bytes < 20 * 4 * count * classes < 4 * classes**2 / 10
+    found = evaluate(step, variables, [batch, batch])
+    assert found["count"] == found["confusion"][:, 2].sum() == 26
+    np.testing.assert_array_equal(np.unique(found["confusion"][:, 0]), batch["label"][:13])
+    assert np.isfinite(found["per_class_accuracy"]).sum() == 13
 
 
 def test_losses():

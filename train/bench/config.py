@@ -10,6 +10,7 @@ from resnet_jax.resnet import MODELS
 from train.cli import parse
 from train.config import check_xla
 from train.errors import UsageError, unknown
+from train.ranges import check_ranges
 
 FEEDING = ("augment", "input")  # tasks without a step of their own; see `train.bench.feeding`
 # Both sides of --versus share these: how they are measured, and where the result goes.
@@ -73,6 +74,14 @@ def step() -> BenchConfig:
 PRESETS: dict[str, Callable[[], BenchConfig]] = {"step": step}
 
 
+RANGES = {
+    "[1, inf)": "batch steps warmup",
+    "[2, inf)": "classes repeats",  # one block has no spread to take an interval from
+    "[8, inf)": "image_size",
+    "(0, inf)": "peak",
+}
+
+
 def check(config: BenchConfig, tasks: Collection[str]) -> None:
     """Refuse a config that cannot work, in one line, before any device is touched; `tasks` are those with a step.
 
@@ -83,11 +92,7 @@ def check(config: BenchConfig, tasks: Collection[str]) -> None:
     for name, valid in names.items():
         if getattr(config, name) not in valid:
             raise unknown(name, getattr(config, name), valid)
-    # One block has no spread to take an interval from.
-    least = {"batch": 1, "image_size": 8, "classes": 2, "steps": 1, "repeats": 2, "warmup": 1}
-    for name, lowest in least.items():
-        if getattr(config, name) < lowest:
-            raise UsageError(f"--{name.replace('_', '-')} {getattr(config, name)} is out of range: at least {lowest}")
+    check_ranges(vars(config), RANGES)
     check_xla(config.xla, config.mode)
     benchmarks = {
         "--versus": config.versus,
@@ -100,6 +105,17 @@ def check(config: BenchConfig, tasks: Collection[str]) -> None:
         raise UsageError(f"{' and '.join(chosen)} are separate benchmarks: run one after the other")
     if config.gate_record and not config.gate:
         raise UsageError("--gate-record writes the limits of a gate: name its file with --gate")
+
+
+def unused(config: BenchConfig) -> dict[str, str]:
+    """Fields that the chosen benchmark does not use, see `train.config.unused`."""
+    if config.gate:
+        fixed = ("model", "task", "batch", "image_size", "classes", "dtype", "mode", "xla", "shares")
+        return dict.fromkeys(fixed, "with --gate, which fixes what is measured")
+    if config.versus:
+        return {"shares": "with --versus"}
+    names = {"augment": ("donate", "shares"), "input": ("shares",), "eval": ("donate",), "predict": ("donate",)}
+    return dict.fromkeys(names.get(config.task, ()), f"with --task {config.task}")
 
 
 def other(config: BenchConfig, tasks: Collection[str]) -> BenchConfig:

@@ -95,7 +95,7 @@ def inputs(config: BenchConfig, mesh: Mesh) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         files = write_jpegs(Path(scratch), IMAGES, size)
         jpeg_bytes = sum(file.stat().st_size for file in files) / len(files)
-        source = folder.read(Path(scratch), size=size, skip_broken=False)[1]["train"]
+        source = folder.read(scratch, size=size)[1]["train"]
         options: dict[str, Any] = {"batch": batch, "seed": 0, "mesh": mesh, "mode": config.mode}
         encoded = StreamedBatches(source, **options)
         streams: dict[str, Batches] = {"resident": ResidentBatches(decode_all(source), **options), "encoded": encoded}

@@ -22,6 +22,8 @@ from train.errors import UsageError
 Batch = dict[str, Any]
 
 PART = 16  # most examples per task of a decoding thread
+# A small validation split makes evaluation batches no smaller than this: other splits would take too many of them.
+MIN_EVAL_BATCH = 128
 
 
 class Batches(Protocol):
@@ -93,6 +95,14 @@ def batch_like(
 def padded(batch: int, mesh: Mesh) -> int:
     """Round a batch up to a multiple of the number of devices, as evaluation does."""
     return -(-batch // mesh.size) * mesh.size
+
+
+def eval_batch_size(wanted: int, validation: int, largest: int) -> int:
+    """The batch size to compile an evaluation for: `wanted`, or less where that would mostly be padding.
+
+    Splits of `validation` (evaluated again and again) to `largest` images share it; see `MIN_EVAL_BATCH`.
+    """
+    return min(wanted, max(validation, MIN_EVAL_BATCH), largest)
 
 
 class ResidentBatches(Batches):

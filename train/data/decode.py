@@ -1,52 +1,138 @@
 """Decode images of any size and mode to uniform uint8 arrays."""
 
 import io
-import struct
+import os
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
 
-# Exceptions of Pillow for files that are not images, are truncated or corrupted, or claim to be enormous.
-UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+Size = int | tuple[int, int] | None  # side of a square, (height, width), or None for the image's own
+
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What undoes each EXIF orientation."""
 
 
-def decode_image(data: bytes, size: int | None, channels: int, *, rng: np.random.Generator | None = None) -> np.ndarray:
-    """Decode JPEG, PNG, WebP ... of any size and mode to uint8 [size, size, channels] (the image's if None).
+class Unreadable(ValueError):
+    """An image that cannot be decoded; the message says why."""
 
-    The short side is resized to `size` and the centre cropped; with `rng` a random box of 8-100 % of the area and an
+
+def fault(error: Exception) -> str:
+    """The reason why an image cannot be read; Pillow's own messages may name a Python object, or nothing."""
+    if isinstance(error, UnidentifiedImageError):
+        return "not an image"
+    if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
+        return f"more pixels than Pillow reads safely, {2 * (Image.MAX_IMAGE_PIXELS or 0) // 10**6} million: shrink it"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return str(error) or type(error).__name__
+
+
+def silence_pillow() -> None:
+    """Keep Pillow from warning of large images and odd metadata; what it cannot read is reported by name anyway."""
+    warnings.filterwarnings("ignore", module=r"PIL\.")
+
+
+def decode_image(data: bytes, size: Size, channels: int, *, rng: np.random.Generator | None = None) -> np.ndarray:
+    """Decode JPEG, PNG, WebP ... of any size and mode to uint8 [height, width, channels]; of several frames, the first.
+
+    The image is resized and its centre cropped to `size`; with `rng` a random box of 8-100 % of the area and an
     aspect of 3/4-4/3 is cropped instead (https://arxiv.org/abs/1409.4842). The EXIF orientation is applied.
+
+    Raises:
+      Unreadable: not an image, or a damaged one.
     """
-    with Image.open(io.BytesIO(data)) as file:
-        if size is not None and rng is None:
-            file.draft(None, (size, size))  # JPEG can decode directly at 1/2, 1/4 ... if that is large enough
-        image = to_mode(ImageOps.exif_transpose(file), "L" if channels == 1 else "RGB")
-        if size is not None:
-            width, height = image.size
-            box = _centre(width, height) if rng is None else random_box(width, height, rng)
-            if image.size != (size, size) or rng is not None:
-                image = image.resize((size, size), Image.Resampling.BILINEAR, box=box)
-        pixels = np.asarray(image)
+    # Pillow's readers raise exceptions of any type for malformed files.
+    try:
+        with Image.open(io.BytesIO(data)) as file:
+            if size is not None and rng is None:
+                side = size if isinstance(size, int) else max(size)
+                file.draft(None, (side, side))  # JPEG can decode directly at 1/2, 1/4 ... if that is large enough
+            return to_pixels(file, size, channels, rng)
+    except Exception as error:
+        raise Unreadable(fault(error)) from None
+
+
+def to_pixels(image: Image.Image, size: Size, channels: int, rng: np.random.Generator | None = None) -> np.ndarray:
+    """Turn, convert, resize and crop a Pillow image to uint8 [height, width, channels]; see `decode_image`."""
+    turn = TURNS.get(orientation(image))
+    image = to_mode(image if turn is None else image.transpose(turn), "L" if channels == 1 else "RGB")
+    if size is not None:
+        height, width = (size, size) if isinstance(size, int) else size
+        box = centre_box(*image.size, width / height) if rng is None else random_box(*image.size, rng)
+        if image.size != (width, height) or rng is not None:
+            image = image.resize((width, height), Image.Resampling.BILINEAR, box=box)
+    pixels = np.asarray(image)
     return pixels[..., None] if channels == 1 else pixels
 
 
+def orientation(image: Image.Image) -> int:
+    """The EXIF orientation of an image, 1 to 8; 1 if the Exif block is malformed, which does not damage the pixels."""
+    # Without the test of `info`, `getexif` decodes a whole PNG. TIFF turns itself.
+    if not {"exif", "Raw profile type exif", "xmp"} & image.info.keys() or image.format == "TIFF":
+        return 1
+    try:
+        value = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # as for the image itself
+        return 1
+    return value if isinstance(value, int) and 1 <= value <= 8 else 1
+
+
 def to_mode(image: Image.Image, mode: str) -> Image.Image:
-    """Convert any Pillow mode to 8-bit grey or RGB: 16-bit values are scaled, transparency becomes black."""
+    """Convert any Pillow mode to 8-bit grey or RGB: deep values are scaled, transparency becomes black.
+
+    An image that black would hide, such as a black drawing without a background, is put on white.
+    """
     if image.mode.startswith("I") or image.mode == "F":
-        pixels = np.asarray(image, np.float64)
-        # In a 16-bit mode small values mean a dark image; the wider modes may also hold 8-bit values.
-        scale = 257.0 if image.mode.startswith("I;16") or np.max(pixels, initial=0) > 255 else 1.0
-        image = Image.fromarray(np.clip(np.rint(pixels / scale), 0, 255).astype(np.uint8))
+        image = Image.fromarray(to_8_bits(np.asarray(image)))
+    if image.mode == "LAB":
+        profiles = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+        image = ImageCms.profileToProfile(image, *profiles, outputMode="RGB") or image
     if image.mode in ("P", "PA", "LA", "RGBA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
-        black = Image.new("RGBA", image.size, (0, 0, 0, 255))
-        image = Image.alpha_composite(black, image)
+        on_black = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
+        alpha, brightness = np.asarray(image.getchannel("A")), np.asarray(on_black.convert("L"))
+        hidden = np.min(alpha, initial=255) == 0 < np.max(alpha, initial=0) and np.max(brightness, initial=0) < 16
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image) if hidden else on_black
     return image.convert(mode)
 
 
-def _centre(width: int, height: int) -> tuple[float, float, float, float]:
-    side = min(width, height)
-    left, top = (width - side) / 2, (height - side) / 2
-    return left, top, left + side, top + side
+def to_8_bits(values: np.ndarray) -> np.ndarray:
+    """Scale integers of 16 or 32 bits, or floats, to uint8, by the range that an image's values suggest.
+
+    16-bit integers have 12 bits if the largest lies in 256 to 4095. Wider integers and floats up to 255 have 8 bits.
+    Floats in [0, 1] are fractions. With values below 0 or above 65535, the range from the smallest to the largest is
+    stretched. What is not finite is 0.
+    """
+    pixels = np.where(np.isfinite(values), values, 0).astype(np.float64)
+    low, high = float(np.min(pixels, initial=0)), float(np.max(pixels, initial=0))
+    if values.dtype.kind == "f" and low >= 0 and (high <= 1 or (high <= 2 and np.any(pixels % 1))):
+        top = max(high, 1.0)  # resampling may exceed 1
+    elif values.dtype.itemsize > 2 and low >= 0 and high <= 255:
+        top = 255.0
+    else:
+        top = 4095.0 if 255 < high <= 4095 else 65535.0
+    if low < 0 or high > 65535:
+        pixels, top = pixels - low, high - low
+    return np.rint(pixels * (255 / top)).astype(np.uint8)
+
+
+def centre_box(width: int, height: int, aspect: float = 1.0) -> tuple[float, float, float, float]:
+    """(left, top, right, bottom) of the largest centred box with this ratio of width to height."""
+    w, h = min(width, height * aspect), min(height, width / aspect)
+    left, top = (width - w) / 2, (height - h) / 2
+    return left, top, left + w, top + h
 
 
 def random_box(width: int, height: int, rng: np.random.Generator) -> tuple[float, float, float, float]:
@@ -58,9 +144,70 @@ def random_box(width: int, height: int, rng: np.random.Generator) -> tuple[float
         if w <= width and h <= height:
             left, top = rng.uniform(0, width - w), rng.uniform(0, height - h)
             return left, top, left + w, top + h
-    return _centre(width, height)
+    return centre_box(width, height)
 
 
-def fault(error: Exception) -> str:
-    """The reason why an image cannot be read; Pillow's own message names a Python object."""
-    return "not an image" if isinstance(error, UnidentifiedImageError) else str(error)
+def any_to_pixels(image: Any, shape: tuple[int, int, int]) -> np.ndarray:
+    """Bring an image to uint8 of this shape (H, W, C).
+
+    `image` is a path, encoded bytes, an open file, a Pillow image, or uint8 [H, W] or [H, W, C] with values 0 to 255.
+
+    Raises:
+      Unreadable: it cannot be read or decoded, or it is an array of a different kind.
+    """
+    height, width, channels = shape
+    if isinstance(image, str | os.PathLike):
+        try:
+            image = Path(image).expanduser().read_bytes()
+        except (OSError, ValueError, RuntimeError) as error:
+            raise Unreadable(fault(error)) from None
+    elif hasattr(image, "read") and not isinstance(image, Image.Image):
+        image = image.read()
+    if isinstance(image, bytes | bytearray | memoryview):
+        return decode_image(bytes(image), (height, width), channels)
+    if not isinstance(image, Image.Image):
+        array = image_array(image)
+        if array.shape == tuple(shape):
+            return array
+        image = Image.fromarray(array[..., 0] if array.shape[2] == 1 else array)
+    try:
+        return to_pixels(image, (height, width), channels)
+    except Exception as error:  # Pillow images load lazily, so they may turn out to be damaged
+        raise Unreadable(fault(error)) from None
+
+
+def is_many(images: Any) -> bool:
+    """Whether `images` are several images, such as a list or an array of paths, instead of one."""
+    if isinstance(images, np.ndarray):
+        return images.ndim == 1 and images.dtype.kind in "UO"
+    one = (str, bytes, bytearray, memoryview, os.PathLike, Image.Image)
+    single = isinstance(images, one) or any(hasattr(images, name) for name in ("read", "__array__"))
+    return isinstance(images, Iterable) and not single
+
+
+def image_array(image: Any) -> np.ndarray:
+    """Check that an array is an image, and return it as uint8 [H, W, C] with 1 to 4 channels.
+
+    Raises:
+      Unreadable: it is not; the message says how to convert it.
+    """
+    try:
+        array = np.asarray(image)
+    except Exception as error:  # arrays of other libraries, nested lists of uneven lengths
+        raise Unreadable(f"it does not convert to an array: {fault(error)}") from None
+    what = f"an image array must be uint8 [H, W, C], not {array.dtype} {array.shape}"
+    if array.dtype != np.uint8:
+        floats = array.dtype.kind == "f" and array.size and array.min() >= 0 and array.max() <= 1
+        raise Unreadable(f"{what}{': multiply by 255 and round, then .astype(np.uint8)' if floats else ''}")
+    if array.ndim == 2:
+        array = array[..., None]
+    if channels_first(array.shape):
+        raise Unreadable(f"{what}: move the channels last, np.moveaxis(image, 0, -1)")
+    if array.ndim != 3 or not 1 <= array.shape[2] <= 4 or not array.size:
+        raise Unreadable(f"{what}{': pass several images as a list, list(images)' if array.ndim == 4 else ''}")
+    return array
+
+
+def channels_first(shape: tuple[int, ...]) -> bool:
+    """Whether (.., C, H, W) is the likely order of an image's axes, instead of (.., H, W, C)."""
+    return len(shape) >= 3 and shape[-3] in (1, 3, 4) and shape[-1] > 4

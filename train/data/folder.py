@@ -1,105 +1,263 @@
-"""The user's own images (JPEG, PNG, WebP ...): one folder per class, or a flat folder without classes."""
+"""The user's own images (whatever Pillow reads): one folder per class, or a flat folder without classes."""
 
-from collections.abc import Sequence
+import os
+import re
+import sys
+import unicodedata
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import Image
 
-from train.data.decode import UNREADABLE, fault
+from train.data.decode import fault, orientation
 from train.data.sources import Encoded, differ_in_size, report_broken
 from train.errors import UsageError
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 UNLABELLED = "unlabelled"
 SPLITS = {
     "train": ("train", "training"),
-    "validation": ("val", "valid", "validation"),
+    "validation": ("val", "valid", "validation", "eval", "dev"),
     "test": ("test", "testing"),
 }
+# Formats that Pillow only identifies, or that need a program of their own, such as Ghostscript.
+NO_IMAGES = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
+# Files and folders that desktops and network drives leave behind; those that begin with a dot are hidden anyway.
+LEFT_BEHIND = {"thumbs.db", "desktop.ini", "__macosx", "@eadir", "@recycle", "#recycle", "#snapshot", "$recycle.bin"}
+LEFT_BEHIND |= {"system volume information", "lost+found", "icon\r"}
+DIGITS = re.compile(r"(\d+)")
+
+Splits = dict[str, Encoded]
+PassedOver = list[tuple[str, str]]  # (path, reason)
 
 
-def read(root: Path, *, size: int | None, skip_broken: bool) -> tuple[tuple[str, ...], dict[str, Encoded]]:
-    """Read (classes, splits) of `root`, which holds class folders, or split folders that contain class folders.
+def read(where: str, *, size: int | None) -> tuple[tuple[str, ...], Splits, tuple[str, ...]]:
+    """Find (classes, splits, what was passed over) in a folder of class folders, or of split folders that hold those.
 
-    A folder with images but no subfolders is a single class, `UNLABELLED`, which is enough for pretraining.
+    Classes are in the order of their names as text. A folder with images but no subfolders is a single class,
+    `UNLABELLED`, which is enough for pretraining. No image is read: see `check`.
 
     Raises:
-      UsageError: no such folder, no images, an empty class, a class that training does not have, broken files.
+      UsageError: no such folder, no images, an empty class, a class that training does not have, an unclear layout.
     """
+    if not where:
+        raise UsageError("folder: needs the path of a folder, as in folder:photos")
+    root = Path(where).expanduser()
     if not root.is_dir():
-        raise UsageError(f"there is no folder {root}")
+        raise UsageError(f"there is no folder {root}" + (": it is a file; unpack it" if root.exists() else ""))
+    passed: PassedOver = []
+    root, folders = _layout(root, passed)
+    train = folders["train"]
+    classes = tuple(p.name for p in _subfolders(train))
+    _check_classes(train, classes)
+    splits = {}
+    for split, folder in folders.items():
+        if split != "train" and classes and not _subfolders(folder):
+            passed.append((str(folder), "a split without class folders"))
+        else:
+            splits[split] = _split(folder, classes, size, passed)
+    _note(root, train, classes, passed)
+    return classes or (UNLABELLED,), splits, tuple(f"{path}: {reason}" for path, reason in passed)
+
+
+def _layout(root: Path, passed: PassedOver) -> tuple[Path, dict[str, Path]]:
+    """Find (folder of the set, {split: its folder}): without split folders, all of the set is `train`."""
     inside = _subfolders(root)
-    folders = {split: p for p in inside for split, names in SPLITS.items() if p.name.lower() in names}
+    named = {split: [p for name in names for p in inside if p.name.lower() == name] for split, names in SPLITS.items()}
+    folders = {split: paths[0] for split, paths in named.items() if paths}
+    others = [path for path in inside if path not in folders.values()]
     if "train" not in folders:
         if folders and len(folders) == len(inside):
             raise UsageError(f"{root} holds {' and '.join(p.name for p in inside)}, but no folder train")
-        folders = {"train": root}
-    classes = tuple(p.name for p in _subfolders(folders["train"]))
-    if not classes and not _images(folders["train"]):
-        raise UsageError(f"{folders['train']} holds no class folders (one subfolder of images for each class)")
-    splits = {split: _split(folder, classes, size, skip_broken) for split, folder in folders.items()}
-    return classes or (UNLABELLED,), splits
+        if len(inside) == 1 and any(p.name.lower() in SPLITS["train"] for p in _subfolders(inside[0])):
+            return _layout(inside[0], passed)  # unpacked into a folder of its own
+        return root, {"train": root}
+
+    # Folders of images next to `train` may be classes, and `train` one of them.
+    others = [path for path in others if any(_walk(path, [], set()))]
+    classes = {_folded(p.name) for p in _subfolders(folders["train"])}
+    held_out = [path for split, path in folders.items() if split != "train"]
+    if others and not classes and not held_out:
+        return root, {"train": root}
+    shared = classes & {_folded(p.name) for path in held_out for p in _subfolders(path)}
+    if others and not shared and not (held_out and len(classes) > 1):
+        names, train = _first([p.name for p in others]), folders["train"].name
+        raise UsageError(
+            f"{root} holds {train}, which is the name of a split, next to {names}: if it is a class like them, "
+            f"rename it, for example to {train}_; if it is the training split, move {names} elsewhere"
+        )
+    passed += [(str(path), "a folder that is not a split") for path in others]
+    passed += [(file, "an image outside of the split folders") for file in _own_images(root)]
+    return root, folders
 
 
-def _images(folder: Path) -> list[Path]:
-    """List the image files below a folder."""
-    images = sorted(f for f in folder.rglob("*") if f.suffix.lower() in SUFFIXES and f.is_file())
-    # Skip hidden files: copies and metadata left by desktops and notebooks (._a.jpg, .ipynb_checkpoints/a.jpg).
-    return [f for f in images if not any(part.startswith(".") for part in f.relative_to(folder).parts)]
+def _check_classes(folder: Path, classes: Sequence[str]) -> None:
+    if not classes and not _own_images(folder):
+        raise UsageError(f"{folder} holds no class folders (one subfolder of images for each class)")
+    known: dict[str, str] = {}
+    for name in classes:
+        if (same := unicodedata.normalize("NFC", name)) in known:
+            raise UsageError(f"{folder} holds {same} twice, in two Unicode forms of the name: merge the two folders")
+        known[same] = name
+
+
+def _note(root: Path, train: Path, classes: Sequence[str], passed: PassedOver) -> None:
+    """Say on stderr what may surprise: what was passed over, and the order and number of classes."""
+    if passed:
+        counted = ", ".join(f"{count} x {reason}" for reason, count in Counter(r for _, r in passed).most_common(5))
+        print(f"note: passed over in {root}: {counted} (a run lists them in skipped.txt)", file=sys.stderr)
+    if list(classes) != sorted(classes, key=lambda name: [int(t) if t.isdecimal() else t for t in DIGITS.split(name)]):
+        print(f"note: classes are in the order of their names as text: {_first(classes)}", file=sys.stderr)
+    if len(classes) == 1 and (inner := _subfolders(train / classes[0])):
+        there = _first([path.name for path in inner])
+        line = f"{classes[0]} is the only class; if {there} are the classes, pass folder:{train / classes[0]}"
+        print(f"note: {line}", file=sys.stderr)
+
+
+def _first(names: Sequence[str], most: int = 4) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _folded(name: str) -> str:
+    """A name without regard to its Unicode form and capitals."""
+    return unicodedata.normalize("NFC", name).casefold()
+
+
+@lru_cache(maxsize=1)
+def suffixes() -> frozenset[str]:
+    """Suffixes of the files that Pillow reads as images."""
+    known = Image.registered_extensions()
+    return frozenset(suffix for suffix, kind in known.items() if kind in Image.OPEN and kind not in NO_IMAGES)
+
+
+def _is_image(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() in suffixes()
+
+
+def _scan(folder: str | Path) -> list[tuple[str, str]]:
+    """List the visible entries of a folder by name: (path, "folder", "file", or the reason to pass it over)."""
+
+    def kind(entry: os.DirEntry[str]) -> str:
+        try:
+            if entry.is_dir():
+                return "folder"
+            if entry.is_file():
+                return "file"
+        except OSError as error:  # a link that points to itself, a folder that may not be entered
+            return str(error.strerror)
+        return "a link to nothing" if entry.is_symlink() else "not a file"
+
+    try:
+        with os.scandir(folder) as entries:
+            shown = [e for e in entries if not e.name.startswith(".") and e.name.lower() not in LEFT_BEHIND]
+    except OSError as error:
+        raise UsageError(f"cannot list the folder {folder}: {error.strerror}") from None
+    return [(entry.path, kind(entry)) for entry in sorted(shown, key=lambda entry: entry.name)]
 
 
 def _subfolders(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+    return [Path(path) for path, kind in _scan(folder) if kind == "folder"]
 
 
-def _split(folder: Path, classes: Sequence[str], size: int | None, skip_broken: bool) -> Encoded:
+def _own_images(folder: Path) -> list[str]:
+    return [path for path, kind in _scan(folder) if kind == "file" and _is_image(path)]
+
+
+def _walk(folder: str | Path, passed: PassedOver, seen: set[tuple[int, int]]) -> Iterator[str]:
+    """Yield the image files below a folder in the order of their paths; follow links, but enter each folder once."""
+    status = os.stat(folder)
+    if (status.st_dev, status.st_ino) in seen:
+        passed.append((str(folder), "a link to a folder that was read"))
+        return
+    seen.add((status.st_dev, status.st_ino))
+    for path, kind in _scan(folder):
+        if kind == "folder":
+            yield from _walk(path, passed, seen)
+        elif kind == "file" and _is_image(path):
+            yield path
+        else:
+            passed.append((path, kind if kind != "file" else os.path.splitext(path)[1] or "a file without a suffix"))
+
+
+def _split(folder: Path, classes: Sequence[str], size: int | None, passed: PassedOver) -> Encoded:
     """Make a split of the images in class folders, or without classes, of all images as a single one."""
-    files: list[Path] = []
+    files: list[str] = []
     labels: list[int] = []
+    above = {(status.st_dev, status.st_ino) for status in (os.stat(folder), os.stat(folder.parent))}
     for path in _subfolders(folder) if classes else [folder]:
-        if classes and path.name not in classes:
-            raise UsageError(f"{path} is a class that the training split does not have")
-        images = _images(path)
+        label = _label(path, classes) if classes else 0
+        others: PassedOver = []
+        images = list(_walk(path, others, set(above) if classes else set()))
         if not images:
-            raise UsageError(f"{path} holds no images ({', '.join(sorted(SUFFIXES))})")
+            counted = ", ".join(f"{n} x {reason}" for reason, n in Counter(r for _, r in others).most_common(3))
+            there = f"; it holds {counted}" if others else ""
+            raise UsageError(f"{path} holds no images (.jpg, .png, .webp and others that Pillow reads){there}")
         files += images
-        labels += [classes.index(path.name) if classes else 0] * len(images)
-    if not files:
-        raise UsageError(f"{folder} holds no class folders with images")
-
-    with ThreadPoolExecutor() as pool:
-        seen = list(pool.map(_look, files))
-    broken = [f"{file}: {wrong}" for file, wrong in zip(files, seen, strict=True) if isinstance(wrong, str)]
-    report_broken(broken, len(files), skip_broken)
-    good = np.asarray([i for i, look in enumerate(seen) if not isinstance(look, str)], int)
-    if not len(good):
-        raise UsageError(f"{folder} holds no image that can be read")
-    if size is None and len({seen[i] for i in good}) > 1:
-        raise differ_in_size(f"the images in {folder}")
-
+        labels += [label] * len(images)
+        passed += others
+    if classes:
+        passed += [(file, "an image outside of the class folders") for file in _own_images(folder)]
     return Encoded(
-        read=lambda i: (files[i].read_bytes(), labels[i]),
-        name=lambda i: str(files[i]),
-        indices=good,
+        read=lambda i: (Path(files[i]).read_bytes(), labels[i]),
+        name=lambda i: files[i],
+        indices=np.arange(len(files)),
         size=size,
         channels=3,
         labels=np.asarray(labels),
     )
 
 
-def _look(path: Path) -> tuple[int, int] | str:
-    """Check an image: its width and height, or the reason why it cannot be read.
+def _label(path: Path, classes: Sequence[str]) -> int:
+    """The label of a class folder; a name in another Unicode form, or else in other capitals, is the same name.
 
-    Reads only both ends of the file, so that whole folders are checked in seconds.
+    Raises:
+      UsageError: training does not have this class.
     """
+    if path.name in classes:
+        return classes.index(path.name)
+    for same in (partial(unicodedata.normalize, "NFC"), _folded):
+        equal = [label for label, name in enumerate(classes) if same(name) == same(path.name)]
+        if len(equal) == 1:
+            return equal[0]
+    raise UsageError(f"{path} is a class that the training split does not have ({_first(classes)})")
+
+
+def check(name: str, splits: Splits, *, skip_broken: bool) -> tuple[Splits, list[str]]:
+    """Look at the image files of all splits: (splits without broken ones, a line for each of those).
+
+    This reads only both ends of the files, so that thousands are checked in seconds; decoding may still find a fault.
+
+    Raises:
+      UsageError: broken images (unless they are skipped), or images that differ in size while no size is set.
+    """
+    broken: list[str] = []
+    good, sizes = {}, {}
+    for split, source in splits.items():
+        files = [source.name(position) for position in source.indices.tolist()]
+        with ThreadPoolExecutor() as pool:
+            seen = list(pool.map(_look, map(Path, files)))
+        broken += [f"{file}: {look}" for file, look in zip(files, seen, strict=True) if isinstance(look, str)]
+        good[split] = source.subset(np.flatnonzero([not isinstance(look, str) for look in seen]))
+        sizes[split] = {look for look in seen if not isinstance(look, str)}
+    report_broken(broken, sum(map(len, splits.values())), skip_broken)
+    for split, source in good.items():
+        if not len(source):
+            raise UsageError(f"{name} {split} holds no image that can be read")
+        if source.size is None and len(sizes[split]) > 1:
+            raise differ_in_size(f"the images of {name} {split}")
+    return good, broken
+
+
+def _look(path: Path) -> tuple[int, int] | str:
+    """Check an image: its width and height, or the reason why it cannot be read."""
     try:
         with Image.open(path) as image:
             kind = image.format
             width, height = image.size
-            # Test `info` first: `getexif` alone would decode a whole PNG.
-            if "exif" in image.info and image.getexif().get(ExifTags.Base.Orientation, 1) >= 5:
+            if orientation(image) >= 5:
                 width, height = height, width  # rotated by 90 degrees
         with path.open("rb") as file:
             file.seek(-min(4096, path.stat().st_size), 2)
@@ -108,6 +266,6 @@ def _look(path: Path) -> tuple[int, int] | str:
             # Cameras append data after the end marker, so only decoding can tell.
             with Image.open(path) as image:
                 image.load()
-    except UNREADABLE as error:
+    except Exception as error:  # Pillow's readers raise exceptions of any type for malformed files
         return fault(error)
     return width, height

@@ -19,19 +19,31 @@ import numpy as np
 from PIL import Image
 
 from train.data import folder
+from train.data.decode import channels_first, silence_pillow
 from train.data.prepare import prepare
-from train.data.sources import Arrays, Encoded, decode_all, differ_in_size, image_shape
+from train.data.sources import (
+    Arrays,
+    Encoded,
+    decode_readable,
+    differ_in_size,
+    image_shape,
+    report_broken,
+    stacked,
+)
 from train.errors import UsageError
 
 MEMORY_LIMIT = 2 << 30  # bytes: sets that decode to no more than this live in memory
+
+MANY_FILES = 100_000  # files of a folder; with more, `broken="refuse"` finds broken ones when they are decoded
 
 
 @dataclass(frozen=True, kw_only=True)
 class Dataset:
     """Three splits of one set. `test` is evaluated once, at the end; decisions are made on `validation`.
 
-    `images` says which images they hold, {split: {"count", "digest"}}, so that a run can tell if others are there when
-    it is resumed; empty if that is not known.
+    `passed_over` has a line for each file that was left out: its path and the reason. `images` says which images the
+    splits hold, {split: {"count", "digest"}}, so that a run can tell if others are there when it is resumed; empty if
+    that is not known.
     """
 
     name: str
@@ -39,11 +51,15 @@ class Dataset:
     train: Arrays | Encoded
     validation: Arrays | Encoded
     test: Arrays | Encoded
+    passed_over: tuple[str, ...] = ()
     images: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        return tuple(self.train[0]["image"].shape)
+        source = self.train
+        # With a size, no image is decoded: a broken one is to be named with all the others.
+        height, width, channels = image_shape(source) if isinstance(source, Encoded) else source.images.shape[1:]
+        return height, width, channels
 
     @property
     def splits(self) -> dict[str, Arrays | Encoded]:
@@ -79,7 +95,8 @@ def load(
       fraction: fraction of the training split to keep, in (0, 1], sampled per class with `split_seed`; a smaller
         fraction is a subset of any larger one.
       random_crop: see `Encoded`; the training split is then decoded again in every epoch.
-      broken: `refuse` or `skip` images that cannot be decoded.
+      broken: `refuse` or `skip` images that cannot be decoded. Of a folder with more than `MANY_FILES` that does not
+        fit in memory, `refuse` finds them only when it decodes them; `skip` looks at all files first.
       memory_limit: see `in_memory`; 0 leaves everything encoded.
 
     Raises:
@@ -89,11 +106,20 @@ def load(
         raise UsageError(f"the validation fraction must lie between 0 and 1, got {validation}")
     if not 0 < fraction <= 1:
         raise UsageError(f"the fraction of the training split must lie above 0 and be at most 1, got {fraction}")
+    if image_size is not None and image_size < 1:
+        raise UsageError(f"the size of images must be at least 1, got {image_size}")
+    silence_pillow()
+    passed_over: tuple[str, ...] = ()
     if name == "synthetic":
         classes, splits = _synthetic(image_size or 32)
     elif name.startswith("folder:"):
-        root = Path(name.removeprefix("folder:")).expanduser()
-        classes, splits = folder.read(root, size=image_size, skip_broken=broken == "skip")
+        classes, splits, passed_over = folder.read(name.removeprefix("folder:"), size=image_size)
+        count = sum(map(len, splits.values()))
+        decoded_once = image_size is not None and count * 3 * image_size**2 <= MEMORY_LIMIT and not random_crop
+        # What is decoded once is checked by that, and opening millions of files takes many minutes.
+        if broken == "skip" or image_size is None or not (decoded_once or count > MANY_FILES):
+            splits, lines = folder.check(name, splits, skip_broken=broken == "skip")
+            passed_over += tuple(lines)
     else:
         classes, splits = _tfds(name, Path(dir).expanduser() if dir else None, image_size)
     splits = _complete(splits, validation, split_seed)
@@ -108,7 +134,7 @@ def load(
             )
         splits["train"] = replace(splits["train"], random_crop=True)
     images = {split: _fingerprint(source) for split, source in splits.items()}
-    dataset = _checked(Dataset(name=name, classes=classes, images=images, **splits))
+    dataset = _checked(Dataset(name=name, classes=classes, passed_over=passed_over, images=images, **splits))
     return dataset if memory_limit == 0 else in_memory(dataset, skip_broken=broken == "skip", limit=memory_limit)
 
 
@@ -126,8 +152,12 @@ def in_memory(dataset: Dataset, *, skip_broken: bool = False, limit: int = MEMOR
         raise differ_in_size(f"the splits of {dataset.name}")
     if sum(len(source) * math.prod(shapes[split]) for split, source in encoded.items()) > limit:
         return dataset
-    decoded: dict[str, Any] = {split: decode_all(source, skip_broken=skip_broken) for split, source in encoded.items()}
-    return _checked(replace(dataset, **decoded))
+    # Decode all splits before broken images are reported: the error names those of all.
+    read = {split: decode_readable(source) for split, source in encoded.items()}
+    broken = sorted(line for _, lines in read.values() for line in lines)
+    report_broken(broken, sum(map(len, encoded.values())), skip_broken)
+    decoded: dict[str, Any] = {split: stacked(read.pop(split)[0]) for split in encoded}
+    return _checked(replace(dataset, passed_over=(*dataset.passed_over, *broken), **decoded))
 
 
 def _fingerprint(source: Arrays | Encoded) -> dict[str, Any]:
@@ -170,14 +200,20 @@ def from_arrays(
     """Make a `Dataset` of arrays in memory, images uint8 [N, H, W, C] and integer labels [N].
 
     `test` holds the test split's images and labels; without it a second fraction `validation` is held back for test.
+
+    Raises:
+      UsageError: arrays of a different kind, labels out of range, too few images.
     """
+    images, labels, *held = map(np.asarray, (images, labels, *(test or ())))
+    if images.ndim == 4 and channels_first(images.shape):
+        raise UsageError(f"images must be [N, H, W, C], not {images.shape}: np.moveaxis(images, 1, -1) converts them")
     splits: dict[str, Arrays | Encoded] = {"train": Arrays(images=images, labels=labels)}
-    if test is not None:
-        splits["test"] = Arrays(images=test[0], labels=test[1])
+    if held:
+        splits["test"] = Arrays(images=held[0], labels=held[1])
     names = tuple(classes) if classes else tuple(str(c) for c in range(int(labels.max(initial=-1)) + 1))
-    splits = _complete(splits, validation, split_seed)
-    known = {split: _fingerprint(source) for split, source in splits.items()}
-    return _checked(Dataset(name="arrays", classes=names, images=known, **splits))
+    parts: dict[str, Any] = _complete(splits, validation, split_seed)
+    known = {split: _fingerprint(source) for split, source in parts.items()}
+    return _checked(Dataset(name="arrays", classes=names, images=known, **parts))
 
 
 def split_indices(count: int, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -190,9 +226,8 @@ def split_indices(count: int, fraction: float, seed: int) -> tuple[np.ndarray, n
 def split_by_class(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """As `split_indices`, but drawn within each class, so that each class of two or more examples appears in both."""
     parts = []
-    for label in np.unique(labels):
-        members = np.flatnonzero(labels == label)
-        parts.append(members[split_indices(len(members), fraction, seed + int(label))[1]])
+    for label, members in _by_class(labels):
+        parts.append(members[split_indices(len(members), fraction, seed + label)[1]])
     held = np.sort(np.concatenate(parts))
     return np.setdiff1d(np.arange(len(labels)), held), held
 
@@ -200,11 +235,17 @@ def split_by_class(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.n
 def share_of(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
     """Draw sorted indices of `fraction` of each class, at least one example per class."""
     parts = []
-    for label in np.unique(labels):
-        members = np.flatnonzero(labels == label)
-        order = np.random.default_rng([seed, int(label)]).permutation(members)
+    for label, members in _by_class(labels):
+        order = np.random.default_rng([seed, label]).permutation(members)
         parts.append(order[: max(round(len(members) * fraction), 1)])
     return np.sort(np.concatenate(parts))
+
+
+def _by_class(labels: np.ndarray) -> list[tuple[int, np.ndarray]]:
+    """(label, sorted indices of its examples) for each label that occurs, sorting once instead of searching each."""
+    present, starts = np.unique(np.sort(labels), return_index=True)
+    members = np.split(np.argsort(labels, kind="stable"), starts[1:])
+    return list(zip(present.tolist(), members, strict=True))
 
 
 def known_labels(source: Arrays | Encoded) -> np.ndarray:
@@ -261,6 +302,8 @@ def _tfds(name: str, data_dir: Path | None, size: int | None) -> tuple[tuple[str
     folder = prepared_folder(name, root) or (prepare(name, root) if name == "digits" else None)
     if folder is None:
         have = sorted(p.name for p in root.glob("*") if prepared_folder(p.name, root)) if root.is_dir() else []
+        if Path(name).expanduser().is_dir() and name:
+            raise UsageError(f"no prepared set {name!r}, but a folder of this name: did you mean folder:{name}?")
         raise UsageError(
             f"no prepared set {name!r} in {root} (there: {', '.join(have) or 'none'}); 'python -m train.data prepare "
             f"{name}' prepares a stock TFDS set, --data.dir names a different folder, folder:DIR reads plain images"

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from train.data.decode import UNREADABLE, decode_image, fault
+from train.data.decode import Unreadable, decode_image, fault
 from train.errors import UsageError
 
 Example = dict[str, Any]
@@ -84,7 +84,7 @@ class Encoded:
         try:
             data, label = self.read(position)
             return {"image": decode_image(data, self.size, self.channels, rng=box), "label": np.int32(label)}
-        except UNREADABLE as error:
+        except (OSError, Unreadable) as error:
             raise BrokenImage(f"cannot read image {self.name(position)}: {fault(error)}") from None
 
     def subset(self, indices: np.ndarray) -> "Encoded":
@@ -92,11 +92,18 @@ class Encoded:
 
 
 def decode_all(source: Encoded, *, skip_broken: bool = False) -> Arrays:
-    """Decode a split into memory, in threads; one error names all broken images, or `skip_broken` leaves them out.
+    """Decode a split into memory, in threads; one error names the broken images, or `skip_broken` leaves them out.
 
     Raises:
       UsageError: images that cannot be read, or that differ in size while `source.size` is None.
     """
+    examples, broken = decode_readable(source)
+    report_broken(broken, len(source), skip_broken)
+    return stacked(examples)
+
+
+def decode_readable(source: Encoded) -> tuple[list[Example], list[str]]:
+    """Decode a split in threads to (its readable examples, a line for each broken image)."""
 
     def decode(indices: np.ndarray) -> tuple[list[Example], list[str]]:
         part = source.subset(indices)
@@ -114,13 +121,20 @@ def decode_all(source: Encoded, *, skip_broken: bool = False) -> Arrays:
     chunks = np.split(np.arange(len(source)), range(256, len(source), 256))
     with ThreadPoolExecutor(decode_threads(image_shape(source))) as pool:
         parts = list(pool.map(decode, chunks))
-    good = [example for part, _ in parts for example in part]
-    report_broken([line for _, part in parts for line in part], len(source), skip_broken)
-    if not good:
+    return [example for good, _ in parts for example in good], [line for _, broken in parts for line in broken]
+
+
+def stacked(examples: Sequence[Example]) -> Arrays:
+    """Stack decoded examples.
+
+    Raises:
+      UsageError: there are none, or they differ in size.
+    """
+    if not examples:
         raise UsageError("no image of this set can be read")
-    if len({e["image"].shape for e in good}) > 1:
+    if len({e["image"].shape for e in examples}) > 1:
         raise differ_in_size("the images of this set")
-    return Arrays(images=np.stack([e["image"] for e in good]), labels=np.stack([e["label"] for e in good]))
+    return Arrays(images=np.stack([e["image"] for e in examples]), labels=np.stack([e["label"] for e in examples]))
 
 
 def decode_threads(shape: tuple[int, ...]) -> int:
@@ -154,5 +168,6 @@ def report_broken(broken: Sequence[str], of: int, skip: bool) -> None:
     shown = "; ".join(broken[:3]) + (f" and {len(broken) - 3} more" if len(broken) > 3 else "")
     line = f"{len(broken)} of {of} images cannot be decoded: {shown}"
     if not skip:
-        raise UsageError(f"{line}. Repair or remove them, or pass --data.broken skip")
+        more = ", which lists all of them in the run's skipped.txt" if len(broken) > 3 else ""
+        raise UsageError(f"{line}. Repair or remove them, or pass --data.broken skip{more}")
     print(f"warning: {line}; skipping them", file=sys.stderr)

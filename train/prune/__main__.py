@@ -5,11 +5,13 @@ The last line on stdout is the result as JSON. `python -m train.prune report RUN
 """
 
 import sys
+from functools import partial
 
-from train.cli import run_command, start
+from train.cli import arranged, kinds_of, run_command, start
+from train.config import check_changes
 from train.errors import UsageError
 from train.paths import local_path
-from train.prune.config import PruneConfig, check_changes, of_run
+from train.prune.config import PruneConfig, of_run, unused
 from train.prune.presets import PRESETS
 
 
@@ -20,7 +22,9 @@ def main(argv: list[str] | None = None) -> None:
         from train.prune import report
 
         return (report.report_main if argv[0] == "report" else report.curve_main)(argv[1:])
-    named = argv[0] if argv and not argv[0].startswith("-") and argv[0] not in PRESETS else ""
+    helps = {"-h", "--help"} & {*argv}
+    words = argv[:1] if helps else arranged(argv, kinds_of(PruneConfig))[0]
+    named = next((word for word in words if word not in PRESETS and not word.startswith("-")), "")
     run = local_path(named)
     exists = bool(named) and (run / "config.json").exists()
     if named and not exists and ("/" in named or run.exists()):
@@ -31,7 +35,8 @@ def main(argv: list[str] | None = None) -> None:
         return of_run(run)
 
     presets = {**PRESETS, named: given} if exists else PRESETS
-    run_command("train.prune", presets, argv, default="digits_prune", check=check_changes, known=PRESETS)
+    check = partial(check_changes, reasons=unused)
+    run_command("train.prune", presets, argv, default="digits_prune", check=check, known=PRESETS)
 
 
 if __name__ == "__main__":

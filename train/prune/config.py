@@ -10,9 +10,11 @@ from typing import Literal
 
 from resnet_jax.masks import Scope, structure_of
 from resnet_jax.scores import SCORES
-from train.config import TrainConfig, check_run, flat
+from train import config as training
+from train.config import TrainConfig
 from train.config import check as check_training
 from train.errors import UsageError, unknown
+from train.ranges import check_ranges
 from train.run_folder import read_config
 
 Schedule = Literal["one_shot", "gradual", "iterative", "rigl", "set", "acdc"]
@@ -122,7 +124,8 @@ class PruneConfig(TrainConfig):
 def of_run(run: Path) -> PruneConfig:
     """Make the default pruning of a trained run: its own settings, a third of its epochs, a fifth of its learning rate.
 
-    For a run that is already pruned: the epochs and learning rate of its own pruning.
+    For a run that is already pruned: the epochs and learning rate of its own pruning. What belongs to how that run
+    started (`freeze`) or to where it ran (its hosts, oneDNN, its cache) is not taken over.
 
     Raises:
       UsageError: `run` is not a run folder.
@@ -142,6 +145,10 @@ def of_run(run: Path) -> PruneConfig:
         init=str(run),
         select="last",
         dense=False,
+        freeze=False,
+        distributed=None,
+        kernels="auto" if config.kernels == "onednn" else config.kernels,
+        cache="auto" if config.cache != "none" else "none",
         prune=PruningConfig(epochs=epochs, lr=lr),
     )
 
@@ -161,22 +168,39 @@ def retraining(config: PruneConfig) -> PruneConfig:
     return dataclasses.replace(config, epochs=p.epochs, steps=None, optim=optim)
 
 
+def check_dates(config: PruneConfig, epoch_steps: float) -> None:
+    """Check, for steps per epoch, that the masks of a schedule that moves them change during the training.
+
+    Raises:
+      UsageError: `every` is too long; the message gives the longest that works.
+    """
+    p, training = config.prune, retraining(config)
+    begin, end = dates(p, training.steps or max(int(training.epochs * epoch_steps), 1))
+    # RigL and SET first move weights after `every` steps; AC/DC first frees them `every` steps after `begin`.
+    begin = {"rigl": 0, "set": 0, "acdc": max(begin, 1)}.get(p.schedule, end)
+    if begin < end and p.every >= end - begin:
+        longest = end - begin - 1
+        hint = f"choose --prune.every {longest} or less, or train longer" if longest else "train longer"
+        late = f"the masks of {p.schedule} would not move by step {end}, the last change"
+        raise UsageError(f"--prune.every {p.every}: {late}: {hint}")
+
+
+def dates(p: PruningConfig, steps: int) -> tuple[int, int]:
+    """Steps of the (first, last) change of the masks in a training of `steps`."""
+    end = max(round(p.end * steps), 1)
+    return min(round(p.begin * steps), end - 1), end
+
+
 def network_shape(crop: int | None, image_shape: Sequence[int]) -> tuple[int, ...]:
     """Shape of the network's inputs, for images (H, W, C) cropped to the side `crop`; None means no crop."""
     return (crop, crop, image_shape[-1]) if crop else tuple(image_shape)
 
 
-def check_changes(config: PruneConfig, default: PruneConfig) -> None:
-    """Refuse fields that differ from `default` and have no effect on this kind of pruning.
-
-    Raises:
-      UsageError: there is such a field; the message names it.
-    """
+def unused(config: PruneConfig) -> dict[str, str]:
+    """Fields that have no effect on this kind of pruning, see `train.config.unused`."""
     p = config.prune
     at_once, iterative, moves = p.schedule in AT_ONCE, p.schedule == "iterative", p.schedule in ("rigl", "set")
     dated = p.schedule in ("gradual", "acdc")
-    # The recipe is the dense run's, which already exists if `init` is given.
-    recipe = config.init is None or p.from_scratch
     applies = {
         "prune.epochs": not p.from_scratch,
         "prune.lr": not p.from_scratch,
@@ -195,18 +219,26 @@ def check_changes(config: PruneConfig, default: PruneConfig) -> None:
         "prune.recalibrate": at_once,
         "prune.batches": p.needs_images,
         "dense": p.start == "trained",
-        "epochs": recipe,
-        "steps": recipe,
-        "optim.lr": recipe,
-        "optim.schedule": recipe,
-        "optim.warmup_epochs": recipe,
     }
-    changed, usual = flat(config), flat(default)
-    for name, matters in applies.items():
-        if not matters and changed[name] != usual[name]:
-            own = name.startswith("prune.") or name == "dense"
-            hint = "" if own else ": the training after pruning is set by --prune.epochs and --prune.lr"
-            raise UsageError(f"--{name.replace('_', '-')} has no effect on this pruning{hint}")
+    reasons = {name: "on this pruning" for name, matters in applies.items() if not matters}
+    # The recipe is the dense run's, which already exists if `init` is given.
+    if config.init is not None and not p.from_scratch:
+        hint = "on this pruning: the training after pruning is set by --prune.epochs and --prune.lr"
+        recipe = ("epochs", "steps", "optim.lr", "optim.schedule", "optim.warmup_epochs")
+        reasons |= dict.fromkeys((*recipe, "optim.milestones", "optim.factor"), hint)
+    return training.unused(config) | reasons
+
+
+SHARE = "[0, 1) (a share, not percent)"
+RANGES = {
+    SHARE: "prune.sparsity",
+    "(0, inf)": "prune.epochs",
+    "[0, inf)": "prune.lr prune.rewind_epochs",
+    "[1, inf)": "prune.round_to prune.every prune.levels prune.rounds prune.batches",
+    "[0, 1) (a fraction of the training)": "prune.begin",
+    "(0, 1] (a fraction of the training)": "prune.end",
+    "(0, 1)": "prune.fraction",
+}
 
 
 def check(config: PruneConfig) -> None:
@@ -231,27 +263,11 @@ def check(config: PruneConfig) -> None:
             re.compile(pattern)
         except re.error as error:
             raise UsageError(f"{pattern!r} is not a valid regular expression: {error}") from None
-    check_training(config)
-    check_run(
-        config,
-        {
-            "prune.sparsity": p.sparsity is None or 0 <= p.sparsity < 1,
-            "prune.layers": all(0 <= share < 1 for share in shares.values()),
-            "prune.round_to": p.round_to >= 1,
-            "prune.epochs": p.epochs > 0,
-            "prune.lr": p.lr >= 0,
-            "prune.begin": 0 <= p.begin < 1,
-            "prune.end": p.begin < p.end <= 1,
-            "prune.every": p.every >= 1,
-            "prune.fraction": 0 < p.fraction < 1,
-            "prune.levels": p.levels >= 1,
-            "prune.rewind_epochs": p.rewind_epochs >= 0,
-            "prune.rounds": p.rounds is None or p.rounds >= 1,
-            "prune.batches": p.batches >= 1,
-        },
-    )
+    check_training(config, RANGES)
+    check_ranges({"prune.layers": shares.values()}, {SHARE: "prune.layers"})
     at_once, iterative = p.schedule in AT_ONCE, p.schedule == "iterative"
     refused = {
+        f"--prune.end {p.end} is not after --prune.begin {p.begin}": p.end <= p.begin,
         f"--prune.sparsity {p.sparsity} contradicts {p.structure}: leave it out": (
             kind == "n:m" and abs(p.final - dataclasses.replace(p, sparsity=None).final) > 1e-6
         ),

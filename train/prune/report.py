@@ -12,7 +12,8 @@ from train.paths import local_path
 from train.prune.layers import Row, aligned, short
 from train.prune.layers import text as layers_text
 from train.prune.measure import Report, measure
-from train.report import check_picture, collect, new_figure, save_figure
+from train.ranges import check_ranges
+from train.report import check_file, check_picture, collect, new_figure, save_figure
 from train.run_folder import environment, write_json
 
 Curves = dict[str, dict[float, list[float]]]  # name -> sparsity -> pruned accuracies
@@ -38,10 +39,12 @@ def report_main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=20, help="timed calls per block; 0 skips latency")
     args = parser.parse_args(argv)
     shares = () if args.sensitivity is None else tuple(args.sensitivity) or (0.5, 0.8, 0.9, 0.95)
-    if not all(0 <= share < 1 for share in shares):
-        raise UsageError(f"--sensitivity {' '.join(map(str, shares))}: sparsities are in [0, 1)")
-    if args.picture:  # refuse a picture that cannot be drawn before minutes of measuring
+    check_ranges({"sensitivity": shares, "steps": args.steps}, {"[0, 1)": "sensitivity", "[0, inf)": "steps"})
+    # Refuse files that cannot be written before minutes of measuring.
+    if args.picture:
         check_picture(args.picture)
+    if args.json:
+        check_file(args.json)
     report = measure(args.run, before=args.before, shares=shares, steps=args.steps)
     print(text(report))
     if args.json:

@@ -15,7 +15,7 @@ from train.config import TrainConfig
 from train.errors import RunError
 from train.from_config import make_model, make_state
 from train.loop import Hook
-from train.prune.config import PruneConfig, PruningConfig, check, dense_config, retraining
+from train.prune.config import PruneConfig, PruningConfig, check, check_dates, dates, dense_config, retraining
 from train.prune.deliver import SPARSE, deliver
 from train.prune.scoring import Channels, Target, in_step
 from train.prune.sparse_file import load_sparse
@@ -62,6 +62,10 @@ def run(
         return open_session(config, preset, **own)
 
     dense = out / DENSE if config.init is None else Path(config.init).expanduser()
+    if config.freeze:
+        say("only the head is trained after pruning (--freeze)")
+    elif (dense / "config.json").is_file() and read_config(dense, TrainConfig)[0].freeze:
+        say(f"{dense} trained only its head; after pruning the whole network is trained (unless --freeze is given)")
     if config.init is None:
         say(f"training the dense network in {dense}")
         train_dense(config, opened(dense_config(config, dense)), hooks)
@@ -76,6 +80,7 @@ def train_dense(config: PruneConfig, session: Session[Any], hooks: Sequence[Hook
     """Train the dense run, which saves its early weights if pruning will rewind to them."""
     if session.finished is not None:
         return
+    check_dates(config, session.epoch_steps)  # before the time is spent
     pieces = make_pieces(session)
     state = session.place(start_state(session, pieces))
     training = Training(session, pieces, state)
@@ -146,6 +151,11 @@ def train_pruned(
     """
     if session.finished is not None:
         return session.finished
+    check_dates(config, session.epoch_steps)
+    begin, end = dates(config.prune, session.steps)
+    if config.prune.schedule == "gradual" and config.prune.every >= end - begin:
+        say(f"note: everything is pruned at step {end}, because --prune.every {config.prune.every} is not below the "
+            f"{end - begin} steps of gradual pruning")  # fmt: skip
     pieces = make_pieces(session)
     # Scores and masks are computed outside the training's mesh axis, so with a model without it or special kernels.
     model = session.own.get("model") or make_model(config, len(session.dataset.classes))
@@ -175,23 +185,25 @@ def train_pruned(
     figures = training.figures(state)
     pruning = pruning_figures(training, state, model, compared)
     if isinstance(target, Channels):
-        pruning["channels_pruned"] = target.share(state.masks)
+        pruning["channels_pruned"] = share = target.share(state.masks)
+        if p.final - share > 0.02:
+            say(f"note: {share:.1%} of the channels are pruned, not {p.final:.1%}: layers keep some, in multiples "
+                f"of --prune.round-to {p.round_to}")  # fmt: skip
     return session.finish({**figures, "pruned_accuracy": figures["test_accuracy"], **pruning})
 
 
 def make_remask(p: PruningConfig, target: Target, steps: int) -> mask_schedules.MaskSchedule | None:
     """Make the schedule that changes masks inside the step of a training of `steps`; None if they do not change."""
-    end = max(round(p.end * steps), 1)
-    begin = min(round(p.begin * steps), end - 1)
-    dates: dict[str, Any] = {"end_step": end, "every": p.every}
+    begin, end = dates(p, steps)
+    when: dict[str, Any] = {"end_step": end, "every": p.every}
     if p.schedule == "gradual":
-        return mask_schedules.gradual(in_step(p.score, target), final=p.final, begin_step=begin, **dates)
+        return mask_schedules.gradual(in_step(p.score, target), final=p.final, begin_step=begin, **when)
     if p.schedule == "acdc":  # schedules see the masks after a step, so the first possible one is 1
-        return mask_schedules.alternating(in_step(p.score, target), final=p.final, begin_step=max(begin, 1), **dates)
+        return mask_schedules.alternating(in_step(p.score, target), final=p.final, begin_step=max(begin, 1), **when)
     if p.schedule in ("rigl", "set"):
         grow = "gradient" if p.schedule == "rigl" else "random"
         prunable = kernels_except(p.exclude)
-        return mask_schedules.rigl(fraction=p.fraction, grow=grow, prunable=prunable, **dates)
+        return mask_schedules.rigl(fraction=p.fraction, grow=grow, prunable=prunable, **when)
     return None
 
 

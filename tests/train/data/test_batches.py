@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from resnet_jax.parallel import batch_sharding, make_mesh
-from train.data.batches import eval_batches, stream_indices, train_batches
+from train.data.batches import eval_batch_size, eval_batches, stream_indices, train_batches
 from train.data.sources import Arrays, Encoded
 from train.errors import UsageError
 
@@ -176,6 +176,21 @@ def test_evaluation_shows_each_example_once(batch, kind, mode, sources, mesh):
         images = np.reshape(b["image"], (size, 6, 6, 3))
         np.testing.assert_array_equal(images, sources["resident"].images[label])
     assert seen == Counter(range(COUNT))
+
+
+@pytest.mark.parametrize(
+    ("wanted", "validation", "largest", "size"),
+    [
+        (500, 6, 6, 6),  # six images are not padded to 500
+        (500, 6, 60, 60),
+        (500, 6, 10_000, 128),  # neither is validation, for the sake of a large test split
+        (500, 144, 360, 144),
+        (500, 5000, 10_000, 500),
+        (16, 6, 10_000, 16),
+    ],
+)
+def test_evaluation_batches_fit_the_splits(wanted, validation, largest, size):
+    assert eval_batch_size(wanted, validation, largest) == size
 
 
 def test_evaluation_batch_of_nothing(sources, mesh):

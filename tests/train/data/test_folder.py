@@ -1,12 +1,13 @@
 """Folders of images: which files are found, how they are split, and the message for every fault."""
 
 import io
+import unicodedata
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from train.data import folder
+from train.data import folder, sets
 from train.data.sets import Arrays, load
 from train.errors import UsageError
 
@@ -102,7 +103,8 @@ def test_nested_files_capitals_kinds_and_hidden_files(tmp_path):
     write(tmp_path / "cat" / "._0.jpg", b"left by a desktop")
     write(tmp_path / "cat" / ".ipynb_checkpoints" / "0-checkpoint.jpg")
     write(tmp_path / ".cache" / "0.jpg")
-    classes, splits = folder.read(tmp_path, size=6, skip_broken=False)
+    classes, splits, passed_over = folder.read(str(tmp_path), size=6)
+    assert passed_over == (f"{tmp_path}/cat/notes.txt: .txt",)
     assert classes == ("cat", "dog")
     assert np.bincount(splits["train"].labels).tolist() == [5, 5]
 
@@ -120,6 +122,185 @@ def test_labels_are_known_without_reading_a_file_again(tmp_path, monkeypatch):
     monkeypatch.setattr("pathlib.Path.read_bytes", lambda path: reads.append(path))
     load_folder(tmp_path, memory_limit=0)
     assert not reads
+
+
+def found(root, capsys, **options):
+    """(classes, images per class over all splits, what stderr says) of a folder."""
+    data = load_folder(root, **options)
+    labels = np.concatenate([source.labels for source in data.splits.values()])
+    return data.classes, np.bincount(labels).tolist(), capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("suffix", "kind"),
+    [
+        ("jfif", "JPEG"),
+        ("ppm", "PPM"),
+        ("pgm", "PPM"),
+        ("pnm", "PPM"),
+        ("tga", "TGA"),
+        ("JPE", "JPEG"),
+        ("jp2", "JPEG2000"),
+        ("avif", "AVIF"),
+    ],
+)
+def test_every_kind_that_pillow_reads(suffix, kind, tmp_path, capsys):
+    fill(tmp_path, {"cat": 4, "dog": 4})
+    write(tmp_path / "cat" / f"a.{suffix}", kind=kind, size=(16, 16))
+    assert found(tmp_path, capsys) == (("cat", "dog"), [5, 4], "")
+
+
+def test_what_is_passed_over_is_counted_and_listed(tmp_path, capsys):
+    fill(tmp_path, {"cat": 4, "dog": 4})
+    for name in ("cat/a.heic", "cat/b.heic", "dog/notes.txt", "dog/data.h5", "dog/plain", "stray.jpg", "labels.csv"):
+        write(tmp_path / name)
+    (tmp_path / "dog" / "gone.jpg").symlink_to(tmp_path / "nowhere.jpg")
+    (tmp_path / "dog" / "self.jpg").symlink_to("self.jpg")
+    for quiet in ("cat/Thumbs.db", "cat/desktop.ini", "__MACOSX/cat/._0.jpg", "dog/@eaDir/0.jpg/THUMB.jpg", ".x/0.jpg"):
+        write(tmp_path / quiet)
+    data = load_folder(tmp_path)
+    assert sum(sizes(data)) == 8 and data.classes == ("cat", "dog")
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and said.startswith(f"note: passed over in {tmp_path}: 2 x .heic, 1 x ")
+    assert {line.removeprefix(f"{tmp_path}/") for line in data.passed_over if "self.jpg" not in line} == {
+        "cat/a.heic: .heic",
+        "cat/b.heic: .heic",
+        "dog/notes.txt: .txt",
+        "dog/data.h5: .h5",
+        "dog/plain: a file without a suffix",
+        "dog/gone.jpg: a link to nothing",
+        "stray.jpg: an image outside of the class folders",
+    }
+
+
+def test_links_are_followed_and_loops_are_not(tmp_path, capsys):
+    fill(tmp_path / "set", {"cat": 4})
+    fill(tmp_path / "store", {"dog": 5, "more": 2})
+    (tmp_path / "set" / "dog").symlink_to(tmp_path / "store" / "dog")
+    (tmp_path / "set" / "cat" / "more").symlink_to(tmp_path / "store" / "more")
+    (tmp_path / "set" / "cat" / "twice").symlink_to(tmp_path / "store" / "more")
+    (tmp_path / "set" / "cat" / "again").symlink_to(tmp_path / "set")
+    classes, counts, said = found(tmp_path / "set", capsys)
+    assert (classes, counts) == (("cat", "dog"), [6, 5])
+    assert "2 x a link to a folder that was read" in said
+
+
+@pytest.mark.parametrize("name", ["train", "Train", "training", "val", "valid", "test", "eval", "dev"])
+def test_class_that_is_called_like_a_split(name, tmp_path, capsys):
+    """As in PASCAL VOC and COCO."""
+    fill(tmp_path, {"bus": 4, "car": 4, name: 4})
+    assert found(tmp_path, capsys) == (tuple(sorted(["bus", "car", name])), [4, 4, 4], "")
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {"bus/red": 4, "car/blue": 4, "train/steam": 4, "train/diesel": 4},
+        {"bus": 4, "car": 4, "train/steam": 4},
+        {"bus": 4, "train": 4, "test": 4},
+    ],
+    ids=" ".join,
+)
+def test_unclear_whether_train_is_a_class_or_a_split(layout, tmp_path):
+    with pytest.raises(UsageError, match=rf"{tmp_path} holds train, which is the name of a split, next to bus.*rename"):
+        load_folder(fill(tmp_path, layout))
+
+
+@pytest.mark.parametrize(
+    ("layout", "want", "note"),
+    [
+        (split_folders("train", "eval", "test"), [8, 4, 6], ""),
+        (split_folders("train", "dev", "test"), [8, 4, 6], ""),
+        # Kaggle: test images without labels.
+        ({"train/cat": 10, "train/dog": 10, "test": 3}, [16, 2, 2], "1 x a split without class folders"),
+        ({"train/cat": 10, "train/dog": 10, "test": 3, "sample": 1}, [16, 2, 2], "1 x a folder that is not a split"),
+        ({**split_folders("train", "val", "test"), "eval/cat": 1}, [8, 4, 6], "1 x a folder that is not a split"),
+        ({**split_folders("train", "val", "test"), "extra": 5}, [8, 4, 6], "1 x a folder that is not a split"),
+        ({**split_folders("train", "val", "test"), "labels": 0}, [8, 4, 6], ""),
+        # A folder around the set, as archives have it.
+        ({f"set/{name}": n for name, n in split_folders("train", "val", "test").items()}, [8, 4, 6], ""),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
+)
+def test_layouts_of_archives(layout, want, note, tmp_path, capsys):
+    data = load_folder(fill(tmp_path, layout))
+    assert (data.classes, sizes(data)) == (("cat", "dog"), want)
+    said = capsys.readouterr().err
+    assert note in said if note else said == ""
+
+
+def test_only_class_that_holds_folders(tmp_path, capsys):
+    fill(tmp_path, {"photos/cat": 4, "photos/dog": 4})
+    classes, _, said = found(tmp_path, capsys)
+    assert classes == ("photos",)
+    assert f"note: photos is the only class; if cat, dog are the classes, pass folder:{tmp_path}/photos" in said
+
+
+@pytest.mark.parametrize(
+    ("train", "other"),
+    [
+        (["caf\u00e9", "the"], ["cafe\u0301", "the"]),
+        (["cafe\u0301", "the"], ["caf\u00e9", "The"]),
+        (["Cat", "Dog"], ["cat", "DOG"]),
+        (["Cat", "cat"], ["Cat", "cat"]),
+    ],
+)
+def test_classes_whose_names_differ_between_splits(train, other, tmp_path):
+    """Files from macOS have decomposed accents; the training split's spelling is kept, and with it the labels."""
+    fill(tmp_path / "train", dict.fromkeys(train, 10))
+    fill(tmp_path / "test", {name: 2 + k for k, name in enumerate(other)})
+    data = load_folder(tmp_path)
+    assert data.classes == tuple(train)
+    assert np.bincount(data.test.labels).tolist() == [2, 3]
+
+
+def test_one_name_in_two_unicode_forms(tmp_path):
+    fill(tmp_path, {"caf\u00e9": 4, unicodedata.normalize("NFD", "caf\u00e9"): 4})
+    with pytest.raises(UsageError, match="twice, in two Unicode forms"):
+        load_folder(tmp_path)
+
+
+def test_classes_are_in_the_order_of_text_and_a_note_says_so(tmp_path, capsys):
+    fill(tmp_path, {str(k): 3 for k in range(12)})
+    classes, _, said = found(tmp_path, capsys)
+    assert classes == ("0", "1", "10", "11", "2", "3", "4", "5", "6", "7", "8", "9")
+    assert said == "note: classes are in the order of their names as text: 0, 1, 10, 11 and 8 more\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [("folder:", "needs the path of a folder"), ("folder:a.zip", "a.zip: it is a file; unpack it")]
+)
+def test_names_of_no_folder(name, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "a.zip")
+    with pytest.raises(UsageError, match=message):
+        load(name)
+    fill(tmp_path / "pets", {"cat": 1})
+    with pytest.raises(UsageError, match="did you mean folder:pets"):
+        load("pets")
+
+
+def test_folder_that_may_not_be_listed(tmp_path, monkeypatch):
+    fill(tmp_path, {"cat": 4})
+
+    def scandir(path):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("os.scandir", scandir)
+    with pytest.raises(UsageError, match=f"cannot list the folder {tmp_path}: Permission denied"):
+        load_folder(tmp_path)
+
+
+def test_a_set_that_fits_in_memory_is_opened_without_looking_at_its_files(tmp_path, monkeypatch):
+    """Decoding checks it."""
+    fill(tmp_path, {"cat": 4, "dog": 4})
+    monkeypatch.setattr(folder, "_look", lambda path: pytest.fail("looked at a file"))
+    assert sum(sizes(load_folder(tmp_path))) == 8
+    monkeypatch.setattr(sets, "MEMORY_LIMIT", 8)  # streamed, and few enough files to look at
+    with pytest.raises(pytest.fail.Exception):
+        load_folder(tmp_path)
+    monkeypatch.setattr(sets, "MANY_FILES", 7)
+    assert sum(sizes(load_folder(tmp_path))) == 8
 
 
 # ---- sizes ---------------------------------------------------------------------------------------------------------
@@ -158,12 +339,11 @@ def test_splits_of_different_sizes(memory_limit, tmp_path):
     [
         ({}, "there is no folder {}"),
         ({".": 0}, r"{} holds no class folders \(one subfolder of images for each"),
-        ({"cat": 4, "dog": 4, "emu": 0}, r"{}/emu holds no images \(\.bmp, "),
+        ({"cat": 4, "dog": 4, "emu": 0}, r"{}/emu holds no images \(\.jpg, "),
         (
             {"train/cat": 4, "test/cat": 1, "test/eel": 1},
             "{}/test/eel is a class that the training split",
         ),
-        ({"train/cat": 4, "train/dog": 4, "test": 1}, "{}/test holds no class folders with images"),
         ({"val/cat": 4, "test/cat": 4}, "{} holds test and val, but no folder train"),
         ({"cat": 1, "dog": 1}, "2 images are too few"),
         ({"cat": 1, "dog": 1, "eel": 1}, "a class needs two images"),
@@ -220,9 +400,18 @@ def test_broken_files_are_counted(tmp_path):
         load_folder(tmp_path)
 
 
+def test_skipped_files_are_all_listed(tmp_path):
+    fill(tmp_path, {"cat": 5, "dog": 5})
+    for i in range(5):
+        write(tmp_path / "dog" / f"bad{i}.jpg", b"")
+    write(tmp_path / "dog" / "middle.png", BROKEN["middle.png"][0])
+    passed_over = load_folder(tmp_path, broken="skip").passed_over
+    assert len(passed_over) == 6 and all("bad" in line or "middle" in line for line in passed_over)
+
+
 def test_nothing_but_broken_files(tmp_path):
     write(tmp_path / "cat" / "0.jpg", b"")
-    with pytest.raises(UsageError, match=rf"{tmp_path} holds no image that can be read"):
+    with pytest.raises(UsageError, match=rf"folder:{tmp_path} train holds no image that can be read"):
         load_folder(tmp_path, broken="skip")
 
 

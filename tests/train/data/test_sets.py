@@ -4,6 +4,7 @@ import io
 import json
 import shutil
 import socket
+import struct
 import sys
 import types
 from dataclasses import replace
@@ -18,13 +19,14 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from train.data.__main__ import main
-from train.data.decode import decode_image, random_box
+from train.data.decode import Unreadable, decode_image, random_box
 from train.data.prepare import prepare
 from train.data.sets import (
     default_data_dir,
     from_arrays,
     load,
     prepared_folder,
+    share_of,
     split_by_class,
 )
 from train.data.sources import Arrays, Encoded, decode_all
@@ -110,6 +112,96 @@ def test_orientation_is_followed(orientation, corner):
     assert bright == {corner}
 
 
+def tiff(tag, kind, count, value, extra=b""):
+    entry = struct.pack("<HHHI", 1, tag, kind, count) + value + struct.pack("<I", 0)
+    return b"II*\0\x08\0\0\0" + entry + extra
+
+
+ORIENTATION = 0x112
+BAD_EXIF = {
+    "as text": tiff(ORIENTATION, 2, 2, b"6\0\0\0"),
+    "a fraction": tiff(ORIENTATION, 5, 1, struct.pack("<I", 26), struct.pack("<II", 6, 1)),
+    "0 over 0": tiff(ORIENTATION, 5, 1, struct.pack("<I", 26), struct.pack("<II", 0, 0)),
+    "nine": tiff(ORIENTATION, 3, 1, struct.pack("<HH", 9, 0)),
+    "doubled": b"Exif\0\0" + tiff(ORIENTATION, 3, 1, struct.pack("<HH", 1, 0)),
+    "empty": b"",
+    "cut off": b"II*\0\x08\0",
+    "nonsense": b"garbage garbage garbage",
+    "offset beyond": b"II*\0\xff\xff\xff\x7f",
+    "bytes": tiff(ORIENTATION, 7, 4, b"\x06\0\0\0"),
+}
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "WEBP", "PNG"])
+@pytest.mark.parametrize("block", BAD_EXIF)
+@pytest.mark.filterwarnings("ignore")  # Pillow warns of some
+def test_malformed_exif_does_not_turn_or_damage_an_image(block, kind):
+    image = Image.new("RGB", (8, 4), "red")
+    data = encode(image, kind, exif=b"Exif\0\0" + BAD_EXIF[block])
+    pixels = decode_image(data, None, 3)
+    assert pixels.shape == (4, 8, 3)
+    np.testing.assert_allclose(pixels[0, 0].astype(int), [255, 0, 0], atol=4)
+
+
+RAMP = np.tile(np.linspace(0, 1, 256, dtype=np.float32), (4, 1))
+DEEP = {
+    "fractions": RAMP,
+    "fractions that resampling made a little larger": RAMP * 1.01,
+    "12 bits as floats": RAMP * 4095,
+    "from -1 to 1": RAMP * 2 - 1,
+    "large floats": RAMP * 1e6,
+    "12 bits in 16": (RAMP * 4095).astype(np.uint16),
+    "16 bits": (RAMP * 65535).astype(np.uint16),
+    "8 bits in 32": np.rint(RAMP * 255).astype(np.int32),
+    "16 bits in 32": (RAMP * 65535).astype(np.int32),
+    "Hounsfield units": (RAMP * 3000 - 1000).astype(np.int32),
+}
+
+
+@pytest.mark.parametrize("name", DEEP)
+def test_deep_images_keep_their_contrast(name):
+    pixels = decode_image(encode(DEEP[name], "TIFF"), None, 1)
+    np.testing.assert_allclose(pixels[0, :, 0].astype(int), np.arange(256), atol=1)
+
+
+def test_values_that_are_no_numbers_are_black():
+    pixels = np.where(RAMP > 0.5, np.float32("nan"), RAMP)
+    pixels[:, -1] = np.inf
+    assert decode_image(encode(pixels, "TIFF"), None, 1).max() == 127
+
+
+@pytest.mark.parametrize("shade", [0, 255])
+def test_a_drawing_without_a_background_is_visible(shade):
+    image = Image.new("LA", (8, 8), (shade, 0))
+    image.paste((shade, 255), (0, 0, 4, 8))
+    pixels = decode_image(encode(image), None, 3)[0, :, 0]
+    assert pixels.tolist() == [shade] * 4 + [255 - shade] * 4
+
+
+def test_animations_are_their_first_frame():
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    for kind in ("GIF", "PNG", "WEBP", "TIFF"):
+        data = encode(frames[0], kind, save_all=True, append_images=frames[1:])
+        np.testing.assert_allclose(decode_image(data, None, 3)[0, 0].astype(int), [255, 0, 0], atol=4)
+
+
+def test_too_many_pixels_are_named(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(Unreadable, match="more pixels than Pillow reads safely"):
+        decode_image(encode(np.zeros((20, 20), np.uint8)), 8, 3)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+@pytest.mark.parametrize(("shape", "rows"), [((20, 40), slice(None)), ((40, 40), slice(10, 30))])
+def test_sides_of_a_rectangle(shape, rows, kind):
+    """The centre with the rectangle's aspect."""
+    ramp = np.tile(np.linspace(0, 255, shape[0]).astype(np.uint8)[:, None], (1, shape[1]))
+    pixels = decode_image(encode(ramp, kind), (10, 20), 1)
+    assert pixels.shape == (10, 20, 1)
+    want = ramp[rows, 0].reshape(10, 2).mean(1)
+    np.testing.assert_allclose(pixels[1:-1, 5, 0], want[1:-1], atol=6)
+
+
 @pytest.mark.parametrize("kind", ["PNG", "JPEG"])
 @pytest.mark.parametrize("wide", [True, False])
 @pytest.mark.parametrize("side", [60, 300])
@@ -190,6 +282,7 @@ def test_decode_all_keeps_the_order(many):
         (PIXELS, np.arange(20) % 3 - 1, {}, "labels run from -1 to 1, but there are 2 classes"),
         (PIXELS, np.arange(20) % 3, {"classes": ["a", "b"]}, r"there are 2 classes \(0 to 1\)"),
         (PIXELS, np.zeros(20, int), {"test": (PIXELS[:1], np.asarray([7]))}, "test: labels run from 7 to 7"),
+        (np.zeros((20, 3, 8, 8), np.uint8), np.zeros(20, int), {}, r"moveaxis\(images, 1, -1\)"),
         (PIXELS[:2], np.zeros(2, int), {}, "2 images are too few to hold some back for test"),
     ],
 )
@@ -220,6 +313,20 @@ def test_split_by_class(labels, fraction, seed):
     assert (np.diff(kept) > 0).all() and (np.diff(held) > 0).all()
     for label, count in zip(*np.unique(labels, return_counts=True), strict=True):
         assert (labels[held] == label).sum() == min(max(round(count * fraction), 1), count - 1)
+
+
+@quick
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=200), st.floats(0.001, 0.999), st.integers(0, 2**32))
+def test_share_of_each_class(labels, fraction, seed):
+    labels = np.asarray(labels)
+    kept = share_of(labels, fraction, seed)
+    assert (np.diff(kept) > 0).all()
+    for label, count in zip(*np.unique(labels, return_counts=True), strict=True):
+        assert (labels[kept] == label).sum() == max(round(count * fraction), 1)
+    # As version 0.1 drew: what is drawn from a class depends on nothing else.
+    members = np.flatnonzero(labels == labels[0])
+    drawn = np.random.default_rng([seed, labels[0]]).permutation(members)[: max(round(len(members) * fraction), 1)]
+    np.testing.assert_array_equal(kept[labels[kept] == labels[0]], np.sort(drawn))
 
 
 # ---- built-in sets -------------------------------------------------------------------------------------------------

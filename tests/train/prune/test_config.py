@@ -5,24 +5,34 @@ import json
 
 import pytest
 
-from train.config import from_dict
+from train.config import OptimConfig, TrainConfig, from_dict
+from train.errors import UsageError
 from train.prune.__main__ import main
-from train.prune.config import PruneConfig, check
+from train.prune.config import PruneConfig, PruningConfig, check, check_dates, of_run
 from train.prune.presets import PRESETS
 
 BAD_SETTINGS = {
-    "nothing left": (["--prune.sparsity", "1"], "--prune.sparsity 1.0 is out of range"),
-    "negative": (["--prune.sparsity", "-0.1"], "--prune.sparsity -0.1 is out of range"),
-    "more than all": (["--prune.sparsity", "1.5"], "--prune.sparsity 1.5 is out of range"),
+    "nothing left": (
+        ["--prune.sparsity", "1"],
+        "--prune.sparsity must be at least 0 and below 1 (a share",
+    ),
+    "negative": (
+        ["--prune.sparsity", "-0.1"],
+        "--prune.sparsity must be at least 0 and below 1 (a share",
+    ),
+    "percent": (
+        ["--prune.sparsity", "90"],
+        "--prune.sparsity must be at least 0 and below 1 (a share",
+    ),
     "preset": (["digits_prun"], "unknown preset 'digits_prun': did you mean digits_prune"),
     "no such run": (["runs/nowhere"], "runs/nowhere is neither a preset (digits_prune, "),
     "field": (["--prune.sparsty", "0.5"], "unknown field '--prune.sparsty': did you mean --prune.sparsity"),
     "score": (["--prune.score", "magnitud"], "unknown score 'magnitud': did you mean magnitude?"),
     "structure": (["--prune.structure", "rows"], "unknown structure 'rows': choose unstructured, N:M such as 2:4, or"),
     "N of M": (["--prune.structure", "4:2"], "unknown structure '4:2'"),
-    "schedule": (["--prune.schedule", "slow"], "invalid choice 'slow' for argument '--prune.schedule'"),
+    "schedule": (["--prune.schedule", "slow"], "--prune.schedule 'slow': choose one of one_shot, gradual,"),
     "layers": (["--prune.layers", "stage1"], "--prune.layers stage1 is not of the form PATTERN=SPARSITY"),
-    "share": (["--prune.layers", "stage1=1"], "--prune.layers ('stage1=1',) is out of range"),
+    "share": (["--prune.layers", "stage1=1"], "--prune.layers must be at least 0 and below 1 (a share"),
     "sparsity of N:M": (["--prune.structure", "2:4", "--prune.sparsity", "0.9"], "contradicts 2:4: leave it out"),
     "scope of channels": (
         ["--prune.structure", "channels", "--prune.scope", "lamp"],
@@ -38,8 +48,11 @@ BAD_SETTINGS = {
         "rigl moves single weights: it needs --prune.structure unstructured",
     ),
     "masks": (["--prune.masks", "runs/other"], "--prune.masks needs --prune.schedule one_shot"),
-    "end before begin": (["--prune.begin", "0.5", "--prune.end", "0.4"], "--prune.end 0.4 is out of range"),
-    "levels": (["--prune.schedule", "iterative", "--prune.levels", "0"], "--prune.levels 0 is out of range"),
+    "end before begin": (
+        ["--prune.begin", "0.5", "--prune.end", "0.4"],
+        "end 0.4 is not after --prune.begin 0.5",
+    ),
+    "levels": (["--prune.schedule", "iterative", "--prune.levels", "0"], "--prune.levels must be at least 1, got 0"),
     "random levels": (
         ["--prune.schedule", "iterative", "--prune.start", "random"],
         "--prune.start random does not work with iterative: choose --prune.restart reinit",
@@ -71,6 +84,14 @@ UNUSED = {
     "score": ["--prune.schedule", "one_shot", "--prune.masks", "runs/other", "--prune.score", "random"],
     "batches": ["--prune.batches", "2"],
 }
+# (schedule, every, begin, end, the longest spacing that works) in a training of 20 steps
+LATE = [
+    ("rigl", 50, 0.0, 1.0, 19),
+    ("rigl", 20, 0.0, 1.0, 19),
+    ("set", 10, 0.0, 0.5, 9),
+    ("acdc", 10, 0.5, 1.0, 9),
+    ("rigl", 50, 0.0, 0.05, 0),
+]
 
 
 @pytest.mark.parametrize("case", BAD_SETTINGS)
@@ -95,3 +116,40 @@ def test_presets_say_what_they_are_and_survive_json(name):
     config = PRESETS[name]()
     check(config)
     assert from_dict(PruneConfig, json.loads(json.dumps(dataclasses.asdict(config)))) == config
+
+
+@pytest.mark.parametrize(("schedule", "every", "begin", "end", "longest"), LATE)
+def test_masks_that_would_never_move_are_refused(schedule, every, begin, end, longest):
+    """In time is in time: one step less between the changes works. Gradual pruning reaches its sparsity at the end."""
+
+    def config(schedule, every):
+        return PruneConfig(prune=PruningConfig(schedule=schedule, every=every, begin=begin, end=end, epochs=2))
+
+    hint = f"choose --prune.every {longest} or less, or train longer" if longest else "train longer"
+    with pytest.raises(
+        UsageError, match=rf"^--prune.every {every}: the masks of {schedule} would not move .*: {hint}$"
+    ):
+        check_dates(config(schedule, every), 10.0)
+    if longest:
+        check_dates(config(schedule, longest), 10.0)
+    check_dates(config("gradual", 50), 10.0)
+
+
+def test_what_is_not_taken_over_from_the_run_that_is_pruned(tmp_path):
+    """How it started and where it ran; the recipe is."""
+    dense = TrainConfig(
+        init="weights.pth", freeze=True, dense=True, select="best", distributed="auto", kernels="onednn", cache="there",
+        ema=0.9, drop_path=0.1, accumulate=2, label_smoothing=0.1, optim=OptimConfig(lr=0.5, momentum=0.8), epochs=9,
+    )  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps({"config": dataclasses.asdict(dense)}))
+    config = of_run(tmp_path)
+    assert (config.freeze, config.dense, config.select, config.distributed) == (False, False, "last", None)
+    assert (config.kernels, config.cache, config.init) == ("auto", "auto", str(tmp_path))
+    assert (config.ema, config.drop_path, config.accumulate, config.label_smoothing) == (0.9, 0.1, 2, 0.1)
+    assert (config.optim.momentum, config.prune.lr, config.prune.epochs) == (0.8, 0.1, 3)
+
+
+def test_run_may_follow_its_flags(tmp_path, fails):
+    (tmp_path / "config.json").write_text(json.dumps({"config": dataclasses.asdict(TrainConfig())}))
+    assert "--prune.sparsity must be" in fails(2, main, ["--prune.sparsity", "7", str(tmp_path)])
+    assert "is neither a preset" in fails(2, main, ["--prune.sparsity", "0.7", str(tmp_path / "no")])

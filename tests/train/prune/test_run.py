@@ -813,7 +813,7 @@ def test_report_and_curve_refuse(pruned, dense, fails, tmp_path):
         (of_training, "report", dense),
         (of_training, "report", pruned(*CHANNELS).out / "compact"),
         ("it has no config.json", "report", tmp_path),
-        ("--sensitivity 1.5: sparsities are in [0, 1)", "report", dense, "--sensitivity", 1.5),
+        ("--sensitivity must be at least 0 and below 1, got 1.5", "report", dense, "--sensitivity", 1.5),
         (f"{dense} is not a run of pruning", "curve", dense),
         ("holds no finished run", "curve", tmp_path),
     ):
