@@ -114,7 +114,7 @@ def draw(runs: dict[str, dict[str, Any]], picture: Path) -> None:
 
 
 def _curve(run: dict[str, Any], figure: str, scale: float = 1) -> tuple[list[float], list[float]]:
-    rows = [row for row in run["history"] if figure in row]
+    rows = [row for row in run["history"] if row.get(figure) is not None]
     return [row["epoch"] for row in rows], [scale * row[figure] for row in rows]
 
 

@@ -229,7 +229,7 @@ def test_report(finished, tmp_path, capsys, fails):
     result = json.loads((out / "result.json").read_text())
     assert random.startswith(f"| random weights | {100 * result['random_knn_accuracy']:.1f} |")
     assert row.startswith(f"| simclr | {100 * result['knn_accuracy']:.1f} (0.0) |") and row.endswith("| 2 |")
-    (tmp_path / "other.json").write_text("{}")
+    (tmp_path / "other.json").write_text('{"history": []}')
     assert "is not a run of pretraining" in fails(2, report_main, [str(tmp_path / "other.json"), "--table"])
     assert "nothing to do" in fails(2, report_main, [str(out)])
 
