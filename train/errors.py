@@ -58,6 +58,9 @@ def one_line() -> Iterator[None]:
         if isinstance(error, LostHostError):
             os._exit(1)
         raise SystemExit(2 if isinstance(error, UsageError) else 1) from None
+    except PermissionError as error:
+        print(f"error: no permission for {error.filename}: {error.strerror}", file=sys.stderr)
+        raise SystemExit(2) from None
     except RuntimeError as error:
         # JAX_PLATFORMS names a platform that is not there.
         if not re.match(r"Unable to initialize backend|Unknown backend", str(error)):

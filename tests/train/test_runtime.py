@@ -41,6 +41,13 @@ def test_platform_that_does_not_exist(fails):
     assert "Unable to initialize backend 'tpu4'" in fails(2, start)
 
 
+def test_files_without_permission(fails):
+    def start():
+        raise PermissionError(13, "Permission denied", "/home/else/data")
+
+    assert "no permission for /home/else/data" in fails(2, start)
+
+
 def test_commands_compute_in_their_own_precision():
     before = jax.config.jax_numpy_dtype_promotion
     with jax.enable_x64(False):
