@@ -28,6 +28,7 @@ from train.data.sources import Arrays, Encoded
 from train.errors import RunError
 from train.from_config import eval_augment, make_tx
 from train.loop import Hook, read_rows
+from train.run_folder import unlocked
 from train.runtime import say
 from train.session import Session, open_session
 from train.weights import ENCODER, save_encoder
@@ -35,6 +36,7 @@ from train.weights import ENCODER, save_encoder
 HEALTH_IMAGES = 2048  # validation images on which the health of the representations is measured
 
 
+@unlocked()
 def run(
     config: PretrainConfig,
     preset: str = "custom",

@@ -28,7 +28,7 @@ from train.hub import read_card
 from train.loop import ADVICE, Hook, evaluate
 from train.optim import Schedule
 from train.presets import PRESETS
-from train.run_folder import write_confusion
+from train.run_folder import unlocked, write_confusion
 from train.session import Session, open_session
 from train.state import TrainState, digest
 from train.steps import Objective, eval_step, train_step
@@ -37,6 +37,7 @@ from train.weights import widths_of
 Config = TypeVar("Config", bound=TrainConfig)
 
 
+@unlocked()
 def run(
     config: TrainConfig,
     preset: str = "custom",

@@ -7,7 +7,9 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
@@ -118,7 +120,7 @@ def pipeline_of(out: Path) -> str:
 def claim(
     out: Path, config: RunConfig, dataset: Dataset, replaced: Sequence[str] = (), *, longer: bool = False
 ) -> None:
-    """Create a run's folder, or check that it holds this run; lock it until `release`, or until the process ends.
+    """Create a run's folder, or check that it holds this run, and lock it, see `lock`.
 
     Raises:
       UsageError: it holds a different run or one of different images, a different process uses it, or it cannot be
@@ -136,19 +138,20 @@ def claim(
     lock(out)
 
 
-_locks: dict[Path, int] = {}  # file descriptors of the folders that this process has locked
+_locks: dict[Path, tuple[int, int]] = {}  # the locked folders: file descriptor, and the thread that locked it
 
 
 def lock(out: Path) -> None:
-    """Lock a run folder, until `release` or the end of the process; does nothing on file systems without locks.
+    """Lock a run folder until `unlocked` ends, or the process; does nothing on file systems without locks.
 
     Raises:
       UsageError: a different process has locked it.
     """
-    if fcntl is None or out.resolve() in _locks:
+    path = out.resolve() / LOCK
+    if fcntl is None or path in _locks:
         return
     try:
-        file = os.open(out / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
         raise UsageError(f"cannot write to the run folder {out}: {error.strerror}") from None
     try:
@@ -161,16 +164,27 @@ def lock(out: Path) -> None:
         ) from None
     except OSError:  # NFS without locks
         os.close(file)
+        path.unlink(missing_ok=True)
         return
+    if not (path.exists() and os.path.samestat(os.fstat(file), path.stat())):
+        os.close(file)  # its holder has just removed it
+        return lock(out)
     os.truncate(file, 0)
     os.write(file, f"process {os.getpid()} on {platform.node()}\n".encode())
-    _locks[out.resolve()] = file
+    _locks[path] = file, threading.get_ident()
 
 
-def release(out: Path) -> None:
-    """Unlock a run folder."""
-    if (file := _locks.pop(out.resolve(), None)) is not None:
-        os.close(file)
+@contextmanager
+def unlocked() -> Iterator[None]:
+    """Unlock, at the end, the run folders that this thread locks in this block; also a decorator: `@unlocked()`."""
+    try:
+        yield
+    finally:
+        own = [path for path, (_, thread) in _locks.items() if thread == threading.get_ident()]
+        for path in own:
+            with suppress(OSError):
+                path.unlink()
+            os.close(_locks.pop(path)[0])
 
 
 def write_config(out: Path, preset: str, config: RunConfig, dataset: Dataset, replaced: Sequence[str] = ()) -> None:

@@ -26,7 +26,6 @@ from train.run_folder import (
     claim,
     environment,
     length_before,
-    release,
     settle,
     write_config,
     write_json,
@@ -145,11 +144,7 @@ class Session(Generic[Config]):
         with all_hosts():
             if self.main:
                 claim(self.out, self.config, self.dataset, self.replaced, longer=self.longer)
-            try:
-                return self._compile(step, evaluations, state, evaluated)
-            except BaseException:
-                release(self.out)
-                raise
+            return self._compile(step, evaluations, state, evaluated)
 
     def _compile(
         self,
@@ -277,16 +272,12 @@ class Session(Generic[Config]):
         except (RunError, jax.errors.JaxRuntimeError) as error:
             kept = self.checkpoints.steps
             where = f"; {self.out} keeps checkpoint {kept[-1]}" if kept else ""
-            release(self.out)
             if isinstance(error, RunError):
                 raise RunError(f"{error}{where}") from None
             if jax.process_count() == 1:
                 raise
             reason = str(error).splitlines()[0][:200]
             raise LostHostError(f"a different host has stopped or cannot be reached ({reason}){where}") from None
-        except BaseException:
-            release(self.out)
-            raise
         finally:
             progress.close()
         self.seconds = time.perf_counter() - began
@@ -313,5 +304,4 @@ class Session(Generic[Config]):
         }
         if self.main:
             write_json(self.out / "result.json", result)
-        release(self.out)
         return result

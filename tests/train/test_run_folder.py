@@ -24,7 +24,7 @@ from train.paths import local_path, same_place
 from train.prune.config import PruneConfig, of_run
 from train.report import collect, run_name
 from train.run import run
-from train.run_folder import LOCK, load_state, lock, read_config, release, write_json
+from train.run_folder import LOCK, load_state, lock, read_config, unlocked, write_json
 from train.runtime import all_hosts
 
 pytestmark = pytest.mark.usefixtures("unoptimised", "one_device")
@@ -120,18 +120,30 @@ def test_head_of_other_classes_is_not_taken(tmp_path, capsys, other):
 
 
 def test_folder_in_use_is_refused(photos, tmp_path):
-    """By a different process; the same one may try again after a failure."""
-    config = config_of(photos, tmp_path / "run", save_steps=2)
+    """By a different process; the same one may try again after a failure, and leaves no lock."""
+    config, path = config_of(photos, tmp_path / "run", save_steps=2), tmp_path / "run" / LOCK
     interrupted(config)
-    with (tmp_path / "run" / LOCK).open() as other:
+    assert not path.exists()
+    path.write_text("process 7 on elsewhere")
+    with path.open() as other:
         fcntl.flock(other, fcntl.LOCK_EX)
-        with pytest.raises(UsageError, match=rf"is in use by process {os.getpid()} on .*: wait for its end"):
+        with pytest.raises(UsageError, match="is in use by process 7 on elsewhere: wait for its end"):
             run(config, model=Mlp())
     run(config, model=Mlp())
     steps = [row["step"] for row in read_rows(tmp_path / "run" / "metrics.jsonl")]
     assert steps == sorted(steps)
-    with (tmp_path / "run" / LOCK).open() as other:  # the end of the run has released it
-        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    assert not path.exists()
+
+
+def test_lock(tmp_path):
+    """Held for the length of a run; twice by the same process."""
+    with unlocked():
+        lock(tmp_path)
+        lock(tmp_path)
+        assert f"process {os.getpid()} on" in (tmp_path / LOCK).read_text()
+        with (tmp_path / LOCK).open() as other, pytest.raises(BlockingIOError):
+            fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    assert not list(tmp_path.iterdir())
 
 
 def test_file_systems_without_locks(tmp_path, monkeypatch):
@@ -139,8 +151,9 @@ def test_file_systems_without_locks(tmp_path, monkeypatch):
         raise OSError(37, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    lock(tmp_path)
-    release(tmp_path)
+    with unlocked():
+        lock(tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_goes_on_for_longer(photos, tmp_path, capsys):

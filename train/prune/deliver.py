@@ -22,7 +22,7 @@ from train.errors import RunError
 from train.from_config import make_tx
 from train.prune.config import CHANNELS, dense_config
 from train.prune.sparse_file import save_sparse
-from train.run_folder import claim, release, write_config
+from train.run_folder import claim, write_config
 from train.session import Session
 from train.state import TrainState, init_state
 
@@ -107,7 +107,6 @@ def save_run(
     if session.main:
         claim(folder, small, session.dataset)
         write_config(folder, "custom", small, session.dataset)
-        release(folder)
     tx, _ = make_tx(small.optim, 1, 1.0)
     state = init_state(variables, tx, jax.random.key(small.seed), masks=masks)
     checkpoints = Checkpoints(folder / "checkpoints", keep_last=1)

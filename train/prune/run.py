@@ -21,7 +21,7 @@ from train.prune.scoring import Channels, Target, in_step
 from train.prune.sparse_file import load_sparse
 from train.prune.start import keep_early_weights, make_target, prune_start, start_masks
 from train.run import Training, make_pieces, start_state, with_widths
-from train.run_folder import load_state, read_config, settle
+from train.run_folder import load_state, read_config, settle, unlocked
 from train.runtime import join_hosts, say
 from train.session import Session, open_session
 from train.state import TrainState
@@ -30,6 +30,7 @@ from train.weights import dense_variables
 DENSE = "dense"
 
 
+@unlocked()
 def run(
     config: PruneConfig,
     preset: str = "custom",
