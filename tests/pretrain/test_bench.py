@@ -17,7 +17,7 @@ from train.bench.__main__ import main
 
 @pytest.fixture
 def workload(monkeypatch):
-    monkeypatch.setattr("pretrain.from_config.init_variables", quick_variables)
+    monkeypatch.setattr("pretrain.from_config.draw_variables", lambda config, *rest: quick_variables(*rest))
     return contrastive(tiny())
 
 
