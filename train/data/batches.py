@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from resnet_jax.parallel import Mode, batch_sharding, make_mesh, place, replicated, shard_batch
-from train.data.sources import Arrays, Encoded, Example, decode_threads, image_shape
+from train.data.sources import Arrays, Encoded, Example, collate, decode_threads, image_shape
 from train.errors import UsageError
 
 Batch = dict[str, Any]
@@ -202,8 +202,7 @@ def _decoded(
 
     def part(number: int) -> Batch:
         step, row = divmod(number * size, own)
-        examples = [example(first + step * batch + row + i) for i in range(size)]
-        return {name: np.stack([e[name] for e in examples]) for name in examples[0]}
+        return collate([example(first + step * batch + row + i) for i in range(size)])
 
     def whole(parts: Batch) -> Batch:
         return {name: x.reshape(-1, *x.shape[2:]) for name, x in parts.items()}

@@ -124,6 +124,11 @@ def decode_readable(source: Encoded) -> tuple[list[Example], list[str]]:
     return [example for good, _ in parts for example in good], [line for _, broken in parts for line in broken]
 
 
+def collate(examples: Sequence[Example]) -> Example:
+    """Stack examples into a batch: each array by its name, with a leading axis."""
+    return {name: np.stack([e[name] for e in examples]) for name in examples[0]}
+
+
 def stacked(examples: Sequence[Example]) -> Arrays:
     """Stack decoded examples.
 
@@ -134,7 +139,8 @@ def stacked(examples: Sequence[Example]) -> Arrays:
         raise UsageError("no image of this set can be read")
     if len({e["image"].shape for e in examples}) > 1:
         raise differ_in_size("the images of this set")
-    return Arrays(images=np.stack([e["image"] for e in examples]), labels=np.stack([e["label"] for e in examples]))
+    rows = collate(examples)
+    return Arrays(images=rows["image"], labels=rows["label"])
 
 
 def decode_threads(shape: tuple[int, ...]) -> int:

@@ -3,7 +3,7 @@
 import dataclasses
 import gzip
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from resnet_jax.augment import Augment, preprocess_batch
 from resnet_jax.channels import compact
 from resnet_jax.tree import PyTree, count, leaves
 from train.checkpoint import Checkpoints
+from train.data.sources import collate
 from train.errors import RunError
 from train.from_config import make_tx
 from train.prune.config import CHANNELS, dense_config
@@ -43,7 +44,8 @@ def deliver(session: Session[Any], model: nn.Module, state: TrainState, preproce
     # With pruned channels, the smaller network is delivered in place of the masked one.
     if config.prune.structure == CHANNELS:
         folder = session.out / COMPACT
-        pixels = stacked(session.dataset.validation, range(min(64, len(session.dataset.validation))))["image"]
+        images = session.dataset.validation
+        pixels = collate([images[i] for i in range(min(64, len(images)))])["image"]
         # Compare in float32 whatever the run's dtype, so that the difference is not due to rounding.
         small, variables, masks, error = compacted(
             model.clone(dtype=jnp.float32), variables, masks, preprocess_batch(preprocess, jnp.asarray(pixels))
@@ -112,12 +114,3 @@ def save_run(
     checkpoints = Checkpoints(folder / "checkpoints", keep_last=1)
     checkpoints.save(state, session.stream.state())
     checkpoints.close()
-
-
-def stacked(source: Any, indices: Iterable[int]) -> dict[str, np.ndarray]:
-    """Stack these examples of a split into one batch: `image` uint8 [B, H, W, C], `label` int32 [B]."""
-    examples = [source[int(i)] for i in indices]
-    return {
-        "image": np.stack([e["image"] for e in examples]),
-        "label": np.array([e["label"] for e in examples], np.int32),
-    }

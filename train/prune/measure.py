@@ -13,12 +13,13 @@ import numpy as np
 from resnet_jax.losses import LOSSES
 from resnet_jax.masks import no_masks
 from resnet_jax.tree import PyTree, is_kernel, leaves, map_with_path
+from train.data.sources import collate
 from train.errors import UsageError
 from train.from_config import eval_augment, load_data, make_kernels, make_model
 from train.hub import is_hub_name
 from train.loop import evaluate
 from train.prune.config import CHANNELS, PruneConfig, network_shape
-from train.prune.deliver import COMPACT, stacked
+from train.prune.deliver import COMPACT
 from train.prune.layers import layer_table, totals
 from train.report import collect
 from train.run_folder import load_state, read_config
@@ -125,7 +126,7 @@ def _validation(
     number = min(images, len(split))
     batches = []
     for start in range(0, number, EVAL_BATCH):
-        batch = stacked(split, range(start, min(start + EVAL_BATCH, number)))
+        batch = collate([split[i] for i in range(start, min(start + EVAL_BATCH, number))])
         batches.append({**batch, "valid": np.ones(len(batch["label"]), bool)})
     step = partial(eval_step, model=model, preprocess=eval_augment(config.augment), loss=LOSSES[config.loss])
     program = jax.jit(step, compiler_options=compiler_options(model.dtype, plain=plain))

@@ -17,10 +17,10 @@ from resnet_jax.masks import apply_masks, check_masks, kernels_except, sparsity_
 from resnet_jax.tree import PyTree, is_kernel, leaves
 from train.checkpoint import Checkpoints
 from train.data.batches import stream_indices
+from train.data.sources import collate
 from train.errors import UsageError
 from train.loop import Hook
 from train.prune.config import AT_ONCE, CHANNELS, PruningConfig, network_shape
-from train.prune.deliver import stacked
 from train.prune.scoring import (
     Channels,
     Target,
@@ -222,7 +222,8 @@ def first_batches(session: Session[Any]) -> Sequence[dict[str, np.ndarray]]:
     if not config.prune.needs_images:
         return ()
     wanted = stream_indices(len(source), config.seed, 0, config.prune.batches * config.batch)
-    return [stacked(source, wanted[i : i + config.batch]) for i in range(0, len(wanted), config.batch)]
+    starts = range(0, len(wanted), config.batch)
+    return [collate([source[int(i)] for i in wanted[at : at + config.batch]]) for at in starts]
 
 
 def rewind_step(session: Session[Any], epochs: float) -> int:
