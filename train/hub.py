@@ -5,7 +5,6 @@ A name is `hf:OWNER/NAME` or `hf:OWNER/NAME@REVISION`. Only safetensors and JSON
 
 import json
 import re
-import socket
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,10 @@ from urllib.request import getproxies, proxy_bypass
 
 from resnet_jax.resnet import STAGES, BasicBlock
 from train.errors import UsageError
+from train.network import connect
+from train.paths import local_path
 
 WEIGHTS = "model.safetensors"
-SECONDS = 5.0  # to wait for the hub's answer
 CROP = 0.875  # timm's default
 
 
@@ -97,10 +97,8 @@ def _reachable() -> bool:
         return False
     hub = urlsplit(constants.ENDPOINT)
     proxies = {} if proxy_bypass(hub.hostname or "") else getproxies()
-    first = urlsplit(proxies.get(hub.scheme, proxies.get("all", constants.ENDPOINT)))
     try:
-        port = first.port or (80 if first.scheme == "http" else 443)
-        socket.create_connection((first.hostname or "", port), timeout=SECONDS).close()
+        connect(proxies.get(hub.scheme, proxies.get("all", constants.ENDPOINT)))
     except OSError:
         return False
     return True
@@ -112,7 +110,7 @@ def read_card(source: str | Path) -> Card | None:
     Raises:
       UsageError: see `download`.
     """
-    folder = Path(source).expanduser()
+    folder = local_path(source)
     folder = folder if folder.is_dir() else folder.parent
 
     def read(file: str) -> dict[str, Any]:

@@ -147,14 +147,19 @@ def all_hosts() -> Iterator[None]:
                 for host in range(jax.process_count())
             ]
         except jax.errors.JaxRuntimeError as error:
-            reason = str(error).splitlines()[0][:200]
-            raise failed or LostHostError(f"a different host has stopped or cannot be reached ({reason})") from None
+            raise failed or lost_host(error) from None
         bad = next((host for host, text in enumerate(texts) if text != "-"), None)
         if failed is None and bad is not None:
             kind, _, message = texts[bad].partition(": ")
             raise (UsageError if kind == "UsageError" else RunError)(f"host {bad} failed: {message or kind}")
     if failed is not None:
         raise failed
+
+
+def lost_host(error: Exception, kept: str = "") -> LostHostError:
+    """Make the error for a host that stopped, of JAX's own; `kept` says what is left of the run."""
+    reason = str(error).splitlines()[0][:200]
+    return LostHostError(f"a different host has stopped or cannot be reached ({reason}){kept}")
 
 
 MEETING_SECONDS = 3600  # how much later than the first the last host may have opened and compiled all it needs

@@ -18,7 +18,7 @@ from train.checkpoint import METRIC, Checkpoints
 from train.config import RunConfig
 from train.data.batches import Batches, batch_like, check_batch, eval_batch_size, padded, train_batches
 from train.data.sets import Dataset
-from train.errors import LostHostError, RunError
+from train.errors import RunError
 from train.from_config import compute_dtype, make_kernels, open_measured, read_data, with_statistics
 from train.loop import Hook, Progress, fit
 from train.optim import Schedule
@@ -31,7 +31,16 @@ from train.run_folder import (
     write_json,
     write_skipped,
 )
-from train.runtime import all_hosts, compile_in, compiler_options, join_hosts, keep_compiled, say, xla_options
+from train.runtime import (
+    all_hosts,
+    compile_in,
+    compiler_options,
+    join_hosts,
+    keep_compiled,
+    lost_host,
+    say,
+    xla_options,
+)
 from train.state import TrainState
 
 Config = TypeVar("Config", bound=RunConfig)
@@ -58,8 +67,7 @@ def open_session(
     if session.finished is None:
         join_hosts(config.distributed)
         keep_compiled(config.cache)
-        with all_hosts():
-            session.open_data(dataset)
+        session.open_data(dataset)
     return session
 
 
@@ -96,6 +104,7 @@ class Session(Generic[Config]):
         self.model_name = type(own["model"]).__name__ if "model" in own else config.model
         self.last_row: dict[str, float] = {}
 
+    @all_hosts()
     def open_data(self, dataset: Dataset | None) -> None:
         """Open the images and compute the number of steps from their number; `compile` reads them."""
         config, self.main, self.mesh = self.config, jax.process_index() == 0, make_mesh()
@@ -125,6 +134,7 @@ class Session(Generic[Config]):
         """Replicate a tree of arrays on every device."""
         return place(tree, replicated(self.mesh))
 
+    @all_hosts()
     def compile(
         self,
         step: Callable[..., Any],
@@ -141,18 +151,8 @@ class Session(Generic[Config]):
           state: the state to start from.
           evaluated: the splits that are evaluated, whose sizes bound `eval_batch`.
         """
-        with all_hosts():
-            if self.main:
-                claim(self.out, self.config, self.dataset, self.replaced, longer=self.longer)
-            return self._compile(step, evaluations, state, evaluated)
-
-    def _compile(
-        self,
-        step: Callable[..., Any],
-        evaluations: Sequence[tuple[Callable[..., Any], Any]],
-        state: TrainState,
-        evaluated: Sequence[str],
-    ) -> tuple[Callable[..., Any], list[Callable[..., Any]]]:
+        if self.main:
+            claim(self.out, self.config, self.dataset, self.replaced, longer=self.longer)
         # Compilation needs only the shapes of batches, which are known before the images are read.
         config, pmap, shape = self.config, self.config.mode == "pmap", self.dataset.image_shape
         counts = {name: len(split) for name, split in self.dataset.splits.items()}
@@ -276,8 +276,7 @@ class Session(Generic[Config]):
                 raise RunError(f"{error}{where}") from None
             if jax.process_count() == 1:
                 raise
-            reason = str(error).splitlines()[0][:200]
-            raise LostHostError(f"a different host has stopped or cannot be reached ({reason}){where}") from None
+            raise lost_host(error, where) from None
         finally:
             progress.close()
         self.seconds = time.perf_counter() - began

@@ -16,6 +16,7 @@ from resnet_jax.tree import PyTree, abbreviate, leaves, map_with_path
 from train.config import TrainConfig
 from train.errors import UsageError
 from train.hub import WEIGHTS, download, is_hub_name
+from train.paths import local_path
 from train.prune.sparse_file import is_sparse_file, load_sparse
 from train.run_folder import load_state, pipeline_of, read_config
 from train.runtime import say
@@ -43,7 +44,7 @@ def find_weights(source: Path) -> Path:
     """
     if is_hub_name(source):
         return download(str(source), WEIGHTS)
-    source = source.expanduser()
+    source = local_path(source)
     if not source.exists():
         hint = f"; a model on the hub is called hf:{source}" if re.fullmatch(r"[\w-]+/[\w.-]+", str(source)) else ""
         raise UsageError(f"no weights at {source}{hint}")
@@ -158,7 +159,7 @@ def widths_of(source: Path) -> tuple[str, tuple[int, ...]]:
     """Read (model, `widths`) of a run folder or a sparse file; no widths if they are the model's defaults."""
     if is_hub_name(source):
         return "", ()
-    source = source.expanduser()
+    source = local_path(source)
     if source.is_file() and is_sparse_file(source):
         about = load_sparse(source)[2]
         return about.get("model", ""), tuple(json.loads(about.get("widths", "[]")))
@@ -170,7 +171,7 @@ def widths_of(source: Path) -> tuple[str, tuple[int, ...]]:
 
 def classes_of(source: Path) -> list[str]:
     """The classes of the training run in a folder, in the order of its head; empty if `source` is not such a run."""
-    source = source.expanduser()
+    source = local_path(source)
     if not (source / "config.json").is_file() or pipeline_of(source) != "train":
         return []
     return list(read_config(source, TrainConfig)[1].get("classes", []))

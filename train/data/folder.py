@@ -14,8 +14,9 @@ import numpy as np
 from PIL import Image
 
 from train.data.decode import fault, orientation
-from train.data.sources import Encoded, differ_in_size, report_broken
+from train.data.sources import Encoded, differ_in_size, report_broken, shortened
 from train.errors import UsageError
+from train.paths import local_path
 
 UNLABELLED = "unlabelled"
 SPLITS = {
@@ -45,7 +46,7 @@ def read(where: str, *, size: int | None) -> tuple[tuple[str, ...], Splits, tupl
     """
     if not where:
         raise UsageError("folder: needs the path of a folder, as in folder:photos")
-    root = Path(where).expanduser()
+    root = local_path(where)
     if not root.is_dir():
         raise UsageError(f"there is no folder {root}" + (": it is a file; unpack it" if root.exists() else ""))
     passed: PassedOver = []
@@ -84,7 +85,7 @@ def _layout(root: Path, passed: PassedOver) -> tuple[Path, dict[str, Path]]:
         return root, {"train": root}
     shared = classes & {_folded(p.name) for path in held_out for p in _subfolders(path)}
     if others and not shared and not (held_out and len(classes) > 1):
-        names, train = _first([p.name for p in others]), folders["train"].name
+        names, train = shortened([p.name for p in others]), folders["train"].name
         raise UsageError(
             f"{root} holds {train}, which is the name of a split, next to {names}: if it is a class like them, "
             f"rename it, for example to {train}_; if it is the training split, move {names} elsewhere"
@@ -110,15 +111,11 @@ def _note(root: Path, train: Path, classes: Sequence[str], passed: PassedOver) -
         counted = ", ".join(f"{count} x {reason}" for reason, count in Counter(r for _, r in passed).most_common(5))
         print(f"note: passed over in {root}: {counted} (a run lists them in skipped.txt)", file=sys.stderr)
     if list(classes) != sorted(classes, key=lambda name: [int(t) if t.isdecimal() else t for t in DIGITS.split(name)]):
-        print(f"note: classes are in the order of their names as text: {_first(classes)}", file=sys.stderr)
+        print(f"note: classes are in the order of their names as text: {shortened(classes)}", file=sys.stderr)
     if len(classes) == 1 and (inner := _subfolders(train / classes[0])):
-        there = _first([path.name for path in inner])
+        there = shortened([path.name for path in inner])
         line = f"{classes[0]} is the only class; if {there} are the classes, pass folder:{train / classes[0]}"
         print(f"note: {line}", file=sys.stderr)
-
-
-def _first(names: Sequence[str], most: int = 4) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def _folded(name: str) -> str:
@@ -222,7 +219,7 @@ def _label(path: Path, classes: Sequence[str]) -> int:
         equal = [label for label, name in enumerate(classes) if same(name) == same(path.name)]
         if len(equal) == 1:
             return equal[0]
-    raise UsageError(f"{path} is a class that the training split does not have ({_first(classes)})")
+    raise UsageError(f"{path} is a class that the training split does not have ({shortened(classes)})")
 
 
 def check(name: str, splits: Splits, *, skip_broken: bool) -> tuple[Splits, list[str]]:

@@ -8,8 +8,11 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 from train.errors import UsageError
+from train.network import connect
 
 
 def prepare(name: str, root: Path) -> Path:
@@ -53,16 +56,12 @@ def prepare(name: str, root: Path) -> Path:
     return folder
 
 
-def _check_reachable(homepage: str, timeout: float = 5.0) -> None:
+def _check_reachable(homepage: str) -> None:
     """Check once that the set's site can be reached, as TFDS retries a dead network for minutes."""
-    import socket
-    from urllib.parse import urlparse
-    from urllib.request import getproxies
-
-    url = urlparse(homepage)
-    if not url.hostname or getproxies():
+    host = urlsplit(homepage).hostname
+    if not host or getproxies():
         return
     try:
-        socket.create_connection((url.hostname, url.port or (80 if url.scheme == "http" else 443)), timeout).close()
+        connect(homepage)
     except OSError as error:
-        raise UsageError(f"cannot reach {url.hostname} to download the set: {error}") from None
+        raise UsageError(f"cannot reach {host} to download the set: {error}") from None

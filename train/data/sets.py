@@ -31,6 +31,7 @@ from train.data.sources import (
     stacked,
 )
 from train.errors import UsageError
+from train.paths import local_path
 
 MEMORY_LIMIT = 2 << 30  # bytes: sets that decode to no more than this live in memory
 
@@ -121,7 +122,7 @@ def load(
             splits, lines = folder.check(name, splits, skip_broken=broken == "skip")
             passed_over += tuple(lines)
     else:
-        classes, splits = _tfds(name, Path(dir).expanduser() if dir else None, image_size)
+        classes, splits = _tfds(name, local_path(dir) if dir else None, image_size)
     splits = _complete(splits, validation, split_seed)
     if fraction < 1:
         splits["train"] = splits["train"].subset(share_of(known_labels(splits["train"]), fraction, split_seed))

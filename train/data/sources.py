@@ -167,12 +167,16 @@ def differ_in_size(what: str) -> UsageError:
     return UsageError(f"{what} differ in size: pass --data.image-size")
 
 
+def shortened(names: Sequence[str], most: int = 4, separator: str = ", ") -> str:
+    """List the first names, and the number of the others."""
+    return separator.join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
 def report_broken(broken: Sequence[str], of: int, skip: bool) -> None:
     """Refuse a set with broken images, or with `skip` warn about them: their number, and the first three by name."""
     if not broken:
         return
-    shown = "; ".join(broken[:3]) + (f" and {len(broken) - 3} more" if len(broken) > 3 else "")
-    line = f"{len(broken)} of {of} images cannot be decoded: {shown}"
+    line = f"{len(broken)} of {of} images cannot be decoded: {shortened(broken, 3, '; ')}"
     if not skip:
         more = ", which lists all of them in the run's skipped.txt" if len(broken) > 3 else ""
         raise UsageError(f"{line}. Repair or remove them, or pass --data.broken skip{more}")

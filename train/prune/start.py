@@ -20,6 +20,7 @@ from train.data.batches import stream_indices
 from train.data.sources import collate
 from train.errors import UsageError
 from train.loop import Hook
+from train.paths import local_path
 from train.prune.config import AT_ONCE, CHANNELS, PruningConfig, network_shape
 from train.prune.scoring import (
     Channels,
@@ -205,7 +206,7 @@ def named_masks(name: str, params: PyTree) -> PyTree:
     Raises:
       UsageError: no such masks, or masks of a different model.
     """
-    path = Path(name).expanduser()
+    path = local_path(name)
     if not path.exists():
         raise UsageError(f"--prune.masks {path}: no such run or file")
     if path.is_file() and not is_sparse_file(path):
