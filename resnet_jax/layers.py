@@ -69,15 +69,15 @@ class StandardizedConv(nn.Module):
 class GroupNorm(nn.Module):
     """Normalise each example in groups of channels, https://arxiv.org/abs/1803.08494.
 
-    There are no running statistics, so training and evaluation are the same. Layers whose channels `groups` does not
-    divide have the largest number of groups that divides both.
+    Without running statistics, training and evaluation are the same. Where `groups` does not divide the channels, the
+    number of groups is the largest that divides both.
     """
 
     groups: int = 32
     epsilon: float = 1e-5
     scale_init: nn.initializers.Initializer = nn.initializers.ones
     dtype: Any = jnp.float32
-    use_running_average: bool | None = None  # not used, as of `axis_name`: `BatchNorm` takes both
+    use_running_average: bool | None = None  # unused, like `axis_name`: `ResNet` passes both to every norm
     axis_name: str | None = None
 
     @nn.compact

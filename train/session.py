@@ -227,7 +227,7 @@ class Session(Generic[Config]):
         config, number = self.config, int(state.step)
         if self.longer and self.resumed and (before := length_before(self.out, config)):
             say(
-                f"this run was one of {before}: its schedule now spans {self.steps:,} steps, so the learning rate goes "
+                f"this run had {before}: its schedule now spans {self.steps:,} steps, so the learning rate goes "
                 f"on at {float(schedule(number)):.3g}"
             )
         if self.main:

@@ -36,7 +36,7 @@ from train.weights import load_weights, read_state_dict
 
 pytestmark = pytest.mark.usefixtures("unoptimised", "one_device")
 
-# Seconds: no colours, whose compilation costs most.
+# This takes seconds without colour operations, which compile longest.
 QUICK = ["--width", "8", "--steps", "60", "--batch", "64", "--eval-every", "2", "--log-every", "10"]
 QUICK += ["--augment.jitter", "0", "0", "0", "0"]
 PLAIN = ViewConfig(min_scale=0.4, flip=False, jitter=(0, 0, 0, 0), grayscale=0)

@@ -107,7 +107,7 @@ def test_64_bits(tmp_path, states):
 
 
 def test_key_of_a_different_implementation(tmp_path, states):
-    """Whoever only reads does not need it; whoever goes on is told how."""
+    """Reading does not need it; resuming is refused, with the setting that helps."""
     key = jax.random.key(1, impl="rbg")
     save(tmp_path, [states[0].replace(key=key)])
     arrays, _ = Checkpoints(tmp_path, writes=False).read()

@@ -109,7 +109,7 @@ def test_other_sizes_and_modes_are_brought_to_the_run_s(trained, predict):
 
 
 def test_whatever_holds_an_image(trained, predict, tmp_path, monkeypatch):
-    """Open files, Pillow images, buffers, arrays of paths, generators; a palette's indices are no colours."""
+    """Open files, Pillow images, buffers, arrays of paths, generators; a palette's indices are not colours."""
     image, path = trained[2].images[0], tmp_path / "image.png"
     path.write_bytes(png(image))
     want = predict(image)

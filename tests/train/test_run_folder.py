@@ -167,7 +167,7 @@ def test_goes_on_for_longer(photos, tmp_path, capsys):
     assert result["steps"] == 6
     said = capsys.readouterr().err
     assert "resuming from step 4" in said
-    assert "this run was one of 4 steps: its schedule now spans 6 steps, so the learning rate goes on at 0.0025" in said
+    assert "this run had 4 steps: its schedule now spans 6 steps, so the learning rate goes on at 0.0025" in said
     assert json.loads((tmp_path / "run/result-4.json").read_text())["steps"] == 4
     assert json.loads((tmp_path / "run/config.json").read_text())["config"]["steps"] == 6
     assert run(longer, model=Mlp())["params_digest"] == result["params_digest"]

@@ -140,7 +140,7 @@ def test_taylor_in_the_step_is_of_the_step_s_gradient(variables):
 
 @pytest.mark.parametrize("score", ["random", "norm_scale"])
 def test_channels_in_the_step_trace_once(variables, score):
-    """Their share is of channels, however wide they are, not of weights."""
+    """The share counts channels, however wide they are, not weights."""
     params, traces = variables["params"], []
     target = target_of(params, score=score, **CHANNELS)
 
