@@ -205,15 +205,20 @@ def draw_variables(
     Raises:
       UsageError: a model that is too narrow, or `widths` that do not fit it.
     """
+    widths = f"--widths {' '.join(map(str, config.widths))}"
+    narrow = f"{config.model} is too narrow with {f'--width {config.width}' if config.width else widths}"
+    too_narrow = UsageError(f"{narrow}: a layer would have no channels")
     try:
-        return init_variables(model, key, image_shape)
-    except ZeroDivisionError:  # an initializer's scale for a layer without inputs or outputs
-        narrow = f"--width {config.width}" if config.width else f"--widths {' '.join(map(str, config.widths))}"
-        raise UsageError(f"{config.model} is too narrow with {narrow}: a layer would have no channels") from None
+        variables = init_variables(model, key, image_shape)
+    except ZeroDivisionError:  # an initializer's scale for a layer without channels, on some versions of JAX
+        raise too_narrow from None
     except ValueError as error:
         if not config.widths:
             raise
-        raise UsageError(f"--widths {' '.join(map(str, config.widths))}: {error}") from None
+        raise UsageError(f"{widths}: {error}") from None
+    if any(leaf.size == 0 for leaf in jax.tree.leaves(variables)):
+        raise too_narrow
+    return variables
 
 
 def make_state(
