@@ -168,8 +168,9 @@ class TrainConfig(RunConfig):
     ema: float | None = None
     """Decay of a moving average of the parameters; if set, the average is evaluated and used in their place."""
     init: str | None = None
-    """Start from a run folder, PyTorch weights (.pth, .safetensors) or a model on the Hugging Face hub
-    (hf:timm/resnet50.a1_in1k); a head of a different size is reinitialised."""
+    """Start from a run folder, PyTorch weights (.pth, .safetensors), a model that comes with this project
+    (cifar10_resnet20) or one on the Hugging Face hub (hf:timm/resnet50.a1_in1k); a head of a different size is
+    reinitialised."""
     freeze: bool = False
     """Train only the head."""
     dense: bool = False

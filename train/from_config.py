@@ -226,7 +226,7 @@ def make_state(
     model: nn.Module,
     tx: optax.GradientTransformation,
     image_shape: tuple[int, int, int],
-    source: Path | None = None,
+    source: str | Path | None = None,
     masks: Callable[[PyTree, PyTree | None], PyTree | None] = lambda params, given: given,
     classes: Sequence[str] = (),
 ) -> TrainState:

@@ -1,23 +1,25 @@
-"""Models by name on the Hugging Face hub: their files, and what these say of the model and its images.
+"""Models by name: their files, and what these say of the model and its images.
 
-A name is `hf:OWNER/NAME` or `hf:OWNER/NAME@REVISION`. Only safetensors and JSON files are read, never a pickle.
+A name is that of a folder in `ZOO`, or on the Hugging Face hub `hf:OWNER/NAME` or `hf:OWNER/NAME@REVISION`. Only
+safetensors and JSON files are read, never a pickle.
 """
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 from resnet_jax.resnet import STAGES, BasicBlock
-from train.errors import UsageError
+from train.errors import UsageError, suggestion
 from train.network import connect
 from train.paths import local_path
 
 WEIGHTS = "model.safetensors"
 CROP = 0.875  # timm's default
+ZOO = Path(__file__).parent / "zoo"  # the models that come with this project, each laid out like a folder of the hub
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,12 +29,14 @@ class Card:
     Attributes:
       model: name in `MODELS`, or of an architecture that is not among them.
       classes: number of outputs; None for features.
+      labels: name of each class, as the training set spells it; empty if unknown.
       resize, size: side in pixels of the square to resize an image's centre to, and of the centre crop of that.
       mean, std: of each channel, for pixels in [0, 1].
     """
 
     model: str
     classes: int | None = None
+    labels: tuple[str, ...] = ()
     resize: int | None = None
     size: int | None = None
     mean: tuple[float, ...] | None = None
@@ -48,13 +52,28 @@ class Card:
 def make_card(model: str, classes: int | None, size: int | None, crop: float | None, mean: Any, std: Any) -> Card:
     """Make a card from the side of the images, and the fraction of the resized images that it is."""
     resize = int(size / (crop or CROP)) if size else None
-    moments = {"mean": tuple(mean) if mean else None, "std": tuple(std) if std else None}
+    moments: dict[str, Any] = {"mean": tuple(mean) if mean else None, "std": tuple(std) if std else None}
     return Card(model=model, classes=classes or None, resize=resize, size=size, **moments)
 
 
 def is_hub_name(source: str | Path) -> bool:
     """Whether a source of weights is a name on the hub."""
     return re.match("(hf|hf-hub|hf_hub):", str(source)) is not None
+
+
+def source_path(source: str | Path) -> Path:
+    """Make the path of a source of weights: what is there, else the folder of the model of that name in `ZOO`.
+
+    Raises:
+      UsageError: see `local_path`; or nothing is there, and the name of a model in `ZOO` is similar.
+    """
+    path, name = local_path(source), str(source)
+    if path.exists() or path.name != name or is_hub_name(name):
+        return path
+    names = [folder.name for folder in ZOO.iterdir()]
+    if name not in names and (hint := suggestion(name, names)):
+        raise UsageError(f"no folder, file or model here is called {name}: {hint.strip()}")
+    return ZOO / name if name in names else path
 
 
 def download(name: str, file: str) -> Path:
@@ -105,12 +124,12 @@ def _reachable() -> bool:
 
 
 def read_card(source: str | Path) -> Card | None:
-    """Read the card of a model on the hub, or of a folder laid out like one; None for other sources.
+    """Read the card of a model in `ZOO` or on the hub, or of a folder laid out like one; None for other sources.
 
     Raises:
       UsageError: see `download`.
     """
-    folder = local_path(source)
+    folder = source_path(source)
     folder = folder if folder.is_dir() else folder.parent
 
     def read(file: str) -> dict[str, Any]:
@@ -138,7 +157,9 @@ def _timm_card(config: dict[str, Any]) -> Card:
     about = config["pretrained_cfg"]
     classes = config.get("num_classes", about.get("num_classes"))
     size = about["input_size"][-1] if "input_size" in about else None
-    return make_card(config["architecture"], classes, size, about.get("crop_pct"), about.get("mean"), about.get("std"))
+    card = make_card(config["architecture"], classes, size, about.get("crop_pct"), about.get("mean"), about.get("std"))
+    labels = tuple(config.get("label_names") or ())
+    return replace(card, labels=labels) if len(labels) == classes else card
 
 
 def _transformers_card(config: dict[str, Any], images: dict[str, Any]) -> Card:

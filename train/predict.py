@@ -1,7 +1,7 @@
-"""Use a trained run: `python -m train.predict RUN IMAGE...`, or in Python
+"""Use a trained network: `python -m train.predict RUN IMAGE...`, or in Python
 
 from train.predict import load
-predict = load("runs/digits-seed0")
+predict = load("runs/digits-seed0")  # or a model by name: load("cifar10_resnet20")
 predict("seven.png")  # [("7", 0.97), ("1", 0.01), ...]
 """
 
@@ -23,12 +23,14 @@ from train.config import TrainConfig
 from train.data.decode import Unreadable, any_to_pixels, is_many, silence_pillow
 from train.errors import UsageError, one_line
 from train.from_config import compute_dtype, eval_augment, make_model
+from train.hub import read_card, source_path
 from train.json_text import to_json
-from train.paths import local_path
+from train.pretrained import load_card
 from train.ranges import check_ranges
 from train.run_folder import load_state, read_config
 from train.runtime import compiler_options
 from train.state import forward
+from train.weights import is_run
 
 CHUNK = 32  # most images to decode and compute at once
 
@@ -36,29 +38,41 @@ Prediction = list[tuple[str, float]]  # (class, probability), most probable firs
 
 
 def load(run: str | Path, *, model: nn.Module | None = None, top: int = 5) -> Callable[[Any], Any]:
-    """Load the trained network of a run as a function of an image, or of a list of images.
+    """Load a trained network as a function of an image, or of a list of images.
 
     An image is a path, encoded bytes, an open file, a Pillow image or a uint8 array [H, W, C]; it is resized and
-    cropped to the shape of the run's images. Returns the `top` classes with their probabilities. `model` is the one
-    that was passed to the run, if one was. A list may be of any length: `CHUNK` images are decoded and computed at a
-    time.
+    cropped to the shape of the network's images. Returns the `top` classes with their probabilities. A list may be of
+    any length: `CHUNK` images are decoded and computed at a time.
+
+    Args:
+      run: a run folder, or a model by name as in `train.pretrained.from_pretrained`; classes without names are numbers.
+      model: the one that was passed to the run, if one was.
 
     Raises:
-      UsageError: no such run, no good checkpoint, a model that is missing, an image that cannot be read, no class asked
-        for.
+      UsageError: no such run or model, no good checkpoint, a missing `model`, an unreadable image, a `top` below 1.
     """
     if top < 1:
         raise UsageError(f"the number of classes to return must be at least 1, got {top}")
     silence_pillow()
-    run = local_path(run)
-    config, saved = read_config(run, TrainConfig)
-    if model is None and "model" in saved.get("replaced", []):
-        raise UsageError(f"{run} trained a model that was passed to run(): pass it here too, load(run, model=...)")
-    model = model or make_model(config, len(saved["classes"]))
-    variables = jax.tree.map(jnp.asarray, load_state(run).variables)
-    preprocess = eval_augment(config.augment)
+    folder = source_path(run)
+    card = None if model or is_run(folder) else read_card(run)
+    shape: Sequence[int]
+    if card is None:
+        config, saved = read_config(folder, TrainConfig)
+        if model is None and "model" in saved.get("replaced", []):
+            raise UsageError(f"{run} trained a model that was passed to run(): pass it here too, load(run, model=...)")
+        classes, shape, dtype = saved["classes"], saved["image_shape"], compute_dtype(config.dtype)
+        model, preprocess = model or make_model(config, len(classes)), eval_augment(config.augment)
+        variables = load_state(folder).variables
+    elif card.classes is None:
+        raise UsageError(f"{run} has no classes to predict: it returns features")
+    else:
+        dtype = compute_dtype("auto")
+        model, variables, preprocess, side = load_card(run, card, dtype=dtype)
+        classes, shape = card.labels or [str(number) for number in range(card.classes)], (side, side, 3)
+    variables = jax.tree.map(jnp.asarray, variables)
 
-    @partial(jax.jit, compiler_options=compiler_options(compute_dtype(config.dtype)))
+    @partial(jax.jit, compiler_options=compiler_options(dtype))
     def probabilities(variables: PyTree, images: jax.Array) -> jax.Array:
         logits, _ = forward(model, variables, preprocess_batch(preprocess, images))
         return jax.nn.softmax(logits)
@@ -72,13 +86,13 @@ def load(run: str | Path, *, model: nn.Module | None = None, top: int = 5) -> Ca
         return [found for at in starts for found in chunk(images[at : at + CHUNK], names[at : at + CHUNK])]
 
     def chunk(images: Sequence[Any], names: Sequence[str]) -> list[Prediction]:
-        pixels = [_pixels(image, name, saved["image_shape"]) for image, name in zip(images, names, strict=True)]
+        pixels = [_pixels(image, name, shape) for image, name in zip(images, names, strict=True)]
         # Pad to a power of two: then all lists share a few compiled programs, whatever their lengths.
         padding = [pixels[0]] * (2 ** (len(pixels) - 1).bit_length() - len(pixels))
         found = []
         for row in np.asarray(probabilities(variables, np.stack(pixels + padding)))[: len(pixels)]:
             best = np.argsort(-row, kind="stable")[:top]
-            found.append([(saved["classes"][i], float(row[i])) for i in best])
+            found.append([(classes[i], float(row[i])) for i in best])
         return found
 
     return predict
@@ -102,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     An image that cannot be read has an `error` there instead of `top`, and makes the exit code 2.
     """
     parser = argparse.ArgumentParser(prog="python -m train.predict", description=main.__doc__)
-    parser.add_argument("run", help="run folder")
+    parser.add_argument("run", help="run folder, or a model by name: cifar10_resnet20, hf:OWNER/NAME")
     parser.add_argument("images", nargs="+", help="image files")
     parser.add_argument("--top", type=int, default=5, help="number of classes to print")
     args = parser.parse_args(argv)

@@ -86,9 +86,10 @@ def with_widths(config: Config) -> Config:
 
 
 def with_card(config: TrainConfig, preset: str) -> TrainConfig:
-    """Take model, image size and normalisation from the card of the model that `init` names on the hub.
+    """Take model, image size and normalisation from the card of the model that `init` names.
 
-    A folder laid out like one on the hub has a card too. Fields that the user has changed from the preset's stay.
+    Models in `train.hub.ZOO` and on the hub have one, and folders laid out like these. Fields that the user has
+    changed from the preset's stay.
 
     Raises:
       UsageError: the model cannot be read, or is not in `MODELS`.
@@ -162,9 +163,8 @@ def make_pieces(session: Session[Any]) -> Pieces:
 
 def start_state(session: Session[Any], pieces: Pieces) -> TrainState:
     """Make the state at step 0: random, or from `--init`, whose pruned weights stay pruned unless `--dense` is set."""
-    source = None if session.config.init is None else Path(session.config.init)
-    classes = session.dataset.classes
-    return make_state(session.config, pieces.model, pieces.tx, session.dataset.image_shape, source, classes=classes)
+    config, dataset = session.config, session.dataset
+    return make_state(config, pieces.model, pieces.tx, dataset.image_shape, config.init, classes=dataset.classes)
 
 
 class Training:

@@ -82,7 +82,7 @@ def read_config(out: Path, kind: type[Run]) -> tuple[Run, dict[str, Any]]:
         for name, text in _paths(saved["config"]).items():
             _set(saved["config"], name, located(text, out, saved))
         return from_dict(kind, saved["config"]), saved
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise UsageError(f"{out} is not a run folder: it has no config.json") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"{out / 'config.json'} cannot be read: {error}") from None

@@ -15,7 +15,7 @@ from resnet_jax.torch_weights import canonical, from_torch, same_shape, to_array
 from resnet_jax.tree import PyTree, abbreviate, leaves, map_with_path
 from train.config import TrainConfig
 from train.errors import UsageError
-from train.hub import WEIGHTS, download, is_hub_name
+from train.hub import WEIGHTS, download, is_hub_name, read_card, source_path
 from train.paths import local_path
 from train.prune.sparse_file import is_sparse_file, load_sparse
 from train.run_folder import load_state, pipeline_of, read_config
@@ -34,7 +34,7 @@ FOREIGN = {
 }
 
 
-def find_weights(source: Path) -> Path:
+def find_weights(source: str | Path) -> Path:
     """Find the run folder or the weights file that `source` stands for; downloads a name on the hub.
 
     A folder of pretraining stands for its encoder, and a folder from the hub for its weights.
@@ -44,7 +44,7 @@ def find_weights(source: Path) -> Path:
     """
     if is_hub_name(source):
         return download(str(source), WEIGHTS)
-    source = local_path(source)
+    source = source_path(source)
     if not source.exists():
         hint = f"; a model on the hub is called hf:{source}" if re.fullmatch(r"[\w-]+/[\w.-]+", str(source)) else ""
         raise UsageError(f"no weights at {source}{hint}")
@@ -71,7 +71,7 @@ def is_run(folder: Path) -> bool:
         return (folder / "checkpoints").is_dir()
 
 
-def load_weights(source: Path, variables: dict[str, PyTree]) -> dict[str, PyTree]:
+def load_weights(source: str | Path, variables: dict[str, PyTree]) -> dict[str, PyTree]:
     """Load the weights of `source` into `variables`; a head that is missing or of a different size stays as it was.
 
     Prints what is left out of a file that holds more than a ResNet.
@@ -79,7 +79,8 @@ def load_weights(source: Path, variables: dict[str, PyTree]) -> dict[str, PyTree
     Args:
       source: a run folder (of training, or of pretraining for its encoder); a .safetensors file, or a .pth / .pt /
         .bin / .ckpt file (read with `weights_only=True`), with the names of torchvision, timm or transformers (see
-        `resnet_jax.torch_weights.canonical`), or a folder with one; or a name on the hub, `hf:OWNER/NAME[@REVISION]`.
+        `resnet_jax.torch_weights.canonical`), or a folder with one; the name of a model in `train.hub.ZOO`; or a name
+        on the hub, `hf:OWNER/NAME[@REVISION]`.
 
     Raises:
       UsageError: no such file, one that cannot be read, or weights of a different model; no tensor of it is ignored.
@@ -117,7 +118,7 @@ def save_encoder(path: Path, variables: dict[str, PyTree], *, flax_names: bool =
     save_file({name: np.asarray(x) for name, x in named.items()}, path)
 
 
-def load_masks(source: Path, params: PyTree) -> PyTree | None:
+def load_masks(source: str | Path, params: PyTree) -> PyTree | None:
     """Load the masks of a sparse run or a sparse file for these parameters; None if `source` has nothing pruned.
 
     A head of a different size is not pruned.
@@ -141,7 +142,7 @@ def load_masks(source: Path, params: PyTree) -> PyTree | None:
     return map_with_path(lambda path, x: have[path] if fits[path] else np.ones((), bool), params)
 
 
-def dense_variables(source: Path, like: dict[str, PyTree]) -> dict[str, PyTree]:
+def dense_variables(source: str | Path, like: dict[str, PyTree]) -> dict[str, PyTree]:
     """Load all weights of `source`, head included, in place of `like`.
 
     Raises:
@@ -169,12 +170,13 @@ def widths_of(source: Path) -> tuple[str, tuple[int, ...]]:
     return config.model, config.widths
 
 
-def classes_of(source: Path) -> list[str]:
-    """The classes of the training run in a folder, in the order of its head; empty if `source` is not such a run."""
-    source = local_path(source)
-    if not (source / "config.json").is_file() or pipeline_of(source) != "train":
-        return []
-    return list(read_config(source, TrainConfig)[1].get("classes", []))
+def classes_of(source: str | Path) -> list[str]:
+    """The classes of a training run or on a model's card, in the order of the head; empty if neither names them."""
+    folder = source_path(source)
+    if not is_run(folder):
+        card = read_card(source)
+        return list(card.labels) if card else []
+    return list(read_config(folder, TrainConfig)[1].get("classes", [])) if pipeline_of(folder) == "train" else []
 
 
 def read_state_dict(path: Path) -> dict[str, np.ndarray]:
@@ -235,7 +237,7 @@ def _reason(path: Path, message: str) -> str:
     return f"{path} is not a readable PyTorch weights file: {reason}"
 
 
-def _same_shapes(given: PyTree, wanted: PyTree, source: Path) -> PyTree:
+def _same_shapes(given: PyTree, wanted: PyTree, source: str | Path) -> PyTree:
     """The leaves of `given` in the structure of `wanted`, which keeps its head if that of `given` does not fit."""
     have, want = leaves(given), leaves(wanted)
     odd = [

@@ -16,9 +16,8 @@ from resnet_jax.tree import PyTree, is_kernel, leaves, map_with_path
 from train.data.sources import collate
 from train.errors import UsageError
 from train.from_config import eval_augment, load_data, make_kernels, make_model
-from train.hub import is_hub_name
+from train.hub import is_hub_name, source_path
 from train.loop import evaluate
-from train.paths import local_path
 from train.prune.config import CHANNELS, PruneConfig, network_shape
 from train.prune.deliver import COMPACT
 from train.prune.layers import layer_table, totals
@@ -70,7 +69,7 @@ def measure(
 
     # "Before" is the network that the run started from, or trained first.
     state = load_state(run)
-    source = before or (run / "dense" if config.init is None else local_path(config.init))
+    source = source_path(before or config.init or run / "dense")
     if not source.exists() and not is_hub_name(source):
         raise UsageError(f"{run} was pruned from {source}, which is not there: name it with --before")
     dense = dense_variables(source, {"params": state.params, "batch_stats": state.batch_stats})

@@ -26,7 +26,7 @@ from train.run_folder import load_state, read_config, settle, unlocked
 from train.runtime import join_hosts, say
 from train.session import Session, open_session
 from train.state import TrainState
-from train.weights import dense_variables
+from train.weights import dense_variables, is_run
 
 DENSE = "dense"
 
@@ -66,7 +66,7 @@ def run(
     dense = out / DENSE if config.init is None else local_path(config.init)
     if config.freeze:
         say("only the head is trained after pruning (--freeze)")
-    elif (dense / "config.json").is_file() and read_config(dense, TrainConfig)[0].freeze:
+    elif is_run(dense) and read_config(dense, TrainConfig)[0].freeze:
         say(f"{dense} trained only its head; after pruning the whole network is trained (unless --freeze is given)")
     if config.init is None:
         say(f"training the dense network in {dense}")
