@@ -26,7 +26,7 @@ from train.prune.config import PruneConfig, PruningConfig
 from train.prune.run import run as prune
 from train.run import run, with_card
 from train.run_folder import load_state
-from train.weights import classes_of, find_weights
+from train.weights import classes_of, dense_variables, find_weights, load_masks
 
 pytestmark = pytest.mark.usefixtures("unoptimised", "one_device_for_all")
 
@@ -146,6 +146,14 @@ def test_training_takes_model_and_size_from_its_card():
     assert (taken.augment.mean, taken.augment.std) == (CARD.mean, CARD.std)
 
 
+def test_pruning_compares_with_it():
+    variables = from_pretrained(NAME)[1]
+    same = dense_variables(NAME, jax.tree.map(np.zeros_like, variables))
+    jax.tree.map(np.testing.assert_array_equal, same, variables)
+    assert load_masks(NAME, variables["params"]) is None
+
+
+@pytest.mark.slow
 def test_pruning_starts_from_it(images, tmp_path):
     pruning = PruningConfig(schedule="one_shot", sparsity=0.5, epochs=0.15, lr=0.0)
     result = prune(config(PruneConfig, tmp_path, prune=pruning), dataset=images)

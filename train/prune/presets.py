@@ -23,8 +23,9 @@ def cifar10_resnet20_prune() -> PruneConfig:
     """ResNet-20 to 90 % by gradual magnitude pruning, https://arxiv.org/abs/1710.01878.
 
     Command: python -m train.data prepare cifar10 && python -m train.prune cifar10_resnet20_prune
-    Hardware: any GPU, minutes. `--init RUN` prunes an existing run of cifar10_resnet20. Not measured on CIFAR-10;
-    results/cifar10_jpeg_prune has short runs on re-encoded images.
+    Hardware: any GPU, minutes. `--init RUN` prunes an existing run of cifar10_resnet20, `--init cifar10_resnet20` the
+    network that comes with the project. Not measured on CIFAR-10; results/cifar10_jpeg_prune has short runs on
+    re-encoded images.
     """
     pruning = PruningConfig(sparsity=0.9, epochs=60, lr=0.02, every=100)
     return PruneConfig(**vars(presets.cifar10_resnet20()), prune=pruning)
