@@ -69,10 +69,10 @@ def results() -> Iterator[Sentence]:
     gaps = [100 * (one["validation_accuracy"] - one["test_accuracy"]) for one in (*preset, *larger_rate, *chosen)]
     yield "Test is {:.1f} to {:.1f} points below validation in all six runs", min(gaps), max(gaps)
 
-    for one, cache in zip(preset, ("an empty", "a filled"), strict=False):
+    for one, cache in zip(preset, ("an empty compile cache", "a filled one"), strict=False):
         times = one["process_seconds"], one["compile_seconds"], one["seconds"]
         link = f"[seed {one['seed']}]({folder}/preset_seed{one['seed']}.json)"
-        yield f"**{{:.1f}} s** with {cache} one ({link}: compiling {{:.1f}} s, training {{:.1f}} s)", *times
+        yield f"**{{:.1f}} s** with {cache} ({link}: compiling {{:.1f}} s, training {{:.1f}} s)", *times
     rates = [round(one["images_per_second"], -2) for one in (*preset[:2], larger_rate[0])]
     yield "without them the loop processed {:,.0f} and {:,.0f} images/s", *rates[:2]
     times = larger_rate[0]["process_seconds"], larger_rate[0]["seconds"]
