@@ -1,12 +1,17 @@
 """The measured figures of the documentation are those of the run files, and no others are typed into it."""
 
+import os
 import re
+import shutil
+import subprocess
 
 import pytest
 
 from results import __main__ as results
 from results import figures, sentences
 from results.tables import TABLES
+from tests.test_readme import KINDS
+from train.cli import parse
 from train.errors import RunError, UsageError
 
 PAGES = {page: (results.ROOT / page).read_text() for page in sentences.SENTENCES}
@@ -46,7 +51,7 @@ def test_wrong_figures_are_found_and_written(tmp_path, monkeypatch, capsys):
     for page, right, wrong in (("README.md", "| 91.21 %", "| 91.31 %"), ("docs/speed.md", "flip 1.0", "flip 1.1")):
         assert right in PAGES[page]
         (tmp_path / page).write_text(PAGES[page].replace(right, wrong))
-    with pytest.raises(RunError, match="README.md, docs/speed.md differ from the run files"):
+    with pytest.raises(RunError, match=r"README\.md, docs/speed\.md differ from the run files"):
         results.main(["--check"])
     results.main([])
     assert capsys.readouterr().out.splitlines()[-1] == "written: README.md, docs/speed.md"
@@ -62,3 +67,26 @@ def test_unknown_tables_sentences_and_runs_are_refused():
         figures.run("digits/seed9")
     with pytest.raises(UsageError, match="there is no file results/nothing"):
         figures.runs("nothing*")
+
+
+def test_cpu_script_runs_commands_that_parse(tmp_path):
+    """A stand-in for Python writes down the commands."""
+    shutil.copytree(results.ROOT / "results", tmp_path / "results", ignore=shutil.ignore_patterns("*.json", "*.png"))
+    python = tmp_path / "bin" / "python"
+    python.parent.mkdir()
+    python.write_text(f'#!/bin/sh\necho "$*" >> {tmp_path}/commands\n')
+    python.chmod(0o755)
+    script = ["bash", str(tmp_path / "results" / "cifar10_cpu.sh"), "data"]
+    environment = {**os.environ, "PATH": f"{python.parent}:{os.environ['PATH']}"}
+    subprocess.run(script, env=environment, check=True)
+    commands = [line.split()[1:] for line in (tmp_path / "commands").read_text().splitlines()]
+    runs = [words for words in commands if words[0] in KINDS and not {"report", "curve"} & {*words}]
+    assert len(runs) == 24 and sum("torch_train" in words[0] for words in commands) == 3
+    # One command for each set of flags, as parsing takes a while.
+    for program, *words in {re.sub(r"[^ ]*[\d/][^ ]*", "", " ".join(words)): words for words in runs}.values():
+        presets, default, _ = KINDS[program]
+        if program == "train.prune" and "/" in words[0]:  # a run, which does not exist here
+            del words[0]
+        parse(program, presets, words, default=default)
+    refused = subprocess.run([*script, "nothing"], env=environment, capture_output=True, text=True, check=False)
+    assert refused.returncode == 2 and refused.stderr.startswith("error: nothing is not one of ten_epochs")
