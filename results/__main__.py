@@ -1,7 +1,6 @@
-"""Write the measured figures of the documentation from the run files: `python -m results [--check]`.
+"""Write the tables of the documentation from the run files: `python -m results [--check]`.
 
-A table stands between `<!-- table: NAME -->` and `<!-- end -->`; results/tables.py has a function for each. A figure in
-prose is found by the words around it, which results/sentences.py lists.
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`; results/tables.py has a function for each.
 """
 
 import argparse
@@ -9,22 +8,21 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from results.sentences import SENTENCES, replaced
 from results.tables import markdown
 from train.errors import RunError, one_line
 
 ROOT = Path(__file__).parents[1]
+PAGES = ("README.md", "results/README.md", "docs/pretraining.md", "docs/pruning.md", "docs/speed.md")
 REGION = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.S)
 
 
-def written(page: str, text: str) -> str:
-    """Return the text of a page with its tables and the figures of its sentences from the run files.
+def written(text: str) -> str:
+    """Return the text of a page with its tables from the run files.
 
     Raises:
-      UsageError: the page names an unknown table, or lacks a sentence of results/sentences.py.
+      UsageError: it names an unknown table, or a run file is missing.
     """
-    text = REGION.sub(lambda region: f"{region[1]}\n{markdown(region[2])}\n\n{region[3]}", text)
-    return replaced(page, text)
+    return REGION.sub(lambda region: f"{region[1]}\n{markdown(region[2])}\n\n{region[3]}", text)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -32,8 +30,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m results", description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing; fail if a page differs")
     check = parser.parse_args(argv).check
-    pages = {page: (ROOT / page).read_text() for page in SENTENCES}
-    new = {page: written(page, text) for page, text in pages.items()}
+    pages = {page: (ROOT / page).read_text() for page in PAGES}
+    new = {page: written(text) for page, text in pages.items()}
     differ = [page for page in pages if new[page] != pages[page]]
     if check and differ:
         raise RunError(f"{', '.join(differ)} differ from the run files: run python -m results")

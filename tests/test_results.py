@@ -1,4 +1,4 @@
-"""The measured figures of the documentation are those of the run files, and no others are typed into it."""
+"""The tables of the documentation are those of the run files."""
 
 import os
 import re
@@ -8,37 +8,22 @@ import subprocess
 import pytest
 
 from results import __main__ as results
-from results import figures, sentences
+from results import figures
 from results.tables import TABLES
 from tests.test_readme import KINDS
 from train.cli import parse
 from train.errors import RunError, UsageError
 
-PAGES = {page: (results.ROOT / page).read_text() for page in sentences.SENTENCES}
-UNITS = "points?|images/s|ms|s|seconds|minutes|microseconds|MB|times"
-LITERALS = {
-    *("50 %", "90 %", "95 %"),  # sparsities, confidence of intervals
-    *("95.2 %", "91.25 %"),  # a goal, and a paper's figure
-    "1.09 MB",  # the size of a file in the repository
-}
+PAGES = {page: (results.ROOT / page).read_text() for page in results.PAGES}
 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_pages_agree_with_the_run_files(page):
-    assert results.written(page, PAGES[page]) == PAGES[page], "run python -m results"
+    assert results.written(PAGES[page]) == PAGES[page], "run python -m results"
 
 
 def test_every_table_is_in_a_page():
     assert {name for text in PAGES.values() for _, name, _ in results.REGION.findall(text)} == set(TABLES)
-
-
-@pytest.mark.parametrize("page", [page for page in PAGES if page != "docs/speed.md"])  # it describes explorations too
-def test_no_other_figure_is_typed(page, monkeypatch):
-    monkeypatch.setattr(sentences, "rounded", lambda value, spec: "measured")
-    prose = results.REGION.sub("", sentences.replaced(page, PAGES[page]))
-    prose = re.sub(r"```.*?```|`[^`]*`", "", prose, flags=re.S)
-    typed = re.findall(rf"\d[\d.,]*\s?(?:%|(?:{UNITS})\b)", prose)
-    assert {" ".join(figure.split()) for figure in typed} <= LITERALS
 
 
 def test_wrong_figures_are_found_and_written(tmp_path, monkeypatch, capsys):
@@ -47,8 +32,7 @@ def test_wrong_figures_are_found_and_written(tmp_path, monkeypatch, capsys):
         (tmp_path / page).write_text(text)
     monkeypatch.setattr(results, "ROOT", tmp_path)
     results.main(["--check"])
-    # One figure in a table and one in a sentence.
-    for page, right, wrong in (("README.md", "| 91.21 %", "| 91.31 %"), ("docs/speed.md", "flip 1.0", "flip 1.1")):
+    for page, right, wrong in (("README.md", "| 91.21 %", "| 91.31 %"), ("docs/speed.md", "ms (", "ms ( ")):
         assert right in PAGES[page]
         (tmp_path / page).write_text(PAGES[page].replace(right, wrong))
     with pytest.raises(RunError, match=r"README\.md, docs/speed\.md differ from the run files"):
@@ -58,11 +42,9 @@ def test_wrong_figures_are_found_and_written(tmp_path, monkeypatch, capsys):
     assert {page: (tmp_path / page).read_text() for page in PAGES} == PAGES
 
 
-def test_unknown_tables_sentences_and_runs_are_refused():
+def test_unknown_tables_and_runs_are_refused():
     with pytest.raises(UsageError, match="there is no table 'nothing'; choose one of presets"):
-        results.written("README.md", "<!-- table: nothing -->\n<!-- end -->")
-    with pytest.raises(UsageError, match=r"README\.md has 0 sentences like 'and \{:\.0f\} % slower"):
-        results.written("README.md", "")
+        results.written("<!-- table: nothing -->\n<!-- end -->")
     with pytest.raises(UsageError, match=r"results/digits/seed9\.json cannot be read"):
         figures.run("digits/seed9")
     with pytest.raises(UsageError, match="there is no file results/nothing"):
