@@ -38,7 +38,8 @@ def load(data_dir: Path, name: str, split: str) -> tuple[np.ndarray, np.ndarray]
     """Decode a whole split: images uint8 [n, 32, 32, 3], labels int64 [n]."""
     import tensorflow_datasets as tfds
 
-    source = tfds.builder_from_directory(data_dir / name / "1.0.0").as_data_source(split)
+    folder = max(path for path in (data_dir / name).iterdir() if path.is_dir())  # the newest version
+    source = tfds.builder_from_directory(folder).as_data_source(split)
     with ThreadPoolExecutor(2) as pool:
         examples = list(pool.map(source.__getitem__, range(len(source))))
     return np.stack([e["image"] for e in examples]), np.array([e["label"] for e in examples], np.int64)
@@ -163,7 +164,7 @@ def train(data_dir: Path, *, name: str, epochs: int, seed: int) -> dict[str, obj
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", type=Path, required=True, help="TFDS data_dir with the prepared set")
-    parser.add_argument("--name", default="cifar10_jpeg", help="the prepared set's name")
+    parser.add_argument("--name", default="cifar10", help="the prepared set's name")
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--result", type=Path, required=True, help="JSON file to write")
