@@ -20,8 +20,9 @@ from resnet_jax.parallel import make_mesh
 from train.bench.compare import gate, versus
 from train.bench.config import BenchConfig, check, other
 from train.bench.feeding import Augmentations, augmentations, augments, inputs
-from train.bench.prepared import described, prepare, shares, time_steps
+from train.bench.prepared import prepare
 from train.bench.tasks import TASKS, Tasks
+from train.bench.timed import described, shares, time_runners, time_steps
 from train.bench.work import ceilings, usable_cores
 from train.data.batches import check_batch
 from train.errors import UsageError
@@ -29,7 +30,7 @@ from train.from_config import compute_dtype
 from train.paths import local_path
 from train.run_folder import environment, write_json
 from train.runtime import say
-from train.timing import interleaved, ratio
+from train.timing import ratio
 
 __all__ = ["BenchConfig", "bench"]
 
@@ -100,7 +101,7 @@ def measured(config: BenchConfig, mesh: Mesh, tasks: Tasks, ceiling: dict[str, A
                 jax.block_until_ready(one.stepper())
     result = described(one, ceiling)
     if config.shares:
-        result["shares"] = shares(one)
+        result["shares"], result["counts"]["parts"] = shares(one)
     if variants:
         seconds = {name: variant.seconds["each"] for name, variant in variants.items()}
         result["dense_step_ms"] = float(np.median(seconds["dense"]) * 1e3)
@@ -111,8 +112,8 @@ def measured(config: BenchConfig, mesh: Mesh, tasks: Tasks, ceiling: dict[str, A
         # Latency: a single image on one device.
         single = replace(config, batch=1)
         one = prepare(single, make_mesh([mesh.devices.flat[0]]), tasks[config.task](single))
-        timed = interleaved({"one": one.stepper}, steps=config.steps, repeats=config.repeats, warmup=config.warmup)
-        p50, p95 = np.percentile(timed["one"], [50, 95]) * 1e3
+        seconds, result["counts"]["latency"] = time_runners({"one": one.stepper}, config)
+        p50, p95 = np.percentile(seconds["one"], [50, 95]) * 1e3
         result["latency_ms"] = {"batch": 1, "p50": float(p50), "p95": float(p95)}
     return result
 

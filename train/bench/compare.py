@@ -15,9 +15,10 @@ from typing import Any
 from jax.sharding import Mesh
 
 from resnet_jax import augment as aug
-from train.bench.config import BenchConfig
-from train.bench.prepared import described, prepare, time_steps
+from train.bench.config import REPEATS, STEPS, WARMUP, BenchConfig
+from train.bench.prepared import prepare
 from train.bench.tasks import TASKS, UPDATE_EVERY, Tasks, kernels, train
+from train.bench.timed import described, time_steps
 from train.bench.work import ceilings
 from train.errors import RunError, UsageError
 from train.from_config import compute_dtype
@@ -114,9 +115,10 @@ def judged(name: str, runners: dict[str, Runner], limit: float | None, config: B
 
     A pipeline fails if even the low end of the interval is above `TOLERANCE` times the limit, in two measurements.
     """
+    steps, repeats, warmup = config.steps or STEPS, config.repeats or REPEATS, config.warmup or WARMUP
     measured, passed = 0, False
     while not passed and measured < 2:
-        seconds = interleaved(runners, steps=config.steps, repeats=config.repeats, warmup=config.warmup)
+        seconds = interleaved(runners, steps=steps, repeats=repeats, warmup=warmup)
         one = ratio(seconds["ours"], seconds["plain"])
         passed = limit is None or one["low"] <= limit * TOLERANCE
         outcome = "" if limit is None else f", limit {limit:.2f}x: {'passes' if passed else 'slower'}"

@@ -12,6 +12,7 @@ from train.config import check_xla
 from train.errors import UsageError, unknown
 from train.ranges import check_ranges
 
+STEPS, REPEATS, WARMUP = 10, 5, 3  # the most that are timed, unless flags say how many
 FEEDING = ("augment", "input")  # tasks without a step of their own; see `train.bench.feeding`
 # Both sides of --versus share these: how they are measured, and where the result goes.
 SHARED = ("steps", "repeats", "warmup", "shares", "peak", "versus", "gate_record", "out")
@@ -39,12 +40,13 @@ class BenchConfig:
     """XLA compiler options for the step, NAME=VALUE each (not in mode pmap)."""
     donate: bool = True
     """Let a training step reuse its state's memory, as the pipelines do."""
-    steps: int = 10
-    """Timed steps of a block."""
-    repeats: int = 5
-    """Blocks; whatever is compared is interleaved block by block, and intervals come from the spread of blocks."""
-    warmup: int = 3
-    """Untimed steps before the first block."""
+    steps: int | None = None
+    """Timed steps of a block; None means 10, or fewer for slow steps, so that the benchmark takes about a minute."""
+    repeats: int | None = None
+    """Blocks; whatever is compared is interleaved block by block, and intervals come from the spread of blocks. None
+    means 5, or fewer for slow steps."""
+    warmup: int | None = None
+    """Untimed steps before the first block, at least 2; None means 3, or 2 for slow steps."""
     shares: bool = True
     """Also time the step's parts; costs a compilation each."""
     peak: float | None = None

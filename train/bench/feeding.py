@@ -18,12 +18,13 @@ from resnet_jax.parallel import place, replicated
 from train.bench.config import BenchConfig
 from train.bench.prepared import Stepper, compiled_for, make_batch, prepare
 from train.bench.tasks import TASKS, batch_of, train_augment
+from train.bench.timed import time_runners
 from train.bench.work import usable_cores
 from train.data import folder
 from train.data.batches import Batches, ResidentBatches, StreamedBatches
 from train.data.sources import decode_all
 from train.runtime import say
-from train.timing import Runner, interleaved, summary
+from train.timing import Runner, summary
 
 IMAGES = 512
 
@@ -65,9 +66,9 @@ def augments(config: BenchConfig, mesh: Mesh, augmentations: Augmentations = aug
 
         runners[name] = Stepper(compiled_for(config, mesh, rows=True)(step), key, batch, carried=False)
     say(f"compiling and timing {len(runners)} augmentations")
-    timed = interleaved(runners, steps=config.steps, repeats=config.repeats, warmup=config.warmup)
+    each, counts = time_runners(runners, config)
     table = {}
-    for name, seconds in timed.items():
+    for name, seconds in each.items():
         figures = summary(seconds)
         rate = config.batch / (figures["step_ms"] / 1e3)
         table[name] = {"images_per_second": rate, "us_per_image": 1e6 / rate, **figures}
@@ -79,6 +80,7 @@ def augments(config: BenchConfig, mesh: Mesh, augmentations: Augmentations = aug
         "images_per_second": table["train"]["images_per_second"],
         "step_ms": table["train"]["step_ms"],
         "augments": table,
+        "counts": {"augmentations": counts},
     }
 
 
@@ -100,11 +102,11 @@ def inputs(config: BenchConfig, mesh: Mesh) -> dict[str, Any]:
         encoded = StreamedBatches(source, **options)
         streams: dict[str, Batches] = {"resident": ResidentBatches(decode_all(source), **options), "encoded": encoded}
         # Untimed calls before each block use up the batches that were decoded while others were timed.
-        counts: dict[str, Any] = {"steps": config.steps, "repeats": config.repeats, "settle": encoded.ahead + 1}
+        settle = encoded.ahead + 1
         alone: dict[str, Runner] = {name: stream.__next__ for name, stream in streams.items()}
         alone["plain_pil"] = plain_loop(files, batch, size).__next__
         say("timing the pipelines alone")
-        timed = interleaved(alone, **counts, warmup=config.warmup)
+        by_pipeline, counts = time_runners(alone, config, settle=settle)
 
         one = prepare(config, mesh, TASKS["train"](config))
         same = one.stepper.batch
@@ -118,13 +120,13 @@ def inputs(config: BenchConfig, mesh: Mesh) -> dict[str, Any]:
 
         steps = {"alone": fed(None), **{name: fed(stream) for name, stream in streams.items()}}
         say("timing the training step that they feed")
-        with_step = interleaved(steps, **counts, warmup=config.warmup, ahead=True)
+        with_step, fed_counts = time_runners(steps, config, fewest=3, settle=settle, ahead=True)
         encoded.iterator.close()  # its threads still read files
 
     pipelines: dict[str, dict[str, Any]] = {}
-    for name, seconds in timed.items():
+    for name, seconds in by_pipeline.items():
         # A batch that was decoded ahead costs nothing, and the next one more, so the rate is that of whole blocks.
-        rate = config.steps * batch / float(np.median(seconds.sum(1)))
+        rate = batch / float(np.median(seconds.mean(1)))
         per_core = rate / (1 if name == "plain_pil" else usable_cores())
         figures = summary(seconds.mean(1))
         pipelines[name] = {"images_per_second": rate, "images_per_second_per_core": per_core, **figures}
@@ -148,6 +150,7 @@ def inputs(config: BenchConfig, mesh: Mesh) -> dict[str, Any]:
         "jpeg_bytes": jpeg_bytes,
         "train_step_ms": medians["alone"] * 1e3,
         "pipelines": pipelines,
+        "counts": {"pipelines": counts, "fed steps": fed_counts},
     }
 
 

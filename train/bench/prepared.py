@@ -1,4 +1,4 @@
-"""One step made ready and measured: compiled cold and from the cache, timed, described."""
+"""One step made ready: compiled cold and from the cache, laid out on its devices, called once."""
 
 import tempfile
 import time
@@ -21,11 +21,8 @@ from train import runtime
 from train.bench import work
 from train.bench.config import BenchConfig
 from train.bench.tasks import Step, Workload, kernels
-from train.data.batches import ResidentBatches
-from train.data.sources import Arrays
 from train.errors import UsageError
 from train.from_config import compute_dtype
-from train.timing import Runner, interleaved, summary
 
 
 class Stepper:
@@ -61,6 +58,7 @@ class Prepared:
       start: seconds of each phase up to the first result; see `start`.
       traces: how often the step was traced, by compilation: `cold` is the one that runs, `warm` the one from the cache.
       seconds: `each` and `ahead` [repeats, steps], `dispatch` [calls]; filled in by `time_steps`.
+      counts: how often the `step` and those one `ahead` were timed; filled in by `time_steps`.
     """
 
     config: BenchConfig
@@ -71,6 +69,7 @@ class Prepared:
     start: dict[str, Any]
     traces: Counter[str]
     seconds: dict[str, np.ndarray] = field(default_factory=dict)
+    counts: dict[str, dict[str, int]] = field(default_factory=dict)
 
 
 def prepare(config: BenchConfig, mesh: Mesh, workload: Workload) -> Prepared:
@@ -222,94 +221,3 @@ def cache_in(folder: str) -> Iterator[None]:
         for name, value in before.items():
             jax.config.update(name, value)
         reset_cache()
-
-
-# --- timing -----------------------------------------------------------------------------------------------------------
-
-
-def time_steps(prepared: dict[str, Prepared], config: BenchConfig) -> None:
-    """Time steps, interleaved: each waited for, then as training runs them, one ahead. Fills in `seconds` of each."""
-    runtime.say(f"timing {config.repeats} blocks of {config.steps} steps")
-    counts: dict[str, Any] = {"steps": config.steps, "repeats": config.repeats}
-    each = interleaved({n: one.stepper for n, one in prepared.items()}, **counts, warmup=config.warmup)
-    # The first call of all belongs to the start.
-    dispatched = {name: one.stepper.dispatched[1 + config.warmup :] for name, one in prepared.items()}
-    ahead = interleaved({n: one.stepper.ahead for n, one in prepared.items()}, **counts, warmup=1, ahead=True)
-    for name, one in prepared.items():
-        one.seconds = {"each": each[name], "dispatch": np.asarray(dispatched[name]), "ahead": ahead[name]}
-
-
-def shares(one: Prepared) -> dict[str, float]:
-    """Shares of a fed step's time that add up to 1: drawing the batch on the device (training), then the step's parts.
-
-    Growing parts of the step are compiled separately and timed interleaved; each part is the difference of medians to
-    the one before. XLA fuses across their borders, so the shares are approximate.
-    """
-    config, mesh = one.config, one.mesh
-    runners: dict[str, Runner] = {}
-    if "label" in one.workload.batch and one.workload.carried:
-        specs = one.workload.batch
-        host = {name: np.asarray(x).reshape(specs[name].shape) for name, x in one.stepper.batch.items()}
-        arrays = Arrays(images=host["image"], labels=host["label"])
-        batches = ResidentBatches(arrays, batch=config.batch, seed=0, mesh=mesh, mode=config.mode)
-        runners["input"] = batches.__next__
-    state = jax.tree.map(lambda x: x.copy(), one.stepper.state)  # the whole step consumes its own
-    for number, (name, part) in enumerate(one.workload.parts.items()):
-        if part is None:
-            runners[name] = one.stepper
-        else:
-            step = compiled_for(config, mesh, rows=number == 0)(part)
-            runners[name] = Stepper(step, state, one.stepper.batch, carried=False)
-    runtime.say(f"compiling and timing the parts: {', '.join(runners)}")
-    timed = interleaved(runners, steps=config.steps, repeats=config.repeats, warmup=config.warmup)
-    return split({name: float(np.median(seconds)) for name, seconds in timed.items()})
-
-
-def split(medians: dict[str, float]) -> dict[str, float]:
-    """Shares by part, each at least 0 and 1 together, of the seconds of growing parts; `input` stands by itself."""
-    parts = {name: seconds for name, seconds in medians.items() if name != "input"}
-    # From the last back: a part that seems slower than what contains it adds nothing.
-    reached = np.minimum.accumulate(list(parts.values())[::-1])[::-1]
-    added = dict(zip(parts, np.diff(reached, prepend=0.0).tolist(), strict=True))
-    added = {name: medians[name] for name in medians if name == "input"} | added
-    whole = sum(added.values())
-    return {name: seconds / whole for name, seconds in added.items()}
-
-
-def described(one: Prepared, ceilings: dict[str, Any]) -> dict[str, Any]:
-    """The figures of a timed step."""
-    config, devices, batch = one.config, one.mesh.size, one.config.batch
-    steady = summary(one.seconds["each"])
-    seconds = steady["step_ms"] / 1e3
-    chosen, _, remark = kernels(config)
-    peak, source = work.peak_memory(one.mesh.devices.flat[0])
-    return {
-        "task": config.task,
-        "model": config.model,
-        "parameters": one.workload.parameters,
-        "batch": batch,
-        "image_size": config.image_size,
-        "dtype": np.dtype(compute_dtype(config.dtype)).name,
-        "mode": config.mode,
-        "kernels": chosen,
-        "kernels_remark": remark,
-        "compiler_options": compiler_options(config),
-        "images_per_second": batch / seconds,
-        "step_ms": steady["step_ms"],
-        "start": one.start,
-        "traces": one.traces["cold"],
-        "steady": {
-            "warmup": config.warmup,
-            "steps": config.steps,
-            "repeats": config.repeats,
-            **steady,
-            "dispatch_ms": float(np.median(one.seconds["dispatch"]) * 1e3),
-            "images_per_second": batch / seconds,
-            "images_per_second_per_device": batch / seconds / devices,
-            "pipelined_images_per_second": batch * config.steps / float(np.median(one.seconds["ahead"].sum(1))),
-        },
-        **work.figures(
-            one.workload.flops, one.compiled, images=batch, devices=devices, seconds=seconds, ceilings=ceilings
-        ),
-        "memory": {**work.memory(one.compiled), "peak_bytes": peak, "peak_source": source},
-    }

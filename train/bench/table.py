@@ -7,6 +7,9 @@ def render(result: dict[str, Any]) -> str:
     """The lines that a terminal shows for a result."""
     kinds = {"gate": _gate, "augments": _augments, "pipelines": _inputs}
     lines = next((show for name, show in kinds.items() if name in result), _step)(result)
+    if "counts" in result:
+        counts = (f"{name} {one['repeats']} x {one['steps']}" for name, one in result["counts"].items())
+        lines.append(f"{'timed':<14}{', '.join(counts)} (blocks x steps)")
     load = result["load_average"]
     busy = "" if load is None else f", load {load:.1f} at the start"
     lines.append(f"on {result['devices']}, {result['host']}, jax {result['versions']['jax']}{busy}")

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
 from resnet_jax.masks import no_masks
@@ -27,8 +28,10 @@ from train.state import init_variables
 # Sides of the matrices whose product is the ceiling; larger ones are left out once a product takes `LONG` seconds.
 CPU_SIDES, SIDES = (512, 1024, 2048), (4096, 8192)
 LONG = 0.1
-COPIED = 1 << 28  # bytes read by a copy, and as many written: far more than any cache holds
-CHAIN = 0.02  # seconds that calls without a wait between them should last, so that dispatching them does not count
+# Bytes that a pass over an array reads, and as many that it writes, far more than any cache holds: on the host, and on
+# an accelerator, where 2 GiB take half a millisecond and the start of a pass some microseconds.
+CPU_COPIED, COPIED = 1 << 28, 1 << 30
+CHAIN = 0.05  # seconds that a timed program should last, so that launching it and waiting for it hardly count
 
 
 # --- operations by convention -----------------------------------------------------------------------------------------
@@ -61,8 +64,9 @@ def training(forward: Work) -> float:
 def ceilings(mesh: Mesh, dtype: Any, peak: float | None) -> dict[str, Any]:
     """The best that all devices of the mesh can do together.
 
-    `peak_tflops` is `peak` (stated, for one device) times the devices, or the best measured product of square matrices
-    in `dtype`, one on each device; `copy_gb_s` is what adding to a large array in place reads and writes in a second.
+    `peak_tflops` is `peak` (stated, for one device) times the devices, or the best measured chain of products of random
+    square matrices in `dtype`, one on each device; `copy_gb_s` is what passes over a large array in place read and
+    write in a second. Either chain runs inside one program and each link needs the one before, so nothing is left out.
     """
     measured = None if peak is not None else _matmul_tflops(mesh, dtype)
     return {
@@ -75,17 +79,23 @@ def ceilings(mesh: Mesh, dtype: Any, peak: float | None) -> dict[str, Any]:
 
 def _matmul_tflops(mesh: Mesh, dtype: Any) -> float:
     spec = PartitionSpec(AXIS)
-    product = jax.jit(jax.shard_map(lambda x: x @ x, mesh=mesh, in_specs=spec, out_specs=spec))
 
-    # Random values: on constant ones a GPU draws less power, and runs faster than it ever does in a network.
-    @partial(jax.jit, static_argnums=(0, 1), out_shardings=batch_sharding(mesh))
-    def draw(*shape: int) -> jax.Array:
-        return jax.random.normal(jax.random.key(0), shape, dtype)
+    # Two products an iteration: the second one's result takes the place of the first one's operand, without a copy.
+    @jax.jit
+    @partial(jax.shard_map, mesh=mesh, in_specs=(spec, spec, spec, PartitionSpec()), out_specs=spec)
+    def chain(x: jax.Array, a: jax.Array, b: jax.Array, count: jax.Array) -> jax.Array:
+        return lax.fori_loop(0, count, lambda _, x: x @ a @ b, x)
+
+    # Random values: on constant ones a GPU draws less power, and runs faster than it ever does in a network. With this
+    # deviation, products neither grow nor vanish.
+    @partial(jax.jit, static_argnums=1, out_shardings=batch_sharding(mesh))
+    def draw(key: jax.Array, side: int) -> jax.Array:
+        return jax.random.normal(key, (mesh.size * side, side), dtype) * side**-0.5
 
     best = 0.0
-    for side in CPU_SIDES if mesh.devices.flat[0].platform == "cpu" else SIDES:
-        x = draw(mesh.size * side, side)
-        seconds = _quickest(partial(product, x))
+    for side in CPU_SIDES if _on_cpu(mesh) else SIDES:
+        matrices = [draw(key, side) for key in jax.random.split(jax.random.key(0), 3)]
+        seconds = _quickest(partial(chain, *matrices)) / 2
         best = max(best, mesh.size * 2 * side**3 / seconds / 1e12)
         if seconds > LONG:
             break
@@ -93,30 +103,36 @@ def _matmul_tflops(mesh: Mesh, dtype: Any) -> float:
 
 
 def _copy_gb_s(mesh: Mesh) -> float:
-    size = mesh.size * (COPIED // 4 // mesh.size)
-    array = jax.jit(lambda: jnp.zeros(size), out_shardings=batch_sharding(mesh))()
-    # In place: on a CPU, new memory would take most of the time.
-    add = jax.jit(lambda x: x + 1, out_shardings=batch_sharding(mesh), donate_argnums=0)
+    # CPU devices share the host's memory; every other device has its own.
+    size = CPU_COPIED // 4 // mesh.size * mesh.size if _on_cpu(mesh) else COPIED // 4 * mesh.size
+    array = jax.jit(lambda: jnp.arange(size, dtype=jnp.float32), out_shardings=batch_sharding(mesh))()
 
-    def again() -> jax.Array:
+    # In place: on a CPU, new memory would take most of the time.
+    @partial(jax.jit, donate_argnums=0, out_shardings=batch_sharding(mesh))
+    def passes(x: jax.Array, count: int) -> jax.Array:
+        return lax.fori_loop(0, count, lambda i, x: i.astype(x.dtype) - x, x)
+
+    def run(count: int) -> jax.Array:
         nonlocal array
-        array = add(array)
+        array = passes(array, count)
         return array
 
-    return 2 * array.nbytes / _quickest(again) / 1e9
+    return 2 * array.nbytes / _quickest(run) / 1e9
 
 
-def _quickest(call: Callable[[], jax.Array]) -> float:
-    """Seconds of a call: the best of five chains of calls that are waited for together, after one that compiles."""
-    jax.block_until_ready(call())
-    chain, best = 1, math.inf
+def _on_cpu(mesh: Mesh) -> bool:
+    return mesh.devices.flat[0].platform == "cpu"
+
+
+def _quickest(run: Callable[[int], jax.Array]) -> float:
+    """Seconds of one iteration of a program of `count` iterations: the best of five runs, after one that compiles."""
+    jax.block_until_ready(run(1))
+    count, best = 1, math.inf
     for _ in range(5):
         began = time.perf_counter()
-        for _ in range(chain):
-            last = call()
-        jax.block_until_ready(last)
-        best = min(best, (time.perf_counter() - began) / chain)
-        chain = min(max(int(CHAIN / best), 1), 100)
+        jax.block_until_ready(run(count))
+        best = min(best, (time.perf_counter() - began) / count)
+        count = max(int(CHAIN / best), 1)
     return best
 
 

@@ -44,6 +44,12 @@ def test_steady_state(timed):
     assert result["images_per_second"] == steady["images_per_second"] == 8 * steady["images_per_second_per_device"]
     assert steady["step_ms_min"] <= steady["step_ms_q1"] <= result["step_ms"] <= steady["step_ms_q3"]
     assert steady["step_ms_q3"] <= steady["step_ms_p95"] <= steady["step_ms_max"]
+    assert result["counts"] == {
+        "step": {"warmup": 2, "settle": 0, "steps": 2, "repeats": 2},
+        "ahead": {"warmup": 2, "settle": 0, "steps": 2, "repeats": 2},
+        "parts": {"warmup": 2, "settle": 1, "steps": 2, "repeats": 2},
+    }
+    assert "step 2 x 2, ahead 2 x 2, parts 2 x 2 (blocks x steps)" in render(result)
     assert 0 < steady["dispatch_ms"] <= steady["step_ms_max"] and steady["pipelined_images_per_second"] > 0
 
 
@@ -155,6 +161,7 @@ def test_augment():
     for one in result["augments"].values():
         assert one["us_per_image"] == pytest.approx(1e6 / one["images_per_second"])
     assert result["images_per_second"] == result["augments"]["train"]["images_per_second"]
+    assert result["counts"]["augmentations"]["repeats"] == 2 and "augmentations 2 x 2" in render(result)
     assert "us/image" in render(result)
 
 
@@ -174,7 +181,7 @@ def test_input(monkeypatch):
         one = result["pipelines"][name]
         waits = 1 - result["train_step_ms"] / one["fed_step_ms"]
         assert 0 <= one["wait_share"] < 1 and one["wait_share"] == pytest.approx(max(0, waits))
-    assert "waiting" in render(result)
+    assert "waiting" in render(result) and "pipelines 2 x 2, fed steps 2 x 2" in render(result)
 
 
 # ---- as a user starts it ------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""A prepared step: errors for steps that cannot be compiled or held, JAX's settings restored, shares of the time."""
+"""A prepared step: errors for steps that cannot be compiled or held, JAX's settings restored."""
 
 from functools import partial
 
@@ -13,16 +13,6 @@ from train.errors import RunError
 pytestmark = pytest.mark.usefixtures("unoptimised", "quick_measuring")
 toy_main = partial(main, tasks=TOY)
 LINE = [*FLAGS, "--task", "toy"]
-
-
-def test_shares_are_differences_and_add_up():
-    found = prepared.split({"input": 1.0, "augmentation": 1.0, "forward": 3.0, "backward": 7.0, "optimizer": 7.0})
-    want = {"input": 0.125, "augmentation": 0.125, "forward": 0.25, "backward": 0.5, "optimizer": 0.0}
-    assert found == pytest.approx(want)
-    # The loss was measured as slower than with its gradient: the gradient adds nothing, and no share is negative.
-    assert prepared.split({"forward": 4.0, "backward": 3.0, "optimizer": 5.0}) == pytest.approx(
-        {"forward": 0.6, "backward": 0.0, "optimizer": 0.4}
-    )
 
 
 def test_unknown_compiler_option(fails):
