@@ -120,7 +120,7 @@ def inputs(config: BenchConfig, mesh: Mesh) -> dict[str, Any]:
 
         steps = {"alone": fed(None), **{name: fed(stream) for name, stream in streams.items()}}
         say("timing the training step that they feed")
-        with_step, fed_counts = time_runners(steps, config, fewest=3, settle=settle, ahead=True)
+        with_step, fed_counts = time_runners(steps, config, fewest=2, settle=settle, ahead=True)
         encoded.iterator.close()  # its threads still read files
 
     pipelines: dict[str, dict[str, Any]] = {}

@@ -31,30 +31,41 @@ def time_runners(
     fewest: int = 1,
     settle: int | None = None,
     ahead: bool = False,
+    call: float | None = None,
 ) -> tuple[dict[str, np.ndarray], Counts]:
     """Time runners, interleaved, as often as the config says, or as often as fits into about `seconds`.
 
     Args:
       fewest: steps of a block, unless the config gives them.
       settle: as in `interleaved`; None means one if there are several runners that are not slow.
+      ahead: as in `interleaved`.
+      call: seconds that calling each of them once takes, if they are warm; otherwise they are warmed up first.
 
     Returns:
       (seconds by runner [repeats, steps], how often).
     """
-    warmup, longest = 0, config.warmup or WARMUP
+    warmup, call = warm_up(runners, config, seconds / 5) if call is None else (0, call)
+    if settle is None:
+        settle = int(len(runners) > 1 and call / len(runners) < SLOW)
+    steps, repeats = how_often(config, seconds / call, fewest, settle)
+    counts = {"settle": settle, "steps": steps, "repeats": repeats}
+    return interleaved(runners, **counts, warmup=0, ahead=ahead), {"warmup": warmup, **counts}
+
+
+def warm_up(runners: dict[str, Runner], config: BenchConfig, seconds: float) -> tuple[int, float]:
+    """Call each runner twice, and more often as the config says or until `seconds` have passed.
+
+    Returns:
+      (calls of each runner, seconds that the last call of each took together; the first also compiles).
+    """
     spent: list[float] = []
-    # The first round compiles, so that it takes a second one to know how long a round takes.
-    while warmup < 2 or (warmup < longest and (config.warmup or sum(spent[1:]) < seconds / 5)):
+    longest = config.warmup or WARMUP
+    while len(spent) < 2 or (len(spent) < longest and (config.warmup or sum(spent[1:]) < seconds)):
         began = time.perf_counter()
         for runner in runners.values():
             jax.block_until_ready(runner())
         spent.append(time.perf_counter() - began)
-        warmup += 1
-    if settle is None:
-        settle = int(len(runners) > 1 and spent[-1] / len(runners) < SLOW)
-    steps, repeats = how_often(config, seconds / spent[-1], fewest, settle)
-    counts = {"settle": settle, "steps": steps, "repeats": repeats}
-    return interleaved(runners, **counts, warmup=0, ahead=ahead), {"warmup": warmup, **counts}
+    return len(spent), spent[-1]
 
 
 def how_often(config: BenchConfig, rounds: float, fewest: int, settle: int) -> tuple[int, int]:
@@ -75,7 +86,8 @@ def time_steps(prepared: dict[str, Prepared], config: BenchConfig) -> None:
     dispatched = {n: one.stepper.dispatched[-each[n].size :] for n, one in prepared.items()}
     # One step ahead: in a block of one step, none would be.
     runners = {n: one.stepper.ahead for n, one in prepared.items()}
-    ahead, counts = time_runners(runners, config, seconds=AHEAD, fewest=3, ahead=True)
+    call = sum(float(np.median(seconds)) for seconds in each.values())
+    ahead, counts = time_runners(runners, config, seconds=AHEAD, fewest=2, ahead=True, call=call)
     for name, one in prepared.items():
         one.seconds = {"each": each[name], "dispatch": np.asarray(dispatched[name]), "ahead": ahead[name]}
         one.counts = {"step": often, "ahead": counts}

@@ -46,7 +46,7 @@ def test_steady_state(timed):
     assert steady["step_ms_q3"] <= steady["step_ms_p95"] <= steady["step_ms_max"]
     assert result["counts"] == {
         "step": {"warmup": 2, "settle": 0, "steps": 2, "repeats": 2},
-        "ahead": {"warmup": 2, "settle": 0, "steps": 2, "repeats": 2},
+        "ahead": {"warmup": 0, "settle": 0, "steps": 2, "repeats": 2},
         "parts": {"warmup": 2, "settle": 1, "steps": 2, "repeats": 2},
     }
     assert "step 2 x 2, ahead 2 x 2, parts 2 x 2 (blocks x steps)" in render(result)

@@ -16,7 +16,7 @@ from train.bench.timed import how_often, split, time_runners
         ((None, None), 10.9, 1, 0, (2, 5)),
         ((None, None), 3.5, 1, 0, (1, 3)),
         ((None, None), 0.1, 1, 1, (1, 2)),  # the least that has a spread
-        ((None, None), 8, 3, 0, (4, 2)),  # one step ahead
+        ((None, None), 7, 2, 0, (2, 3)),  # one step ahead
         ((20, None), 1e6, 1, 0, (20, 5)),
         ((20, None), 60, 1, 0, (20, 3)),
         ((None, 30), 60, 1, 1, (1, 30)),
