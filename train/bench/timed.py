@@ -19,7 +19,7 @@ from train.timing import Runner, interleaved, summary
 Counts = dict[str, int]  # how often something was timed: `warmup`, `settle`, `steps` and `repeats` of `interleaved`
 
 # Seconds for timing steps that are waited for, steps one ahead, and a step's parts; other runners get those of a step.
-STEP, AHEAD, PARTS = 10.0, 8.0, 10.0
+STEP, AHEAD, PARTS = 10.0, 6.0, 8.0
 SLOW = 0.1  # seconds of a call; refilling the caches after a different runner takes a hundredth of that
 
 
