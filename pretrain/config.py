@@ -129,9 +129,10 @@ RANGES = {
     "(0, inf)": "objective.temperature objective.teacher_temperature objective.epsilon objective.scale "
     "neighbour_temperature",
     "[0, inf)": "objective.redundancy objective.invariance objective.variance objective.covariance "
-    "objective.frozen_prototypes probe_lr augment.small_views augment.jitter",
-    "[1, inf)": "objective.queue objective.sinkhorn_iterations objective.projector objective.predictor neighbours "
-    "neighbour_images augment.views augment.small_crop",
+    "probe_lr augment.small_views augment.jitter",
+    "[0, 1000000000]": "objective.frozen_prototypes",
+    "[1, inf)": "objective.queue objective.sinkhorn_iterations neighbours neighbour_images augment.views",
+    "[1, 65536]": "objective.projector objective.predictor augment.small_crop",
     "[2, inf)": "objective.prototypes",
     "[0, 1]": "objective.target_momentum objective.center_momentum augment.grayscale augment.blur augment.solarize",
     "(0, 1]": "augment.small_scale",

@@ -79,7 +79,10 @@ def evaluate(
         if protocol not in (*FROZEN, *TRAINED):
             raise unknown("protocol", protocol, (*FROZEN, *TRAINED))
     sizes = {"image_size": data.image_size if data else None, "epochs": epochs, "lr": lr, "batch": batch, "seed": seed}
-    check_ranges(sizes, {"[1, inf)": "image_size batch", "(0, inf)": "epochs", "[0, inf)": "lr", SEEDS: "seed"})
+    check_ranges(
+        sizes,
+        {"[1, inf)": "batch", "[1, 65536]": "image_size", "(0, 1000000000]": "epochs", "[0, inf)": "lr", SEEDS: "seed"},
+    )
     config, saved = read_config(run, PretrainConfig)
     if not (run / ENCODER).is_file():
         raise UsageError(f"{run} is not finished: it has no {ENCODER}")

@@ -114,10 +114,11 @@ def torch_name(path: str, *, pooled: bool) -> str:
 
 
 def to_array(x: Any) -> np.ndarray:
-    """Convert an array or a PyTorch tensor: of any floating-point dtype, on any device, with a gradient or without."""
+    """Convert an array or a PyTorch tensor of any floating-point dtype, device and layout, with a gradient or not."""
     if hasattr(x, "detach"):
         x = x.detach().cpu()
         x = x.dequantize() if x.is_quantized else x
+        x = x.to_dense() if x.is_sparse or x.is_sparse_csr else x
         x = x.float() if x.is_floating_point() else x  # NumPy has no bfloat16
     return np.asarray(x)
 

@@ -8,7 +8,6 @@ import io
 import re
 import sys
 from collections.abc import Callable, Container, Sequence
-from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import jax
@@ -17,6 +16,7 @@ import tyro
 from resnet_jax.resnet import MODELS
 from train.errors import UsageError, one_line, suggestion, unknown
 from train.json_text import to_json
+from train.paths import is_folder
 from train.runtime import keep_memory, use_own_precision
 
 
@@ -197,7 +197,7 @@ def _written(name: str, values: list[str], kind: Any) -> list[str]:
         values = [one for value in values for one in _split(value)]
         values = ["None" if one.lower() == "none" else one for one in values]
         whole = int in (_base(kind), *get_args(_base(kind)))
-        values = [_number(name, one, whole) for one in values]
+        values = [_number(name, one, whole, type(None) in get_args(kind)) for one in values]
     sizes = get_args(_base(kind)) if _is_tuple(kind) else (kind,)
     if values not in ([], ["None"]) and _holds_numbers(kind) and ... not in sizes and len(values) != len(sizes):
         raise UsageError(f"--{name} takes {len(sizes)} value{'s' * (len(sizes) > 1)}, got {len(values)}")
@@ -211,11 +211,13 @@ def _written(name: str, values: list[str], kind: Any) -> list[str]:
     return [f"--{name}={' '.join(values)}"]
 
 
-def _number(name: str, word: str, whole: bool) -> str:
+def _number(name: str, word: str, whole: bool, optional: bool) -> str:
     """A number as Python writes it; where it must be whole, `1e2` and `64.0` are the integers that they equal."""
     try:
-        number = None if word == "None" else int(word) if word.replace("_", "").isdecimal() else float(word)
-        if number is None or not whole or isinstance(number, int):
+        if optional and word == "None":
+            return word
+        number = int(word) if word.replace("_", "").isdecimal() else float(word)
+        if not whole or isinstance(number, int):
             return word
         if number.is_integer():
             return str(int(number))
@@ -244,7 +246,7 @@ def _not_a_preset(word: str) -> str:
     """What a word was probably meant for, as an addition to the message."""
     if word in MODELS:
         return f"; {word} is a model: --model {word}"
-    if Path(word).expanduser().is_dir():
+    if is_folder(word.strip()):
         return f"; a folder of images is --data.name folder:{word}"
     return ""
 

@@ -232,10 +232,13 @@ def check_images(config: TrainConfig, shape: tuple[int, int, int], devices: int)
 SEEDS = "[0, 4294967296)"  # 32 bits reach the random keys
 # Ranges of the numbers of a run; see `check_ranges`.
 RANGES = {
-    "(0, inf)": "epochs eval_every optim.clip_norm optim.trust_coefficient",
-    "[0, inf)": "optim.lr optim.weight_decay optim.warmup_epochs keep_best augment.mixup augment.cutmix "
-    "augment.resized_crop augment.crop_padding augment.cutout",
-    "[1, inf)": "steps batch eval_batch save_steps keep_last log_every width widths accumulate data.image_size",
+    "(0, inf)": "optim.clip_norm optim.trust_coefficient",
+    "(0, 1000000000]": "epochs eval_every",
+    "[0, 1000000000]": "optim.warmup_epochs",
+    "[0, inf)": "optim.lr optim.weight_decay keep_best augment.mixup augment.cutmix",
+    "[1, inf)": "steps batch eval_batch save_steps keep_last log_every accumulate",
+    "[1, 65536]": "width widths data.image_size",
+    "[0, 65536]": "augment.resized_crop augment.crop_padding augment.cutout",
     "[0, 1)": "optim.momentum drop_path label_smoothing ema",
     "[0, 1]": "augment.color_jitter augment.erasing",
     "[0, 1] for pixels scaled to [0, 1]": "augment.mean",

@@ -5,9 +5,12 @@ import logging
 import os
 import re
 import sys
+import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
+
+OUT_OF_MEMORY = "out of memory: lower --batch, split it with --accumulate, or choose a smaller network or smaller images"
 
 
 class UsageError(Exception):
@@ -61,11 +64,23 @@ def one_line() -> Iterator[None]:
     except PermissionError as error:
         print(f"error: no permission for {error.filename}: {error.strerror}", file=sys.stderr)
         raise SystemExit(2) from None
-    except RuntimeError as error:
+    except (MemoryError, RuntimeError) as error:
+        text = " ".join(str(error).split())
+        if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text:  # the latter of JAX
+            print(f"error: {OUT_OF_MEMORY} ({text[:200]})", file=sys.stderr)
+            raise SystemExit(1) from None
         # JAX_PLATFORMS names a platform that is not there.
-        if not re.match(r"Unable to initialize backend|Unknown backend", str(error)):
+        if not re.match(r"Unable to initialize backend|Unknown backend", text):
             raise
-        print(f"error: {' '.join(str(error).split())}; see JAX_PLATFORMS", file=sys.stderr)
+        print(f"error: {text}; see JAX_PLATFORMS", file=sys.stderr)
+        raise SystemExit(2) from None
+    except AssertionError as error:
+        # JAX_PLATFORMS names a platform that this jaxlib was built without: JAX asserts that some platform is there.
+        frames = traceback.extract_tb(error.__traceback__)
+        if not (frames and frames[-1].filename.endswith("xla_bridge.py")):
+            raise
+        named = os.environ.get("JAX_PLATFORMS")
+        print(f"error: no device of the platforms in JAX_PLATFORMS={named} was found", file=sys.stderr)
         raise SystemExit(2) from None
     except BrokenPipeError:
         # The reader has closed the pipe, as in `python -m train --help | head`: end quietly.

@@ -176,7 +176,13 @@ def compute_dtype(name: str) -> Any:
 def make_tx(
     optim: OptimConfig, steps: int, epoch_steps: float, *, trainable: Predicate | None = None
 ) -> tuple[optax.GradientTransformation, Schedule]:
-    """Build the config's (optimizer, schedule) over `steps`; for `trainable` see `train.optim.make_optimizer`."""
+    """Build the config's (optimizer, schedule) over `steps`; for `trainable` see `train.optim.make_optimizer`.
+
+    Raises:
+      UsageError: more steps than the state counts.
+    """
+    if steps >= 2**31:
+        raise UsageError(f"the run would have {steps:,} steps, and can count at most {2**31 - 1:,}: lower --epochs")
     warmup = round(optim.warmup_epochs * epoch_steps)
     if warmup >= steps > 1:
         say(f"note: the warm-up of {warmup} steps is cut to {steps - 1}, because the run has only {steps}")

@@ -58,7 +58,7 @@ def make_card(model: str, classes: int | None, size: int | None, crop: float | N
 
 def is_hub_name(source: str | Path) -> bool:
     """Whether a source of weights is a name on the hub."""
-    return re.match("(hf|hf-hub|hf_hub):", str(source)) is not None
+    return re.match("(hf|hf-hub|hf_hub):", str(source), re.IGNORECASE) is not None
 
 
 def source_path(source: str | Path) -> Path:
@@ -82,7 +82,7 @@ def download(name: str, file: str) -> Path:
     Raises:
       UsageError: a malformed name, no such model or file, no network, or huggingface_hub is not installed.
     """
-    match = re.fullmatch(r"[\w-]+:([\w.-]+/[\w.-]+?)(?:@([\w./-]+))?", name)
+    match = re.fullmatch(r"[\w-]+:/{0,2}([\w.-]+/[\w.-]+?)(?:@([\w./-]+))?", name)
     if match is None:
         raise UsageError(f"{name} is not of the form hf:OWNER/NAME or hf:OWNER/NAME@REVISION")
     try:

@@ -11,17 +11,32 @@ FOLDER = "folder:"
 
 
 def local_path(path: str | Path) -> Path:
-    """Make a path of what a user wrote: `~` is the home folder.
+    """Make a path of what a user wrote: `~` is the home folder. Nothing need be there.
 
     Raises:
-      UsageError: a remote address such as gs://BUCKET/RUN, or the home of an unknown user.
+      UsageError: a remote address such as gs://BUCKET/RUN, the home of an unknown user, or a path that the system does
+        not take: a name that is too long, links in a circle, a folder without permission.
     """
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://|(gs|s3|az|abfss?|hdfs|https?|file):/", str(path)):
         raise UsageError(f"{path} is not a local folder: mount it or copy it, and name the local path")
     try:
-        return Path(path).expanduser()
+        local = Path(path).expanduser()
+        local.stat()
     except RuntimeError:
         raise UsageError(f"{path}: there is no such user's home folder") from None
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror}") from None
+    return local
+
+
+def is_folder(text: str) -> bool:
+    """Whether what a user wrote names a folder that is there."""
+    try:
+        return bool(text) and local_path(text).is_dir()
+    except UsageError:
+        return False
 
 
 def located(text: str, run: Path, saved: dict[str, Any]) -> str:
@@ -33,9 +48,9 @@ def located(text: str, run: Path, saved: dict[str, Any]) -> str:
       saved: the run's config.json.
     """
     prefix, path = (FOLDER, text.removeprefix(FOLDER)) if text.startswith(FOLDER) else ("", text)
-    typed, base = Path(path).expanduser(), Path(saved.get("cwd", ""))
+    typed, base = _expanded(path), Path(saved.get("cwd", ""))
     out = saved["config"].get("out") or f"runs/{saved.get('preset')}-seed{saved['config'].get('seed')}"
-    before, source = base / Path(out).expanduser(), base / typed
+    before, source = base / _expanded(out), base / typed
     places = [typed]
     if before.is_absolute() == source.is_absolute():  # else it is unknown where the command was typed
         now = Path(os.path.normpath(run.absolute() / os.path.relpath(source, before)))
@@ -48,5 +63,10 @@ def same_place(one: str | Path, other: str | Path) -> bool:
     """Whether two paths, or two `folder:PATH`, name the same place."""
     if str(one).startswith(FOLDER) != str(other).startswith(FOLDER):
         return False
-    paths = (Path(str(path).removeprefix(FOLDER)).expanduser().resolve() for path in (one, other))
+    paths = (_expanded(str(path).removeprefix(FOLDER)).resolve() for path in (one, other))
     return next(paths) == next(paths)
+
+
+def _expanded(path: str) -> Path:
+    """A path with its `~`, which stays where this machine does not have that user."""
+    return Path(os.path.expanduser(path))

@@ -8,6 +8,7 @@ from train.errors import UsageError
 
 LOW = {"[": "at least", "(": "above"}
 HIGH = {"]": "at most", ")": "below"}
+INTEGERS = 2**31
 
 
 def check_ranges(values: Mapping[str, Any], ranges: Mapping[str, str]) -> None:
@@ -15,7 +16,7 @@ def check_ranges(values: Mapping[str, Any], ranges: Mapping[str, str]) -> None:
 
     Args:
       ranges: {interval: field names}, such as {"[0, 1)": "optim.momentum ema"}. `inf` as a bound admits any finite
-        number; words after the interval are appended to the message.
+        number, of integers those of 32 bits; words after the interval are appended to the message.
 
     Raises:
       UsageError: a number out of range or not finite; the message gives the range.
@@ -37,6 +38,8 @@ def _bounds(interval: str) -> tuple[str, str, str, str]:
 
 def _contains(interval: str, number: float) -> bool:
     low, high, closing, _ = _bounds(interval)
+    if high == "inf" and isinstance(number, int):
+        high = str(INTEGERS)
     above = number >= float(low[1:]) if low[0] == "[" else number > float(low[1:])
     below = number <= float(high) if closing == "]" else number < float(high)
     return abs(number) < math.inf and above and below
@@ -46,5 +49,6 @@ def _described(interval: str, number: float) -> str:
     low, high, closing, note = _bounds(interval)
     bottom, top = f"{LOW[low[0]]} {low[1:]}", f" and {HIGH[closing]} {high}"
     if high == "inf":
-        top = "" if abs(number) < math.inf else " and finite"
+        top = f" and below {INTEGERS}" if isinstance(number, int) and number >= INTEGERS else ""
+        top = top if abs(number) < math.inf else " and finite"
     return f"{bottom}{top}{note}"

@@ -62,10 +62,28 @@ def settle(
     out = local_path(config.out or f"runs/{preset}-seed{config.seed}")
     if (out / "config.json").exists() or (out / "result.json").exists():
         check_continues(out, config, replaced, longer=longer)
-    if not (out / "result.json").exists() or (longer and length_before(out, config)):
+    result = read_result(out)
+    if result is None or (longer and length_before(out, config)):
         return out, None
     print(f"{out} already holds this run, finished; its result:", file=sys.stderr)
-    return out, json.loads((out / "result.json").read_text())
+    return out, result
+
+
+def read_result(out: Path) -> dict[str, Any] | None:
+    """Read a run's result.json; None if the run is not finished.
+
+    Raises:
+      UsageError: a damaged file.
+    """
+    path = out / "result.json"
+    try:
+        result: dict[str, Any] = json.loads(path.read_text())
+        return {**result}
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError) as error:
+        way_out = "delete it, and the command of the run writes it again from the last checkpoint"
+        raise UsageError(f"{path} cannot be read ({error}): {way_out}") from None
 
 
 def read_config(out: Path, kind: type[Run]) -> tuple[Run, dict[str, Any]]:
@@ -76,6 +94,8 @@ def read_config(out: Path, kind: type[Run]) -> tuple[Run, dict[str, Any]]:
     """
     try:
         saved = json.loads((out / "config.json").read_text())
+        if not isinstance(saved, dict) or "config" not in saved:
+            raise UsageError(f"{out} is not a run folder: its config.json does not describe a run")
         theirs, ours = saved.get("pipeline", "train"), pipeline(kind)
         if theirs != ours:
             raise UsageError(f"{out} is a run of {theirs}, not of {ours}")
@@ -134,7 +154,7 @@ def claim(
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UsageError(f"cannot create the run folder {out}: {error}") from None
+        raise UsageError(f"cannot create the run folder {out}: {error.strerror}") from None
     lock(out)
 
 
@@ -195,9 +215,8 @@ def write_config(out: Path, preset: str, config: RunConfig, dataset: Dataset, re
     if (out / "config.json").exists():
         if length_before(out, config) is None:
             return
-        if (out / "result.json").exists():
-            steps = json.loads((out / "result.json").read_text())["steps"]
-            os.replace(out / "result.json", out / f"result-{steps}.json")
+        if result := read_result(out):
+            os.replace(out / "result.json", out / f"result-{result.get('steps', 'before')}.json")
     described = {
         "pipeline": pipeline(type(config)),
         "preset": preset,

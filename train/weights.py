@@ -26,12 +26,14 @@ PICKLE = "pytorch_model.bin"  # in older folders from the hub
 FOREIGN = {
     **dict.fromkeys((".h5", ".hdf5", ".keras"), "Keras weights"),
     ".msgpack": "weights in Flax's format",
-    ".npz": "NumPy arrays",
+    **dict.fromkeys((".npy", ".npz"), "NumPy arrays"),
     ".onnx": "an ONNX model",
     **dict.fromkeys((".pb", ".tflite"), "a TensorFlow model"),
     ".gguf": "a GGUF file",
     **dict.fromkeys((".zip", ".gz", ".tgz"), "an archive: unpack it first"),
 }
+TORCH = b"PK\x03\x04", b"\x80"  # how PyTorch's files begin: a zip archive, or in old ones a pickle
+POINTER = b"version https://git-lfs"
 
 
 def find_weights(source: str | Path) -> Path:
@@ -44,10 +46,12 @@ def find_weights(source: str | Path) -> Path:
     """
     if is_hub_name(source):
         return download(str(source), WEIGHTS)
+    on_hub = re.fullmatch(r"(?:https?:/+)?huggingface\.co/([\w-]+/[\w.-]+)/?|([\w-]+/[\w.-]+)", str(source))
+    if on_hub and (on_hub[1] or not source_path(source).exists()):
+        raise UsageError(f"no weights at {source}; a model on the hub is called hf:{on_hub[1] or on_hub[2]}")
     source = source_path(source)
     if not source.exists():
-        hint = f"; a model on the hub is called hf:{source}" if re.fullmatch(r"[\w-]+/[\w.-]+", str(source)) else ""
-        raise UsageError(f"no weights at {source}{hint}")
+        raise UsageError(f"no weights at {source}")
     if not source.is_dir():
         return source
     if (source / ENCODER).is_file():
@@ -59,7 +63,10 @@ def find_weights(source: str | Path) -> Path:
         for file in (source / WEIGHTS, *(found if len(found) == 1 else ()), source / PICKLE):
             if file.is_file():
                 return file
-        raise UsageError(f"{source} is not a run folder, and has no {WEIGHTS}")
+        hint = f": name one of {abbreviate([file.name for file in found])}" if found else ""
+        if run := next((folder for folder in source.resolve().parents if is_run(folder)), None):
+            hint = f": name the run folder, {run}"
+        raise UsageError(f"{source} is not a run folder, and has no {WEIGHTS}{hint}")
     return source
 
 
@@ -108,7 +115,8 @@ def load_weights(source: str | Path, variables: dict[str, PyTree]) -> dict[str, 
         listed = ", ".join(f"{module} ({count} tensor{'s' * (count > 1)})" for module, count in left_out.items())
         say(f"note: only the ResNet of {source} is taken; left out: {listed}")
     if not fits and ours is not None and classes is not None:
-        say(f"note: the head starts from random weights, as the one of {source} has {classes} outputs")
+        theirs_is = f"has {classes} outputs" if "fc.bias" in tensors else "has no bias"
+        say(f"note: the head starts from random weights, as the one of {source} {theirs_is}")
     return found
 
 
@@ -188,6 +196,11 @@ def read_state_dict(path: Path) -> dict[str, np.ndarray]:
     if path.suffix.lower() in FOREIGN:
         known = ".safetensors, .pth, .pt, .bin and .ckpt files, run folders and hf:OWNER/NAME"
         raise UsageError(f"{path} cannot be read ({FOREIGN[path.suffix.lower()]}): weights come from {known}")
+    start = _start(path)
+    if not start:
+        raise UsageError(f"{path} is an empty file")
+    if start.startswith(POINTER):
+        raise UsageError(f"{path} is a pointer of Git LFS, not the weights: fetch them with git lfs pull")
     if path.suffix.lower() == ".safetensors":
         from safetensors import SafetensorError
         from safetensors.numpy import load_file
@@ -196,6 +209,8 @@ def read_state_dict(path: Path) -> dict[str, np.ndarray]:
             return load_file(path)
         except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
             raise UsageError(f"{path} is not a readable safetensors file: {error}") from None
+    if not start.startswith(TORCH):
+        raise UsageError(f"{path} is not a readable PyTorch weights file: damaged, or not of PyTorch")
     try:
         import torch
     except ImportError:
@@ -206,10 +221,25 @@ def read_state_dict(path: Path) -> dict[str, np.ndarray]:
             content: Any = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # unpickling a damaged file can raise anything
         raise UsageError(_reason(path, str(error))) from None
-    tensors = {name: to_array(x) for name, x in _flat(content).items() if isinstance(x, torch.Tensor) and x.ndim}
+    tensors = {name: x for name, x in _flat(content).items() if isinstance(x, torch.Tensor) and x.ndim}
     if not tensors:
         raise UsageError(f"{path} holds no state dict (names and tensors)")
-    return tensors
+    if meta := [name for name, x in tensors.items() if x.is_meta]:
+        raise UsageError(f"{path} holds tensors without values (of the device meta): {abbreviate(meta)}")
+    return {name: to_array(x) for name, x in tensors.items()}
+
+
+def _start(path: Path) -> bytes:
+    """The first bytes of a file.
+
+    Raises:
+      UsageError: it cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            return file.read(len(POINTER))
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}") from None
 
 
 def _flat(content: Any, prefix: str = "") -> dict[str, Any]:

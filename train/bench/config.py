@@ -79,7 +79,7 @@ PRESETS: dict[str, Callable[[], BenchConfig]] = {"step": step}
 RANGES = {
     "[1, inf)": "batch steps warmup",
     "[2, inf)": "classes repeats",  # one block has no spread to take an interval from
-    "[8, inf)": "image_size",
+    "[8, 65536]": "image_size",
     "(0, inf)": "peak",
 }
 

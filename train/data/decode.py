@@ -66,6 +66,8 @@ def decode_image(data: bytes, size: Size, channels: int, *, rng: np.random.Gener
 
 def to_pixels(image: Image.Image, size: Size, channels: int, rng: np.random.Generator | None = None) -> np.ndarray:
     """Turn, convert, resize and crop a Pillow image to uint8 [height, width, channels]; see `decode_image`."""
+    if 0 in image.size:
+        raise ValueError("it has no pixels")
     turn = TURNS.get(orientation(image))
     image = to_mode(image if turn is None else image.transpose(turn), "L" if channels == 1 else "RGB")
     if size is not None:
@@ -111,19 +113,18 @@ def to_mode(image: Image.Image, mode: str) -> Image.Image:
 def to_8_bits(values: np.ndarray) -> np.ndarray:
     """Scale integers of 16 or 32 bits, or floats, to uint8, by the range that an image's values suggest.
 
-    16-bit integers have 12 bits if the largest lies in 256 to 4095. Wider integers and floats up to 255 have 8 bits.
-    Floats in [0, 1] are fractions. With values below 0 or above 65535, the range from the smallest to the largest is
-    stretched. What is not finite is 0.
+    Integers up to 255, and floats that are not fractions, have 8 bits; 16-bit integers up to 4095 have 12. Floats in
+    [0, 1] are fractions. The range from the smallest to the largest value is stretched if there are values below 0 or
+    above 65535, or fractions of which all are too small to be seen. What is not finite is 0.
     """
     pixels = np.where(np.isfinite(values), values, 0).astype(np.float64)
     low, high = float(np.min(pixels, initial=0)), float(np.max(pixels, initial=0))
+    unseen = 0 < high < 1 / 255
     if values.dtype.kind == "f" and low >= 0 and (high <= 1 or (high <= 2 and np.any(pixels % 1))):
         top = max(high, 1.0)  # resampling may exceed 1
-    elif values.dtype.itemsize > 2 and low >= 0 and high <= 255:
-        top = 255.0
     else:
-        top = 4095.0 if 255 < high <= 4095 else 65535.0
-    if low < 0 or high > 65535:
+        top = 255.0 if high <= 255 else 4095.0 if high <= 4095 else 65535.0
+    if low < 0 or high > 65535 or unseen:
         pixels, top = pixels - low, high - low
     return np.rint(pixels * (255 / top)).astype(np.uint8)
 

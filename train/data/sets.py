@@ -31,7 +31,7 @@ from train.data.sources import (
     stacked,
 )
 from train.errors import UsageError
-from train.paths import local_path
+from train.paths import is_folder, local_path
 
 MEMORY_LIMIT = 2 << 30  # bytes: sets that decode to no more than this live in memory
 
@@ -303,7 +303,7 @@ def _tfds(name: str, data_dir: Path | None, size: int | None) -> tuple[tuple[str
     folder = prepared_folder(name, root) or (prepare(name, root) if name == "digits" else None)
     if folder is None:
         have = sorted(p.name for p in root.glob("*") if prepared_folder(p.name, root)) if root.is_dir() else []
-        if Path(name).expanduser().is_dir() and name:
+        if is_folder(name):
             raise UsageError(f"no prepared set {name!r}, but a folder of this name: did you mean folder:{name}?")
         raise UsageError(
             f"no prepared set {name!r} in {root} (there: {', '.join(have) or 'none'}); 'python -m train.data prepare "
@@ -358,13 +358,14 @@ def _feature(features: Any, kind: type, name: str) -> tuple[str, Any]:
 
 def default_data_dir() -> Path:
     """TFDS's data_dir: `TFDS_DATA_DIR`, else tensorflow_datasets in the user's home."""
-    return Path(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
+    return local_path(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
 
 
 def prepared_folder(name: str, root: Path) -> Path | None:
     """Find the folder of a prepared set's newest version, or of the version that `name` ends with, else None."""
     if not name:
         return None  # it would match any set
-    paths = (root / name, *(root / name).glob("*"), *(root / name).glob("*/*"))
+    folder = local_path(root / name)
+    paths = (folder, *folder.glob("*"), *folder.glob("*/*"))
     versions = [p for p in paths if re.fullmatch(r"\d+\.\d+\.\d+", p.name) and (p / "dataset_info.json").is_file()]
     return max(versions, key=lambda path: tuple(map(int, path.name.split("."))), default=None)

@@ -232,8 +232,9 @@ def unused(config: PruneConfig) -> dict[str, str]:
 SHARE = "[0, 1) (a share, not percent)"
 RANGES = {
     SHARE: "prune.sparsity",
-    "(0, inf)": "prune.epochs",
-    "[0, inf)": "prune.lr prune.rewind_epochs",
+    "(0, 1000000000]": "prune.epochs",
+    "[0, 1000000000]": "prune.rewind_epochs",
+    "[0, inf)": "prune.lr",
     "[1, inf)": "prune.round_to prune.every prune.levels prune.rounds prune.batches",
     "[0, 1) (a fraction of the training)": "prune.begin",
     "(0, 1] (a fraction of the training)": "prune.end",
