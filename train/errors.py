@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-OUT_OF_MEMORY = "out of memory: lower --batch, split it with --accumulate, or choose a smaller network or smaller images"
+OUT_OF_MEMORY = "out of memory: lower --batch, split it with --accumulate, or choose a smaller network or images"
 
 
 class UsageError(Exception):

@@ -90,6 +90,13 @@ HELPED = {
     ("--batch", "inf"): "--batch takes whole numbers, got 'inf'",
     ("--batch", "many"): "--batch takes whole numbers, got 'many'",
     ("--optim.lr", "fast"): "--optim.lr takes numbers, got 'fast'",
+    ("--optim.milestones", "None"): "--optim.milestones takes numbers, got 'None'",
+    ("--seed", "none"): "--seed takes whole numbers, got 'None'",
+    ("--steps", "1e18"): "--steps must be at least 1 and below 2147483648, got 1000000000000000000",
+    ("--epochs", "1e308"): "--epochs must be above 0 and at most 1000000000, got 1e+308",
+    ("--width", "1e9"): "--width must be at least 1 and at most 65536, got 1000000000",
+    ("~nobody-of-this-name",): "unknown preset '~nobody-of-this-name': choose",
+    ("n" * 300,): "unknown preset",
     (
         "--dtype",
         "float16",

@@ -63,6 +63,15 @@ def test_numbers_outside_a_range_are_refused(name):
                 check_ranges({name: value}, table)
 
 
+def test_integers_have_32_bits():
+    """Where a range has no end; floats have none."""
+    table = {"[1, inf)": "batch"}
+    for number in (2**31 - 1, 1e30):
+        check_ranges({"batch": number}, table)
+    with pytest.raises(UsageError, match=r"^--batch must be at least 1 and below 2147483648, got 2147483648"):
+        check_ranges({"batch": 2**31}, table)
+
+
 def test_messages_name_the_range():
     for field, value, message in (
         ("momentum", 1.0, "--optim.momentum must be at least 0 and below 1, got 1.0"),

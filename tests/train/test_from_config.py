@@ -148,6 +148,8 @@ def test_optimizer_fields():
     optim = OptimConfig(
         lr=0.4, schedule="step", milestones=(0.2, 0.6), factor=0.5, warmup_epochs=0.5, clip_norm=0.1, momentum=0.0
     )
+    with pytest.raises(UsageError, match="2,147,483,648 steps, and can count at most 2,147,483,647"):
+        build.make_tx(optim, 2**31, 8.0)
     tx, schedule = build.make_tx(optim, 104, 8.0)
     rates = [float(schedule(step)) for step in (0, 3, 4, 20, 21, 61, 62)]  # 0.2 and 0.6 of all 104 steps
     assert rates == pytest.approx([0.08, 0.32, 0.4, 0.4, 0.2, 0.2, 0.1])

@@ -138,7 +138,7 @@ def test_cards(tmp_path):
     (tmp_path / "config.json").write_text('{"pretrained_cfg": {}}')
     with pytest.raises(UsageError, match="is not understood: KeyError"):
         read_card(tmp_path)
-    assert is_hub_name("hf-hub:timm/x") and not is_hub_name("runs/x")
+    assert is_hub_name("hf-hub:timm/x") and is_hub_name("HF:timm/x") and not is_hub_name("runs/x")
 
 
 def test_a_run_takes_what_its_user_has_not_changed(tiny, tmp_path, capsys):

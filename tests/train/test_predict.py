@@ -139,6 +139,7 @@ def test_whatever_holds_an_image(trained, predict, tmp_path, monkeypatch):
         (np.ones((8, 8, 3), np.float32), r"must be uint8 \[H, W, C\], not float32 .*multiply by 255"),
         (np.zeros((8, 8, 7), np.uint8), "must be uint8"),
         (np.zeros((0, 0, 3), np.uint8), "must be uint8"),
+        (Image.new("RGB", (0, 5)), "it has no pixels"),
         (None, "must be uint8"),
     ],
 )

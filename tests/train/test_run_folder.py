@@ -16,15 +16,17 @@ from PIL import Image
 from tests.reference.nets import Mlp, tiny, tiny_state, tiny_tx
 from train.checkpoint import Checkpoints
 from train.config import AugmentConfig, DataConfig, OptimConfig, TrainConfig
+from train.data import load as load_data
 from train.errors import LostHostError, RunError, UsageError
 from train.from_config import make_state
 from train.json_text import to_json
 from train.loop import evaluate, read_rows
 from train.paths import local_path, same_place
+from train.predict import load as predict
 from train.prune.config import PruneConfig, of_run
 from train.report import collect, run_name
 from train.run import run
-from train.run_folder import LOCK, load_state, lock, read_config, unlocked, write_json
+from train.run_folder import LOCK, load_state, lock, read_config, settle, unlocked, write_json
 from train.runtime import all_hosts
 
 pytestmark = pytest.mark.usefixtures("unoptimised", "one_device")
@@ -204,6 +206,54 @@ def test_remote_folders_are_refused_at_once(path, tmp_path, monkeypatch):
     with pytest.raises(UsageError, match="is not a local folder"):
         run(TrainConfig(out=str(path)))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"), [("n" * 300, "too long"), ("loop", "Too many levels"), ("loop/x", "levels")]
+)
+def test_paths_that_the_system_does_not_take(name, reason, tmp_path, monkeypatch):
+    """In every place that takes one."""
+    monkeypatch.chdir(tmp_path)
+    Path("loop").symlink_to("loop")
+    for use in (
+        local_path,
+        lambda path: run(TrainConfig(out=path)),
+        lambda path: run(TrainConfig(out="x", init=path)),
+        lambda path: predict(path),
+        lambda path: load_data(f"folder:{path}"),
+        lambda path: load_data("digits", dir=path),
+    ):
+        with pytest.raises(UsageError, match=f"^{name}: .*{reason}"):
+            use(name)
+    assert os.listdir() == ["loop"]
+
+
+def test_folders_that_hold_no_run(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match=r"file is not a run folder: it has no config\.json"):
+        read_config(tmp_path / "file", TrainConfig)
+    for content in ("[]", '{"architecture": "resnet18"}', '"config"'):
+        (tmp_path / "config.json").write_text(content)
+        with pytest.raises(UsageError, match=r"is not a run folder: its config\.json does not describe a run"):
+            read_config(tmp_path, TrainConfig)
+
+
+@pytest.mark.parametrize("content", ['{"preset": "cus', "[1]", "\0\0"])
+def test_damaged_result(content, tmp_path):
+    config = TrainConfig(out=str(tmp_path), steps=4)
+    write_json(tmp_path / "config.json", {"config": dataclasses.asdict(config)})
+    (tmp_path / "result.json").write_text(content)
+    for steps in (4, 6):  # its result, or going on for longer
+        with pytest.raises(UsageError, match=r"result\.json cannot be read .*: delete it, and the command"):
+            settle(dataclasses.replace(config, steps=steps), "custom", longer=True)
+
+
+def test_paths_of_users_of_a_different_machine(tmp_path):
+    """Where the run is used, they are not there."""
+    config = TrainConfig(out="~alice-of-elsewhere/run", init="~alice-of-elsewhere/dense")
+    write_json(tmp_path / "config.json", {"config": dataclasses.asdict(config), "cwd": "/"})
+    assert read_config(tmp_path, TrainConfig)[0].init == "~alice-of-elsewhere/dense"
+    assert not same_place("~alice-of-elsewhere/a", "~/a")
 
 
 def test_home(monkeypatch, tmp_path):

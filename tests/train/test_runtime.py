@@ -6,7 +6,7 @@ import sys
 import jax
 import pytest
 
-from train.errors import UsageError
+from train.errors import UsageError, one_line
 from train.runtime import cpu_only, keep_compiled, use_own_precision
 
 
@@ -34,11 +34,26 @@ def test_where_programs_are_kept(settings, monkeypatch, tmp_path):
         keep_compiled(str(tmp_path / "file" / "x"))
 
 
-def test_platform_that_does_not_exist(fails):
+def test_platform_that_does_not_exist(fails, monkeypatch):
     def start():
         raise RuntimeError("Unable to initialize backend 'tpu4': Backend 'tpu4' is not in the list of known backends")
 
     assert "Unable to initialize backend 'tpu4'" in fails(2, start)
+    monkeypatch.setenv(
+        "JAX_PLATFORMS", "cuda"
+    )  # of a platform that it was built without, JAX asserts that one is there
+    assertion = compile("assert None is not None", "jax/_src/xla_bridge.py", "exec")
+    assert "no device of the platforms in JAX_PLATFORMS=cuda" in fails(2, exec, assertion)
+    with pytest.raises(AssertionError, match="ours"), one_line():
+        raise AssertionError("ours")
+
+
+@pytest.mark.parametrize("error", [jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory"), MemoryError("Out")])
+def test_out_of_memory(error, fails):
+    def run():
+        raise error
+
+    assert "out of memory: lower --batch" in fails(1, run)
 
 
 def test_files_without_permission(fails):

@@ -144,6 +144,9 @@ def test_a_head_for_other_classes_is_new_and_that_is_said(state, tmp_path, capsy
     got = load_weights(tmp_path / "w.safetensors", template("resnet18"))
     assert (np.asarray(got["params"]["head"]["kernel"]) == 0).all()
     assert "the head starts from random weights, as the one of" in capsys.readouterr().err
+    save_file({name: x for name, x in state.items() if name != "fc.bias"}, tmp_path / "w.safetensors")
+    load_weights(tmp_path / "w.safetensors", template("resnet18"))
+    assert capsys.readouterr().err.endswith("w.safetensors has no bias\n")
 
 
 REFUSED = {
@@ -190,6 +193,9 @@ def test_a_folder_from_the_hub(state, tmp_path):
         ("w.msgpack", "weights in Flax's format"),
         ("w.npz", "NumPy arrays"),
         ("w.onnx", "an ONNX model"),
+        ("w.npy", "NumPy arrays"),
+        ("cat.png", "is not a readable PyTorch weights file: damaged, or not of PyTorch"),
+        ("w.pth", "is not a readable PyTorch weights file: damaged, or not of PyTorch"),
     ],
 )
 def test_weights_of_other_frameworks(name, message, tmp_path):
@@ -201,8 +207,34 @@ def test_weights_of_other_frameworks(name, message, tmp_path):
 def test_names_that_are_nowhere():
     with pytest.raises(UsageError, match=r"no weights at IMAGENET1K_V1$"):
         load_weights(Path("IMAGENET1K_V1"), {})
-    with pytest.raises(UsageError, match=r"is called hf:timm/resnet50\.a1_in1k"):
-        load_weights(Path("timm/resnet50.a1_in1k"), {})
+    for name in (
+        "timm/resnet50.a1_in1k",
+        "https://huggingface.co/timm/resnet50.a1_in1k",
+        "huggingface.co/timm/resnet50.a1_in1k",
+    ):
+        with pytest.raises(UsageError, match=r"is called hf:timm/resnet50\.a1_in1k$"):
+            load_weights(Path(name), {})
+
+
+@pytest.mark.parametrize("name", ["w.safetensors", "w.pth"])
+def test_files_that_are_empty_or_stand_for_others(name, tmp_path):
+    (tmp_path / name).touch()
+    with pytest.raises(UsageError, match=f"{name} is an empty file"):
+        read_state_dict(tmp_path / name)
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:7")
+    with pytest.raises(UsageError, match=f"{name} is a pointer of Git LFS, not the weights: .*git lfs pull"):
+        read_state_dict(tmp_path / name)
+
+
+def test_folders_without_the_weights_of_a_model(state, tmp_path):
+    for part in ("a", "b"):
+        save_file(state, tmp_path / f"{part}.safetensors")
+    with pytest.raises(UsageError, match=r"has no model\.safetensors: name one of .*[ab]\.safetensors"):
+        load_weights(tmp_path, template("resnet18"))
+    (tmp_path / "run" / "checkpoints" / "4").mkdir(parents=True)
+    (tmp_path / "run" / "config.json").write_text('{"config": {}}')
+    with pytest.raises(UsageError, match=f"name the run folder, {tmp_path}/run$"):
+        load_weights(tmp_path / "run" / "checkpoints" / "4", template("resnet18"))
 
 
 # ---- PyTorch's own files ---------------------------------------------------------------------------------------------
@@ -235,6 +267,17 @@ def test_bfloat16_and_parameters(state, tmp_path):
         kernel = got["params"]["stem"]["conv"]["kernel"]
         assert kernel.dtype == np.float32
         np.testing.assert_allclose(kernel, filled("resnet18")["params"]["stem"]["conv"]["kernel"], rtol=1e-2)
+
+
+def test_tensors_of_other_layouts(state, tmp_path):
+    tensors = tensors_of(state)
+    torch = pytest.importorskip("torch")
+    torch.save(tensors | {"fc.weight": tensors["fc.weight"].to_sparse()}, tmp_path / "w.pth")
+    got = load_weights(tmp_path / "w.pth", template("resnet18"))
+    jax.tree.map(np.testing.assert_array_equal, got, filled("resnet18"))
+    torch.save(tensors | {"fc.weight": tensors["fc.weight"].to("meta")}, tmp_path / "w.pth")
+    with pytest.raises(UsageError, match=r"tensors without values \(of the device meta\): 1: fc.weight"):
+        load_weights(tmp_path / "w.pth", template("resnet18"))
 
 
 def test_objects_next_to_the_weights(tmp_path):

@@ -28,8 +28,13 @@ class Unreadable(ValueError):
     """An image that cannot be decoded; the message says why."""
 
 
-def fault(error: Exception) -> str:
-    """The reason why an image cannot be read; Pillow's own messages may name a Python object, or nothing."""
+def fault(error: Exception, data: bytes = b"") -> str:
+    """The reason why an image, of which `data` is the beginning, cannot be read.
+
+    Pillow's own messages may name a Python object, or nothing.
+    """
+    if data.startswith(b"version https://git-lfs"):
+        return "a pointer of Git LFS, not the image: fetch it with git lfs pull"
     if isinstance(error, UnidentifiedImageError):
         return "not an image"
     if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
@@ -61,7 +66,7 @@ def decode_image(data: bytes, size: Size, channels: int, *, rng: np.random.Gener
                 file.draft(None, (side, side))  # JPEG can decode directly at 1/2, 1/4 ... if that is large enough
             return to_pixels(file, size, channels, rng)
     except Exception as error:
-        raise Unreadable(fault(error)) from None
+        raise Unreadable(fault(error, data)) from None
 
 
 def to_pixels(image: Image.Image, size: Size, channels: int, rng: np.random.Generator | None = None) -> np.ndarray:

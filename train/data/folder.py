@@ -1,5 +1,6 @@
 """The user's own images (whatever Pillow reads): one folder per class, or a flat folder without classes."""
 
+import contextlib
 import os
 import re
 import sys
@@ -103,6 +104,14 @@ def _check_classes(folder: Path, classes: Sequence[str]) -> None:
         if (same := unicodedata.normalize("NFC", name)) in known:
             raise UsageError(f"{folder} holds {same} twice, in two Unicode forms of the name: merge the two folders")
         known[same] = name
+    places: dict[tuple[int, int], str] = {}
+    for name in classes:
+        place = _place(folder / name)
+        if place in places:
+            raise UsageError(
+                f"{folder / name} and {places[place]} are the same folder: a class needs images of its own"
+            )
+        places[place] = name
 
 
 def _note(root: Path, train: Path, classes: Sequence[str], passed: PassedOver) -> None:
@@ -163,13 +172,19 @@ def _own_images(folder: Path) -> list[str]:
     return [path for path, kind in _scan(folder) if kind == "file" and _is_image(path)]
 
 
+def _place(folder: str | Path) -> tuple[int, int]:
+    """What tells a folder from all others, whatever the links that lead there."""
+    status = os.stat(folder)
+    return status.st_dev, status.st_ino
+
+
 def _walk(folder: str | Path, passed: PassedOver, seen: set[tuple[int, int]]) -> Iterator[str]:
     """Yield the image files below a folder in the order of their paths; follow links, but enter each folder once."""
-    status = os.stat(folder)
-    if (status.st_dev, status.st_ino) in seen:
+    place = _place(folder)
+    if place in seen:
         passed.append((str(folder), "a link to a folder that was read"))
         return
-    seen.add((status.st_dev, status.st_ino))
+    seen.add(place)
     for path, kind in _scan(folder):
         if kind == "folder":
             yield from _walk(path, passed, seen)
@@ -183,11 +198,13 @@ def _split(folder: Path, classes: Sequence[str], size: int | None, passed: Passe
     """Make a split of the images in class folders, or without classes, of all images as a single one."""
     files: list[str] = []
     labels: list[int] = []
-    above = {(status.st_dev, status.st_ino) for status in (os.stat(folder), os.stat(folder.parent))}
-    for path in _subfolders(folder) if classes else [folder]:
+    inside = _subfolders(folder) if classes else []
+    # Links may lead back up, or from one class to another, whose images are not also of this one.
+    elsewhere = {_place(path) for path in (folder, folder.parent, *inside)}
+    for path in inside or [folder]:
         label = _label(path, classes) if classes else 0
         others: PassedOver = []
-        images = list(_walk(path, others, set(above) if classes else set()))
+        images = list(_walk(path, others, elsewhere - {_place(path)} if classes else set()))
         if not images:
             counted = ", ".join(f"{n} x {reason}" for reason, n in Counter(r for _, r in others).most_common(3))
             there = f"; it holds {counted}" if others else ""
@@ -264,5 +281,7 @@ def _look(path: Path) -> tuple[int, int] | str:
             with Image.open(path) as image:
                 image.load()
     except Exception as error:  # Pillow's readers raise exceptions of any type for malformed files
+        with contextlib.suppress(OSError), path.open("rb") as file:
+            return fault(error, file.read(100))
         return fault(error)
     return width, height

@@ -10,7 +10,7 @@ import math
 import os
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -28,6 +28,7 @@ from train.data.sources import (
     differ_in_size,
     image_shape,
     report_broken,
+    shortened,
     stacked,
 )
 from train.errors import UsageError
@@ -119,7 +120,9 @@ def load(
         decoded_once = image_size is not None and count * 3 * image_size**2 <= MEMORY_LIMIT and not random_crop
         # What is decoded once is checked by that, and opening millions of files takes many minutes.
         if broken == "skip" or image_size is None or not (decoded_once or count > MANY_FILES):
-            splits, lines = folder.check(name, splits, skip_broken=broken == "skip")
+            whole = splits
+            splits, lines = folder.check(name, whole, skip_broken=broken == "skip")
+            _check_classes_left(classes, whole, splits)
             passed_over += tuple(lines)
     else:
         classes, splits = _tfds(name, local_path(dir) if dir else None, image_size)
@@ -158,7 +161,25 @@ def in_memory(dataset: Dataset, *, skip_broken: bool = False, limit: int = MEMOR
     broken = sorted(line for _, lines in read.values() for line in lines)
     report_broken(broken, sum(map(len, encoded.values())), skip_broken)
     decoded: dict[str, Any] = {split: stacked(read.pop(split)[0]) for split in encoded}
+    if broken:
+        _check_classes_left(dataset.classes, encoded, decoded)
     return _checked(replace(dataset, passed_over=(*dataset.passed_over, *broken), **decoded))
+
+
+def _check_classes_left(
+    classes: Sequence[str], before: Mapping[str, Encoded], after: Mapping[str, Arrays | Encoded]
+) -> None:
+    """Check that skipping broken images has left some of every class.
+
+    Raises:
+      UsageError: none of a class can be read.
+    """
+
+    def labels(splits: Mapping[str, Arrays | Encoded]) -> set[int]:
+        return {label for source in splits.values() for label in np.unique(known_labels(source)).tolist()}
+
+    if all(source.labels is not None for source in before.values()) and (lost := labels(before) - labels(after)):
+        raise UsageError(f"no image of {shortened([classes[label] for label in sorted(lost)])} can be read")
 
 
 def _fingerprint(source: Arrays | Encoded) -> dict[str, Any]:
@@ -305,6 +326,8 @@ def _tfds(name: str, data_dir: Path | None, size: int | None) -> tuple[tuple[str
         have = sorted(p.name for p in root.glob("*") if prepared_folder(p.name, root)) if root.is_dir() else []
         if is_folder(name):
             raise UsageError(f"no prepared set {name!r}, but a folder of this name: did you mean folder:{name}?")
+        if meant := re.fullmatch(r"(?:image)?folder[:/=](.+)", name, re.IGNORECASE):
+            raise UsageError(f"no prepared set {name!r}: did you mean folder:{meant[1]}?")
         raise UsageError(
             f"no prepared set {name!r} in {root} (there: {', '.join(have) or 'none'}); 'python -m train.data prepare "
             f"{name}' prepares a stock TFDS set, --data.dir names a different folder, folder:DIR reads plain images"

@@ -185,6 +185,19 @@ def test_links_are_followed_and_loops_are_not(tmp_path, capsys):
     assert "2 x a link to a folder that was read" in said
 
 
+def test_links_from_one_class_to_another_are_not_followed(tmp_path, capsys):
+    """Else the same images would have two labels, in training and in test."""
+    fill(tmp_path, {"cat": 4, "dog": 5})
+    (tmp_path / "cat" / "more").symlink_to(tmp_path / "dog")
+    (tmp_path / "dog" / "more").symlink_to(tmp_path / "cat")
+    _, counts, said = found(tmp_path, capsys)
+    assert counts == [4, 5]
+    assert "2 x a link to a folder that was read" in said
+    (tmp_path / "kitten").symlink_to(tmp_path / "cat")
+    with pytest.raises(UsageError, match=f"{tmp_path}/kitten and cat are the same folder"):
+        load_folder(tmp_path)
+
+
 @pytest.mark.parametrize("name", ["train", "Train", "training", "val", "valid", "test", "eval", "dev"])
 def test_class_that_is_called_like_a_split(name, tmp_path, capsys):
     """As in PASCAL VOC and COCO."""
@@ -276,8 +289,9 @@ def test_names_of_no_folder(name, message, tmp_path, monkeypatch):
     with pytest.raises(UsageError, match=message):
         load(name)
     fill(tmp_path / "pets", {"cat": 1})
-    with pytest.raises(UsageError, match="did you mean folder:pets"):
-        load("pets")
+    for name in ("pets", "Folder:pets", "imagefolder:pets"):
+        with pytest.raises(UsageError, match="did you mean folder:pets"):
+            load(name)
 
 
 def test_folder_that_may_not_be_listed(tmp_path, monkeypatch):
@@ -365,6 +379,7 @@ BROKEN = {
     "truncated.png": (PNG[: len(PNG) // 2], "truncated"),
     "empty.jpg": (b"", "not an image"),
     "text.jpg": (b"This is a letter, not a photograph.", "not an image"),
+    "pointer.jpg": (b"version https://git-lfs.github.com/spec/v1\noid sha256:7\nsize 9", "git lfs pull"),
     # Both ends are whole: only decoding finds the fault.
     "middle.png": (PNG[:800] + bytes(64) + PNG[864:], "broken|unrecognized"),
     # Sorted before the others: the image that the size of the set is judged by.
@@ -407,6 +422,15 @@ def test_skipped_files_are_all_listed(tmp_path):
     write(tmp_path / "dog" / "middle.png", BROKEN["middle.png"][0])
     passed_over = load_folder(tmp_path, broken="skip").passed_over
     assert len(passed_over) == 6 and all("bad" in line or "middle" in line for line in passed_over)
+
+
+@pytest.mark.parametrize("size", [6, None])
+def test_class_of_which_no_image_can_be_read(size, tmp_path):
+    fill(tmp_path, {"cat": 5, "dog": 5})
+    for i in range(4):
+        write(tmp_path / "eel" / f"{i}.jpg", b"")
+    with pytest.raises(UsageError, match=r"^no image of eel can be read"):
+        load_folder(tmp_path, image_size=size, broken="skip")
 
 
 def test_nothing_but_broken_files(tmp_path):
