@@ -11,6 +11,7 @@ import shutil
 import sys
 import tempfile
 import zlib
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ class Checkpoints:
             get_metric_fn=lambda metrics: metrics[METRIC], n=keep_best, keep_checkpoints_without_metrics=False
         )
         self.root = root.resolve()
+        _check_metrics(self.root)
         self._link: tempfile.TemporaryDirectory[str] | None = None
         folder = self.root
         # Orbax takes a path for a pattern in places, and `gs:` for a scheme: then it gets a link with a plain name.
@@ -195,6 +197,21 @@ class Checkpoints:
     def _failed(self, error: Exception | str) -> RunError:
         kept = f"the newest one kept is step {self.steps[-1]}" if self.steps else "none was saved before"
         return RunError(f"cannot write a checkpoint to {self.root}: {error}; {kept}")
+
+
+def _check_metrics(root: Path) -> None:
+    """Check the files of validation accuracies, which Orbax reads as soon as it opens the folder.
+
+    Raises:
+      UsageError: a damaged one.
+    """
+    for file in root.glob("*/metrics/metrics"):
+        with suppress(OSError):  # a run that is training removes old checkpoints
+            try:
+                json.loads(file.read_text())
+            except ValueError:
+                way_out = "delete that folder, and the checkpoint has no accuracy, but keeps its weights"
+                raise UsageError(f"the file in {file.parent} is damaged: {way_out}") from None
 
 
 def _order(index: Path) -> list[str]:

@@ -23,7 +23,7 @@ from resnet_jax.tree import Predicate, PyTree, abbreviate
 from train.config import AugmentConfig, ImageConfig, OptimConfig, RunConfig, TrainConfig
 from train.data.sets import Dataset, in_memory, load
 from train.data.sources import Arrays
-from train.errors import UsageError
+from train.errors import UsageError, unknown
 from train.optim import Schedule, make_optimizer, make_schedule
 from train.runtime import say
 from train.state import TrainState, init_state, init_variables
@@ -120,7 +120,12 @@ def make_model(
     """Build the config's model for the axis that its steps are compiled with; for `kernels` see `make_kernels`.
 
     `drop_path` only matters in training.
+
+    Raises:
+      UsageError: an unknown model, as in the config of a run by a newer version.
     """
+    if config.model not in MODELS:
+        raise unknown("model", config.model, MODELS)
     sizes = {"width": config.width, "widths": config.widths}
     model = MODELS[config.model](
         num_classes=num_classes,

@@ -198,7 +198,7 @@ class Progress:
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """Read the rows of a JSONL file; a truncated last line is dropped."""
     rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError:

@@ -61,6 +61,8 @@ def load(run: str | Path, *, model: nn.Module | None = None, top: int = 5) -> Ca
         config, saved = read_config(folder, TrainConfig)
         if model is None and "model" in saved.get("replaced", []):
             raise UsageError(f"{run} trained a model that was passed to run(): pass it here too, load(run, model=...)")
+        if missing := [name for name in ("classes", "image_shape") if name not in saved]:
+            raise UsageError(f"{folder / 'config.json'} does not name the {missing[0]} of the run")
         classes, shape, dtype = saved["classes"], saved["image_shape"], compute_dtype(config.dtype)
         model, preprocess = model or make_model(config, len(classes)), eval_augment(config.augment)
         variables = load_state(folder).variables

@@ -216,6 +216,23 @@ def test_all_damaged(folder, states):
         Checkpoints(folder).restore(states[0])
 
 
+def test_damaged_metrics_are_named(tmp_path, states):
+    """Orbax reads them all as soon as it opens the folder; the weights are good without them."""
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(states[0], {}, {"validation_accuracy": 0.5})
+    checkpoints.close()
+    metrics = next(tmp_path.glob("*/metrics"))
+    (metrics / "metrics").write_text("")
+    for writes in (True, False):
+        with pytest.raises(UsageError, match=f"the file in {metrics} is damaged: delete that folder"):
+            Checkpoints(tmp_path, writes=writes)
+    shutil.rmtree(metrics)
+    checkpoints = Checkpoints(tmp_path)
+    assert_equal(checkpoints.restore(states[0])[0], states[0])
+    assert checkpoints.best is None
+    checkpoints.close()
+
+
 @only_first
 def test_partial_save_is_ignored_and_cleaned(folder, states):
     """What a killed save leaves behind is a folder under a temporary name."""

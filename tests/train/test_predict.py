@@ -151,8 +151,14 @@ def test_images_that_cannot_be_read(predict, image, message):
 def test_folders_that_hold_no_run(trained, tmp_path, fails):
     arguments = [str(tmp_path), "image.png"]
     assert "is not a run folder: it has no config.json" in fails(2, main, arguments)
-    (tmp_path / "config.json").write_text((trained[1] / "config.json").read_text())
-    assert "has no checkpoints yet" in fails(2, main, arguments)
+    saved = json.loads((trained[1] / "config.json").read_text())
+    for changed, message in (
+        (saved | {"config": saved["config"] | {"model": "resnet9"}}, "unknown model 'resnet9'"),
+        ({"config": saved["config"]}, "config.json does not name the classes of the run"),
+        (saved, "has no checkpoints yet"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(changed))
+        assert message in fails(2, main, arguments)
     (tmp_path / "checkpoints").mkdir()
     assert "has no checkpoints yet" in fails(2, main, arguments)
 
