@@ -79,7 +79,7 @@ def read_result(out: Path) -> dict[str, Any] | None:
     try:
         result: dict[str, Any] = json.loads(path.read_text())
         return {**result}
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, TypeError) as error:
         way_out = "delete it, and the command of the run writes it again from the last checkpoint"

@@ -241,7 +241,7 @@ def test_wrapped_pth_file(trained, tmp_path):
 
 
 def test_pth_without_torch_names_the_extra(tmp_path, monkeypatch):
-    (tmp_path / "weights.pth").write_bytes(b"")
+    (tmp_path / "weights.pth").write_bytes(b"PK\x03\x04")
     monkeypatch.setitem(__import__("sys").modules, "torch", None)
     with pytest.raises(UsageError, match=r'pip install -e "\.\[parity\]"'):
         read_state_dict(tmp_path / "weights.pth")
