@@ -268,6 +268,10 @@ def check_run(config: RunConfig, *ranges: Mapping[str, str]) -> None:
         )
     if config.distributed not in (None, "auto") and not re.fullmatch(r".+:\d+,\d+,\d+", config.distributed):
         raise UsageError(f"--distributed {config.distributed} is neither auto nor COORDINATOR:PORT,COUNT,INDEX")
+    if config.distributed not in (None, "auto"):
+        count, index = map(int, config.distributed.split(",")[-2:])
+        if index >= count:
+            raise UsageError(f"--distributed {config.distributed}: INDEX counts the hosts from 0 to COUNT - 1")
     check_xla(config.xla, config.mode)
 
 

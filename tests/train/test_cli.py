@@ -95,6 +95,8 @@ HELPED = {
     ("--steps", "1e18"): "--steps must be at least 1 and below 2147483648, got 1000000000000000000",
     ("--epochs", "1e308"): "--epochs must be above 0 and at most 1000000000, got 1e+308",
     ("--width", "1e9"): "--width must be at least 1 and at most 65536, got 1000000000",
+    ("--distributed", "localhost:1,2,2"): "INDEX counts the hosts from 0 to COUNT - 1",
+    ("--distributed", "localhost:1"): "is neither auto nor COORDINATOR:PORT,COUNT,INDEX",
     ("~nobody-of-this-name",): "unknown preset '~nobody-of-this-name': choose",
     ("n" * 300,): "unknown preset",
     (
