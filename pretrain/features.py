@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from pretrain.knn import knn_accuracy
 from pretrain.linear import linear_probe, probe_accuracy
 from resnet_jax.parallel import Mode
-from train.data.batches import eval_batches
+from train.data.batches import EvalBatches
 from train.data.sets import Dataset
 from train.data.sources import Arrays, Encoded
 
@@ -24,7 +24,7 @@ class Features(NamedTuple):
 
 @dataclass(frozen=True)
 class Extractor:
-    """Extract the features of a split: `extractor(variables, source)`.
+    """Extract the features of a split: `extractor(variables, extractor.batches(source))`; keep batches for later calls.
 
     Attributes:
       step: a compiled `pretrain.steps.feature_step`, or a similar step that returns more arrays.
@@ -36,18 +36,22 @@ class Extractor:
     mesh: Mesh
     mode: Mode
 
-    def __call__(self, variables: Any, source: Arrays | Encoded) -> Features:
-        arrays = self.arrays(variables, source)
+    def batches(self, source: Arrays | Encoded) -> EvalBatches:
+        """The batches of a split."""
+        return EvalBatches(source, batch=self.batch, mesh=self.mesh, mode=self.mode)
+
+    def __call__(self, variables: Any, batches: EvalBatches) -> Features:
+        arrays = self.arrays(variables, batches)
         return Features(arrays["features"], arrays["label"])
 
     def splits(self, variables: Any, dataset: Dataset) -> list[Features]:
         """Extract the features of the training, validation and test splits."""
-        return [self(variables, dataset.splits[name]) for name in ("train", "validation", "test")]
+        return [self(variables, self.batches(dataset.splits[name])) for name in ("train", "validation", "test")]
 
-    def arrays(self, variables: Any, source: Arrays | Encoded) -> dict[str, np.ndarray]:
+    def arrays(self, variables: Any, batches: EvalBatches) -> dict[str, np.ndarray]:
         """Arrays that the step returns, by name, with every example exactly once and in order."""
         parts = []
-        for batch in eval_batches(source, batch=self.batch, mesh=self.mesh, mode=self.mode):
+        for batch in batches:
             rows = {name: np.asarray(x) for name, x in self.step(variables, batch).items()}
             valid = rows.pop("valid")
             parts.append({name: x[valid] for name, x in rows.items()})

@@ -145,8 +145,9 @@ def make_monitor(
     config, dataset = session.config, session.dataset
     classes = len(dataset.classes)
     neighbours = partial(knn_accuracy, classes=classes, k=config.neighbours, temperature=config.neighbour_temperature)
-    searched = some(dataset.train, config.neighbour_images)
-    sample = some(dataset.validation, HEALTH_IMAGES)
+    searched = features.batches(some(dataset.train, config.neighbour_images))
+    validation = features.batches(dataset.validation)
+    sample = pairs.batches(some(dataset.validation, HEALTH_IMAGES))
 
     def monitor(state: PretrainState) -> tuple[dict[str, float], str]:
         variables = state.encoder(target=objective.evaluate_target)
@@ -157,7 +158,7 @@ def make_monitor(
             raise RunError(f"at step {int(state.step)}: {error}") from None
         line = f"effective rank {figures['effective_rank']:.1f}"
         if classes > 1:
-            bank, held = features(variables, searched), features(variables, dataset.validation)
+            bank, held = features(variables, searched), features(variables, validation)
             knn = neighbours(held.features, held.labels, bank.features, bank.labels)
             online = online_accuracy(state, held)
             figures |= {"validation_knn_accuracy": knn, "validation_online_linear_accuracy": online}

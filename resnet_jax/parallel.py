@@ -86,6 +86,7 @@ def compile_step(
     mode: Mode = "jit",
     donate: bool = True,
     rows: bool = False,
+    layout: PyTree = PartitionSpec(AXIS),  # noqa: B008, immutable
     compiler_options: dict[str, Any] | None = None,
 ) -> Callable[[PyTree, PyTree], PyTree]:
     """Compile `step(state, batch, *, axis_name)` for the mesh; the state is replicated and, with `donate`, consumed.
@@ -95,26 +96,28 @@ def compile_step(
 
     Args:
       rows: the step returns the batch's rows instead, such as logits [B, K], and each device keeps its own.
+      layout: partition of the batch, one for all arrays or a tree of them; other ones need `jit` or `shard_map`.
       compiler_options: XLA options by name; `{}` is the same as None.
 
     Raises:
-      ValueError: the mode is unknown, or is `pmap`, which takes no compiler options.
+      ValueError: the mode is unknown, or is `pmap`, which takes no compiler options and no layout.
     """
     step = partial(step, axis_name=axis_of(mode))
     donate_argnums = (0,) if donate else ()
     if mode == "pmap":
         if compiler_options:
             raise ValueError("pmap takes no compiler options; use mode jit or shard_map")
+        if layout != PartitionSpec(AXIS):
+            raise ValueError("pmap splits the first axis of every array; use mode jit or shard_map")
         devices = list(mesh.devices.flat) if jax.process_count() == 1 else None
         axes: dict[str, Any] = {"in_axes": (None, 0), "out_axes": 0 if rows else None}
         return jax.pmap(step, axis_name=AXIS, **axes, donate_argnums=donate_argnums, devices=devices)
     out = batch_sharding(mesh) if rows else replicated(mesh)
     if mode == "shard_map":
-        specs = (PartitionSpec(), PartitionSpec(AXIS))
-        step = jax.shard_map(step, mesh=mesh, in_specs=specs, out_specs=out.spec)
+        step = jax.shard_map(step, mesh=mesh, in_specs=(PartitionSpec(), layout), out_specs=out.spec)
     return jax.jit(
         step,
-        in_shardings=(replicated(mesh), batch_sharding(mesh)),
+        in_shardings=(replicated(mesh), jax.tree.map(lambda spec: NamedSharding(mesh, spec), layout)),
         out_shardings=out,
         donate_argnums=donate_argnums,
         compiler_options=compiler_options or None,

@@ -1,8 +1,8 @@
 """Checkpoints: the state, the position in the data, and a checksum, in one Orbax step folder.
 
-Saving returns as soon as the state has left the devices. A checkpoint is renamed into place once it is complete, so a
-run that is killed while saving keeps the earlier ones; one that is damaged later is detected by its checksum and
-skipped.
+Saving copies the state on the devices and returns; a thread fetches the copy and writes it. A checkpoint is renamed
+into place once it is complete, so a run that is killed while saving keeps the earlier ones; one that is damaged later
+is detected by its checksum and skipped.
 """
 
 import json
@@ -11,11 +11,13 @@ import shutil
 import sys
 import tempfile
 import zlib
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from resnet_jax.masks import pack, unpack
@@ -58,7 +60,8 @@ class Checkpoints:
             preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep_last), best]),
             cleanup_tmp_directories=writes,
         )
-        self._pending: Any = None
+        self._writer = ThreadPoolExecutor(1, "checkpoint")
+        self._pending: Future[None] | None = None
 
     @property
     def steps(self) -> list[int]:
@@ -72,22 +75,15 @@ class Checkpoints:
         return max(measured)[1] if measured else None
 
     def save(self, state: TrainState, iterator: dict[str, Any], metrics: dict[str, float] | None = None) -> None:
-        """Start saving `state` and the iterator's state; `metrics` may hold `validation_accuracy`."""
+        """Start saving `state` and the iterator's state; `metrics` may hold `validation_accuracy`.
+
+        This waits for the checkpoint before, if it is still being written, and raises its error.
+        """
         self.wait()
-        step = int(state.step)
-        if step in self.steps:
-            return
-        # Copy the arrays, as donated buffers change while files are written, and pack masks into bits.
-        fields = {**_fields(state), "masks": pack(state.masks), "key": jax.random.key_data(state.key)}
-        arrays = jax.tree.map(np.array, fields)
-        metadata = {"iterator": iterator, "checksum": _checksum(arrays), "key": str(jax.random.key_impl(state.key))}
-        needed, free = sum(a.nbytes for a in jax.tree.leaves(arrays)), shutil.disk_usage(self.root).free
-        if free < needed:
-            raise self._failed(f"it needs {needed / 1e6:.0f} MB and {free / 1e6:.0f} MB are free")
-        try:
-            self._pending = self._orbax.save_async(step, arrays, metrics=metrics, custom_metadata=metadata, force=True)
-        except Exception as error:
-            raise self._failed(error) from error
+        # A copy, because the next step donates the state's buffers.
+        copy = _copy({**_fields(state), "key": jax.random.key_data(state.key)})
+        metadata = {"iterator": iterator, "key": str(jax.random.key_impl(state.key))}
+        self._pending = self._writer.submit(self._write, copy, metadata, metrics)
 
     def wait(self) -> None:
         """Block until the checkpoint in progress is on disk."""
@@ -97,6 +93,18 @@ class Checkpoints:
                 pending.result()
             except Exception as error:
                 raise self._failed(error) from error
+
+    def _write(self, fields: dict[str, PyTree], metadata: dict[str, Any], metrics: dict[str, float] | None) -> None:
+        """Write the copied fields of a state, with its masks packed into bits, unless its step is there already."""
+        step = int(fields["step"])
+        if step in self.steps:
+            return
+        arrays = jax.device_get({**fields, "masks": pack(fields["masks"])})
+        needed, free = sum(a.nbytes for a in jax.tree.leaves(arrays)), shutil.disk_usage(self.root).free
+        if free < needed:
+            raise OSError(f"it needs {needed / 1e6:.0f} MB and {free / 1e6:.0f} MB are free")
+        metadata = {**metadata, "checksum": _checksum(arrays)}
+        self._orbax.save_async(step, arrays, metrics=metrics, custom_metadata=metadata, force=True).result()
 
     def restore(self, like: TrainState, *, step: int | None = None) -> tuple[TrainState, dict[str, Any]] | None:
         """Load (state, iterator state) of the newest good checkpoint, or of `step`; None if there is none.
@@ -169,6 +177,7 @@ class Checkpoints:
 
     def close(self) -> None:
         self.wait()
+        self._writer.shutdown()
         self._orbax.close()
         if self._link is not None:
             self._link.cleanup()
@@ -218,6 +227,11 @@ def _order(index: Path) -> list[str]:
     """The paths of a checkpoint's leaves, in the order in which the state was flattened."""
     entries = json.loads(index.read_text())["tree_metadata"].values()
     return ["/".join(part["key"] for part in entry["key_metadata"]) for entry in entries]
+
+
+@jax.jit
+def _copy(tree: PyTree) -> PyTree:
+    return jax.tree.map(jnp.copy, tree)
 
 
 def _fields(state: TrainState) -> dict[str, PyTree]:

@@ -137,6 +137,9 @@ class RunConfig:
     """Compute kernels of the model: XLA (plain), or oneDNN on CPU; auto is oneDNN where it can be used."""
     xla: tuple[str, ...] = ()
     """XLA compiler options for the train step, each as NAME=VALUE (not in mode pmap)."""
+    steps_per_call: int | None = None
+    """Most steps in one compiled call, for images in memory (not in mode pmap). By default 8, but 1 for XLA's
+    convolutions on CPU, which are slow in loops. A run keeps its number: others round differently."""
     cache: str = "auto"
     """Folder to cache compiled programs in; auto is ~/.cache/resnet-jax/compiled, `none` disables the cache."""
     sync_bn: bool = True
@@ -236,7 +239,7 @@ RANGES = {
     "(0, 1000000000]": "epochs eval_every",
     "[0, 1000000000]": "optim.warmup_epochs",
     "[0, inf)": "optim.lr optim.weight_decay keep_best augment.mixup augment.cutmix",
-    "[1, inf)": "steps batch eval_batch save_steps keep_last log_every accumulate",
+    "[1, inf)": "steps batch steps_per_call eval_batch save_steps keep_last log_every accumulate",
     "[1, 65536]": "width widths data.image_size",
     "[0, 65536]": "augment.resized_crop augment.crop_padding augment.cutout",
     "[0, 1)": "optim.momentum drop_path label_smoothing ema",
@@ -273,6 +276,8 @@ def check_run(config: RunConfig, *ranges: Mapping[str, str]) -> None:
         if index >= count:
             raise UsageError(f"--distributed {config.distributed}: INDEX counts the hosts from 0 to COUNT - 1")
     check_xla(config.xla, config.mode)
+    if config.mode == "pmap" and (config.steps_per_call or 1) > 1:
+        raise UsageError("--steps-per-call needs --mode jit or shard_map: pmap compiles single steps")
 
 
 def check_optim(optim: OptimConfig) -> None:

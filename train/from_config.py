@@ -21,7 +21,7 @@ from resnet_jax.parallel import Mode
 from resnet_jax.resnet import MODELS, ResNet
 from resnet_jax.tree import Predicate, PyTree, abbreviate
 from train.config import AugmentConfig, ImageConfig, OptimConfig, RunConfig, TrainConfig
-from train.data.sets import Dataset, in_memory, load
+from train.data.sets import Dataset, fits_in_memory, in_memory, load
 from train.data.sources import Arrays
 from train.errors import UsageError, unknown
 from train.optim import Schedule, make_optimizer, make_schedule
@@ -31,6 +31,8 @@ from train.steps import Objective, classify
 from train.weights import classes_of, load_masks, load_weights
 
 Run = TypeVar("Run", bound=RunConfig)
+
+STEPS_PER_CALL = 8  # with so many, the time between two calls is small beside theirs even for the smallest networks
 
 # The layers that oneDNN can replace.
 DEFAULTS: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(ResNet)}
@@ -169,6 +171,22 @@ def make_kernels(name: str, mode: Mode = "jit", dtype: Any = jnp.float32) -> tup
         raise UsageError(f"--kernels onednn: {reason}")
     fields = {"conv": onednn.Conv, "norm": onednn.BatchNorm, "max_pool": onednn.max_pool}
     return ({}, reason) if reason else (fields, "")
+
+
+def steps_per_call(config: RunConfig, dataset: Dataset, kernels: dict[str, Any]) -> int:
+    """Choose how many steps one call computes at most; see `train.chunks`. `kernels` are those of `make_kernels`.
+
+    Raises:
+      UsageError: the config asks for several, and the training images are decoded while training.
+    """
+    fits = fits_in_memory(dataset)
+    if config.steps_per_call is None:
+        # XLA computes the gradients of convolutions many times slower in a loop on CPU (jax-ml/jax issue 12868).
+        slow = jax.default_backend() == "cpu" and not kernels
+        return 1 if slow or not fits or config.mode == "pmap" else STEPS_PER_CALL
+    if config.steps_per_call > 1 and not fits:
+        raise UsageError(f"--steps-per-call {config.steps_per_call}: the images of {dataset.name} are not in memory")
+    return config.steps_per_call
 
 
 def compute_dtype(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""The training loop: dispatch a step, then read the previous one's metrics, so the device never waits for the host."""
+"""The training loop: dispatch steps, then read the previous ones' metrics, so the device never waits for the host."""
 
 import json
 import math
@@ -20,7 +20,8 @@ from train.state import TrainState
 from train.steps import summarize
 
 Step = Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]
-Log = Callable[[int, dict[str, float]], None]
+# (number, rows): the metrics of the last steps, up to step `number`
+Log = Callable[[int, list[dict[str, float]]], None]
 # (every, call): `call(state)` after every `every` steps, and after the last
 Hook = tuple[int, Callable[[TrainState], None]]
 
@@ -31,33 +32,42 @@ def fit(
     data: Batches,
     *,
     steps: int,
+    per_call: int = 1,
     hooks: Sequence[Hook] = (),
-    log: Log = lambda number, metrics: None,
+    log: Log = lambda number, rows: None,
 ) -> TrainState:
     """Train until `state.step` is `steps`.
 
-    `log(number, metrics)` receives each step's metrics as floats, one step late; `number` counts completed steps.
+    Args:
+      per_call: most steps per call; above 1, `step` is made by `train.chunks.many_steps` and `data` has chunks. A call
+        ends where a hook is due.
+      log: receives the metrics of each call's steps as floats, one call late; see `Log`.
 
     Raises:
       RunError: a loss, gradient or parameter that is not finite, with the step's number; hooks are not called with
         that state.
     """
     number = int(state.step)
-    late: tuple[int, dict[str, jax.Array]] | None = None
+    late: tuple[int, int, dict[str, jax.Array]] | None = None
 
     def look() -> None:
-        if late is not None:
-            metrics = {name: float(value) for name, value in late[1].items()}
-            bad = [name for name, value in metrics.items() if not math.isfinite(value)]
-            if bad:
-                raise RunError(f"{' and '.join(bad)} at step {late[0]} is not finite: {ADVICE}")
-            log(late[0], metrics)
+        if late is None:
+            return
+        last, count, metrics = late
+        columns = {name: np.ravel(x)[:count].tolist() for name, x in jax.device_get(metrics).items()}
+        rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+        for at, row in enumerate(rows, last - len(rows) + 1):
+            if bad := [name for name, value in row.items() if not math.isfinite(value)]:
+                raise RunError(f"{' and '.join(bad)} at step {at} is not finite: {ADVICE}")
+        log(last, rows)
 
     while number < steps:
-        state, metrics = step(state, next(data))
-        number += 1
+        count = min(per_call, steps - number, *(every - number % every for every, _ in hooks))
+        batch = next(data) if per_call == 1 else data.chunk(count, per_call)
+        state, metrics = step(state, batch)
+        number += count
         look()
-        late = number, metrics
+        late = number, count, metrics
         due = [call for every, call in hooks if number % every == 0 or number == steps]
         if due:
             # Hooks may save the state, so first check that its metrics are finite, and what the update made of it.
@@ -100,16 +110,18 @@ def evaluate(
     step: Callable[[Any, Any], dict[str, jax.Array]], variables: Any, batches: Iterable[Any]
 ) -> dict[str, Any]:
     """Sum `step(variables, batch)` over all batches in float64 and summarise; see `train.steps.summarize`."""
-    total: dict[str, np.ndarray] | None = None
-    pairs: list[np.ndarray] = []
+    parts: list[dict[str, Any]] = []
     for batch in batches:
-        found = {**step(variables, batch)}
-        pairs.append(np.asarray(found.pop("pairs")))
-        sums = jax.tree.map(lambda x: np.asarray(x, np.float64), found)
-        total = sums if total is None else jax.tree.map(np.add, total, sums)
-    if total is None:
+        parts.append(step(variables, batch))
+        # Fetch the sums of the batch before, now that this one is dispatched.
+        parts[-2:-1] = [jax.device_get(part) for part in parts[-2:-1]]
+    if not parts:
         raise ValueError("no examples were evaluated")
-    return summarize({**total, "pairs": np.concatenate(pairs)})
+    columns = {name: [part[name] for part in jax.device_get(parts)] for name in parts[0]}
+    pairs = np.concatenate(columns.pop("pairs"))
+    return summarize(
+        {**{name: np.sum(rows, axis=0, dtype=np.float64) for name, rows in columns.items()}, "pairs": pairs}
+    )
 
 
 class Progress:
@@ -148,19 +160,20 @@ class Progress:
         self.last = start
         self.paused = 0.0  # seconds to exclude from the rate
 
-    def log(self, step: int, metrics: dict[str, float]) -> None:
-        self.window.append(metrics)
+    def log(self, number: int, rows: list[dict[str, float]]) -> None:
         now = time.perf_counter()
         if self.first is None:  # exclude compilation from the rate
-            self.begun, self.first, self.paused = now, step, 0.0
-        self.last = step
-        if step % self.every == 0 or step == self.steps:
-            means = {name: float(np.mean([m[name] for m in self.window])) for name in metrics}
-            self.window = []
-            self.row({"step": step, "epoch": round(step / self.epoch_steps, 4), **means, **self.extra(step)})
-            if self.terminal or now - self.last_shown >= 5 or step == self.steps:
-                self.last_shown = now
-                self.say(self.line(step, means), stays=not self.terminal)
+            self.begun, self.first, self.paused = now, number, 0.0
+        self.last = number
+        for step, metrics in enumerate(rows, number - len(rows) + 1):
+            self.window.append(metrics)
+            if step % self.every == 0 or step == self.steps:
+                means = {name: float(np.mean([m[name] for m in self.window])) for name in metrics}
+                self.window = []
+                self.row({"step": step, "epoch": round(step / self.epoch_steps, 4), **means, **self.extra(step)})
+                if self.terminal or now - self.last_shown >= 5 or step == self.steps:
+                    self.last_shown = now
+                    self.say(self.line(step, means), stays=not self.terminal)
 
     def line(self, step: int, means: dict[str, float]) -> str:
         rate = self.images_per_second
@@ -184,7 +197,7 @@ class Progress:
 
     @property
     def images_per_second(self) -> float:
-        """Rate since the first step, excluding that step (it may compile) and pauses."""
+        """Rate since the first call, excluding that call (it may compile) and pauses."""
         seconds = time.perf_counter() - self.begun - self.paused
         return (self.last - self.first) * self.batch / seconds if self.first is not None else 0.0
 

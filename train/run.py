@@ -20,7 +20,7 @@ from resnet_jax.parallel import axis_of
 from resnet_jax.resnet import MODELS
 from resnet_jax.tree import PyTree, count, is_head
 from train.config import TrainConfig, check, check_images
-from train.data.batches import eval_batches
+from train.data.batches import EvalBatches
 from train.data.sets import Dataset
 from train.errors import RunError, UsageError, unknown
 from train.from_config import eval_augment, make_model, make_objective, make_state, make_tx, train_augment
@@ -193,12 +193,12 @@ class Training:
             ],
             state,
         )
+        options = {"batch": session.eval_batch, "mesh": session.mesh, "mode": config.mode}
+        self.batches = {split: EvalBatches(source, **options) for split, source in session.dataset.splits.items()}
 
     def measure(self, variables: PyTree, split: str) -> dict[str, Any]:
         """Evaluate a split, see `train.steps.summarize`; evaluate the test split only at the end."""
-        config, source = self.session.config, self.session.dataset.splits[split]
-        batches = eval_batches(source, batch=self.session.eval_batch, mesh=self.session.mesh, mode=config.mode)
-        return evaluate(self.eval_program, variables, batches)
+        return evaluate(self.eval_program, variables, self.batches[split])
 
     def fit(self, state: TrainState, hooks: Sequence[Hook] = ()) -> TrainState:
         """Train to the end, evaluating on the validation split."""

@@ -99,6 +99,7 @@ def read_config(out: Path, kind: type[Run]) -> tuple[Run, dict[str, Any]]:
         theirs, ours = saved.get("pipeline", "train"), pipeline(kind)
         if theirs != ours:
             raise UsageError(f"{out} is a run of {theirs}, not of {ours}")
+        saved["config"].setdefault("steps_per_call", 1)  # runs before this field
         for name, text in _paths(saved["config"]).items():
             _set(saved["config"], name, located(text, out, saved))
         return from_dict(kind, saved["config"]), saved
@@ -281,8 +282,8 @@ def check_continues(out: Path, config: RunConfig, replaced: Sequence[str] = (), 
     """
     theirs, whole = read_config(out, type(config))
     saved, wanted = flat(theirs), flat(config)
-    # The command need not repeat statistics that were measured.
-    free = FREE_FIELDS | {name for name in ("augment.mean", "augment.std") if wanted[name] is None}
+    # The command need not repeat what was measured or chosen.
+    free = FREE_FIELDS | {name for name in ("augment.mean", "augment.std", "steps_per_call") if wanted[name] is None}
     free |= {n for n in PATHS if saved.get(n) and wanted.get(n) and same_place(saved[n], wanted[n])}
     if longer and length_before(out, config):
         free |= {"epochs", "steps"}

@@ -3,9 +3,11 @@
 A run opens a session, turns its config into pieces, and then compiles, resumes, fits and finishes; see `train.run`.
 """
 
+import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from typing import Any, Generic, TypeVar
 
@@ -15,17 +17,26 @@ from jax.sharding import Mesh
 
 from resnet_jax.parallel import compile_step, make_mesh, place, replicated
 from train.checkpoint import METRIC, Checkpoints
+from train.chunks import LAYOUT, chunk_like, many_steps
 from train.config import RunConfig
 from train.data.batches import Batches, batch_like, check_batch, eval_batch_size, padded, train_batches
 from train.data.sets import Dataset
 from train.errors import RunError
-from train.from_config import compute_dtype, make_kernels, open_measured, read_data, with_statistics
+from train.from_config import (
+    compute_dtype,
+    make_kernels,
+    open_measured,
+    read_data,
+    steps_per_call,
+    with_statistics,
+)
 from train.loop import Hook, Progress, fit
 from train.optim import Schedule
 from train.run_folder import (
     claim,
     environment,
     length_before,
+    read_config,
     settle,
     write_config,
     write_json,
@@ -83,6 +94,7 @@ class Session(Generic[Config]):
       mesh, dataset, epoch_steps, steps: devices, images, steps per epoch (not always whole) and in total.
       eval_batch: batch size of evaluations (after `compile`): the config's, or less for small splits.
       kernels, dtype: model fields that select its compute kernels, and its compute dtype.
+      per_call: most steps per call of the compiled train step; see `train.chunks`.
       stream, checkpoints: the training data (after `compile`) and the saved states (after `resume`).
       resumed: whether `resume` found a checkpoint.
       last_row: the row that `validate` returned last; empty before that.
@@ -121,6 +133,13 @@ class Session(Generic[Config]):
         # A model that was passed in keeps the kernels that its author chose.
         kernels = "plain" if "model" in self.own else config.kernels
         self.kernels, self.remark = make_kernels(kernels, config.mode, self.dtype)
+        # A run keeps the number that it began with, which other kernels would not choose.
+        if (self.out / "config.json").exists():
+            saved, _ = read_config(self.out, type(config))
+            config = dataclasses.replace(config, steps_per_call=saved.steps_per_call)
+        number = steps_per_call(config, self.dataset, self.kernels)
+        self.config = dataclasses.replace(self.config, steps_per_call=number)
+        self.per_call = 1 if config.mode == "pmap" else number
 
     def announce(self, what: str) -> None:
         """Print what is trained (`resnet20: 272,474 parameters`), on which devices and with which kernels."""
@@ -160,13 +179,17 @@ class Session(Generic[Config]):
         self.eval_batch = eval_batch_size(config.eval_batch, counts["validation"], largest)
         compiled_for = partial(compile_step, mesh=self.mesh, mode=config.mode)
         options = {} if pmap else compiler_options(self.dtype, plain=not self.kernels)
-        train_like = batch_like(config.batch, shape)
+        train_like: Any = batch_like(config.batch, shape)
+        layout: dict[str, Any] = {}
+        if self.per_call > 1:
+            step, layout = many_steps(step), {"layout": LAYOUT}
+            train_like = chunk_like(self.per_call, counts["train"], train_like)
         eval_like = batch_like(padded(self.eval_batch, self.mesh), shape, valid=True)
 
         # Compile in a separate thread while images are decoded: both release Python's global lock.
         compiler = ThreadPoolExecutor(1)
         try:
-            program = compiled_for(step, compiler_options={**options, **xla_options(config.xla)})
+            program = compiled_for(step, compiler_options={**options, **xla_options(config.xla)}, **layout)
             shapes = jax.eval_shape(lambda: state)
             tasks = [compile_in(compiler, program, shapes, train_like, pmap=pmap, xla=config.xla)]
             for evaluation, example in evaluations:
@@ -267,9 +290,20 @@ class Session(Generic[Config]):
         # If the run stops, name the newest checkpoint, so that the user knows where it would resume.
         began = time.perf_counter()
         try:
-            state = fit(step, state, self.stream, steps=self.steps, hooks=[*hooks, *every], log=progress.log)
+            state = fit(
+                step,
+                state,
+                self.stream,
+                steps=self.steps,
+                per_call=self.per_call,
+                hooks=[*hooks, *every],
+                log=progress.log,
+            )
             self.checkpoints.wait()
         except (RunError, jax.errors.JaxRuntimeError) as error:
+            if jax.process_count() == 1:
+                with suppress(RunError):
+                    self.checkpoints.wait()
             kept = self.checkpoints.steps
             where = f"; {self.out} keeps checkpoint {kept[-1]}" if kept else ""
             if isinstance(error, RunError):

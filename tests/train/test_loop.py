@@ -47,7 +47,7 @@ def test_steps_logs_and_hooks(start):
         itertools.count(start + 1),
         steps=7,
         hooks=[(every, lambda s, every=every: hooked[every].append(s.step)) for every in hooked],
-        log=lambda step, metrics: logged.append((step, metrics["loss"])),
+        log=lambda step, rows: logged.append((step, rows[0]["loss"])),
     )
     assert state.step == 7
     assert logged == [(n, float(n)) for n in range(start + 1, 8)]
@@ -98,7 +98,7 @@ def test_progress_writes_means_and_resumes_without_duplicates(tmp_path, capsys):
     path.write_text('{"step": 2, "loss": 9.0}\n{"step": 4, "loss": 9.0}\n{"step": 6, "lo')
     progress = Progress(path, start=2, steps=6, epoch_steps=2.0, batch=8, every=2)
     for step in range(3, 7):
-        progress.log(step, {"loss": float(step), "accuracy": 0.5})
+        progress.log(step, [{"loss": float(step), "accuracy": 0.5}])
     progress.close()
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert [(r["step"], r["loss"]) for r in rows] == [(2, 9.0), (4, 3.5), (6, 5.5)]
@@ -112,7 +112,7 @@ def test_disk_full_while_logging():
     progress = Progress(None, start=0, steps=2, epoch_steps=1.0, batch=1, every=1)
     progress.file = open("/dev/full", "a", buffering=1)  # noqa: SIM115
     with pytest.raises(RunError, match="cannot write /dev/full"):
-        progress.log(1, {"loss": 0.0, "accuracy": 0.0})
+        progress.log(1, [{"loss": 0.0, "accuracy": 0.0}])
     with pytest.raises(OSError):
         progress.file.close()
 

@@ -7,15 +7,16 @@ appears once per epoch, batches are always full, and a checkpoint only has to ke
 
 import math
 from collections.abc import Callable, Iterator
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, Protocol
 
 import grain
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from resnet_jax.parallel import Mode, batch_sharding, make_mesh, place, replicated, shard_batch
+from train.chunks import LAYOUT, Chunk
 from train.data.sources import Arrays, Encoded, Example, collate, decode_threads, image_shape
 from train.errors import UsageError
 
@@ -32,6 +33,10 @@ class Batches(Protocol):
     position: int
 
     def __next__(self) -> Batch: ...
+
+    def chunk(self, count: int, most: int) -> Chunk:
+        """The next `count` batches, for `train.chunks.many_steps` with up to `most` steps; only of images in memory."""
+        raise NotImplementedError
 
     def state(self) -> dict[str, Any]:
         """Return the position in the stream, for a checkpoint."""
@@ -120,11 +125,21 @@ class ResidentBatches(Batches):
         self.take = jax.jit(_take, out_shardings=self.sharding)
 
     def __next__(self) -> Batch:
-        indices = stream_indices(self.count, self.seed, self.position, self.batch).astype(np.int32)
-        self.position += self.batch
+        indices = self._indices(1)
         if self.local:
             indices = _own_part(indices).reshape(self.devices, -1)
         return self.take(self.arrays, place(indices, self.sharding))
+
+    def chunk(self, count: int, most: int) -> Chunk:
+        rows = np.zeros((most, self.batch), np.int32)
+        rows[:count] = self._indices(count).reshape(count, -1)
+        indices = place(rows, NamedSharding(self.sharding.mesh, LAYOUT["indices"]))
+        return {"arrays": self.arrays, "indices": indices, "count": np.int32(count)}
+
+    def _indices(self, batches: int) -> np.ndarray:
+        indices = stream_indices(self.count, self.seed, self.position, batches * self.batch).astype(np.int32)
+        self.position += batches * self.batch
+        return indices
 
 
 def _take(arrays: Batch, indices: jax.Array) -> Batch:
@@ -187,6 +202,20 @@ def eval_batches(source: Arrays | Encoded, *, batch: int, mesh: Mesh, mode: Mode
     else:
         for part in _decoded(example, batch, decode_threads(image_shape(source)), steps=steps):
             yield shard_batch(part, mesh, mode=mode)
+
+
+class EvalBatches:
+    """The batches of `eval_batches`, to iterate again and again; those of a split in memory stay on the device."""
+
+    def __init__(self, source: Arrays | Encoded, *, batch: int, mesh: Mesh, mode: Mode = "jit") -> None:
+        self.source = source
+        self.batches = partial(eval_batches, source, batch=batch, mesh=mesh, mode=mode)
+        self.kept: list[Batch] | None = None
+
+    def __iter__(self) -> Iterator[Batch]:
+        if self.kept is None and isinstance(self.source, Arrays):
+            self.kept = list(self.batches())
+        return self.batches() if self.kept is None else iter(self.kept)
 
 
 def _decoded(

@@ -150,11 +150,11 @@ def in_memory(dataset: Dataset, *, skip_broken: bool = False, limit: int = MEMOR
     Raises:
       UsageError: images that cannot be decoded (unless they are skipped), or that differ in size.
     """
-    encoded = {s: x for s, x in dataset.splits.items() if isinstance(x, Encoded) and not x.random_crop}
-    shapes = {split: image_shape(source) for split, source in encoded.items()}
-    if len({shape for shape in shapes.values() if any(shape)}) > 1:
+    encoded = _decoded_once(dataset)
+    shapes = {image_shape(source) for source in encoded.values()}
+    if len({shape for shape in shapes if any(shape)}) > 1:
         raise differ_in_size(f"the splits of {dataset.name}")
-    if sum(len(source) * math.prod(shapes[split]) for split, source in encoded.items()) > limit:
+    if _decoded_bytes(encoded) > limit:
         return dataset
     # Decode all splits before broken images are reported: the error names those of all.
     read = {split: decode_readable(source) for split, source in encoded.items()}
@@ -180,6 +180,21 @@ def _check_classes_left(
 
     if all(source.labels is not None for source in before.values()) and (lost := labels(before) - labels(after)):
         raise UsageError(f"no image of {shortened([classes[label] for label in sorted(lost)])} can be read")
+
+
+def fits_in_memory(dataset: Dataset, *, limit: int = MEMORY_LIMIT) -> bool:
+    """Whether the training images are in memory, or `in_memory` will decode them into it."""
+    encoded = _decoded_once(dataset)
+    return isinstance(dataset.train, Arrays) or ("train" in encoded and _decoded_bytes(encoded) <= limit)
+
+
+def _decoded_once(dataset: Dataset) -> dict[str, Encoded]:
+    """The encoded splits without random crops, which are decoded in every epoch."""
+    return {s: x for s, x in dataset.splits.items() if isinstance(x, Encoded) and not x.random_crop}
+
+
+def _decoded_bytes(encoded: dict[str, Encoded]) -> int:
+    return sum(len(source) * math.prod(image_shape(source)) for source in encoded.values())
 
 
 def _fingerprint(source: Arrays | Encoded) -> dict[str, Any]:
