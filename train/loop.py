@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from train.data.batches import Batches
 from train.errors import RunError
 from train.json_text import to_json
 from train.state import TrainState
@@ -29,7 +28,7 @@ Hook = tuple[int, Callable[[TrainState], None]]
 def fit(
     step: Step,
     state: TrainState,
-    data: Batches,
+    data: Any,
     *,
     steps: int,
     per_call: int = 1,
@@ -39,8 +38,9 @@ def fit(
     """Train until `state.step` is `steps`.
 
     Args:
-      per_call: most steps per call; above 1, `step` is made by `train.chunks.many_steps` and `data` has chunks. A call
-        ends where a hook is due.
+      data: an iterator of batches, see `train.data.batches.Batches`.
+      per_call: most steps per call, which ends early where a hook is due; above 1, `step` is made by
+        `train.chunks.many_steps`, and `data` has the chunks of `train.data.batches.ResidentBatches`.
       log: receives the metrics of each call's steps as floats, one call late; see `Log`.
 
     Raises:
@@ -119,9 +119,8 @@ def evaluate(
         raise ValueError("no examples were evaluated")
     columns = {name: [part[name] for part in jax.device_get(parts)] for name in parts[0]}
     pairs = np.concatenate(columns.pop("pairs"))
-    return summarize(
-        {**{name: np.sum(rows, axis=0, dtype=np.float64) for name, rows in columns.items()}, "pairs": pairs}
-    )
+    found: dict[str, Any] = {name: np.sum(rows, axis=0, dtype=np.float64) for name, rows in columns.items()}
+    return summarize({**found, "pairs": pairs})
 
 
 class Progress:

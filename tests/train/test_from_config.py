@@ -19,6 +19,8 @@ from tests.reference.nets import CLASSES, tiny
 from train import from_config as build
 from train import runtime
 from train.config import AugmentConfig, DataConfig, OptimConfig, TrainConfig
+from train.data.sets import Dataset
+from train.data.sources import Arrays, Encoded
 from train.errors import UsageError
 from train.state import init_variables
 
@@ -125,6 +127,43 @@ def test_kernels(case, monkeypatch):
     fields, remark = build.make_kernels(name, mode)
     assert message in remark and bool(message) == bool(remark)
     assert fields == ({"conv": onednn.Conv, "norm": onednn.BatchNorm, "max_pool": onednn.max_pool} if used else {})
+
+
+@pytest.mark.parametrize(
+    ("backend", "kernels", "source", "options", "number"),
+    [
+        ("cpu", True, "arrays", {}, 8),
+        ("cpu", False, "arrays", {}, 1),  # XLA's convolutions are slow in loops
+        ("gpu", False, "arrays", {}, 8),
+        ("gpu", False, "decoded into memory", {}, 8),
+        ("gpu", False, "too large", {}, 1),
+        ("gpu", False, "random crops", {}, 1),
+        ("gpu", False, "arrays", {"mode": "pmap"}, 1),
+        ("cpu", False, "arrays", {"steps_per_call": 3}, 3),
+        ("gpu", False, "too large", {"steps_per_call": 1}, 1),
+    ],
+)
+def test_steps_per_call(backend, kernels, source, options, number, monkeypatch):
+    """A rule of the config and the backend: never of a measured time."""
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    chosen = build.steps_per_call(TrainConfig(**options), dataset(source), {"conv": onednn.Conv} if kernels else {})
+    assert chosen == number
+
+
+def test_steps_per_call_needs_images_in_memory():
+    with pytest.raises(UsageError, match="--steps-per-call 4: the images of photos are not in memory"):
+        build.steps_per_call(TrainConfig(steps_per_call=4), dataset("too large"), {})
+
+
+def dataset(kind):
+    """A set whose training images are in memory, will be, or are not."""
+    small = Arrays(images=np.zeros((4, 8, 8, 3), np.uint8), labels=np.zeros(4, np.int32))
+    size = 40_000 if kind == "too large" else 8
+    encoded = Encoded(
+        read=None, name=str, indices=np.arange(4), size=size, channels=3, random_crop=kind == "random crops"
+    )
+    train = small if kind == "arrays" else encoded
+    return Dataset(name="photos", classes=("a", "b"), train=train, validation=small, test=small)
 
 
 def test_model_fields():

@@ -9,6 +9,7 @@ import time
 from functools import partial
 
 import jax
+import numpy as np
 import pytest
 
 from train.__main__ import main
@@ -19,6 +20,7 @@ from train.from_config import make_model, make_objective, make_state, make_tx, t
 from train.loop import read_rows
 from train.presets import PRESETS
 from train.run import run
+from train.run_folder import read_config
 from train.steps import train_step
 
 # A run of seconds: 20 batches of 64 in an epoch of the digits' 1,293 training images.
@@ -125,13 +127,41 @@ def short_config(out, **options):
     return TrainConfig(out=str(out), width=8, steps=12, batch=64, save_steps=4, eval_every=100, **options)
 
 
+def stop(state):
+    raise Interrupted
+
+
+@pytest.mark.parametrize("most", [pytest.param(1, marks=pytest.mark.slow), 3, pytest.param(8, marks=pytest.mark.slow)])
+def test_stopped_twice_with_several_steps_in_a_call(most, tmp_path, tfds_dir, one_device):
+    """Its checkpoints lie inside chunks, and so do the stops: bit-equal. The run keeps its number."""
+    config = short_config(tmp_path / "whole", kernels="plain", steps_per_call=most)
+    whole = run(config)
+    config = dataclasses.replace(config, out=str(tmp_path / "stopped"))
+    for at in (5, 10):
+        with pytest.raises(Interrupted):
+            run(config, hooks=[(at, stop)])
+        config = dataclasses.replace(config, steps_per_call=None)
+    assert run(config)["params_digest"] == whole["params_digest"]
+    assert read_config(tmp_path / "stopped", TrainConfig)[0].steps_per_call == most
+
+
+@pytest.mark.slow
+def test_first_update_does_not_depend_on_steps_per_call(tmp_path, tfds_dir, one_device):
+    states = []
+    for most in (1, 3, 8):
+        out = tmp_path / str(most)
+        run(
+            dataclasses.replace(short_config(out), steps=1, steps_per_call=most, kernels="plain"),
+            hooks=[(1, states.append)],
+        )
+    for state in states[1:]:
+        jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-7), state.params, states[0].params)
+
+
 @pytest.mark.slow
 def test_restores_from_eight_devices_to_one(tmp_path, tfds_dir, request):
     """A run that stops on 8 devices goes on, on one, to the result of one."""
     config = short_config(tmp_path / "eight")
-
-    def stop(state):
-        raise Interrupted
 
     with pytest.raises(Interrupted):
         run(config, hooks=[(10, stop)])

@@ -34,10 +34,6 @@ class Batches(Protocol):
 
     def __next__(self) -> Batch: ...
 
-    def chunk(self, count: int, most: int) -> Chunk:
-        """The next `count` batches, for `train.chunks.many_steps` with up to `most` steps; only of images in memory."""
-        raise NotImplementedError
-
     def state(self) -> dict[str, Any]:
         """Return the position in the stream, for a checkpoint."""
         return {"position": self.position}
@@ -131,6 +127,7 @@ class ResidentBatches(Batches):
         return self.take(self.arrays, place(indices, self.sharding))
 
     def chunk(self, count: int, most: int) -> Chunk:
+        """The next `count` batches, for `train.chunks.many_steps` with up to `most` steps."""
         rows = np.zeros((most, self.batch), np.int32)
         rows[:count] = self._indices(count).reshape(count, -1)
         indices = place(rows, NamedSharding(self.sharding.mesh, LAYOUT["indices"]))
