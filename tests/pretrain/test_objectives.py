@@ -11,7 +11,6 @@ import pytest
 from pretrain.objectives import OBJECTIVES, Views
 from resnet_jax import contrastive as c
 from tests.pretrain.test_steps import BATCH, B, assert_close, small
-from tests.reference.nets import quick_jit
 
 pytestmark = pytest.mark.usefixtures("unoptimised")
 
@@ -35,7 +34,7 @@ def gradients(name: str) -> Any:
     def loss(parts, labels):
         return small(name).loss(Views(*parts, labels, jnp.int32(0)), axis_name=None)
 
-    return quick_jit(jax.value_and_grad(loss))
+    return jax.jit(jax.value_and_grad(loss))
 
 
 def unit(x):
@@ -90,7 +89,7 @@ def test_options_reach_the_loss_and_the_memory():
     barlow = OBJECTIVES["barlow"].bind(scale=2.0, redundancy=0.5)
     dino = OBJECTIVES["dino"].bind(temperature=0.5, teacher_temperature=0.2, center_momentum=0.3)
 
-    @quick_jit
+    @jax.jit
     def both(views):
         scores = views.online["scores"], views.target["scores"], views.memory["center"]
         got = barlow.loss(views), dino.loss(views), dino.remember(views)["center"]
@@ -126,5 +125,5 @@ def test_assignments_of_swav_stand_still():
     views, scores = random_views(), random_views().online["scores"]
     _, (online, _, _) = gradients("swav")(views[:3], views.labels)
     for v in (0, 1):
-        want = (jax.nn.softmax(scores[v] / 0.1) - quick_jit(c.sinkhorn)(scores[1 - v])) / 0.1 / B / 2
+        want = (jax.nn.softmax(scores[v] / 0.1) - jax.jit(c.sinkhorn)(scores[1 - v])) / 0.1 / B / 2
         np.testing.assert_allclose(online["scores"][v], want, atol=1e-6)

@@ -24,7 +24,7 @@ from resnet_jax.layers import BatchNorm, conv
 from resnet_jax.masks import apply_masks, no_masks
 from resnet_jax.parallel import axis_of, compile_step, make_mesh, replicated, shard_batch
 from resnet_jax.tree import ema, is_kernel, leaves, map_with_path
-from tests.reference.nets import CLASSES, QUICK, quick_jit, tiny_tx
+from tests.reference.nets import CLASSES, tiny_tx
 
 pytestmark = pytest.mark.usefixtures("unoptimised")
 
@@ -152,7 +152,7 @@ def run(name: str, mode: str = "jit", devices: int = 1) -> Run:
         traces.append(mode)
         return contrastive_step(state, batch, **options_of(name, model), **kwargs)
 
-    step = compile_step(counted, mesh=mesh, mode=mode, compiler_options=QUICK if mode != "pmap" else None)
+    step = compile_step(counted, mesh=mesh, mode=mode)
     first = state = jax.device_put(init(small(name), model), replicated(mesh))
     states, history = [on_host(state)], []
     for _ in range(STEPS):
@@ -262,7 +262,7 @@ def test_byol_step_is_the_gradient_towards_a_target_that_stands_still():
     before, after, metrics = run("byol").states[1], run("byol").states[2], run("byol").metrics[1]
     model = run("byol").model
 
-    @quick_jit
+    @jax.jit
     def plain(state):
         flat = views_by_hand("byol", state.key, state.step)[0].reshape(-1, 8, 8, 3)
         target, target_stats = model.apply(state.ema, flat, train=True, predict=False, mutable=["batch_stats"])
@@ -305,7 +305,7 @@ def views_seen(name: str) -> Any:
     """`state -> Views`, the inputs of the objective in a step of the run on one device, by passes of their own."""
     model = run(name).model
 
-    @quick_jit
+    @jax.jit
     def compiled(state):
         images, target = [x.swapaxes(0, 1) for x in views_by_hand(name, state.key, state.step)], {}
         online, _ = outputs_of(model, state.variables, images)
@@ -324,7 +324,7 @@ def embeddings_by_hand(name: str, number: int) -> Views:
 @pytest.mark.parametrize("name", ["mocov2", "nnclr", "dino"])
 def test_losses_are_of_what_the_networks_make_of_the_views(name):
     views, metrics = embeddings_by_hand(name, 2), run(name).metrics[2]
-    loss = quick_jit(partial(small(name).loss, axis_name=None))(views)
+    loss = jax.jit(partial(small(name).loss, axis_name=None))(views)
     assert metrics["loss"] == pytest.approx(float(loss), rel=1e-4)
     # The probe learns from the network that is used afterwards.
     features = (views.target if name == "dino" else views.online)["features"][0]
@@ -348,7 +348,7 @@ def test_target_is_not_differentiated():
     state = state.replace(ema=jax.tree.map(lambda x: x + 0.1, state.ema))
     options = {**options_of("mocov2", model), "views": (identity, lambda key, image: 1 - image)}
 
-    @quick_jit
+    @jax.jit
     @jax.grad
     def gradient(both):
         new = state.replace(params=both[0], ema=both[1])
@@ -526,7 +526,7 @@ def test_passes_follow_one_another_in_the_statistics():
     model = network_of(small("simclr"))
     variables = variables_of(model)
     images = [jnp.asarray(BATCH["image"][:, None, :size, :size], jnp.float32) / 255 for size in (8, 4)]
-    go = quick_jit(partial(outputs_of, model))
+    go = jax.jit(partial(outputs_of, model))
     both, stats = go(variables, images)
     first, between = go(variables, images[:1])
     second, after = go({**variables, "batch_stats": between}, images[1:])
@@ -552,7 +552,7 @@ def spread_of(a, b):
 def test_similarities():
     """Of isotropic embeddings, against NumPy; of embeddings collapsed to zero and to a point."""
     rng = np.random.default_rng(0)
-    go = quick_jit(similarities)
+    go = jax.jit(similarities)
     a, b = rng.normal(size=(2, 200, 32)).astype(np.float32)
     got = {key: float(value) for key, value in go(a, b).items()}
     assert got == pytest.approx(spread_of(a, b), rel=1e-4, abs=1e-6)
@@ -570,7 +570,7 @@ def test_bfloat16_computes_low_and_keeps_float32():
     variables = {"params": state.params, "batch_stats": state.batch_stats}
     views = jax.eval_shape(partial(model.apply, train=False), variables, jnp.zeros((1, 8, 8, 3)))
     assert {x.dtype for x in views.values()} == {jnp.dtype(jnp.float32)}
-    state, metrics = quick_jit(partial(contrastive_step, **options_of("simclr", model)))(state, BATCH)
+    state, metrics = jax.jit(partial(contrastive_step, **options_of("simclr", model)))(state, BATCH)
     for leaf in jax.tree.leaves((state.params, state.batch_stats, state.probe, metrics)):
         assert leaf.dtype == jnp.float32 and np.isfinite(leaf).all()
     exact = run("simclr").metrics[0]
@@ -593,12 +593,12 @@ def test_features_of_the_whole_batch_in_order(mode):
         plain = feature_step(variables, batch, encoder=encoder, preprocess=normalize(0.5, 0.25), **options)
         return plain, view_step(variables, batch, encoder=encoder, views=views, **options)
 
-    compiled = compile_step(step, mesh=mesh, mode=mode, donate=False, compiler_options=QUICK if mode != "pmap" else {})
+    compiled = compile_step(step, mesh=mesh, mode=mode, donate=False)
     got = compiled(jax.device_put(variables, replicated(mesh)), shard_batch(ROWS, mesh, mode=mode))
     assert all(x.is_fully_replicated for x in jax.tree.leaves(got))
     plain, pair = jax.device_get(got)
 
-    @quick_jit
+    @jax.jit
     def by_hand(images):
         (both,) = make_views(views, jax.random.key(0), jnp.arange(B), images)
         normal = (images.astype(jnp.float32) / 255 - 0.5) / 0.25

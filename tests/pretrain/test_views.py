@@ -17,7 +17,6 @@ from pretrain.steps import contrastive_step
 from pretrain.views import make_views, view
 from resnet_jax import augment as aug
 from tests.pretrain.test_steps import Encoder
-from tests.reference.nets import quick_jit
 from train.config import from_dict
 from train.from_config import make_tx
 
@@ -34,7 +33,7 @@ def keys(count, seed=0):
 
 def drawn(views, count=8, image=IMAGE):
     """Views of one image under the same keys each, [count, H, W, C] by name, in one compiled call."""
-    every = quick_jit(lambda keys: {name: jax.vmap(lambda key, f=f: f(key, image))(keys) for name, f in views.items()})
+    every = jax.jit(lambda keys: {name: jax.vmap(lambda key, f=f: f(key, image))(keys) for name, f in views.items()})
     return {name: np.asarray(x) for name, x in every(keys(count)).items()}
 
 
@@ -127,7 +126,7 @@ def corner(key, image):
 
 IMAGES = RNG.integers(0, 256, (16, 8, 8, 3), dtype=np.uint8)
 VIEWS = (noise, noise, corner, corner)
-MAKE = quick_jit(partial(make_views, VIEWS))
+MAKE = jax.jit(partial(make_views, VIEWS))
 
 
 def test_views_of_one_size_come_as_one_array():
@@ -136,7 +135,7 @@ def test_views_of_one_size_come_as_one_array():
     large, small = MAKE(key, index, IMAGES)
     assert large.shape == (16, 2, 8, 8, 3) and small.shape == (16, 2, 4, 4, 3)
 
-    @quick_jit
+    @jax.jit
     def by_hand(images):
         return [
             jnp.stack([f(jax.random.fold_in(jax.random.fold_in(key, v), i), images[i]) for i in range(2)])

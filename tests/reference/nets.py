@@ -1,6 +1,5 @@
 """Tiny networks and states that the tests share, so that each is compiled once."""
 
-from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -11,14 +10,9 @@ from resnet_jax.layers import CifarStem
 from resnet_jax.resnet import BasicBlock, ResNet
 from resnet_jax.tree import leaves
 from train.optim import make_optimizer, make_schedule
-from train.runtime import known_options
 from train.state import TrainState, init_state, init_variables
 
 CLASSES = 4
-
-# Of a test that compiles more than it computes: XLA's older emitters, where this jaxlib has them, in half the time.
-QUICK = known_options({"xla_cpu_use_fusion_emitters": False})
-quick_jit = partial(jax.jit, compiler_options=QUICK)
 
 
 def tiny(**options: Any) -> ResNet:

@@ -9,7 +9,7 @@ from resnet_jax.mask_schedules import alternating, gradual, rigl
 from resnet_jax.masks import apply_masks, check_masks, make_masks, no_masks, pack, sparsity_of, unpack
 from resnet_jax.scores import magnitude
 from resnet_jax.tree import is_kernel, leaves, select
-from tests.reference.nets import Mlp, VisionTransformer, quick_jit, tiny
+from tests.reference.nets import Mlp, VisionTransformer, tiny
 
 pytestmark = pytest.mark.usefixtures("unoptimised")
 
@@ -20,13 +20,13 @@ NETS = {"resnet": tiny(), "mlp": Mlp(), "vit": VisionTransformer()}
 @pytest.mark.parametrize("name", ["mlp", *(pytest.param(name, marks=pytest.mark.slow) for name in ("vit", "resnet"))])
 def test_masks_and_schedules(name):
     """All scopes prune the exact number of all kernels; schedules end where they should; masks fit and are packed."""
-    params = quick_jit(NETS[name].init)(KEY, jnp.zeros((1, 8, 8, 3)))["params"]
+    params = jax.jit(NETS[name].init)(KEY, jnp.zeros((1, 8, 8, 3)))["params"]
     kernels = [path for path, chosen in leaves(select(params, is_kernel)).items() if chosen]
 
     def make(params, grads, masks, key, sparsity):
         return make_masks(magnitude(params), sparsity, masks=masks)
 
-    @quick_jit
+    @jax.jit
     def prune(params):
         by_scope = {s: make_masks(magnitude(params), 0.6, scope=s) for s in ("global", "uniform", "erk", "lamp")}
         schedules = {

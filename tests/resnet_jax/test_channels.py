@@ -16,7 +16,6 @@ from resnet_jax.masks import apply_masks, no_masks
 from resnet_jax.resnet import MODELS, BasicBlock, Bottleneck, PreActBlock, PreActBottleneck, ResNet
 from resnet_jax.scores import magnitude, norm_scale
 from resnet_jax.tree import PyTree, count, leaves, map_with_path
-from tests.reference.nets import quick_jit
 
 pytestmark = pytest.mark.usefixtures("unoptimised")
 
@@ -77,7 +76,7 @@ def masks_for(model: ResNet, params: PyTree, sparsity: float = 0.5, only: str = 
     """By magnitude, of the groups with `only` in their names; compiled, as operations one by one take far longer."""
     groups = [group for group in channel_groups(model, params) if only in group.name]
 
-    @quick_jit
+    @jax.jit
     def make(params: PyTree) -> PyTree:
         scores = channel_scores(magnitude(params), groups)
         return channel_masks(scores, sparsity, groups=groups, params=params, **options)
@@ -90,8 +89,8 @@ def masked(variables: PyTree, masks: PyTree) -> PyTree:
 
 
 def assert_same(model: ResNet, variables: PyTree, small: ResNet, small_variables: PyTree) -> None:
-    expected = quick_jit(model.apply)(variables, IMAGES)
-    actual = quick_jit(small.apply)(small_variables, IMAGES)
+    expected = jax.jit(model.apply)(variables, IMAGES)
+    actual = jax.jit(small.apply)(small_variables, IMAGES)
     assert np.abs(expected).max() > 0.05
     np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5)
 
@@ -135,7 +134,7 @@ def test_compact_trains_as_the_masked_network(name: str) -> None:
         return jnp.square(logits).mean(), updates["batch_stats"]
 
     def step(model: ResNet, variables: PyTree) -> Any:
-        run = quick_jit(jax.value_and_grad(partial(loss, model=model), has_aux=True))
+        run = jax.jit(jax.value_and_grad(partial(loss, model=model), has_aux=True))
         return run(variables["params"], variables)
 
     (expected, statistics), gradient = step(model, masked(variables, masks))
@@ -211,19 +210,19 @@ def test_which_channels_are_kept(scores: Any, sparsity: float, options: Any, exp
     groups, params = groups_of(*map(len, scores), copies=options.get("copies", 1))
     options = {name: value for name, value in options.items() if name != "copies"}
     by_group = {f"g{i}": jnp.array(row, jnp.float32) for i, row in enumerate(scores)}
-    make = quick_jit(lambda scores: channel_masks(scores, sparsity, groups=groups, params=params, **options))
+    make = jax.jit(lambda scores: channel_masks(scores, sparsity, groups=groups, params=params, **options))
     assert kept_of(make(by_group)) == expected
 
 
 def test_removed_channels_stay_removed() -> None:
     groups, params = groups_of(4, 4)
     keep = partial(channel_masks, groups=groups, params=params, round_to=1)
-    make = quick_jit(keep)
+    make = jax.jit(keep)
     masks = make({"g0": jnp.array([0.0, 1, 2, 3]), "g1": jnp.ones(4)}, 0.25)
     scores = {"g0": jnp.array([9.0, 0, 5, 4]), "g1": jnp.array([1.0, 2, 3, 4])}
     assert kept_of(make(scores, 0.5, masks=masks)) == [[2, 3], [1, 2]]
     assert kept_of(make(scores, 0.0, masks=masks)) == [[1, 2, 3], [0, 1, 2]]
-    over_all = quick_jit(partial(keep, scope="global"))
+    over_all = jax.jit(partial(keep, scope="global"))
     assert kept_of(over_all(scores, 0.0, masks=masks)) == [[1, 2, 3], [0, 1, 2]]
 
 
@@ -233,7 +232,7 @@ def test_traced_sparsity_gives_one_trace() -> None:
     scores = {"g0": jnp.arange(20.0), "g1": jnp.arange(8.0)}
     traces = 0
 
-    @quick_jit
+    @jax.jit
     def make(sparsity: jax.Array, masks: PyTree) -> PyTree:
         nonlocal traces
         traces += 1

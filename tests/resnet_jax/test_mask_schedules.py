@@ -9,7 +9,6 @@ from resnet_jax.mask_schedules import alternating, cubic_sparsity, gradual, rigl
 from resnet_jax.masks import apply_masks, full_masks, make_masks, sparsity_of
 from resnet_jax.scores import magnitude
 from resnet_jax.tree import leaves, map_with_path
-from tests.reference.nets import quick_jit
 
 pytestmark = pytest.mark.usefixtures("unoptimised")
 
@@ -20,7 +19,7 @@ def by_magnitude(params, grads, masks, key, sparsity):
     return make_masks(magnitude(params), sparsity, masks=masks)
 
 
-AT_ONCE = quick_jit(by_magnitude)
+AT_ONCE = jax.jit(by_magnitude)
 
 
 def weights(step):
@@ -46,7 +45,7 @@ def run(remask, steps, masks, first=0):
     """The masks after each of `steps`, as `train_step` would have them; asserts a single trace."""
     traces, history = [], []
 
-    @quick_jit
+    @jax.jit
     def step(number, params, grads, masks):
         traces.append(1)
         return remask(number, apply_masks(params, masks), grads, masks, jax.random.fold_in(KEY, number))
@@ -172,7 +171,7 @@ def test_rigl_literally():
         "c": {"kernel": jnp.ones((1, 3))},
         "bias": jnp.zeros(2),
     }
-    step = quick_jit(rigl(end_step=100, every=10, fraction=0.5))
+    step = jax.jit(rigl(end_step=100, every=10, fraction=0.5))
     got = leaves(step(10, params, grads, masks, KEY))
     np.testing.assert_array_equal(got["a/kernel"].astype(int), [[1, 0, 1, 0], [1, 0, 1, 1]])
     # Of equally small ones the later goes, and nothing but a gradient of zero is there to grow.
@@ -212,7 +211,7 @@ def test_replaced_fraction_decays_by_a_cosine_and_counts_stay(grow):
 
 def test_random_growth_depends_on_the_key_alone():
     """Not on the gradients; a different key drops the same weights and grows different ones that were pruned."""
-    step = quick_jit(rigl(end_step=100, every=10, grow="random"))
+    step = jax.jit(rigl(end_step=100, every=10, grow="random"))
     params = apply_masks(weights(0), HALF)
     first, again = (step(10, params, weights(i), HALF, KEY) for i in (1, 2))
     other = step(10, params, weights(1), HALF, jax.random.key(1))

@@ -26,7 +26,6 @@ from resnet_jax.masks import (
     unpack,
 )
 from resnet_jax.tree import is_kernel, leaves, map_with_path
-from tests.reference.nets import quick_jit
 
 pytestmark = pytest.mark.usefixtures("unoptimised")
 
@@ -54,7 +53,7 @@ def draw(rng=RNG):
 @cache
 def compiled(**options):
     """`make_masks` with traced sparsity, compiled once for the same options."""
-    return quick_jit(lambda scores, sparsity, masks: make_masks(scores, sparsity, masks=masks, **options))
+    return jax.jit(lambda scores, sparsity, masks: make_masks(scores, sparsity, masks=masks, **options))
 
 
 def masks_of(scores, sparsity, *, masks=None, **options):
@@ -170,7 +169,7 @@ def test_traced_sparsity_is_the_concrete_one():
         (shares, {}),
         *((0.37, {"structure": structure, "prunable": is_first}) for structure in ("2:4", "2x1")),
     ]
-    concrete = quick_jit(lambda scores: [make_masks(scores, sparsity, **options) for sparsity, options in variants])
+    concrete = jax.jit(lambda scores: [make_masks(scores, sparsity, **options) for sparsity, options in variants])
     for (sparsity, options), want in zip(variants, concrete(scores), strict=True):
         jax.tree.map(np.testing.assert_array_equal, masks_of(scores, sparsity, **options), want)
 
@@ -275,7 +274,7 @@ def test_erk_is_the_rule_by_rounds(sparsity):
         assert (got * sizes).sum() / sizes.sum() == pytest.approx(sparsity, abs=1e-5)
 
 
-ERK = quick_jit(erk_shares, static_argnums=0)
+ERK = jax.jit(erk_shares, static_argnums=0)
 
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.5, 0.8])

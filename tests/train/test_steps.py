@@ -13,7 +13,7 @@ from resnet_jax.augment import normalize
 from resnet_jax.losses import LOSSES, smooth_labels
 from resnet_jax.masks import apply_masks
 from resnet_jax.tree import is_head, is_kernel, leaves, map_with_path
-from tests.reference.nets import CLASSES, batch_of, quick_jit, tiny, tiny_state, tiny_tx
+from tests.reference.nets import CLASSES, batch_of, tiny, tiny_state, tiny_tx
 from train.loop import evaluate
 from train.optim import make_optimizer
 from train.state import digest, init_state, init_variables
@@ -204,7 +204,7 @@ def test_evaluation_grows_with_the_batch_not_with_the_classes_squared(images):
     model = tiny(num_classes=classes)
     variables = init_variables(model, jax.random.key(0), images[0].shape[1:])
     batch = {**batch_of(images), "label": np.arange(count, dtype=np.int32) * 300, "valid": np.arange(count) < 13}
-    step = quick_jit(partial(eval_step, model=model)).lower(variables, batch).compile()
+    step = jax.jit(partial(eval_step, model=model)).lower(variables, batch).compile()
     used = step.memory_analysis()
     assert used.temp_size_in_bytes + used.output_size_in_bytes < 20 * 4 * count * classes < 4 * classes**2 / 10
     found = evaluate(step, variables, [batch, batch])

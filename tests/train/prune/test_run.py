@@ -18,7 +18,6 @@ from resnet_jax.masks import apply_masks, full_masks
 from resnet_jax.parallel import make_mesh
 from resnet_jax.resnet import MODELS, BasicBlock, ResNet
 from resnet_jax.tree import count, is_kernel, leaves
-from tests.reference.nets import QUICK
 from tests.train.test_run import Interrupted
 from train import session as session_module
 from train.__main__ import main as train_main
@@ -30,16 +29,13 @@ from train.prune.__main__ import main
 from train.prune.sparse_file import load_sparse, save_sparse
 from train.report import main as report_main
 from train.run_folder import load_state, read_config
-from train.runtime import known_options
 from train.state import init_variables
 from train.weights import load_masks
 
-# Two stages of one block for 8x8 digits; its few steps take longer to optimise than to compute.
+# Two stages of one block for 8x8 digits.
 TWO_BLOCKS = partial(ResNet, (1, 1), BasicBlock, stem=CifarStem)
-FAST = QUICK | known_options({"xla_backend_optimization_level": 0})
 NETWORK = ["--model", "two_blocks", "--width", "16"]
 ALIKE = ["--batch", "64", "--eval-every", "100", "--log-every", "1"]
-ALIKE += [part for name, value in FAST.items() for part in ("--xla", f"{name}={str(value).lower()}")]
 LAYERS = [
     "stage1_block1/conv1/kernel",
     "stage1_block1/conv2/kernel",

@@ -13,7 +13,7 @@ from resnet_jax.layers import BatchNorm
 from resnet_jax.losses import sigmoid_cross_entropy, softmax_cross_entropy
 from resnet_jax.masks import apply_masks, full_masks, kernels_except, no_masks, sparsity_of
 from resnet_jax.tree import leaves, map_with_path
-from tests.reference.nets import CLASSES, quick_jit, tiny
+from tests.reference.nets import CLASSES, tiny
 from train.errors import UsageError
 from train.prune.config import PruningConfig
 from train.prune.scoring import bind_score, in_step, neutral_forward, per_example_loss, prune_at_once, recalibrate
@@ -116,7 +116,7 @@ def test_shares_of_layers_grow_together(variables):
     """On the way to the final sparsity each layer is as far as all are: a schedule takes them along."""
     params = variables["params"]
     target, found = target_of(params, layers=("stage1=0.4", "conv1=0.9")), scores.magnitude(params)
-    select = quick_jit(target.select)
+    select = jax.jit(target.select)
     for progress in (0.0, 0.5, 1.0):
         masks = held(select(found, jnp.float32(0.75 * progress)))
         shares = {path: 1 - mask.mean() for path, mask in masks.items()}
@@ -131,7 +131,7 @@ def test_taylor_in_the_step_is_of_the_step_s_gradient(variables):
     params = variables["params"]
     grads = map_with_path(lambda path, w: jnp.cos(1e3 * w), params)
     masks = full_masks(params, kernels_except(["stem", "head"]))
-    found = quick_jit(in_step("taylor", target_of(params)))(params, grads, masks, jax.random.key(0), jnp.float32(0.75))
+    found = jax.jit(in_step("taylor", target_of(params)))(params, grads, masks, jax.random.key(0), jnp.float32(0.75))
     products = {path: np.abs(w * leaves(grads)[path]) for path, w in leaves(params).items() if path in LAYERS}
     kept_ones = np.concatenate([np.asarray(products[path])[mask] for path, mask in held(found).items()])
     gone = np.concatenate([np.asarray(products[path])[~mask] for path, mask in held(found).items()])
@@ -148,7 +148,7 @@ def test_channels_in_the_step_trace_once(variables, score):
         traces.append(1)
         return in_step(score, target)(*arguments)
 
-    made, masks = quick_jit(make), jax.tree.map(lambda x: jnp.ones(x.shape, bool), params)
+    made, masks = jax.jit(make), jax.tree.map(lambda x: jnp.ones(x.shape, bool), params)
     assert target.share(no_masks(params)) == target.share(masks) == 0
     for share in (0.25, 0.5):
         masks = made(params, params, masks, jax.random.key(0), jnp.float32(share))
@@ -170,16 +170,16 @@ def test_groups_that_are_excluded(variables):
 def test_loss_of_each_example(variables, batches):
     """Cross entropy of normalised images that are neither augmented nor mixed, by running statistics, unsmoothed."""
     loss = per_example_loss(tiny(), variables["batch_stats"], softmax_cross_entropy, PREPROCESS)
-    found = np.asarray(quick_jit(loss)(variables["params"], batches[0]))
-    logits = np.float64(quick_jit(partial(tiny().apply, train=False))(variables, normalised(batches[0])))
+    found = np.asarray(jax.jit(loss)(variables["params"], batches[0]))
+    logits = np.float64(jax.jit(partial(tiny().apply, train=False))(variables, normalised(batches[0])))
     probabilities = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
     assert found.shape == (4,)
     np.testing.assert_allclose(found, -np.log(probabilities[range(4), batches[0]["label"]]), rtol=1e-5)
     half = {name: x[:2] for name, x in batches[0].items()}
-    np.testing.assert_allclose(quick_jit(loss)(variables["params"], half), found[:2], rtol=1e-5)
+    np.testing.assert_allclose(jax.jit(loss)(variables["params"], half), found[:2], rtol=1e-5)
 
     sigmoid = per_example_loss(tiny(), variables["batch_stats"], sigmoid_cross_entropy, PREPROCESS)
-    found = np.asarray(quick_jit(sigmoid)(variables["params"], batches[0]))
+    found = np.asarray(jax.jit(sigmoid)(variables["params"], batches[0]))
     targets = np.eye(CLASSES)[batches[0]["label"]]
     want = -(targets * np.log(1 / (1 + np.exp(-logits))) + (1 - targets) * np.log(1 / (1 + np.exp(logits))))
     assert any(np.allclose(found, reduced, rtol=1e-4) for reduced in (want.sum(-1), want.mean(-1)))
@@ -206,7 +206,7 @@ def of_each_batch(variables, batches):
     """Batch statistics, without any memory of running ones: what an update adds to statistics of zero."""
     zero, momentum = jax.tree.map(jnp.zeros_like, variables["batch_stats"]), BatchNorm.keywords["momentum"]
     found, given = [], {"params": variables["params"], "batch_stats": zero}
-    update = quick_jit(partial(tiny().apply, train=True, mutable=["batch_stats"]))
+    update = jax.jit(partial(tiny().apply, train=True, mutable=["batch_stats"]))
     for batch in batches:
         _, new = update(given, normalised(batch))
         found.append({path: np.float64(x) / (1 - momentum) for path, x in leaves(new["batch_stats"]).items()})

@@ -19,7 +19,7 @@ from resnet_jax.parallel import axis_of, compile_step, make_mesh, replicated, sh
 from resnet_jax.resnet import BasicBlock, ResNet
 from resnet_jax.scores import magnitude
 from resnet_jax.tree import leaves, map_with_path
-from tests.reference.nets import CLASSES, QUICK, batch_of
+from tests.reference.nets import CLASSES, batch_of
 from train.optim import make_optimizer
 from train.state import TrainState, init_state, init_variables
 from train.steps import classify, train_step
@@ -55,7 +55,7 @@ def some(params, share=0.3):
     return map_with_path(lambda path, m: jnp.asarray(rng.random(m.shape) > share) if m.ndim else m, full_masks(params))
 
 
-@partial(jax.jit, compiler_options=QUICK)
+@jax.jit
 def every_channel(params):
     scores = {group.name: jnp.ones(group.size) for group in GROUPS}
     return channel_masks(scores, 0.0, groups=GROUPS, params=params, round_to=1)
@@ -83,7 +83,7 @@ def history(tx, masks, batch, *, steps=STEPS, mode="jit", devices=1, **options):
         traces.append(mode)
         return train_step(state, batch, model=net(axis_name=axis_of(mode)), tx=tx, **options, **kwargs)
 
-    step = compile_step(counted, mesh=mesh, mode=mode, compiler_options=None if mode == "pmap" else QUICK)
+    step = compile_step(counted, mesh=mesh, mode=mode)
     state = jax.device_put(state_of(tx, masks, ema="ema_decay" in options), replicated(mesh))
     states, metrics = [on_host(state)], []
     for _ in range(steps):
@@ -246,7 +246,7 @@ def gradient(state, batch):
         logits, _ = net().apply(variables, x, train=True, mutable=["batch_stats"])
         return softmax_cross_entropy(logits, jax.nn.one_hot(batch["label"], CLASSES)).mean()
 
-    return arrays(jax.jit(jax.grad(loss), compiler_options=QUICK)(state.params))
+    return arrays(jax.jit(jax.grad(loss))(state.params))
 
 
 def norm(tree):
