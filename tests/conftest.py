@@ -17,20 +17,13 @@ CACHE = ROOT / ".pytest_cache" / "jax" / os.environ.get("PYTEST_XDIST_WORKER", "
 FLAGS = ["--xla_cpu_parallel_codegen_split_count=1"]
 FLAGS += ["--xla_cpu_use_fusion_emitters=false"] if jax.__version_info__ < (0, 11) else []
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS])
+jax.config.update("jax_disable_most_optimizations", True)
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Nets that several tests, or several processes of one test, compile are compiled once.
 jax.config.update("jax_compilation_cache_dir", str(CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
-
-
-@pytest.fixture(scope="module")
-def unoptimised():
-    """For files whose tests compile more than they compute: XLA leaves most of its optimisations out."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def on_one_device():
@@ -70,7 +63,7 @@ def command(tfds_dir):
         "TFDS_DATA_DIR": str(tfds_dir),
         "JAX_COMPILATION_CACHE_DIR": str(CACHE),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "true",  # as `unoptimised`
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "true",
     }
 
     def run(*arguments, start=False, before=(), env=()):

@@ -22,8 +22,6 @@ from train.prune import presets as prune_presets
 from train.prune.config import PruneConfig, Schedule
 from train.run import run
 
-pytestmark = pytest.mark.usefixtures("unoptimised")
-
 # For each program: its presets, the default one, and the class of its configs.
 KINDS = {
     "train": (PRESETS, "digits", TrainConfig),

@@ -12,8 +12,6 @@ from pretrain.objectives import OBJECTIVES, Views
 from resnet_jax import contrastive as c
 from tests.pretrain.test_steps import BATCH, B, assert_close, small
 
-pytestmark = pytest.mark.usefixtures("unoptimised")
-
 
 def random_views(seed=0):
     rng = np.random.default_rng(seed)

@@ -34,7 +34,7 @@ from train.report import main as train_report
 from train.run import run as train_run
 from train.weights import load_weights, read_state_dict
 
-pytestmark = pytest.mark.usefixtures("unoptimised", "one_device")
+pytestmark = pytest.mark.usefixtures("one_device")
 
 # This takes seconds without colour operations, which compile longest.
 QUICK = ["--width", "8", "--steps", "60", "--batch", "64", "--eval-every", "2", "--log-every", "10"]
@@ -55,7 +55,7 @@ def one_device():
 
 
 @pytest.fixture(scope="module")
-def finished(unoptimised, one_device, tfds_dir, tmp_path_factory):
+def finished(one_device, tfds_dir, tmp_path_factory):
     """(stdout, stderr, run folder) of one quick run."""
     out = tmp_path_factory.mktemp("pretrained") / "quick"
     with contextlib.redirect_stdout(io.StringIO()) as said, contextlib.redirect_stderr(io.StringIO()) as told:

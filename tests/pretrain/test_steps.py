@@ -26,8 +26,6 @@ from resnet_jax.parallel import axis_of, compile_step, make_mesh, replicated, sh
 from resnet_jax.tree import ema, is_kernel, leaves, map_with_path
 from tests.reference.nets import CLASSES, tiny_tx
 
-pytestmark = pytest.mark.usefixtures("unoptimised")
-
 B, STEPS, FEATURES = 16, 3, 8
 MODES = ("jit", "pmap", "shard_map")
 MOMENTUM = 0.9

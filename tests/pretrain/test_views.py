@@ -20,8 +20,6 @@ from tests.pretrain.test_steps import Encoder
 from train.config import from_dict
 from train.from_config import make_tx
 
-pytestmark = pytest.mark.usefixtures("unoptimised")
-
 RNG = np.random.default_rng(0)
 IMAGE = RNG.random((10, 10, 3), np.float32)
 PLAIN = {"flip": False, "jitter": (0, 0, 0, 0), "grayscale": 0, "mean": 0.0, "std": 1.0}  # the crop alone

@@ -11,8 +11,6 @@ from resnet_jax.scores import magnitude
 from resnet_jax.tree import is_kernel, leaves, select
 from tests.reference.nets import Mlp, VisionTransformer, tiny
 
-pytestmark = pytest.mark.usefixtures("unoptimised")
-
 KEY = jax.random.key(0)
 NETS = {"resnet": tiny(), "mlp": Mlp(), "vit": VisionTransformer()}
 

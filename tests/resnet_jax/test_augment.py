@@ -18,8 +18,6 @@ from resnet_jax import augment as A
 from resnet_jax import auto_augment as AA
 from resnet_jax import mix as M
 
-pytestmark = pytest.mark.usefixtures("unoptimised")
-
 CASES = {
     "normalize": {"mean": 0.5, "std": 0.25},
     "random_crop": {"padding": 3, "mode": "reflect"},

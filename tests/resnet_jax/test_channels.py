@@ -17,8 +17,6 @@ from resnet_jax.resnet import MODELS, BasicBlock, Bottleneck, PreActBlock, PreAc
 from resnet_jax.scores import magnitude, norm_scale
 from resnet_jax.tree import PyTree, count, leaves, map_with_path
 
-pytestmark = pytest.mark.usefixtures("unoptimised")
-
 
 def net(block: Any, stages: tuple[int, ...] = (1, 1), **options: Any) -> ResNet:
     return ResNet(stages, block, **({"num_classes": 4, "width": 16, "stem": CifarStem} | options))

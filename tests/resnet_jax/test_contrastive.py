@@ -24,8 +24,6 @@ from resnet_jax import contrastive as c
 from resnet_jax.parallel import compile_step, make_mesh, mean_over, replicated, shard_batch, vary
 from tests.reference.nets import assert_near
 
-pytestmark = pytest.mark.usefixtures("unoptimised")
-
 B, D, K, NEGATIVES = 8, 4, 5, 12  # examples, dimensions, prototypes
 SCORES = ("scores", "student", "teacher", "center")
 

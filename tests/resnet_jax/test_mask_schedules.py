@@ -10,8 +10,6 @@ from resnet_jax.masks import apply_masks, full_masks, make_masks, sparsity_of
 from resnet_jax.scores import magnitude
 from resnet_jax.tree import leaves, map_with_path
 
-pytestmark = pytest.mark.usefixtures("unoptimised")
-
 KEY = jax.random.key(0)
 
 

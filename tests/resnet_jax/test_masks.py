@@ -27,8 +27,6 @@ from resnet_jax.masks import (
 )
 from resnet_jax.tree import is_kernel, leaves, map_with_path
 
-pytestmark = pytest.mark.usefixtures("unoptimised")
-
 RNG = np.random.default_rng(0)
 PROPERTY = settings(max_examples=30, deadline=None, derandomize=True)
 SCOPES = ("global", "uniform", "erk", "lamp")

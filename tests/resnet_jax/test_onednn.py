@@ -33,8 +33,6 @@ def needs_onednn(request):
         pytest.skip(missing())
 
 
-pytestmark = pytest.mark.usefixtures("unoptimised")
-
 FAST = {"conv": onednn.Conv, "norm": onednn.BatchNorm, "max_pool": onednn.max_pool}
 
 # (batch, height, width, channels, features, kernel, strides, groups)

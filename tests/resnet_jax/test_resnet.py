@@ -17,8 +17,6 @@ from resnet_jax.resnet import MODELS, BasicBlock, Bottleneck, PreActBlock, PreAc
 from resnet_jax.tree import PyTree, count, leaves, map_with_path
 from train.runtime import compiler_options
 
-pytestmark = pytest.mark.usefixtures("unoptimised")
-
 COUNTS = {
     # num_params of https://docs.pytorch.org/vision/stable/models/resnet.html
     "resnet18": 11_689_512,

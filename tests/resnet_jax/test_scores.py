@@ -12,8 +12,6 @@ from resnet_jax.losses import softmax_cross_entropy
 from resnet_jax.scores import SCORES, fisher, magnitude, norm_scale, random, snip, synflow, taylor
 from resnet_jax.tree import leaves
 
-pytestmark = pytest.mark.usefixtures("unoptimised")
-
 BY_GRADIENTS = {"snip": snip, "taylor": taylor, "fisher": fisher}
 RNG = np.random.default_rng(0)
 

@@ -13,8 +13,6 @@ from resnet_jax.tree import leaves
 from tests.reference.make_golden import CLASSES, weights
 from tests.reference.make_timm_golden import NAMES, TIMM, images
 
-pytestmark = pytest.mark.usefixtures("unoptimised")
-
 # One of each kind of layer and of names; the others share them.
 BY_DEFAULT = {"resnetv2_50x1_bit", "legacy_seresnet50", "seresnet18"}
 

@@ -18,8 +18,6 @@ from resnet_jax.tree import leaves
 from tests.reference.make_golden import CASES, CLASSES, GOLDEN, batch, shallow, summary, torch_reference, weights
 from tests.reference.nets import assert_near
 
-pytestmark = pytest.mark.usefixtures("unoptimised")
-
 HAS_TORCH = importlib.util.find_spec("torch") is not None
 
 

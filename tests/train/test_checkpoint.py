@@ -18,10 +18,7 @@ from train.state import digest
 TX = tiny_tx()
 STEPS = (1, 2, 3, 4)
 # Orbax's reads of a damaged file report to an event loop that their failure has closed.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-    pytest.mark.usefixtures("unoptimised"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 
 @pytest.fixture(scope="module")

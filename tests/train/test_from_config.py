@@ -24,8 +24,6 @@ from train.data.sources import Arrays, Encoded
 from train.errors import UsageError
 from train.state import init_variables
 
-pytestmark = pytest.mark.usefixtures("unoptimised")
-
 NORMAL = AugmentConfig(mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
 IMAGE = np.random.default_rng(0).random((12, 12, 3), np.float32)
 FIELDS = {

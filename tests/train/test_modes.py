@@ -16,8 +16,6 @@ from tests.reference.nets import CLASSES, batch_of, tiny, tiny_state, tiny_tx
 from train.loop import evaluate
 from train.steps import classify, confusion_matrix, eval_step, train_step
 
-pytestmark = pytest.mark.usefixtures("unoptimised")
-
 MODES = ("jit", "pmap", "shard_map")
 STEPS = 3
 TX = tiny_tx()

@@ -17,8 +17,6 @@ from train.run_folder import load_state, read_config
 from train.state import digest
 from train.weights import load_masks, load_weights
 
-pytestmark = pytest.mark.usefixtures("unoptimised")
-
 OLD = Path(__file__).parents[1] / "reference" / "old_runs"
 
 

@@ -10,8 +10,6 @@ from resnet_jax.tree import is_head
 from train.errors import UsageError
 from train.optim import OPTIMIZERS, SCHEDULES, make_optimizer, make_schedule
 
-pytestmark = pytest.mark.usefixtures("unoptimised")
-
 PARAMS = {
     "stem": {"kernel": jnp.full((2, 2), 2.0), "bias": jnp.full((2,), 2.0)},
     "norm": {"scale": jnp.full((2,), 2.0)},

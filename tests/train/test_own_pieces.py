@@ -26,7 +26,7 @@ from train.run_folder import load_state
 from train.steps import classify
 from train.weights import load_weights
 
-pytestmark = pytest.mark.usefixtures("unoptimised", "one_device_for_all")
+pytestmark = pytest.mark.usefixtures("one_device_for_all")
 
 MODELS = {"mlp": Mlp(), "vit": VisionTransformer()}
 IN_TURN = ["mlp", pytest.param("vit", marks=pytest.mark.slow)]

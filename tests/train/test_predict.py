@@ -20,7 +20,7 @@ from train.run_folder import load_state
 from train.state import forward
 from train.weights import load_weights, read_state_dict
 
-pytestmark = pytest.mark.usefixtures("unoptimised", "one_device_for_all")
+pytestmark = pytest.mark.usefixtures("one_device_for_all")
 
 
 def config(out, **options):

@@ -26,8 +26,6 @@ from train.steps import train_step
 # A run of seconds: 20 batches of 64 in an epoch of the digits' 1,293 training images.
 QUICK = "digits --model resnet8 --width 8 --kernels plain --steps 45 --batch 64 --eval-every 1 --log-every 5"
 
-pytestmark = pytest.mark.usefixtures("unoptimised")
-
 
 def quick(out, *more):
     return [*QUICK.split(), "--out", str(out), *more]

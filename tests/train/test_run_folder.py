@@ -29,7 +29,7 @@ from train.run import run
 from train.run_folder import LOCK, load_state, lock, read_config, settle, unlocked, write_json
 from train.runtime import all_hosts
 
-pytestmark = pytest.mark.usefixtures("unoptimised", "one_device")
+pytestmark = pytest.mark.usefixtures("one_device")
 
 CLASSES = ("apple", "pear", "plum", "quince")
 

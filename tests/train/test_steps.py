@@ -19,8 +19,6 @@ from train.optim import make_optimizer
 from train.state import digest, init_state, init_variables
 from train.steps import classify, eval_step, train_step
 
-pytestmark = pytest.mark.usefixtures("unoptimised")
-
 TX = tiny_tx()
 STEP = jax.jit(partial(train_step, model=tiny(), tx=TX))
 GOLDEN = {"loss": 1.400973, "accuracy": 0.25, "grad_norm": 0.659943, "params_norm": 13.246058}

@@ -17,11 +17,11 @@ from train.bench.__main__ import main
 from train.bench.table import render
 from train.bench.tasks import TASKS
 
-pytestmark = pytest.mark.usefixtures("unoptimised", "quick_measuring")
+pytestmark = pytest.mark.usefixtures("quick_measuring")
 
 
 @pytest.fixture(scope="module")
-def timed(tmp_path_factory, unoptimised, quick_measuring):
+def timed(tmp_path_factory, quick_measuring):
     """The result of the toy task, with everything that it measures."""
     out, trace = tmp_path_factory.mktemp("bench"), tmp_path_factory.mktemp("trace")
     before = jax.config.jax_compilation_cache_dir, jax.config.jax_persistent_cache_min_compile_time_secs

@@ -13,7 +13,7 @@ from train.bench.__main__ import main
 from train.bench.compare import verdict
 from train.bench.table import render
 
-pytestmark = pytest.mark.usefixtures("unoptimised", "quick_measuring")
+pytestmark = pytest.mark.usefixtures("quick_measuring")
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from train.bench import prepared, work
 from train.bench.__main__ import main
 from train.errors import RunError
 
-pytestmark = pytest.mark.usefixtures("unoptimised", "quick_measuring")
+pytestmark = pytest.mark.usefixtures("quick_measuring")
 toy_main = partial(main, tasks=TOY)
 LINE = [*FLAGS, "--task", "toy"]
 

@@ -80,7 +80,7 @@ def flat(tree):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def small(tfds_dir, unoptimised):
+def small(tfds_dir):
     """Runs of this process are on one of its devices, and may be of the smaller network."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(MODELS, "two_blocks", TWO_BLOCKS)

@@ -20,8 +20,6 @@ from train.prune.scoring import bind_score, in_step, neutral_forward, per_exampl
 from train.prune.start import make_target
 from train.state import init_variables
 
-pytestmark = pytest.mark.usefixtures("unoptimised")
-
 IMAGE = (8, 8, 3)
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 PREPROCESS = normalize(MEAN, STD)

@@ -24,8 +24,6 @@ from train.optim import make_optimizer
 from train.state import TrainState, init_state, init_variables
 from train.steps import classify, train_step
 
-pytestmark = pytest.mark.usefixtures("unoptimised")
-
 MODES = ("jit", "pmap", "shard_map")
 STEPS = 6
 constant = optax.constant_schedule
