@@ -211,7 +211,8 @@ def test_objective_of_a_config(images):
     loss, (stats, metrics) = objective(variables, batch, rngs=rngs)
 
     labels = jax.nn.one_hot(batch["label"], CLASSES)
-    inputs, targets = mix(rngs["mix"], batch["image"], labels, mixup_alpha=0.3, cutmix_alpha=0.0)
+    mixed = jax.jit(partial(mix, mixup_alpha=0.3, cutmix_alpha=0.0))
+    inputs, targets = mixed(rngs["mix"], batch["image"], labels)
     logits = jax.jit(partial(tiny().apply, train=False))(variables, inputs)
     want = sigmoid_cross_entropy(logits, smooth_labels(targets, 0.2)).mean()
     assert float(loss) == pytest.approx(float(want), rel=1e-5)

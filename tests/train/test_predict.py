@@ -163,14 +163,20 @@ def test_folders_that_hold_no_run(trained, tmp_path, fails):
     assert "has no checkpoints yet" in fails(2, main, arguments)
 
 
-def test_run_on_images_that_are_not_square(tmp_path):
-    """The run keeps their shape, and brings other images to it."""
+def save_photographs(root, count, shape):
+    """A folder of two classes that colour tells apart."""
     rng = np.random.default_rng(0)
     for name, colour in {"blue": (40, 40, 200), "red": (200, 40, 40)}.items():
-        (tmp_path / "photos" / name).mkdir(parents=True)
-        for i in range(10):
-            pixels = np.clip(rng.normal(colour, 30, (12, 16, 3)), 0, 255).astype(np.uint8)
-            Image.fromarray(pixels).save(tmp_path / "photos" / name / f"{i}.png")
+        (root / name).mkdir(parents=True)
+        for i in range(count):
+            pixels = np.clip(rng.normal(colour, 30, shape), 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(root / name / f"{i}.png")
+    return root
+
+
+def test_run_on_images_that_are_not_square(tmp_path):
+    """The run keeps their shape, and brings other images to it."""
+    save_photographs(tmp_path / "photos", 10, (12, 16, 3))
     (tmp_path / "photos" / "red" / "notes.txt").touch()
     data = DataConfig(name=f"folder:{tmp_path / 'photos'}", validation=0.2)
     run(config(tmp_path / "run", data=data, batch=8, steps=12))
@@ -188,15 +194,7 @@ def test_run_on_images_that_are_not_square(tmp_path):
 
 @pytest.fixture(scope="module")
 def photographs(tmp_path_factory):
-    """A folder of two classes that colour tells apart."""
-    root = tmp_path_factory.mktemp("photographs")
-    rng = np.random.default_rng(0)
-    for name, colour in {"blue": (40, 40, 200), "red": (200, 40, 40)}.items():
-        (root / name).mkdir()
-        for i in range(24):
-            pixels = np.clip(rng.normal(colour, 30, (20, 24, 3)), 0, 255).astype(np.uint8)
-            Image.fromarray(pixels).save(root / name / f"{i}.png")
-    return root
+    return save_photographs(tmp_path_factory.mktemp("photographs"), 24, (20, 24, 3))
 
 
 def finetune(trained, photographs, out, init, **options):

@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from tests.reference.nets import Mlp, tiny, tiny_state, tiny_tx
+from tests.train.test_run import Interrupted
 from train.checkpoint import Checkpoints
 from train.config import AugmentConfig, DataConfig, OptimConfig, TrainConfig
 from train.data import load as load_data
@@ -49,10 +50,6 @@ def config_of(photos, out, **options):
     statistics = AugmentConfig(mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
     fields = {"steps": 4, "batch": 4, "eval_batch": 8, "augment": statistics, "optim": OptimConfig(lr=0.01)}
     return TrainConfig(out=str(out), data=DataConfig(name=f"folder:{photos}"), **fields | options)
-
-
-class Interrupted(Exception):
-    """Stands for whatever stops a process."""
 
 
 def interrupted(config):

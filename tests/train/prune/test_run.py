@@ -372,7 +372,6 @@ BAD_FOR_THE_NETWORK = {
     ),
 }
 REFUSED = {
-    "unmatched exclusion": (["--prune.exclude", "stage7"], BAD_FOR_THE_NETWORK["unmatched exclusion"][1]),
     "undivided": (["--prune.structure", "2:4", "--prune.exclude", "head"], BAD_FOR_THE_NETWORK["undivided"][1]),
     "rewinding": (
         ["--prune.schedule", "iterative"],
