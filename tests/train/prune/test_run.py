@@ -358,33 +358,23 @@ def test_early_weights_that_come_too_late(fails, tmp_path):
     assert not any(path.is_file() for path in (tmp_path / "run").rglob("*"))
 
 
+STAGE7 = "--prune.exclude stage7 matches none of the names "
 BAD_FOR_THE_NETWORK = {
     "everything excluded": ({"exclude": (".",)}, "nothing to prune: no leaf is prunable"),
     "all groups excluded": ({"structure": "channels", "exclude": (".",)}, "no channels to prune"),
-    "unmatched exclusion": ({"exclude": ("stage7",)}, "--prune.exclude stage7 matches none of the names head/kernel"),
-    "unmatched group": (
-        {"structure": "channels", "exclude": ("stage7",)},
-        "--prune.exclude stage7 matches none of the names stream",
-    ),
-    "undivided": (
-        {"structure": "2:4", "exclude": ("head",)},
-        "2:4 does not divide stem/conv/kernel of shape 3x3x1x16",
-    ),
+    "unmatched exclusion": ({"exclude": ("stage7",)}, STAGE7 + "head/kernel"),
+    "unmatched group": ({"structure": "channels", "exclude": ("stage7",)}, STAGE7 + "stream"),
+    "undivided": ({"structure": "2:4", "exclude": ("head",)}, "2:4 does not divide stem/conv/kernel of shape 3x3x1x16"),
 }
+OF_TRAINING = " has no effect on this pruning: the training after pruning is set by --prune.epochs"
 REFUSED = {
     "undivided": (["--prune.structure", "2:4", "--prune.exclude", "head"], BAD_FOR_THE_NETWORK["undivided"][1]),
     "rewinding": (
         ["--prune.schedule", "iterative"],
         "rewinding needs the early weights of a run that it trains itself: leave the run out",
     ),
-    "epochs": (
-        ["--epochs", "3"],
-        "--epochs has no effect on this pruning: the training after pruning is set by --prune.epochs",
-    ),
-    "rate": (
-        ["--optim.lr", "0.3"],
-        "--optim.lr has no effect on this pruning: the training after pruning is set by --prune.epochs",
-    ),
+    "epochs": (["--epochs", "3"], "--epochs" + OF_TRAINING),
+    "rate": (["--optim.lr", "0.3"], "--optim.lr" + OF_TRAINING),
 }
 
 
