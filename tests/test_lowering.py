@@ -35,8 +35,6 @@ from train.state import init_variables
 from train.steps import train_step
 from train.weights import save_encoder
 
-pytestmark = pytest.mark.usefixtures("unoptimised")
-
 BACKENDS = {"tpu": "tpu", "cuda": "gpu"}  # platforms of `jax.export`, and their names in `jax.default_backend()`
 # Code outside the module that it may call. Kernels of our own for one of these platforms would be listed here.
 CALLS = {"tpu": set(), "cuda": {"cu_threefry2x32_ffi"}}  # JAX's random numbers

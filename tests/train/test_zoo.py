@@ -28,7 +28,7 @@ from train.run import run, with_card
 from train.run_folder import load_state
 from train.weights import classes_of, dense_variables, find_weights, load_masks
 
-pytestmark = pytest.mark.usefixtures("unoptimised", "one_device_for_all")
+pytestmark = pytest.mark.usefixtures("one_device_for_all")
 
 NAME = "cifar10_resnet20"
 ROOT = Path(__file__).parent.parent.parent
