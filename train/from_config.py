@@ -25,7 +25,7 @@ from train.data.sets import Dataset, fits_in_memory, in_memory, load
 from train.data.sources import Arrays
 from train.errors import UsageError, unknown
 from train.optim import Schedule, make_optimizer, make_schedule
-from train.runtime import say
+from train.runtime import cache_root, say
 from train.state import TrainState, init_state, init_variables
 from train.steps import Objective, classify
 from train.weights import classes_of, load_masks, load_weights
@@ -46,7 +46,8 @@ def open_data(config: RunConfig) -> Dataset:
 
 def read_data(config: RunConfig, dataset: Dataset) -> Dataset:
     """Read an opened `Dataset` into memory, if it is small enough."""
-    return in_memory(dataset, skip_broken=config.data.broken == "skip")
+    root = cache_root(config.cache)
+    return in_memory(dataset, skip_broken=config.data.broken == "skip", cache=root and root / "decoded")
 
 
 def load_data(config: RunConfig) -> Dataset:

@@ -28,28 +28,39 @@ from train.paths import local_path
 M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
 
 
-def keep_compiled(folder: str = "auto") -> Path | None:
-    """Keep compiled programs in a folder, so that later runs reuse them; returns the folder, None if there is none.
+def cache_root(cache: str) -> Path | None:
+    """Folder of what `--cache` keeps: `auto` is `cache_folder()`; None for `none`, or if there is no home folder."""
+    if cache == "none":
+        return None
+    try:
+        return cache_folder() if cache == "auto" else local_path(cache)
+    except RuntimeError:
+        return None
 
-    `auto` is JAX's setting (JAX_COMPILATION_CACHE_DIR) if there is one, else a folder in `cache_folder()`/compiled for
-    this type of processor, as code compiled for one type may not run on a different one. `none` keeps nothing.
+
+def keep_compiled(cache: str = "auto") -> Path | None:
+    """Keep compiled programs for later runs in `cache_root`/compiled; returns their folder, None if there is none.
+
+    `auto` is JAX's setting (JAX_COMPILATION_CACHE_DIR) if there is one, else a folder for this type of processor, as
+    code compiled for one type may not run on a different one.
 
     Raises:
       UsageError: the folder cannot be created.
     """
-    if folder == "none":
-        _use(None)
-        return None
-    given = getattr(jax.config, "jax_compilation_cache_dir", None)
-    if folder == "auto" and given:
+    root, given = cache_root(cache), getattr(jax.config, "jax_compilation_cache_dir", None)
+    if cache == "auto" and given:
         return Path(given)
+    if root is None:
+        if cache == "none":
+            _use(None)
+        return None
+    path = root / "compiled" / (_processor() if cache == "auto" else "")
     try:
-        path = cache_folder() / "compiled" / _processor() if folder == "auto" else local_path(folder)
         path.mkdir(parents=True, exist_ok=True)
-    except (OSError, RuntimeError) as error:
-        if folder == "auto":
+    except OSError as error:
+        if cache == "auto":
             return None  # no writable home folder: every run compiles
-        raise UsageError(f"--cache {folder}: cannot create it: {getattr(error, 'strerror', error)}") from None
+        raise UsageError(f"--cache {cache}: cannot create it: {error.strerror}") from None
     _use(str(path))
     # By default JAX skips programs that compile in under a second, which is most of them on CPU.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)

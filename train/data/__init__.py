@@ -1,5 +1,6 @@
 """Image sets, from where they are stored to batches on the devices: `load` one by name, or make one `from_arrays`."""
 
-from train.data.sets import Dataset, from_arrays, load
+from train import lazy_names
 
-__all__ = ["Dataset", "from_arrays", "load"]
+# Loaded on first use: a process that only decodes images needs none of these.
+__all__, __getattr__ = lazy_names("train.data", {"sets": "Dataset from_arrays load"})

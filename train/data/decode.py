@@ -3,13 +3,14 @@
 import io
 import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
 
+Record = tuple[bytes | str, int]  # an encoded image, or the reason why it cannot be read, and its label
 Size = int | tuple[int, int] | None  # side of a square, (height, width), or None for the image's own
 
 TURNS = {
@@ -67,6 +68,19 @@ def decode_image(data: bytes, size: Size, channels: int, *, rng: np.random.Gener
             return to_pixels(file, size, channels, rng)
     except Exception as error:
         raise Unreadable(fault(error, data)) from None
+
+
+def decode_many(records: Sequence[Record], size: int | None, channels: int) -> list[tuple[np.ndarray | str, int]]:
+    """Decode (encoded image, label) pairs, also in a process of its own: a reason instead of unreadable pixels."""
+    silence_pillow()
+    return [(_decoded(data, size, channels), label) for data, label in records]
+
+
+def _decoded(data: bytes | str, size: int | None, channels: int) -> np.ndarray | str:
+    try:
+        return data if isinstance(data, str) else decode_image(data, size, channels)
+    except Unreadable as error:
+        return fault(error)
 
 
 def to_pixels(image: Image.Image, size: Size, channels: int, rng: np.random.Generator | None = None) -> np.ndarray:

@@ -221,6 +221,7 @@ def _split(folder: Path, classes: Sequence[str], size: int | None, passed: Passe
         size=size,
         channels=3,
         labels=np.asarray(labels),
+        files=files,
     )
 
 

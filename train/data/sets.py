@@ -13,12 +13,12 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 from PIL import Image
 
-from train.data import folder
+from train.data import decoded, folder
 from train.data.decode import channels_first, silence_pillow
 from train.data.prepare import prepare
 from train.data.sources import (
@@ -82,6 +82,7 @@ def load(
     random_crop: bool = False,
     broken: Literal["refuse", "skip"] = "refuse",
     memory_limit: int = MEMORY_LIMIT,
+    cache: Path | None = None,
 ) -> Dataset:
     """Load an image set by name, split three ways, into memory if it decodes to at most `memory_limit` bytes.
 
@@ -100,6 +101,7 @@ def load(
       broken: `refuse` or `skip` images that cannot be decoded. Of a folder with more than `MANY_FILES` that does not
         fit in memory, `refuse` finds them only when it decodes them; `skip` looks at all files first.
       memory_limit: see `in_memory`; 0 leaves everything encoded.
+      cache: see `in_memory`.
 
     Raises:
       UsageError: no such set, an empty or broken one, labels out of range.
@@ -139,13 +141,20 @@ def load(
         splits["train"] = replace(splits["train"], random_crop=True)
     images = {split: _fingerprint(source) for split, source in splits.items()}
     dataset = _checked(Dataset(name=name, classes=classes, passed_over=passed_over, images=images, **splits))
-    return dataset if memory_limit == 0 else in_memory(dataset, skip_broken=broken == "skip", limit=memory_limit)
+    return (
+        dataset
+        if memory_limit == 0
+        else in_memory(dataset, skip_broken=broken == "skip", limit=memory_limit, cache=cache)
+    )
 
 
-def in_memory(dataset: Dataset, *, skip_broken: bool = False, limit: int = MEMORY_LIMIT) -> Dataset:
+def in_memory(
+    dataset: Dataset, *, skip_broken: bool = False, limit: int = MEMORY_LIMIT, cache: Path | None = None
+) -> Dataset:
     """Decode a set's encoded splits into memory, if they take at most `limit` bytes together, else leave them.
 
-    Splits with random crops stay encoded: they are decoded again in every epoch.
+    Splits with random crops stay encoded: they are decoded again in every epoch. `cache` is a folder that keeps what
+    was decoded, so that the next call maps a file into memory instead; its arrays are read-only. None keeps nothing.
 
     Raises:
       UsageError: images that cannot be decoded (unless they are skipped), or that differ in size.
@@ -154,16 +163,24 @@ def in_memory(dataset: Dataset, *, skip_broken: bool = False, limit: int = MEMOR
     shapes = {image_shape(source) for source in encoded.values()}
     if len({shape for shape in shapes if any(shape)}) > 1:
         raise differ_in_size(f"the splits of {dataset.name}")
-    if _decoded_bytes(encoded) > limit:
+    if (size := _decoded_bytes(encoded)) > limit:
         return dataset
-    # Decode all splits before broken images are reported: the error names those of all.
-    read = {split: decode_readable(source) for split, source in encoded.items()}
-    broken = sorted(line for _, lines in read.values() for line in lines)
-    report_broken(broken, sum(map(len, encoded.values())), skip_broken)
-    decoded: dict[str, Any] = {split: stacked(read.pop(split)[0]) for split in encoded}
+    file = decoded.file_for(cache, dataset.name, encoded) if cache and size >= decoded.SMALLEST else None
+    kept = decoded.read(file) if file else None
+    if kept is not None:
+        arrays, broken = kept
+        report_broken(broken, sum(map(len, encoded.values())), skip_broken)
+    else:
+        # Decode all splits before broken images are reported: the error names those of all.
+        read = {split: decode_readable(source) for split, source in encoded.items()}
+        broken = sorted(line for _, lines in read.values() for line in lines)
+        report_broken(broken, sum(map(len, encoded.values())), skip_broken)
+        arrays = {split: stacked(read.pop(split)[0]) for split in encoded}
+        if file:
+            decoded.write(file, arrays, broken)
     if broken:
-        _check_classes_left(dataset.classes, encoded, decoded)
-    return _checked(replace(dataset, passed_over=(*dataset.passed_over, *broken), **decoded))
+        _check_classes_left(dataset.classes, encoded, arrays)
+    return _checked(replace(dataset, passed_over=(*dataset.passed_over, *broken), **cast(Any, arrays)))
 
 
 def _check_classes_left(
@@ -333,6 +350,7 @@ def _synthetic(size: int, count: int = 2048, classes: int = 10) -> tuple[tuple[s
 
 def _tfds(name: str, data_dir: Path | None, size: int | None) -> tuple[tuple[str, ...], dict[str, Any]]:
     import tensorflow_datasets as tfds
+    from tensorflow_datasets.proto import tf_example_pb2
 
     # Only `digits` can be prepared on demand: the others need TensorFlow and a download.
     root = data_dir or default_data_dir()
@@ -358,22 +376,29 @@ def _tfds(name: str, data_dir: Path | None, size: int | None) -> tuple[tuple[str
     known = [s for s in ("train", "validation", "test") if s in builder.info.splits]
     if "train" not in known:
         raise UsageError(f"{name} has no split named train (there: {', '.join(builder.info.splits)})")
-    undecoded = {image_key: tfds.decode.SkipDecoding()}
+    # TFDS's own parser takes as long as decoding a small image.
+    raw = tfds.decode.DeserializeMethod.RAW_BYTES
     try:
-        sources = {split: builder.as_data_source(split, decoders=undecoded) for split in known}
+        sources = {split: builder.as_data_source(split, deserialize_method=raw) for split in known}
     except NotImplementedError:
         raise UsageError(
             f"{folder} is stored in a format without random access: prepare it as array_record, "
             f"with 'python -m train.data prepare {name}' and a different --dir"
         ) from None
-    if "test" in sources and len(sources["test"]) and sources["test"][0][label_key] == -1:
+
+    def parsed(record: bytes) -> tuple[bytes, int]:
+        values = tf_example_pb2.Example.FromString(bytes(record)).features.feature
+        return values[image_key].bytes_list.value[0], values[label_key].int64_list.value[0]
+
+    if "test" in sources and len(sources["test"]) and parsed(sources["test"][0])[1] == -1:
         del sources["test"]  # ImageNet's test split has no labels, so it cannot be evaluated
 
     def encoded(split: str, records: Any) -> Encoded:
-        def content(position: int, record: dict[str, Any]) -> tuple[bytes, int]:
-            if not 0 <= record[label_key] < label.num_classes:
-                raise UsageError(f"label {record[label_key]} of image {position} of {name} {split} is out of range")
-            return record[image_key], record[label_key]
+        def content(position: int, record: bytes) -> tuple[bytes, int]:
+            data, number = parsed(record)
+            if not 0 <= number < label.num_classes:
+                raise UsageError(f"label {number} of image {position} of {name} {split} is out of range")
+            return data, number
 
         return Encoded(
             read=lambda position: content(position, records[position]),
@@ -382,8 +407,10 @@ def _tfds(name: str, data_dir: Path | None, size: int | None) -> tuple[tuple[str
             indices=np.arange(len(records)),
             size=size,
             channels=1 if image.shape[-1] == 1 else 3,
+            files=[*map(str, builder.info.splits[split].filepaths), *described],
         )
 
+    described = [str(folder / name) for name in ("dataset_info.json", "features.json")]
     return tuple(label.names), {split: encoded(split, records) for split, records in sources.items()}
 
 

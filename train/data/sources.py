@@ -5,18 +5,22 @@ import math
 import os
 import sys
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import BrokenExecutor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import chain
 from typing import Any
 
 import numpy as np
 
-from train.data.decode import Unreadable, decode_image, fault
+from train.data.decode import Record, Unreadable, decode_image, decode_many, fault
 from train.errors import UsageError
 
 Example = dict[str, Any]
 
 SMALL_IMAGE = 96 * 96  # pixels
+CHUNK = 256  # images that are decoded as one task
+MANY_IMAGES = 8192  # small images: with fewer, starting processes takes as long as they save
 
 
 class BrokenImage(UsageError):
@@ -60,6 +64,7 @@ class Encoded:
       random_crop: whether training crops a random box from the full image while decoding, instead of the centre.
       read_many: `read` for many positions at once, if that is faster than one by one.
       labels: label of each position, if known without reading.
+      files: paths of the files that hold the images, if known; their times and sizes tell whether the split changed.
     """
 
     read: Callable[[int], tuple[bytes, int]]
@@ -70,6 +75,7 @@ class Encoded:
     random_crop: bool = False
     read_many: Callable[[Sequence[int]], Sequence[tuple[bytes, int]]] | None = None
     labels: np.ndarray | None = None
+    files: Sequence[str] | None = None
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -85,7 +91,11 @@ class Encoded:
             data, label = self.read(position)
             return {"image": decode_image(data, self.size, self.channels, rng=box), "label": np.int32(label)}
         except (OSError, Unreadable) as error:
-            raise BrokenImage(f"cannot read image {self.name(position)}: {fault(error)}") from None
+            raise BrokenImage(self.broken_line(position, fault(error))) from None
+
+    def broken_line(self, position: int, reason: str) -> str:
+        """Say which image cannot be read, and why."""
+        return f"cannot read image {self.name(position)}: {reason}"
 
     def subset(self, indices: np.ndarray) -> "Encoded":
         return replace(self, indices=self.indices[indices])
@@ -103,25 +113,58 @@ def decode_all(source: Encoded, *, skip_broken: bool = False) -> Arrays:
 
 
 def decode_readable(source: Encoded) -> tuple[list[Example], list[str]]:
-    """Decode a split in threads to (its readable examples, a line for each broken image)."""
+    """Decode a split on all cores to (its readable examples, a line for each broken image)."""
 
-    def decode(indices: np.ndarray) -> tuple[list[Example], list[str]]:
-        part = source.subset(indices)
-        if part.read_many is not None:
-            positions = part.indices.tolist()
-            part = replace(part, read=dict(zip(positions, part.read_many(positions), strict=True)).__getitem__)
-        good, broken = [], []
-        for index in range(len(part)):
-            try:
-                good.append(part[index])
-            except BrokenImage as error:
-                broken.append(str(error))
-        return good, broken
+    def read(positions: list[int]) -> Sequence[Record]:
+        if source.read_many is not None:
+            return source.read_many(positions)
+        return [_record(source, position) for position in positions]
 
-    chunks = np.split(np.arange(len(source)), range(256, len(source), 256))
-    with ThreadPoolExecutor(decode_threads(image_shape(source))) as pool:
-        parts = list(pool.map(decode, chunks))
-    return [example for good, _ in parts for example in good], [line for _, broken in parts for line in broken]
+    chunks = [chunk.tolist() for chunk in np.split(source.indices, range(CHUNK, len(source), CHUNK))]
+    decode = partial(decode_many, size=source.size, channels=source.channels)
+    threads = decode_threads(image_shape(source))
+    if threads == 1 and len(source) >= MANY_IMAGES and (os.cpu_count() or 1) > 1:
+        parts = _in_processes(decode, chunks, read)
+    else:
+        with ThreadPoolExecutor(threads) as pool:
+            parts = list(pool.map(lambda chunk: decode(read(chunk)), chunks))
+    examples, broken = [], []
+    for position, (pixels, label) in zip(source.indices.tolist(), chain.from_iterable(parts), strict=True):
+        if isinstance(pixels, str):
+            broken.append(source.broken_line(position, pixels))
+        else:
+            examples.append({"image": pixels, "label": np.int32(label)})
+    return examples, broken
+
+
+def _record(source: Encoded, position: int) -> Record:
+    """Read an encoded image and its label, or the reason why it cannot be read."""
+    try:
+        return source.read(position)
+    except OSError as error:
+        return fault(error), -1
+
+
+def _in_processes(
+    decode: Callable[[Sequence[Record]], Any],
+    chunks: Sequence[list[int]],
+    read: Callable[[list[int]], Sequence[Record]],
+) -> list[Any]:
+    """Map `decode` over what `read` returns for each chunk: read here, a few chunks ahead, decoded in processes."""
+    # Unlike multiprocessing's, these processes do not import the user's script.
+    from joblib.externals.loky import ProcessPoolExecutor
+
+    count = os.cpu_count() or 1
+    parts: list[Any] = []
+    try:
+        with ProcessPoolExecutor(count) as pool:
+            for number, chunk in enumerate(chunks):
+                parts.append(pool.submit(decode, read(chunk)))
+                if number >= 3 * count:
+                    parts[number - 3 * count] = parts[number - 3 * count].result()
+            return [part.result() if isinstance(part, Future) else part for part in parts]
+    except BrokenExecutor:  # one was killed, as when memory runs out
+        return [decode(read(chunk)) for chunk in chunks]
 
 
 def collate(examples: Sequence[Example]) -> Example:
