@@ -141,7 +141,7 @@ class RunConfig:
     """Most steps in one compiled call, for images in memory (not in mode pmap). By default 8, but 1 for XLA's
     convolutions on CPU, which are slow in loops. A run keeps its number: others round differently."""
     cache: str = "auto"
-    """Folder to cache compiled programs in; auto is ~/.cache/resnet-jax/compiled, `none` disables the cache."""
+    """Folder to keep compiled programs and decoded sets in; auto is ~/.cache/resnet-jax, `none` keeps nothing."""
     sync_bn: bool = True
     """Compute batch statistics over all devices; False (not in mode jit) computes them per device."""
     distributed: str | None = None

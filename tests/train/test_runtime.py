@@ -28,7 +28,7 @@ def test_where_programs_are_kept(settings, monkeypatch, tmp_path):
     path = keep_compiled("auto")
     assert path.parent == tmp_path / "resnet-jax" / "compiled" and path.is_dir()
     assert jax.config.jax_compilation_cache_dir == str(path)
-    assert keep_compiled(str(tmp_path / "mine")) == tmp_path / "mine"
+    assert keep_compiled(str(tmp_path / "mine")) == tmp_path / "mine" / "compiled"
     (tmp_path / "file").touch()
     with pytest.raises(UsageError, match=r"--cache .*file/x: cannot create it: Not a directory"):
         keep_compiled(str(tmp_path / "file" / "x"))
@@ -81,7 +81,7 @@ def test_second_start_compiles_nothing(command, tmp_path):
         fields = ("--steps", 3, "--width", 8, "--seed", seed, "--cache", cache, "--out", tmp_path / str(seed))
         done = command("train", *fields, env={"XLA_FLAGS": ""})  # programs that compile too fast are not kept
         assert done.returncode == 0, done.stderr
-        return {path.name for path in cache.glob("*-cache")}
+        return {path.name for path in cache.glob("compiled/*-cache")}
 
     def programs(files):
         return {name.removesuffix("-cache").rpartition("-")[0] for name in files}

@@ -51,8 +51,8 @@ def _digest(value: Any) -> str:
     return hashlib.sha256(repr(value).encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
-def read(path: Path) -> tuple[dict[str, Arrays], list[str]] | None:
-    """Map (splits, a line for each image that could not be decoded) from a file; None if there is no usable one.
+def read(path: Path, name: str) -> tuple[dict[str, Arrays], list[str]] | None:
+    """Map (splits, a line for each image that could not be decoded) of the set `name`; None if there is no good file.
 
     Says on stderr if the file is damaged, or if the set has changed since it was decoded, whose file is then removed.
     """
@@ -67,7 +67,7 @@ def read(path: Path) -> tuple[dict[str, Arrays], list[str]] | None:
     except FileNotFoundError:
         stale = [p for p in path.parent.glob(f"{place}-*") if p.name.split("-")[1] != content]
         if stale:
-            print("note: the set has changed since it was decoded: decoding it again", file=sys.stderr)
+            print(f"note: {name} has changed since it was decoded: decoding it again", file=sys.stderr)
         _remove(stale)
         return None
     except OSError:

@@ -166,7 +166,7 @@ def in_memory(
     if (size := _decoded_bytes(encoded)) > limit:
         return dataset
     file = decoded.file_for(cache, dataset.name, encoded) if cache and size >= decoded.SMALLEST else None
-    kept = decoded.read(file) if file else None
+    kept = decoded.read(file, dataset.name) if file else None
     if kept is not None:
         arrays, broken = kept
         report_broken(broken, sum(map(len, encoded.values())), skip_broken)
