@@ -25,7 +25,7 @@ from train.data.sets import Dataset, fits_in_memory, in_memory, load
 from train.data.sources import Arrays
 from train.errors import UsageError, unknown
 from train.optim import Schedule, make_optimizer, make_schedule
-from train.runtime import cache_root, say
+from train.runtime import decoded_folder, say
 from train.state import TrainState, init_state, init_variables
 from train.steps import Objective, classify
 from train.weights import classes_of, load_masks, load_weights
@@ -41,13 +41,13 @@ DEFAULTS: dict[str, Any] = {field.name: field.default for field in dataclasses.f
 def open_data(config: RunConfig) -> Dataset:
     """Open the config's `Dataset`, images encoded as stored; `read_data` decodes what fits in memory."""
     fields = dataclasses.asdict(config.data)
-    return load(fields.pop("name"), **fields, memory_limit=0)
+    return load(fields.pop("name"), **fields, memory_limit=0, cache=decoded_folder(config.cache))
 
 
 def read_data(config: RunConfig, dataset: Dataset) -> Dataset:
     """Read an opened `Dataset` into memory, if it is small enough."""
-    root = cache_root(config.cache)
-    return in_memory(dataset, skip_broken=config.data.broken == "skip", cache=root and root / "decoded")
+    skip = config.data.broken == "skip"
+    return in_memory(dataset, skip_broken=skip, cache=decoded_folder(config.cache))
 
 
 def load_data(config: RunConfig) -> Dataset:

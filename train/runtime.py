@@ -38,6 +38,12 @@ def cache_root(cache: str) -> Path | None:
         return None
 
 
+def decoded_folder(cache: str) -> Path | None:
+    """Folder of decoded sets, see `train.data.decoded`; None keeps none."""
+    root = cache_root(cache)
+    return root and root / "decoded"
+
+
 def keep_compiled(cache: str = "auto") -> Path | None:
     """Keep compiled programs for later runs in `cache_root`/compiled; returns their folder, None if there is none.
 

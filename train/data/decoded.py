@@ -32,8 +32,9 @@ def file_for(folder: Path, name: str, splits: Mapping[str, Encoded]) -> Path | N
     The path changes with the set's content (size and time of each file), with the images of each split and their
     order, with the shape that they are decoded to, and with what decodes them.
     """
-    if any(source.files is None for source in splits.values()):
+    if not splits or any(source.files is None for source in splits.values()):
         return None
+    splits = dict(sorted(splits.items()))
     files = list(dict.fromkeys(file for source in splits.values() for file in source.files or ()))
     try:
         stats = map(os.stat, files)
@@ -45,6 +46,12 @@ def file_for(folder: Path, name: str, splits: Mapping[str, Encoded]) -> Path | N
     form = [(split, x.size, x.channels, x.indices.tobytes(), labels[split]) for split, x in splits.items()]
     decoder = PIL.__version__, Path(decode.__file__).read_bytes()
     return folder / "-".join(map(_digest, (place, content, (form, decoder))))
+
+
+def exists(folder: Path, name: str, splits: Mapping[str, Encoded]) -> bool:
+    """Whether the set's decoded splits are in `folder`."""
+    file = file_for(folder, name, splits)
+    return file is not None and file.is_file()
 
 
 def _digest(value: Any) -> str:

@@ -121,16 +121,18 @@ def load(
         count = sum(map(len, splits.values()))
         decoded_once = image_size is not None and count * 3 * image_size**2 <= MEMORY_LIMIT and not random_crop
         # What is decoded once is checked by that, and opening millions of files takes many minutes.
-        if broken == "skip" or image_size is None or not (decoded_once or count > MANY_FILES):
+        checked = broken != "skip" and image_size is not None and (decoded_once or count > MANY_FILES)
+        if not checked and cache and not random_crop:
+            # A kept set has been checked, and if no image was left out, the same images are its key.
+            checked = decoded.exists(cache, name, _divided(splits, validation, split_seed, fraction))
+        if not checked:
             whole = splits
             splits, lines = folder.check(name, whole, skip_broken=broken == "skip")
             _check_classes_left(classes, whole, splits)
             passed_over += tuple(lines)
     else:
         classes, splits = _tfds(name, local_path(dir) if dir else None, image_size)
-    splits = _complete(splits, validation, split_seed)
-    if fraction < 1:
-        splits["train"] = splits["train"].subset(share_of(known_labels(splits["train"]), fraction, split_seed))
+    splits = _divided(splits, validation, split_seed, fraction)
     if random_crop:
         if image_size is None:
             raise UsageError("--data.random-crop needs --data.image-size, the side that boxes are resized to")
@@ -314,8 +316,17 @@ def known_labels(source: Arrays | Encoded) -> np.ndarray:
     return np.array([label for chunk in chunks for _, label in read_many(chunk)])
 
 
+def _divided(splits: dict[str, Any], validation: float, seed: int, fraction: float) -> dict[str, Any]:
+    """Make train, validation and test splits from those that a set has, with a fraction of the training images."""
+    splits = _complete(splits, validation, seed)
+    if fraction < 1:
+        splits["train"] = splits["train"].subset(share_of(known_labels(splits["train"]), fraction, seed))
+    return splits
+
+
 def _complete(splits: dict[str, Any], fraction: float, seed: int) -> dict[str, Any]:
     """Make train, validation and test splits from those that a set has."""
+    splits = dict(splits)
     if "test" not in splits and "validation" in splits:
         # A lone held-out split (ImageNet's "validation") is what results are reported on: the test split.
         splits["test"] = splits.pop("validation")

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from train.config import DataConfig, TrainConfig
-from train.data import decoded, sets, sources
+from train.data import decoded, folder, sets, sources
 from train.data.sets import load
 from train.errors import UsageError
 from train.from_config import load_data
@@ -71,6 +71,7 @@ def test_second_call_decodes_nothing(name, pets, cache, tfds_dir, monkeypatch, c
     assert not cache.exists()
     first = load(call[0], **call[1], cache=cache)
     monkeypatch.setattr(sets, "decode_readable", fails)
+    monkeypatch.setattr(folder, "_look", fails)
     second = load(call[0], **call[1], cache=cache)
     assert same(fresh, first) and same(fresh, second) and len(files(cache)) == 1
     assert not second.train.images.flags.writeable and second.train.images.ctypes.data % 64 == 0
@@ -140,6 +141,17 @@ def test_broken_images_keep_their_list(pets, cache, capsys, monkeypatch):
     assert same(load(f"folder:{pets}", broken="skip", cache=cache), first)
     assert "dog/2.png" in first.passed_over[0] and capsys.readouterr().err == said
     with pytest.raises(UsageError, match=r"1 of 12 images cannot be decoded: .*2\.png"):
+        load(f"folder:{pets}", cache=cache)
+
+
+def test_files_that_cannot_be_opened_are_looked_at_every_time(pets, cache, capsys):
+    (pets / "dog" / "2.png").write_bytes(b"text")
+    said = set()
+    for _ in range(2):
+        assert load(f"folder:{pets}", broken="skip", cache=cache).passed_over == (f"{pets}/dog/2.png: not an image",)
+        said.add(capsys.readouterr().err)
+    assert len(said) == 1
+    with pytest.raises(UsageError, match="1 of 12 images cannot be decoded"):
         load(f"folder:{pets}", cache=cache)
 
 
