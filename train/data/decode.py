@@ -126,7 +126,7 @@ def to_mode(image: Image.Image, mode: str) -> Image.Image:
         alpha, brightness = np.asarray(image.getchannel("A")), np.asarray(on_black.convert("L"))
         hidden = np.min(alpha, initial=255) == 0 < np.max(alpha, initial=0) and np.max(brightness, initial=0) < 16
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image) if hidden else on_black
-    return image.convert(mode)
+    return image if image.mode == mode else image.convert(mode)  # `convert` would copy it
 
 
 def to_8_bits(values: np.ndarray) -> np.ndarray:

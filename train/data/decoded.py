@@ -95,19 +95,20 @@ def read(path: Path, name: str) -> tuple[dict[str, Arrays], list[str]] | None:
 
 
 def write(path: Path, splits: Mapping[str, Arrays], broken: Sequence[str]) -> None:
-    """Write splits to a file in one piece, after making room for it; says on stderr if that is impossible."""
+    """Write splits to a file in one piece, after making room for it; says on stderr if the folder takes none."""
     header = json.dumps({"shapes": {split: x.images.shape for split, x in splits.items()}, "broken": broken}).encode()
     header += b" " * (-(len(header) + 10) % 64) + b"\n"  # JAX can use aligned pixels in place
     parts = [memoryview(header)]
     for source in splits.values():
         parts += [np.ascontiguousarray(x).data for x in (source.images, source.labels.astype(np.int32))]
+    if (size := sum(part.nbytes for part in parts)) > CAPACITY:
+        return
     checksum = 0
     for part in parts:
         checksum = zlib.crc32(part, checksum)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if not _make_room(path.parent, sum(part.nbytes for part in parts)):
-            return
+        _make_room(path.parent, size)
         with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
             target = Path(scratch) / path.name
             with target.open("wb") as file:
@@ -118,20 +119,15 @@ def write(path: Path, splits: Mapping[str, Arrays], broken: Sequence[str]) -> No
         print(f"note: the decoded images are not kept in {path.parent}: {error.strerror}", file=sys.stderr)
 
 
-def _make_room(folder: Path, size: int) -> bool:
-    """Remove the least recently used files until one of `size` bytes fits; False if it never will."""
-    if size > CAPACITY:
-        return False
+def _make_room(folder: Path, size: int) -> None:
+    """Remove the least recently used files until one of `size` bytes fits."""
     with contextlib.suppress(OSError):  # another process may remove them too
-        files = sorted(
-            ((file, file.stat()) for file in folder.rglob("*") if file.is_file()), key=lambda x: x[1].st_mtime
-        )
-        excess = sum(stat.st_size for _, stat in files) + size - CAPACITY
-        for file, stat in files:
+        stats = {file: file.stat() for file in folder.rglob("*") if file.is_file()}
+        excess = sum(stat.st_size for stat in stats.values()) + size - CAPACITY
+        for file in sorted(stats, key=lambda file: stats[file].st_mtime):
             if excess > 0:
                 _remove([file])
-                excess -= stat.st_size
-    return True
+                excess -= stats[file].st_size
 
 
 def _remove(files: Sequence[Path]) -> None:

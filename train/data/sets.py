@@ -123,7 +123,7 @@ def load(
         # What is decoded once is checked by that, and opening millions of files takes many minutes.
         checked = broken != "skip" and image_size is not None and (decoded_once or count > MANY_FILES)
         if not checked and cache and not random_crop:
-            # A kept set has been checked, and if no image was left out, the same images are its key.
+            # If the decoded set is kept with all of these images, they were checked when it was decoded.
             checked = decoded.exists(cache, name, _divided(splits, validation, split_seed, fraction))
         if not checked:
             whole = splits
@@ -143,11 +143,9 @@ def load(
         splits["train"] = replace(splits["train"], random_crop=True)
     images = {split: _fingerprint(source) for split, source in splits.items()}
     dataset = _checked(Dataset(name=name, classes=classes, passed_over=passed_over, images=images, **splits))
-    return (
-        dataset
-        if memory_limit == 0
-        else in_memory(dataset, skip_broken=broken == "skip", limit=memory_limit, cache=cache)
-    )
+    if memory_limit == 0:
+        return dataset
+    return in_memory(dataset, skip_broken=broken == "skip", limit=memory_limit, cache=cache)
 
 
 def in_memory(

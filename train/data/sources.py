@@ -163,7 +163,7 @@ def _in_processes(
                 if number >= 3 * count:
                     parts[number - 3 * count] = parts[number - 3 * count].result()
             return [part.result() if isinstance(part, Future) else part for part in parts]
-    except BrokenExecutor:  # one was killed, as when memory runs out
+    except (BrokenExecutor, OSError):  # one was killed, as when memory runs out, or the system allows none
         return [decode(read(chunk)) for chunk in chunks]
 
 
