@@ -193,7 +193,10 @@ def test_field_cache(kept, pets, cache, monkeypatch):
         assert len(files(cache.parent / "mine" / "decoded")) == 1
 
 
-def test_processes_decode_what_threads_do(pets, monkeypatch):
+@pytest.mark.parametrize("allowed", [True, False])
+def test_processes_decode_what_threads_do(allowed, pets, monkeypatch):
+    if not allowed:  # as in a container without shared memory
+        monkeypatch.setattr("joblib.externals.loky.ProcessPoolExecutor", lambda count: os.stat("/nowhere"))
     (pets / "dog" / "2.png").write_bytes(b"text")
     source = load(f"folder:{pets}", image_size=8, memory_limit=0).train
     here = sources.decode_readable(source)
