@@ -61,8 +61,10 @@ def fit(
                 raise RunError(f"{' and '.join(bad)} at step {at} is not finite: {ADVICE}")
         log(last, rows)
 
+    most = 1  # the first call shows at once that the run works
     while number < steps:
-        count = min(per_call, steps - number, *(every - number % every for every, _ in hooks))
+        count = min(most, steps - number, *(every - number % every for every, _ in hooks))
+        most = per_call
         batch = next(data) if per_call == 1 else data.chunk(count, per_call)
         state, metrics = step(state, batch)
         number += count
