@@ -47,6 +47,16 @@ measure pretrain.bench "${cifar[@]}" --batch "$((wide / 2))"
 bench "${cifar[@]}" --batch "$wide" --task augment
 bench "${cifar[@]}" --batch "$wide" --task input
 
+if [ $# -gt 0 ]; then
+  say "the loop against its single step: several steps per call, validation and checkpoints every epoch"
+  loop=(--data.name cifar10 --data.dir "$1" --epochs 4)
+  [ -z "${SMALL:-}" ] || loop+=(--model resnet8 --width 8 --batch 64 --data.fraction 0.02 --epochs 2)
+  for steps in 8 32; do
+    python results/loop_rate.py 3 cifar10_resnet18_50ep "${loop[@]}" --steps-per-call "$steps" \
+      > "$out/loop_resnet18_cifar_$steps.json" || echo "FAILED: loop" | tee -a "$out/failed.txt"
+  done
+fi
+
 say "PyTorch on the same card: eager and compiled, channels_last, bf16"
 python -m tests.reference.torch_bench --compiled --blocks 5 "${cases[@]}" --result "$out/torch.json" || echo "FAILED: torch" | tee -a "$out/failed.txt"
 

@@ -82,6 +82,14 @@ def feeding() -> Iterator[str]:
         yield f"{bench['image_size']} px, batch {bench['batch']}, {fed} | {' | '.join(rates)} | {waits}"
 
 
+def loop() -> Iterator[str]:
+    yield "run | up to 8 steps per call, median (range) | one step per call"
+    for bench in runs("speed/loop_*"):
+        figures = (bench["over_single_step"][name] for name in ("run", "run_one_step_per_call"))
+        cells = " | ".join(f"{one['median']:.2f} ({one['min']:.2f}-{one['max']:.2f})" for one in figures)
+        yield f"`{bench['preset']}`, batch {bench['batch']}, {bench['epochs']:g} epochs | {cells}"
+
+
 def resnet18_50ep() -> Iterator[str]:
     yield "recipe | images | seed | validation | test | run"
     for name, recipe in {
@@ -175,7 +183,7 @@ def nt_xent() -> Iterator[str]:
 
 
 TABLES: dict[str, Callable[[], Iterator[str]]] = {
-    **{table.__name__: table for table in (presets, pretraining, torch_cpu, on_two_cores, feeding)},
+    **{table.__name__: table for table in (presets, pretraining, torch_cpu, on_two_cores, feeding, loop)},
     **{table.__name__: table for table in (resnet18_50ep, against_torch, digits, simclr, prune, prune_digits)},
     **{table.__name__: table for table in (half_of_channels, nt_xent)},
 }

@@ -25,6 +25,7 @@ __all__, __getattr__ = lazy_names(
     "train",
     {
         "checkpoint": "Checkpoints",
+        "chunks": "CHUNK_LAYOUT many_steps",
         "config": "AugmentConfig DataConfig OptimConfig TrainConfig",
         "data.batches": "eval_batches train_batches",
         "data.sets": "Dataset from_arrays",

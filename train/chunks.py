@@ -21,7 +21,7 @@ Chunk = dict[str, Any]
 """`arrays`: a split, {"image": uint8 [N, H, W, C], "label": int32 [N]}; `indices`: int32 [K, B], by step; `count`:
 int32 scalar, how many of the K steps to run, 1 to K."""
 
-LAYOUT = {"arrays": PartitionSpec(), "indices": PartitionSpec(None, AXIS), "count": PartitionSpec()}
+CHUNK_LAYOUT = {"arrays": PartitionSpec(), "indices": PartitionSpec(None, AXIS), "count": PartitionSpec()}
 """How a chunk lies over the mesh, for `resnet_jax.parallel.compile_step`."""
 
 

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from resnet_jax.parallel import compile_step, make_mesh, place, replicated
 from train.checkpoint import METRIC, Checkpoints
-from train.chunks import LAYOUT, chunk_like, many_steps
+from train.chunks import CHUNK_LAYOUT, chunk_like, many_steps
 from train.config import RunConfig
 from train.data.batches import Batches, batch_like, check_batch, eval_batch_size, padded, train_batches
 from train.data.sets import Dataset
@@ -182,7 +182,7 @@ class Session(Generic[Config]):
         train_like: Any = batch_like(config.batch, shape)
         layout: dict[str, Any] = {}
         if self.per_call > 1:
-            step, layout = many_steps(step), {"layout": LAYOUT}
+            step, layout = many_steps(step), {"layout": CHUNK_LAYOUT}
             train_like = chunk_like(self.per_call, counts["train"], train_like)
         eval_like = batch_like(padded(self.eval_batch, self.mesh), shape, valid=True)
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from resnet_jax.parallel import compile_step, make_mesh, mean_over, place, replicated, vary
-from train.chunks import LAYOUT, chunk_like, many_steps
+from train.chunks import CHUNK_LAYOUT, chunk_like, many_steps
 from train.data.batches import batch_like, train_batches
 from train.data.sources import Arrays
 from train.errors import RunError
@@ -36,7 +36,7 @@ def start(mesh):
 
 
 def compiled(mode, mesh):
-    return compile_step(many_steps(step), mesh=mesh, mode=mode, layout=LAYOUT)
+    return compile_step(many_steps(step), mesh=mesh, mode=mode, layout=CHUNK_LAYOUT)
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +109,7 @@ def test_names_the_step_that_is_not_finite():
         return state, metrics | {"loss": jnp.where(state.step == 7, jnp.nan, metrics["loss"])}
 
     mesh, hooked = make_mesh(jax.devices()[:1]), []
-    program = compile_step(many_steps(bad), mesh=mesh, layout=LAYOUT)
+    program = compile_step(many_steps(bad), mesh=mesh, layout=CHUNK_LAYOUT)
     stream = train_batches(SOURCE, batch=BATCH, seed=0, mesh=mesh)
     with pytest.raises(RunError, match="loss at step 7 is not finite"):
         fit(program, start(mesh), stream, steps=20, per_call=MOST, hooks=[(9, hooked.append)])

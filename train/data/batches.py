@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from resnet_jax.parallel import Mode, batch_sharding, make_mesh, place, replicated, shard_batch
-from train.chunks import LAYOUT, Chunk
+from train.chunks import CHUNK_LAYOUT, Chunk
 from train.data.sources import Arrays, Encoded, Example, collate, decode_threads, image_shape
 from train.errors import UsageError
 
@@ -130,7 +130,7 @@ class ResidentBatches(Batches):
         """The next `count` batches, for `train.chunks.many_steps` with up to `most` steps."""
         rows = np.zeros((most, self.batch), np.int32)
         rows[:count] = self._indices(count).reshape(count, -1)
-        indices = place(rows, NamedSharding(self.sharding.mesh, LAYOUT["indices"]))
+        indices = place(rows, NamedSharding(self.sharding.mesh, CHUNK_LAYOUT["indices"]))
         return {"arrays": self.arrays, "indices": indices, "count": np.int32(count)}
 
     def _indices(self, batches: int) -> np.ndarray:
