@@ -18,6 +18,8 @@ CACHE = ROOT / ".pytest_cache" / "jax" / os.environ.get("PYTEST_XDIST_WORKER", "
 FLAGS = ["--xla_cpu_parallel_codegen_split_count=1"]
 FLAGS += ["--xla_cpu_use_fusion_emitters=false"] if jax.__version_info__ < (0, 11) else []
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS])
+# oneDNN's threads wait for each other actively, which two processes on two cores make slow.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 jax.config.update("jax_disable_most_optimizations", True)
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
