@@ -11,7 +11,7 @@ import shutil
 import sys
 import tempfile
 import zlib
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -61,7 +61,7 @@ class Checkpoints:
             cleanup_tmp_directories=writes,
         )
         self._writer = ThreadPoolExecutor(1, "checkpoint")
-        self._pending: Future[None] | None = None
+        self._pending: Any = None
 
     @property
     def steps(self) -> list[int]:
@@ -80,10 +80,19 @@ class Checkpoints:
         This waits for the checkpoint before, if it is still being written, and raises its error.
         """
         self.wait()
+        if int(state.step) in self.steps:
+            return
         # A copy, because the next step donates the state's buffers.
         copy = _copy({**_fields(state), "key": jax.random.key_data(state.key)})
         metadata = {"iterator": iterator, "key": str(jax.random.key_impl(state.key))}
-        self._pending = self._writer.submit(self._write, copy, metadata, metrics)
+        if jax.process_count() == 1:
+            self._pending = self._writer.submit(lambda: self._write(copy, metadata, metrics).result())
+            return
+        # Orbax's hosts meet in collectives, whose order among those of the steps must be the same on all of them.
+        try:
+            self._pending = self._write(copy, metadata, metrics)
+        except Exception as error:
+            raise self._failed(error) from error
 
     def wait(self) -> None:
         """Block until the checkpoint in progress is on disk."""
@@ -94,17 +103,15 @@ class Checkpoints:
             except Exception as error:
                 raise self._failed(error) from error
 
-    def _write(self, fields: dict[str, PyTree], metadata: dict[str, Any], metrics: dict[str, float] | None) -> None:
-        """Write the copied fields of a state, with its masks packed into bits, unless its step is there already."""
+    def _write(self, fields: dict[str, PyTree], metadata: dict[str, Any], metrics: dict[str, float] | None) -> Any:
+        """Start writing the copied fields of a state, with its masks packed into bits; the result waits for the end."""
         step = int(fields["step"])
-        if step in self.steps:
-            return
         arrays = jax.device_get({**fields, "masks": pack(fields["masks"])})
         needed, free = sum(a.nbytes for a in jax.tree.leaves(arrays)), shutil.disk_usage(self.root).free
         if free < needed:
             raise OSError(f"it needs {needed / 1e6:.0f} MB and {free / 1e6:.0f} MB are free")
         metadata = {**metadata, "checksum": _checksum(arrays)}
-        self._orbax.save_async(step, arrays, metrics=metrics, custom_metadata=metadata, force=True).result()
+        return self._orbax.save_async(step, arrays, metrics=metrics, custom_metadata=metadata, force=True)
 
     def restore(self, like: TrainState, *, step: int | None = None) -> tuple[TrainState, dict[str, Any]] | None:
         """Load (state, iterator state) of the newest good checkpoint, or of `step`; None if there is none.

@@ -88,7 +88,7 @@ def test_second_start_compiles_nothing(command, tmp_path):
 
     first = start(0)
     new = start(1) - first
-    assert {"jit_train_step", "jit_eval_step"} <= programs(first)
+    assert {"jit_steps", "jit_eval_step"} <= programs(first)
     # What compiles in about the shortest time that is kept may be kept by the second start alone, on a busy machine.
     assert not programs(new) & programs(first)
 
