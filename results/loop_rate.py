@@ -58,22 +58,18 @@ def main() -> None:
             result = run(dataclasses.replace(config, **options), preset)
             return result["steps"] * config.batch / result["seconds"]
 
-        rows = []
+        rows: list[dict[str, Any]] = []
         for number in range(rounds):
-            steps = [single()]
-            several = whole(number, config.steps_per_call)
-            steps.append(single())
-            one = whole(number, 1)
-            steps.append(single())
-            rows.append({"single_step": steps, "run": several, "run_one_step_per_call": one})
-    ratios = {
-        "run": [2 * row["run"] / sum(row["single_step"][:2]) for row in rows],
-        "run_one_step_per_call": [2 * row["run_one_step_per_call"] / sum(row["single_step"][1:]) for row in rows],
-    }
-    figures = {
-        name: {"median": statistics.median(values), "min": min(values), "max": max(values)}
-        for name, values in ratios.items()
-    }
+            row: dict[str, Any] = {"single_step": [single()]}
+            for name, per_call in (("run", config.steps_per_call), ("run_one_step_per_call", 1)):
+                row |= {name: whole(number, per_call), "single_step": [*row["single_step"], single()]}
+            rows.append(row)
+    # The block after a run depends on that run, so all blocks of single steps count alike.
+    step = statistics.median(rate for row in rows for rate in row["single_step"])
+    figures = {}
+    for name in ("run", "run_one_step_per_call"):
+        ratios = [row[name] / step for row in rows]
+        figures[name] = {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
     about = {"preset": preset, "batch": config.batch, "epochs": config.epochs}
     print(json.dumps({**about, "over_single_step": figures, "images_per_second": rows, **environment()}))
 
