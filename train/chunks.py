@@ -25,6 +25,11 @@ CHUNK_LAYOUT = {"arrays": PartitionSpec(), "indices": PartitionSpec(None, AXIS),
 """How a chunk lies over the mesh, for `resnet_jax.parallel.compile_step`."""
 
 
+def take_rows(arrays: dict[str, Any], indices: Any) -> dict[str, jax.Array]:
+    """Gather the examples at `indices` int [B] from the arrays [N, ...] of a split."""
+    return jax.tree.map(lambda x: x[indices], arrays)
+
+
 def many_steps(step: Callable[..., tuple[PyTree, dict[str, jax.Array]]]) -> Callable[..., Any]:
     """Make a step of chunks from `step(state, batch, *, axis_name) -> (state, metrics)`.
 
@@ -37,7 +42,7 @@ def many_steps(step: Callable[..., tuple[PyTree, dict[str, jax.Array]]]) -> Call
         one = jax.jit(partial(step, axis_name=axis_name))
 
         def batch(number: Any) -> dict[str, jax.Array]:
-            return jax.tree.map(lambda x: x[chunk["indices"][number]], chunk["arrays"])
+            return take_rows(chunk["arrays"], chunk["indices"][number])
 
         def body(number: jax.Array, carry: Any) -> Any:
             state, metrics = carry

@@ -32,7 +32,7 @@ from train.weights import classes_of, load_masks, load_weights
 
 Run = TypeVar("Run", bound=RunConfig)
 
-STEPS_PER_CALL = 8  # with so many, the time between two calls is small beside theirs even for the smallest networks
+STEPS_PER_CALL = 8  # enough that the time between two calls is short even for the smallest networks
 
 # The layers that oneDNN can replace.
 DEFAULTS: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(ResNet)}

@@ -28,7 +28,7 @@ from train.state import init_variables
 # Sides of the matrices whose product is the ceiling; larger ones are left out once a product takes `LONG` seconds.
 CPU_SIDES, SIDES = (512, 1024, 2048), (4096, 8192)
 LONG = 0.1
-# Bytes that a pass over an array reads, and as many that it writes, far more than any cache holds: on the host, and on
+# Bytes that a pass over an array reads, and again that it writes, far more than any cache holds: on the host, and on
 # an accelerator, where 2 GiB take half a millisecond and the start of a pass some microseconds.
 CPU_COPIED, COPIED = 1 << 28, 1 << 30
 CHAIN = 0.05  # seconds that a timed program should last, so that launching it and waiting for it hardly count

@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from resnet_jax.parallel import Mode, batch_sharding, make_mesh, place, replicated, shard_batch
-from train.chunks import CHUNK_LAYOUT, Chunk
+from train.chunks import CHUNK_LAYOUT, Chunk, take_rows
 from train.data.sources import Arrays, Encoded, Example, collate, decode_threads, image_shape
 from train.errors import UsageError
 
@@ -118,7 +118,7 @@ class ResidentBatches(Batches):
         self.devices, self.sharding = mesh.size, batch_sharding(mesh)
         arrays = {"image": source.images, "label": source.labels.astype(np.int32)}
         self.arrays = place(arrays, replicated(mesh))
-        self.take = jax.jit(_take, out_shardings=self.sharding)
+        self.take = jax.jit(take_rows, out_shardings=self.sharding)
 
     def __next__(self) -> Batch:
         indices = self._indices(1)
@@ -137,10 +137,6 @@ class ResidentBatches(Batches):
         indices = stream_indices(self.count, self.seed, self.position, batches * self.batch).astype(np.int32)
         self.position += batches * self.batch
         return indices
-
-
-def _take(arrays: Batch, indices: jax.Array) -> Batch:
-    return jax.tree.map(lambda x: x[indices], arrays)
 
 
 def _own_part(indices: np.ndarray) -> np.ndarray:

@@ -81,7 +81,7 @@ def test_fine_tuning_keeps_what_is_pruned(pruned, tmp_path, source):
 
 @pytest.mark.slow
 def test_fine_tuning_of_a_dense_network(pruned, tmp_path, fails):
-    """`--dense` lets pruned weights grow back, and is of fine-tuning alone."""
+    """`--dense` lets pruned weights grow back; it only applies to fine-tuning."""
     given, _, _ = pruned(*GRADUAL)
     after = fine_tune(given, tmp_path / "run", "--dense")
     assert not any(mask.ndim for mask in flat(after.masks).values())

@@ -14,6 +14,7 @@ from resnet_jax.losses import sigmoid_cross_entropy, softmax_cross_entropy
 from resnet_jax.masks import apply_masks, full_masks, kernels_except, no_masks, sparsity_of
 from resnet_jax.tree import leaves, map_with_path
 from tests.reference.nets import CLASSES, tiny
+from tests.train.prune.runs import LAYERS
 from train.errors import UsageError
 from train.prune.config import PruningConfig
 from train.prune.scoring import bind_score, in_step, neutral_forward, per_example_loss, prune_at_once, recalibrate
@@ -23,13 +24,6 @@ from train.state import init_variables
 IMAGE = (8, 8, 3)
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 PREPROCESS = normalize(MEAN, STD)
-LAYERS = [
-    "stage1_block1/conv1/kernel",
-    "stage1_block1/conv2/kernel",
-    "stage2_block1/conv1/kernel",
-    "stage2_block1/conv2/kernel",
-    "stage2_block1/shortcut/conv/kernel",
-]
 CHANNELS = {"structure": "channels", "round_to": 4, "sparsity": 0.5, "scope": "uniform"}
 
 
