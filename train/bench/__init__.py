@@ -23,7 +23,7 @@ from train.bench.feeding import Augmentations, augmentations, augments, inputs
 from train.bench.prepared import prepare
 from train.bench.tasks import TASKS, Tasks
 from train.bench.timed import described, shares, time_runners, time_steps
-from train.bench.work import ceilings, usable_cores
+from train.bench.work import ceilings, one_core, usable_cores
 from train.data.batches import check_batch
 from train.errors import UsageError
 from train.from_config import compute_dtype
@@ -64,7 +64,8 @@ def bench(config: BenchConfig, *, tasks: Tasks = TASKS, augmentations: Augmentat
     }
 
     if config.gate is not None:
-        result = gate(config, make_mesh(jax.devices()[:1]))
+        with one_core():
+            result = gate(config, make_mesh(jax.devices()[:1]))
     else:
         mesh = make_mesh()
         for one in (config, second or config):

@@ -9,7 +9,8 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -175,6 +176,24 @@ def peak_memory(device: jax.Device) -> tuple[int, str]:
 def usable_cores() -> int:
     """Cores that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextmanager
+def one_core() -> Iterator[None]:
+    """Keep this thread, and the threads that start meanwhile, on one core where the system can.
+
+    A neighbour on one of several cores delays every barrier of oneDNN's threads, but hardly XLA's; on one core it slows
+    both by the same factor, so their ratio holds. It has no effect on backends that were started before.
+    """
+    if not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(before)})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
 
 
 # --- a step against the ceilings --------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Comparing two configs, and the gate."""
 
 import json
+import os
 import runpy
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ from train.bench import bench, compare
 from train.bench.__main__ import main
 from train.bench.compare import verdict
 from train.bench.table import render
+from train.bench.work import usable_cores
 
 pytestmark = pytest.mark.usefixtures("quick_measuring")
 
@@ -54,13 +56,13 @@ def ratios(*lows):
     ("lows", "limit", "passed"),
     [
         ([1.1], 1.0, True),  # within the tolerance
-        ([1.2, 1.2], 1.0, False),
-        ([1.2, 1.1], 1.0, True),  # one bad measurement
+        ([1.2, 1.2, 1.2], 1.0, False),
+        ([1.2, 1.2, 1.1], 1.0, True),  # two bad measurements
         ([1.9], 2.0, True),  # as slow as ever
         ([1.2], None, True),  # to be recorded
     ],
 )
-def test_gate_fails_what_is_slower_twice(lows, limit, passed, monkeypatch, capsys):
+def test_gate_fails_what_is_slower_every_time(lows, limit, passed, monkeypatch, capsys):
     monkeypatch.setattr(compare, "ratio", ratios(*lows))
     calls = []
     runners = {"ours": lambda: calls.append(1), "plain": lambda: None}
@@ -95,6 +97,14 @@ def test_gate_by_command_line(stubbed, fails, capsys, tmp_path):
     stubbed.lows = (2.0,)
     said = fails(1, main, line)
     assert "a (2.20x" in said and "b (2.20x" in said and "more than 15% slower than" in said
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system cannot keep a process on a core")
+def test_gate_runs_on_one_core_and_frees_the_others(stubbed, monkeypatch, capsys):
+    before, seen = os.sched_getaffinity(0), []
+    monkeypatch.setattr(compare, "prepare", lambda *_: SimpleNamespace(stepper=lambda: seen.append(usable_cores())))
+    main(["--gate", str(stubbed.path), "--steps", "1", "--repeats", "2", "--gate-record"])
+    assert set(seen) == {1} and os.sched_getaffinity(0) == before
 
 
 def test_limits_of_another_kind_of_device_do_not_count(stubbed, fails, tmp_path):
