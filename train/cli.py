@@ -8,12 +8,13 @@ import io
 import re
 import sys
 from collections.abc import Callable, Container, Sequence
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin
 
 import jax
 import tyro
 
 from resnet_jax.resnet import MODELS
+from train.config_file import field_kinds, read_config_file, with_fields
 from train.errors import UsageError, one_line, suggestion, unknown
 from train.json_text import to_json
 from train.paths import is_folder
@@ -43,14 +44,15 @@ def run_command(
       program: package of the pipeline; its module `run` defines `run(config, preset)`.
       argv: command-line arguments; None uses those of the process.
       default: preset to use if none is named.
-      check: called with the config and the preset's unchanged one; raises to refuse the config.
+      check: called with the config and the one before its flags; raises to refuse the config.
       known: presets that the result names; it calls all others "custom". None means all presets.
 
     Raises:
       UsageError: see `parse`.
     """
-    preset, config = parse(f"python -m {program}", presets, sys.argv[1:] if argv is None else argv, default=default)
-    check(config, presets[preset]())
+    command = read_command(f"python -m {program}", presets, sys.argv[1:] if argv is None else argv, default=default)
+    preset, config = command.preset, command.config
+    check(config, command.start)
     # Import after parsing, so that --help and mistyped flags do not wait for it.
     run = importlib.import_module(f"{program}.run").run
     result = run(config, preset if known is None or preset in known else "custom")
@@ -59,41 +61,57 @@ def run_command(
 
 
 def parse(program: str, presets: dict[str, Callable[[], Any]], argv: Sequence[str], *, default: str) -> tuple[str, Any]:
-    """Parse `argv` to (preset's name, its config with the flags applied).
+    """Parse `argv` to (preset's name, its config with the flags applied); see `read_command`."""
+    command = read_command(program, presets, argv, default=default)
+    return command.preset, command.config
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """A parsed command line: the preset's name, its config with the fields of `--config`, and with the flags too."""
+
+    preset: str
+    start: Any
+    config: Any
+
+
+def read_command(program: str, presets: dict[str, Callable[[], Any]], argv: Sequence[str], *, default: str) -> Command:
+    """Parse `argv`: flags win over the fields of the file that `--config` names, and these over the preset's.
+
+    Without a preset, the file's own is used; the record of a run of a different preset is called "custom".
 
     Raises:
-      UsageError: an unknown preset or flag, or a value of the wrong type; the message is one line.
+      UsageError: an unknown preset, flag or field, or a value of the wrong type; the message is one line.
     """
     kinds = kinds_of(type(presets[default]()))
     helps = "-h" in argv or "--help" in argv
     words, flags = ([one for one in argv if one in presets][:1], {}) if helps else arranged(argv, kinds)
-    preset = words[0] if words else default
-    if preset not in presets:
+    file = read_config_file(flags.pop("config")[0]) if "config" in flags else None
+    preset = words[0] if words else (file and file.preset) or default
+    custom = not words and file is not None and bool(file.record) and preset not in presets
+    if preset not in presets and not custom:
         raise UsageError(f"{unknown('preset', preset, presets)}{_not_a_preset(preset)}")
     if len(words) > 1:
         raise UsageError(f"{' '.join(words[1:])!r} belongs to no flag: only the preset, {preset}, comes without one")
-    config = presets[preset]()
+    start = presets[default if custom else preset]()
     if helps:
-        about = f"{inspect.getdoc(presets[preset])}\n\nPresets: {', '.join(presets)}."
-        return preset, tyro.cli(
-            type(config), prog=f"{program} {preset}", description=about, default=config, args=["-h"]
-        )
+        about = f"{inspect.getdoc(presets[preset])}\n\nPresets: {', '.join(presets)}.\n\n{ABOUT_CONFIG}"
+        tyro.cli(type(start), prog=f"{program} {preset}", description=about, default=start, args=["-h"])
+    if file is not None:
+        start = with_fields(start, file)
     output = io.StringIO()
     written = [word for name, values in flags.items() for word in _written(name, values, kinds[name])]
     try:
         with contextlib.redirect_stderr(output), contextlib.redirect_stdout(output):
-            return preset, tyro.cli(type(config), prog=program, default=config, args=written)
+            config = tyro.cli(type(start), prog=program, default=start, args=written)
+            return Command("custom" if custom else preset, start, config)
     except SystemExit:
         raise UsageError(_plain(output.getvalue())) from None
 
 
-def kinds_of(config: Any, prefix: str = "") -> dict[str, Any]:
+def kinds_of(config: type) -> dict[str, Any]:
     """Annotated types of a config's fields by flag's name: {"optim.weight-decay": float}."""
-    kinds: dict[str, Any] = {}
-    for name, kind in get_type_hints(config).items():
-        flag = prefix + name.replace("_", "-")
-        kinds |= kinds_of(kind, f"{flag}.") if dataclasses.is_dataclass(kind) else {flag: kind}
-    return kinds
+    return {name.replace("_", "-"): kind for name, kind in field_kinds(config).items()}
 
 
 def arranged(argv: Sequence[str], kinds: dict[str, Any]) -> tuple[list[str], dict[str, list[str]]]:
@@ -104,6 +122,7 @@ def arranged(argv: Sequence[str], kinds: dict[str, Any]) -> tuple[list[str], dic
     """
     words: list[str] = []
     flags: dict[str, list[str]] = {}
+    kinds = {**kinds, "config": str}
     rest = [one for one in argv if one != "--"]
     while rest:
         word = rest.pop(0)
@@ -138,6 +157,7 @@ def arranged(argv: Sequence[str], kinds: dict[str, Any]) -> tuple[list[str], dic
     return words, flags
 
 
+ABOUT_CONFIG = "--config FILE reads fields from JSON, such as the config.json of a run; flags win over it."
 TRUTH = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 # What other programs call our fields.
 ELSEWHERE = {

@@ -8,6 +8,8 @@ from typing import Any
 from train.errors import UsageError
 
 FOLDER = "folder:"
+# Fields of a config that hold a path, or `folder:PATH`.
+PATHS = ("init", "prune.masks", "data.name")
 
 
 def local_path(path: str | Path) -> Path:

@@ -23,7 +23,7 @@ from train.config import RunConfig, TrainConfig, flat, from_dict
 from train.data.sets import Dataset
 from train.errors import RunError, UsageError
 from train.json_text import to_json
-from train.paths import FOLDER, local_path, located, same_place
+from train.paths import FOLDER, PATHS, local_path, located, same_place
 from train.runtime import cpu_line
 from train.state import TrainState, single_precision
 from train.steps import confusion_matrix
@@ -41,9 +41,6 @@ LOCK = ".lock"
 FREE_FIELDS = {"out", "mode", "data.dir", "distributed", "log_every", "eval_batch"}
 FREE_FIELDS |= {"keep_last", "keep_best", "save_steps", "kernels", "cache"}
 
-
-# Fields that hold a path, or `folder:PATH`.
-PATHS = ("init", "prune.masks", "data.name")
 
 MATRIX_CLASSES = 1000  # most classes whose confusion matrix is written in full
 MOST_CONFUSED = 20  # pairs of classes that confusion.json names
