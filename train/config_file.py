@@ -81,7 +81,7 @@ def with_fields(config: Any, file: ConfigFile) -> Any:
         if file.record and (name, value) in FORMER:
             continue
         if name not in kinds:
-            hint = _meant(name, kinds)
+            hint = meant(name, kinds)
             raise UsageError(f"--config {file.path}: unknown field {name!r}: {hint}--help lists all fields")
         try:
             values[name] = as_kind(value, kinds[name])
@@ -126,7 +126,7 @@ def as_kind(value: Any, kind: Any) -> Any:
             return _converted(value, option)
         except (TypeError, ValueError, OverflowError):
             continue
-    raise ValueError(" or ".join(_described(option) for option in options))
+    raise ValueError(described(kind))
 
 
 def _converted(value: Any, kind: Any) -> Any:
@@ -152,7 +152,10 @@ WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "
 PLURALS = {int: "whole numbers", float: "numbers", str: "texts"}
 
 
-def _described(kind: Any) -> str:
+def described(kind: Any) -> str:
+    """Say what a field of this type must be: "a whole number or null"."""
+    if get_origin(kind) in (Union, UnionType):
+        return " or ".join(map(described, get_args(kind)))
     if get_origin(kind) is Literal:
         return f"one of {', '.join(get_args(kind))}"
     if get_origin(kind) is not tuple:
@@ -161,7 +164,7 @@ def _described(kind: Any) -> str:
     return f"a list of {PLURALS[first] if rest == [...] else f'{1 + len(rest)} {PLURALS[first]}'}"
 
 
-def _meant(name: str, valid: Iterable[str]) -> str:
+def meant(name: str, valid: Iterable[str]) -> str:
     """Suggest fields for a name that is not one: the same name in a group, or near ones."""
     same = [one for one in valid if one.rpartition(".")[2] == name or one.startswith(f"{name}.")]
     return f"did you mean {' or '.join(same[:4])}? " if same else suggestion(name, valid)

@@ -21,6 +21,10 @@ class RunError(Exception):
     """A run that could not continue: the message says where it stopped and what was kept."""
 
 
+class DivergedError(RunError):
+    """A loss, gradient, parameter or statistic that is not finite."""
+
+
 class LostHostError(RunError):
     """A host that stopped answering. The process ends without JAX's shutdown, which would wait for it."""
 

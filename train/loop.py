@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from train.errors import RunError
+from train.errors import DivergedError, RunError
 from train.json_text import to_json
 from train.state import TrainState
 from train.steps import summarize
@@ -44,7 +44,7 @@ def fit(
       log: receives the metrics of each call's steps as floats, one call late; see `Log`.
 
     Raises:
-      RunError: a loss, gradient or parameter that is not finite, with the step's number; hooks are not called with
+      DivergedError: a loss, gradient or parameter that is not finite, with the step's number; hooks are not called with
         that state.
     """
     number = int(state.step)
@@ -58,7 +58,7 @@ def fit(
         rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
         for at, row in enumerate(rows, last - len(rows) + 1):
             if bad := [name for name, value in row.items() if not math.isfinite(value)]:
-                raise RunError(f"{' and '.join(bad)} at step {at} is not finite: {ADVICE}")
+                raise DivergedError(f"{' and '.join(bad)} at step {at} is not finite: {ADVICE}")
         log(last, rows)
 
     most = 1  # the first call shows at once that the run works
@@ -87,13 +87,13 @@ def check_finite(state: TrainState) -> None:
     """Check the parameters, the running statistics and the moving average of a state.
 
     Raises:
-      RunError: one of them is not finite.
+      DivergedError: one of them is not finite.
     """
     fields = {name: getattr(state, name, None) for name in ("params", "batch_stats", "ema")}
     bad = [name for name, fits in _all_finite(fields).items() if not fits]
     if bad:
         named = " and ".join(WORDS[name] for name in bad)
-        raise RunError(f"{named} after step {int(state.step)} are not finite: {ADVICE}")
+        raise DivergedError(f"{named} after step {int(state.step)} are not finite: {ADVICE}")
 
 
 WORDS = {"params": "the parameters", "batch_stats": "the running statistics", "ema": "the averaged parameters"}

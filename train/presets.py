@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from resnet_jax.augment import IMAGENET_MEAN, IMAGENET_STD
 from train.config import AugmentConfig, DataConfig, OptimConfig, TrainConfig
+from train.spaces import Choice, LogUniform, Space, Uniform
 
 CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 CIFAR100_MEAN, CIFAR100_STD = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
@@ -200,4 +201,22 @@ PRESETS: dict[str, Callable[[], TrainConfig]] = {
     "imagenet_resnet50": imagenet_resnet50,
     "imagenet_resnet50_rsb": imagenet_resnet50_rsb,
     "finetune": finetune,
+}
+
+# Ranges that `train.search` draws from, by preset; a search may override them and add others (`--range`).
+SGD: Space = {"optim.lr": LogUniform(0.01, 1), "optim.weight_decay": LogUniform(1e-5, 5e-3)}
+SPACES: dict[str, Space] = {
+    "digits": {
+        "optim.lr": LogUniform(1e-3, 1),
+        "optim.weight_decay": LogUniform(1e-5, 1e-2),
+        "batch": Choice(32, 64, 128),
+    },
+    "cifar10_resnet20": SGD,
+    "cifar10_resnet18": SGD,
+    "cifar10_resnet18_50ep": {**SGD, "label_smoothing": Uniform(0, 0.2)},
+    "cifar100_resnet18": {**SGD, "label_smoothing": Uniform(0, 0.2)},
+    "imagenette_resnet18": {**SGD, "label_smoothing": Uniform(0, 0.2)},
+    "imagenet_resnet50": {"optim.lr": LogUniform(0.1, 4), "optim.weight_decay": LogUniform(1e-5, 5e-4)},
+    "imagenet_resnet50_rsb": {"optim.lr": LogUniform(1e-3, 2e-2), "optim.weight_decay": LogUniform(2e-3, 0.1)},
+    "finetune": {"optim.lr": LogUniform(1e-4, 0.1), "optim.weight_decay": LogUniform(1e-6, 1e-2)},
 }

@@ -22,14 +22,14 @@ from resnet_jax.tree import PyTree, count, is_head
 from train.config import TrainConfig, check, check_images
 from train.data.batches import EvalBatches
 from train.data.sets import Dataset
-from train.errors import RunError, UsageError, unknown
+from train.errors import DivergedError, UsageError, unknown
 from train.from_config import eval_augment, make_model, make_objective, make_state, make_tx, train_augment
 from train.hub import read_card
 from train.loop import ADVICE, Hook, evaluate
 from train.optim import Schedule
 from train.presets import PRESETS
 from train.run_folder import unlocked, write_confusion
-from train.session import Session, open_session
+from train.session import Session, Validated, open_session
 from train.state import TrainState, digest
 from train.steps import Objective, eval_step, train_step
 from train.weights import widths_of
@@ -48,6 +48,8 @@ def run(
     augment: Augment | None = None,
     dataset: Dataset | None = None,
     hooks: Sequence[Hook] = (),
+    validated: Validated = lambda row: None,
+    test: bool = True,
 ) -> dict[str, Any]:
     """Train, select on validation, evaluate once on the test split; the result is also written to `out`/result.json.
 
@@ -59,6 +61,9 @@ def run(
         images in [0, 1] to the model's normalised inputs. Pass the same objects to resume a run, and the model to
         `train.predict.load`.
       hooks: called with the state while training, see `train.loop.fit`.
+      validated: called with the row of each validation, such as {"step", "epoch", "validation_accuracy", ...}; an
+        exception that it raises ends the run.
+      test: evaluate on the test split; otherwise the result has only figures of the validation split.
 
     Raises:
       UsageError: an error that the user can fix.
@@ -73,8 +78,8 @@ def run(
     pieces = make_pieces(session)
     state = session.place(start_state(session, pieces))
     training = Training(session, pieces, state)
-    state = training.fit(session.resume(state), hooks)
-    return session.finish(training.figures(training.selected(state)))
+    state = training.fit(session.resume(state), hooks, validated)
+    return session.finish(training.figures(training.selected(state), test=test))
 
 
 def with_widths(config: Config) -> Config:
@@ -200,7 +205,7 @@ class Training:
         """Evaluate a split, see `train.steps.summarize`; evaluate the test split only at the end."""
         return evaluate(self.eval_program, variables, self.batches[split])
 
-    def fit(self, state: TrainState, hooks: Sequence[Hook] = ()) -> TrainState:
+    def fit(self, state: TrainState, hooks: Sequence[Hook] = (), validated: Validated = lambda row: None) -> TrainState:
         """Train to the end, evaluating on the validation split."""
 
         def validate(state: TrainState) -> tuple[dict[str, float], str]:
@@ -208,7 +213,10 @@ class Training:
             row = {f"validation_{name}": figures[name] for name in ("accuracy", "loss", "calibration_error")}
             return row, f"validation accuracy {figures['accuracy']:.4f}, loss {figures['loss']:.4f}"
 
-        return self.session.fit(self.step, state, validate=validate, schedule=self.pieces.schedule, hooks=hooks)
+        schedule = self.pieces.schedule
+        return self.session.fit(
+            self.step, state, validate=validate, schedule=schedule, hooks=hooks, validated=validated
+        )
 
     def selected(self, state: TrainState) -> TrainState:
         """The state to evaluate on the test split: the last one, or the best on validation."""
@@ -218,23 +226,29 @@ class Training:
         best, _ = checkpoints.restore(state, step=checkpoints.best) or (state, {})
         return best
 
-    def figures(self, state: TrainState) -> dict[str, Any]:
-        """Compute a trained state's figures for the result, with the only test evaluation; writes confusion.json."""
-        session = self.session
-        validation, test = (self.measure(state.variables, split) for split in ("validation", "test"))
+    def figures(self, state: TrainState, *, test: bool = True) -> dict[str, Any]:
+        """Compute a trained state's figures for the result; with `test` also on the test split, see `test_figures`."""
+        validation = self.measure(state.variables, "validation")
         if not math.isfinite(validation["loss"]):
-            raise RunError(f"the validation loss at step {int(state.step)} is not finite: {ADVICE}")
+            raise DivergedError(f"the validation loss at step {int(state.step)} is not finite: {ADVICE}")
+        return {
+            "selected_step": int(state.step),
+            **(self.test_figures(state) if test else {}),
+            "validation_accuracy": validation["accuracy"],
+            "parameters": count(state.params),
+            "params_digest": digest(state),
+        }
+
+    def test_figures(self, state: TrainState) -> dict[str, Any]:
+        """Evaluate a trained state on the test split, and write confusion.json; call it once, at the end."""
+        session, test = self.session, self.measure(state.variables, "test")
         if session.main:
             write_confusion(session.out, test["confusion"], session.dataset.classes)
         return {
-            "selected_step": int(state.step),
             "test_accuracy": test["accuracy"],
             "test_top5_accuracy": test["top5_accuracy"],
             "test_loss": test["loss"],
             "test_calibration_error": test["calibration_error"],
             "test_images": test["count"],
             "test_per_class_accuracy": [round(float(a), 4) for a in test["per_class_accuracy"]],
-            "validation_accuracy": validation["accuracy"],
-            "parameters": count(state.params),
-            "params_digest": digest(state),
         }

@@ -57,6 +57,8 @@ from train.state import TrainState
 Config = TypeVar("Config", bound=RunConfig)
 # state -> (row for metrics.jsonl, line to print)
 Validate = Callable[[Any], tuple[dict[str, float], str]]
+# receives the row of each validation: step, epoch and the figures
+Validated = Callable[[dict[str, Any]], None]
 
 
 def open_session(
@@ -234,6 +236,7 @@ class Session(Generic[Config]):
         hooks: Sequence[Hook] = (),
         shown: Sequence[str] = ("loss", "accuracy"),
         validate_first: bool = False,
+        validated: Validated = lambda row: None,
     ) -> Any:
         """Train to the end, with checkpoints; `validate` is called after every `eval_every` epochs.
 
@@ -242,6 +245,7 @@ class Session(Generic[Config]):
           hooks: additional hooks, called before `validate`; see `train.loop.fit`.
           shown: names of the metrics to print.
           validate_first: also validate before the first step of a run that is not resumed.
+          validated: called with the row of each validation; what it raises ends the run.
 
         Raises:
           RunError: the run stopped; the message says why, and which checkpoint was kept.
@@ -276,8 +280,10 @@ class Session(Generic[Config]):
             number = int(state.step)
             row, line = validate(state)
             self.last_row = row
-            progress.row({"step": number, "epoch": round(number / self.epoch_steps, 4), **row})
+            row = {"step": number, "epoch": round(number / self.epoch_steps, 4), **row}
+            progress.row(row)
             progress.say(f"step {number}: {line}")
+            validated(row)
             save(state, {METRIC: row[METRIC]} if METRIC in row else None)
             progress.paused += time.perf_counter() - began
 
@@ -300,15 +306,15 @@ class Session(Generic[Config]):
                 log=progress.log,
             )
             self.checkpoints.wait()
-        except (RunError, jax.errors.JaxRuntimeError) as error:
+        except Exception as error:
             if jax.process_count() == 1:
                 with suppress(RunError):
                     self.checkpoints.wait()
             kept = self.checkpoints.steps
             where = f"; {self.out} keeps checkpoint {kept[-1]}" if kept else ""
             if isinstance(error, RunError):
-                raise RunError(f"{error}{where}") from None
-            if jax.process_count() == 1:
+                raise type(error)(f"{error}{where}") from None
+            if jax.process_count() == 1 or not isinstance(error, jax.errors.JaxRuntimeError):
                 raise
             raise lost_host(error, where) from None
         finally:

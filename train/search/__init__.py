@@ -1,0 +1,1 @@
+"""Search of hyper-parameters with Optuna: `python -m train.search PRESET --trials N`."""
