@@ -13,7 +13,13 @@ PACKAGES = ("resnet_jax", "train", "pretrain")
 # Programs are functions of modules whose names they share, so a package cannot export them.
 PROGRAMS = {
     "resnet_jax": [],
-    "train": ["train.run.run", "train.predict.load", "train.prune.run.run", "train.bench.bench"],
+    "train": [
+        "train.run.run",
+        "train.predict.load",
+        "train.prune.run.run",
+        "train.bench.bench",
+        "train.search.run.run",
+    ],
     "pretrain": ["pretrain.run.run", "pretrain.evaluate.evaluate"],
 }
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "results/README.md")]

@@ -183,10 +183,22 @@ def nt_xent() -> Iterator[str]:
         yield f"{row['batch']:,} | {at_once} | {times} | {interval(row['blocks_over_plain'])} | {memory}"
 
 
+def search_digits() -> Iterator[str]:
+    search = run("search_digits/search")
+    yield "trial | learning rate | weight decay | batch | epochs | outcome | validation accuracy"
+    for row in search["rows"]:
+        lr, decay, batch = row["values"].values()
+        accuracy = f"{100 * row['accuracy']:.1f} %"
+        best = "**" if row["trial"] == search["best"]["trial"] else ""
+        outcome = row["outcome"] + ", was killed and continued" * (row["restarts"] > 0)
+        cells = f"{row['trial']} | {lr:.4f} | {decay:.1e} | {batch} | {row['epochs']:.0f} | {outcome}"
+        yield f"{cells} | {best}{accuracy}{best}"
+
+
 TABLES: dict[str, Callable[[], Iterator[str]]] = {
     **{table.__name__: table for table in (presets, pretraining, torch_cpu, on_two_cores, feeding, loop)},
     **{table.__name__: table for table in (resnet18_50ep, against_torch, digits, simclr, prune, prune_digits)},
-    **{table.__name__: table for table in (half_of_channels, nt_xent)},
+    **{table.__name__: table for table in (half_of_channels, nt_xent, search_digits)},
 }
 
 

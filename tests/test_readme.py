@@ -21,11 +21,13 @@ from train.presets import PRESETS
 from train.prune import presets as prune_presets
 from train.prune.config import PruneConfig, Schedule
 from train.run import run
+from train.search import config as search_config
 
 # For each program: its presets, the default one, and the class of its configs.
 KINDS = {
     "train": (PRESETS, "digits", TrainConfig),
     "pretrain": (pretrain_presets.PRESETS, "digits_simclr", PretrainConfig),
+    "train.search": (search_config.PRESETS, "digits", search_config.SearchConfig),
     "train.prune": (prune_presets.PRESETS, "digits_prune", PruneConfig),
     "train.bench": (bench_config.PRESETS, "step", bench_config.BenchConfig),
     "pretrain.bench": (pretrain_bench.OPTIONS["presets"], "step", bench_config.BenchConfig),
@@ -35,6 +37,7 @@ README = (ROOT / "README.md").read_text()
 PRETRAINING = (ROOT / "docs" / "pretraining.md").read_text()
 PRUNING = (ROOT / "docs" / "pruning.md").read_text()
 TRAINING = (ROOT / "docs" / "training.md").read_text()
+SEARCH = (ROOT / "docs" / "search.md").read_text()
 OBJECTIVES_PAGE = (ROOT / "docs" / "objectives.md").read_text()
 
 
@@ -95,6 +98,10 @@ def test_python_of_pruning_runs(capsys):
     assert namespace["loss"](namespace["params"], namespace["x"], namespace["y"]) < 0.7
 
 
+def test_python_of_search_runs():
+    assert executed(SEARCH)
+
+
 def test_tables_are_complete():
     assert re.findall(r"^\| `(\w+)` \|", README, re.M) == list(PRESETS)
     for name in [*SCORES, *get_args(Schedule)]:
@@ -104,11 +111,13 @@ def test_tables_are_complete():
 
 
 def commands():
-    for line in "\n".join(blocks("sh", README + TRAINING + PRETRAINING + PRUNING)).splitlines():
+    for line in "\n".join(blocks("sh", README + TRAINING + PRETRAINING + PRUNING + SEARCH)).splitlines():
         words = shlex.split(line, comments=True)
         # A run to prune comes first, where none is trained; report and curve have parsers, and tests, of their own.
         if words[2:3] == ["train.prune"] and len(words) > 3 and (words[3] == "RUN" or "/" in words[3]):
             del words[3]
+        if "--config" in words:  # a file that a run leaves
+            del words[words.index("--config") : words.index("--config") + 2]
         if words[:2] == ["python", "-m"] and words[2] in KINDS and not {"report", "curve", "--help"} & {*words}:
             yield words[2:]
 

@@ -45,6 +45,7 @@ class Choice:
 
 
 Range = Uniform | LogUniform | Integers | Choice
+Reasons = Callable[[Any], Mapping[str, str]]
 Space = Mapping[str, Range]  # by field name, such as "optim.lr"
 
 # Fields that would change what is compared (images and their split, how often it is measured), or where a run is.
@@ -122,13 +123,13 @@ def _value(word: str, kind: Any, text: str) -> Any:
     raise UsageError(f"--range {text}: the field must be {described(kind)}, got {word!r}")
 
 
-def check_space(space: Space, config: Any, check: Callable[[Any], None], reasons: Mapping[str, str]) -> None:
+def check_space(space: Space, config: Any, check: Callable[[Any], None], reasons: Reasons) -> None:
     """Check ranges before anything runs.
 
     Args:
       config: values of the fields that are not searched.
       check: refuses a config that cannot work, see `train.config.check`.
-      reasons: fields that have no effect, see `train.config.unused`.
+      reasons: maps a config to its fields that have no effect, see `train.config.unused`.
 
     Raises:
       UsageError: no range, a range that is empty, not of the field's type or not allowed for it, or a field that
@@ -139,15 +140,17 @@ def check_space(space: Space, config: Any, check: Callable[[Any], None], reasons
             "there is nothing to search: pass --range FIELD=LOW:HIGH, such as --range optim.lr=0.001:1:log"
         )
     kinds = field_kinds(type(config))
-    switches = any(isinstance(span, Choice) for span in space.values())
+    # A field may have an effect only with some value of a different one that is searched too.
+    choices = [(name, value) for name, span in space.items() if isinstance(span, Choice) for value in span.values]
+    unused = [reasons(config), *(reasons(replaced(config, dict([choice]))) for choice in choices if choice[0] in kinds)]
     for name, span in space.items():
         if name not in kinds:
             raise UsageError(f"unknown field {name!r} in a range: {meant(name, kinds)}--help lists all fields")
         flag = f"--range {name}={as_text(span)}"
         if name in FIXED:
             raise UsageError(f"{flag}: a search keeps {name} fixed, so that its trials can be compared")
-        if name in reasons and not switches:
-            raise UsageError(f"{flag}: {name} has no effect {reasons[name]}; leave it out with --range {name}=fixed")
+        if all(name in found for found in unused):
+            raise UsageError(f"{flag}: {name} has no effect {unused[0][name]}; leave it out with --range {name}=fixed")
         if isinstance(getattr(span, "values", (0,))[0], tuple):
             raise UsageError(f"{flag}: lists cannot be searched")
         values = span.values if isinstance(span, Choice) else (span.low, span.high)

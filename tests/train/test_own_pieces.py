@@ -143,3 +143,22 @@ def test_optimizer_objective_augmentation_and_hooks(dataset, tmp_path):
     brightest = max(row["brightest"] for row in rows if "brightest" in row)
     assert brightest == pytest.approx(2 * int(dataset.train.images.max()) / 255, rel=0.1)
     assert len({row["validation_loss"] for row in rows if "validation_loss" in row}) == 1
+
+
+def test_validations_reach_the_caller_and_the_test_split_stays_unseen(dataset, tmp_path):
+    """Each validation's row is passed on, what the callback raises ends the run, and resuming finishes it."""
+    pieces = {"model": MODELS["mlp"], "dataset": dataset}
+    short, rows = config(tmp_path / "run", epochs=2, eval_every=1), []
+
+    def stop(row):
+        rows.append(row)
+        raise LookupError
+
+    with pytest.raises(LookupError):
+        run(short, **pieces, validated=stop)
+    assert {"step", "epoch", "validation_accuracy", "validation_loss"} <= rows[0].keys()
+    result = run(short, **pieces, validated=rows.append, test=False)
+    assert [row["epoch"] for row in rows[1:]] == pytest.approx([1, 2], abs=0.1)  # it had no checkpoint yet
+    assert result["validation_accuracy"] == rows[-1]["validation_accuracy"]
+    assert not [name for name in result if name.startswith("test")]
+    assert not (tmp_path / "run" / "confusion.json").exists()

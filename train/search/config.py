@@ -58,5 +58,5 @@ def checked_space(config: SearchConfig, preset: str) -> dict[str, Range]:
     if config.distributed is not None:
         raise UsageError("a search takes no --distributed: its trials are runs of one host")
     space = with_ranges(presets.SPACES.get(preset, {}), config.range, TrainConfig)
-    check_space(space, base, check, unused(base))
+    check_space(space, base, check, unused)
     return space
