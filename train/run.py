@@ -31,7 +31,7 @@ from train.presets import PRESETS
 from train.run_folder import unlocked, write_confusion
 from train.session import Session, open_session
 from train.state import TrainState, digest
-from train.steps import Objective, eval_step, train_step
+from train.steps import Batch, Objective, augmented_images, eval_step, train_step
 from train.weights import widths_of
 
 Config = TypeVar("Config", bound=TrainConfig)
@@ -208,7 +208,11 @@ class Training:
             row = {f"validation_{name}": figures[name] for name in ("accuracy", "loss", "calibration_error")}
             return row, f"validation accuracy {figures['accuracy']:.4f}, loss {figures['loss']:.4f}"
 
-        return self.session.fit(self.step, state, validate=validate, schedule=self.pieces.schedule, hooks=hooks)
+        def see(state: TrainState, batch: Batch) -> dict[str, jax.Array]:
+            return {"images": augmented_images(state, batch, augment=self.pieces.augment)}
+
+        schedule = self.pieces.schedule
+        return self.session.fit(self.step, state, validate=validate, schedule=schedule, hooks=hooks, see=see)
 
     def selected(self, state: TrainState) -> TrainState:
         """The state to evaluate on the test split: the last one, or the best on validation."""
