@@ -304,8 +304,7 @@ class Session(Generic[Config]):
             self.last_row = row
             progress.row({"step": number, "epoch": round(number / self.epoch_steps, 4), **row})
             progress.say(f"step {number}: {line}")
-            if config.log:
-                self.trackers.histograms(number, leaves(state.params))
+            self.trackers.histograms(number, leaves(state.params))
             save(state, {METRIC: row[METRIC]} if METRIC in row else None)
             progress.paused += time.perf_counter() - began
 
@@ -361,7 +360,7 @@ class Session(Generic[Config]):
             examples = collate([stream_example(self.dataset.train, config.seed, p) for p in positions])
             mean, std = (np.asarray(x, np.float32) for x in (config.augment.mean, config.augment.std))
             for name, images in jax.jit(see)(state, examples).items():
-                self.trackers.images(number, name, np.asarray(images, np.float32) * std + mean)
+                self.trackers.images(number + 1, name, np.asarray(images, np.float32) * std + mean)
 
     def make_trace(self, number: int) -> Trace | None:
         """Make the trace of `--profile`, unless the run has passed its first step."""

@@ -44,7 +44,7 @@ class Trackers:
     """The trackers of a run, each in a thread of its own; with no names, every method does nothing."""
 
     def __init__(self, names: Sequence[str] = (), say: Callable[[str], None] = lambda line: None) -> None:
-        self.workers = [_Worker(name, say) for name in dict.fromkeys(names)]
+        self.say, self.workers = say, [_Worker(name, say) for name in dict.fromkeys(names)]
         self.rows: list[Row] = []
 
     def start(self, out: Path, step: int, settings: dict[str, Any]) -> None:
@@ -72,14 +72,19 @@ class Trackers:
     def histograms(self, step: int, arrays: dict[str, Any]) -> None:
         """Write the distributions of arrays by name, from at most `SAMPLE` evenly spaced values of each."""
         if self.workers:
-            self._send("histograms", step, {name: _sample(np.asarray(x)) for name, x in arrays.items()})
+            samples = {name: _sample(np.asarray(x)) for name, x in arrays.items()}
+            self._send("histograms", step, {name: x for name, x in samples.items() if x.size})
 
     def finish(self, result: dict[str, Any] | None) -> None:
         """Close all trackers, with the numbers of the run's result and a picture of its curves; None: it stopped."""
         if self.workers and result is not None:
-            picture = curves(self.rows)
-            if picture is not None:
-                self._send("image", self.rows[-1]["step"], "curves", picture)
+            try:
+                picture = curves(self.rows)
+            except Exception as error:
+                self.say(f"note: the curves of the run are not drawn: {_plain(error)}")
+            else:
+                if picture is not None:
+                    self._send("image", self.rows[-1]["step"], "curves", picture)
             result = {f: x for f, x in result.items() if isinstance(x, int | float) and math.isfinite(x)}
         self._send("finish", result)
         deadline = time.monotonic() + PATIENCE
@@ -126,7 +131,7 @@ class _Worker:
                 method, arguments = self.calls.get()
                 getattr(tracker, method)(*arguments)
         except Exception as error:
-            self._fail(" ".join(f"{type(error).__name__}: {error}".split())[:200])
+            self._fail(_plain(error))
         finally:
             self.ready.set()
 
@@ -134,6 +139,10 @@ class _Worker:
         if not self.failed:
             self.failed = True
             self.say(f"note: --log {self.name} is left out from now on, the run goes on: {reason}")
+
+
+def _plain(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
 
 def _sample(array: np.ndarray) -> np.ndarray:

@@ -86,7 +86,7 @@ class TensorBoard:
 
     def _add(self, step: int, values: Sequence[Any]) -> None:
         self.step = step
-        self._write(step, summary=self.summary.Summary(value=[value for one in values for value in one.value]))
+        self._write(step, summary=self.summary.Summary(value=[value for made in values for value in made.value]))
 
     def scalars(self, step: int, figures: dict[str, float]) -> None:
         self._add(step, [self.summary.scalar(name, value) for name, value in figures.items()])
@@ -153,6 +153,7 @@ class MLflow:
 
     def __init__(self, run: Started) -> None:
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+        os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
         folder = run.out.resolve() / "mlflow"
         folder.mkdir(exist_ok=True)
         self.entities = import_module("mlflow.entities")
