@@ -1,5 +1,6 @@
 """What a tracker is, and those of TensorBoard, Weights & Biases and MLflow."""
 
+import logging
 import math
 import os
 import shutil
@@ -153,10 +154,10 @@ class MLflow:
 
     def __init__(self, run: Started) -> None:
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-        os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
         folder = run.out.resolve() / "mlflow"
         folder.mkdir(exist_ok=True)
         self.entities = import_module("mlflow.entities")
+        logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)  # it reports every table
         store = f"sqlite:///{quote(str(folder / 'mlflow.db'))}"
         self.client = import_module("mlflow.tracking").MlflowClient(tracking_uri=store)
         if experiment := self.client.get_experiment_by_name(PROJECT):
