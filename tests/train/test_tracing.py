@@ -76,7 +76,7 @@ def test_exactly_these_steps_are_traced(per_call, start, tmp_path, monkeypatch):
 
 def test_a_profiler_that_fails_does_not_stop_the_run(tmp_path, monkeypatch):
     def fail(*arguments, **options):
-        raise RuntimeError("only one profile may be run at a time")
+        raise RuntimeError("only one profile at a time")
 
     monkeypatch.setattr(jax.profiler, "start_trace", fail)
     lines, trace = [], Trace(1, 2, tmp_path, lambda line: lines.append(line))
@@ -84,7 +84,7 @@ def test_a_profiler_that_fails_does_not_stop_the_run(tmp_path, monkeypatch):
         trace.before(number, ())
         trace.after(number + 1, ())
     trace.close()
-    assert lines == ["note: no profile is written, the run goes on: RuntimeError: only one profile may be run at a time"]
+    assert lines == ["note: no profile is written, the run goes on: RuntimeError: only one profile at a time"]
 
 
 def test_on_other_hosts_only_the_calls_are_cut(tmp_path):

@@ -232,8 +232,8 @@ def test_run_and_resume(fake, dataset, tmp_path):
     assert steps_of(first, "train/loss") == [2, 4, 6] and second.run.step == 5
     assert [row["step"] for row in second.run.rows] == [2, 4, 4]
     assert steps_of(second, "train/loss") == [6, 8, 10, 12] and steps_of(second, "validation/loss") == [8, 12]
-    histogram = next(figures for step, figures in second.calls if step == 8 and "in/kernel" in figures)
-    assert histogram["in/kernel"] == (192 * 16,)
+    histogram = next(figures for step, figures in second.calls if step == 8 and "parameters/in/kernel" in figures)
+    assert histogram["parameters/in/kernel"] == (192 * 16,)
     assert first.run.settings["optim.lr"] == 0.01
     rows = [read_rows(tmp_path / name / "metrics.jsonl") for name in ("plain", "run")]
     assert [row.keys() for row in rows[0]] == [row.keys() for row in rows[1]]
@@ -315,7 +315,7 @@ def test_tensorboard_events(tmp_path):
     first, second = ([(e.step, v.tag) for e in events for v in e.summary.value] for events in runs)
     assert first[:2] == [(0, "_hparams_/session_start_info"), (1, "images")]
     assert [step for step, tag in first if tag == "train/loss"] == [1, 2, 3]
-    assert (2, "head/kernel") in first and (2, "none") not in first
+    assert (2, "parameters/head/kernel") in first and (2, "parameters/none") not in first
     assert runs[1][1].session_log.status == event_pb2.SessionLog.START and runs[1][1].step == 3
     assert [step for step, tag in second if tag == "train/loss"] == [3]
     assert second[-2:] == [(3, "result/test_accuracy"), (3, "_hparams_/session_end_info")]
@@ -330,7 +330,7 @@ def test_tensorboard_reads_them(tmp_path):
     events.Reload()
     assert [(point.step, point.value) for point in events.Scalars("train/loss")] == [(1, 2.0), (2, 1.0), (3, 0.5)]
     assert [point.step for point in events.Scalars("validation/loss")] == [2]
-    assert events.Histograms("head/kernel")[0].histogram_value.num == 200
+    assert events.Histograms("parameters/head/kernel")[0].histogram_value.num == 200
     assert [point.step for point in events.Images("images")] == [1, 3]
     assert events.PluginTagToContent("hparams")
     # A run that was not tracked before starts with all of its rows.

@@ -70,9 +70,9 @@ class Trackers:
         self._send("image", step, name, tiled(images))
 
     def histograms(self, step: int, arrays: dict[str, Any]) -> None:
-        """Write the distributions of arrays by name, from at most `SAMPLE` evenly spaced values of each."""
+        """Write the distributions of parameters by name, from at most `SAMPLE` evenly spaced values of each."""
         if self.workers:
-            samples = {name: _sample(np.asarray(x)) for name, x in arrays.items()}
+            samples = {f"parameters/{name}": _sample(np.asarray(x)) for name, x in arrays.items()}
             self._send("histograms", step, {name: x for name, x in samples.items() if x.size})
 
     def finish(self, result: dict[str, Any] | None) -> None:
