@@ -19,7 +19,7 @@ from pretrain.knn import knn_accuracy
 from pretrain.linear import BLOCK
 from pretrain.objectives import Objective
 from pretrain.state import PretrainState, encoder_of, pretrain_digest, probe_logits
-from pretrain.steps import contrastive_step, feature_step, view_step
+from pretrain.steps import augmented_views, contrastive_step, feature_step, view_step
 from resnet_jax.augment import Augment
 from resnet_jax.parallel import axis_of
 from resnet_jax.tree import PyTree, count
@@ -103,6 +103,7 @@ def run(
         validate=monitor,
         schedule=schedule,
         hooks=hooks,
+        see=partial(augmented_views, views=views),
         shown=("loss", "probe_accuracy", "projection_std") if labelled else ("loss", "projection_std"),
         validate_first=True,  # the curve starts at random weights
     )

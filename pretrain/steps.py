@@ -124,6 +124,16 @@ def contrastive_step(
     return state, metrics | figures | spread
 
 
+def augmented_views(state: PretrainState, batch: Batch, *, views: Sequence[aug.Augment]) -> dict[str, jax.Array]:
+    """The views, float [B V, H, W, C], that the next `contrastive_step` makes of the first B examples.
+
+    The views of an example follow each other; `views` are the large ones and `small_views` the small ones.
+    """
+    index = example_index(len(batch["image"]))
+    made = make_views(views, step_key(state.key, state.step), index, batch["image"])
+    return {name: _rows(images) for name, images in zip(("views", "small_views"), made, strict=False)}
+
+
 def outputs_of(
     model: nn.Module, variables: PyTree, images: Sequence[jax.Array], **options: Any
 ) -> tuple[Outputs, PyTree]:

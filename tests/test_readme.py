@@ -38,6 +38,7 @@ PRETRAINING = (ROOT / "docs" / "pretraining.md").read_text()
 PRUNING = (ROOT / "docs" / "pruning.md").read_text()
 TRAINING = (ROOT / "docs" / "training.md").read_text()
 SEARCH = (ROOT / "docs" / "search.md").read_text()
+TRACKING = (ROOT / "docs" / "tracking.md").read_text()
 OBJECTIVES_PAGE = (ROOT / "docs" / "objectives.md").read_text()
 
 
@@ -111,7 +112,8 @@ def test_tables_are_complete():
 
 
 def commands():
-    for line in "\n".join(blocks("sh", README + TRAINING + PRETRAINING + PRUNING + SEARCH)).splitlines():
+    pages = README + TRAINING + PRETRAINING + PRUNING + SEARCH + TRACKING
+    for line in "\n".join(blocks("sh", pages)).splitlines():
         words = shlex.split(line, comments=True)
         # A run to prune comes first, where none is trained; report and curve have parsers, and tests, of their own.
         if words[2:3] == ["train.prune"] and len(words) > 3 and (words[3] == "RUN" or "/" in words[3]):

@@ -12,6 +12,8 @@ from resnet_jax.resnet import MODELS
 from train.errors import UsageError, unknown
 from train.optim import OPTIMIZERS, make_optimizer, make_schedule
 from train.ranges import check_ranges
+from train.tracing import traced_steps
+from train.trackers import check_trackers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,6 +156,10 @@ class RunConfig:
     """Number of newest checkpoints to keep."""
     log_every: int = 50
     """Steps between rows of metrics.jsonl."""
+    log: tuple[str, ...] = ()
+    """Trackers to write to, in addition to metrics.jsonl: `tensorboard`, `wandb` (offline), `mlflow` (local)."""
+    profile: str | None = None
+    """FROM:TO, the steps of the run (from 1) whose profiler trace is written to `profile/` in the run folder."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -276,6 +282,8 @@ def check_run(config: RunConfig, *ranges: Mapping[str, str]) -> None:
         if index >= count:
             raise UsageError(f"--distributed {config.distributed}: INDEX counts the hosts from 0 to COUNT - 1")
     check_xla(config.xla, config.mode)
+    check_trackers(config.log)
+    traced_steps(config.profile)
     if config.mode == "pmap" and (config.steps_per_call or 1) > 1:
         raise UsageError("--steps-per-call needs --mode jit or shard_map: pmap compiles single steps")
 

@@ -17,6 +17,7 @@ from train.errors import DivergedError, RunError
 from train.json_text import to_json
 from train.state import TrainState
 from train.steps import summarize
+from train.tracing import Trace
 
 Step = Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]
 # (number, rows): the metrics of the last steps, up to step `number`
@@ -34,6 +35,7 @@ def fit(
     per_call: int = 1,
     hooks: Sequence[Hook] = (),
     log: Log = lambda number, rows: None,
+    trace: Trace | None = None,
 ) -> TrainState:
     """Train until `state.step` is `steps`.
 
@@ -42,6 +44,7 @@ def fit(
       per_call: most steps per call, which ends early where a hook is due; above 1, `step` is made by
         `train.chunks.many_steps`, and `data` has the chunks of `train.data.batches.ResidentBatches`.
       log: receives the metrics of each call's steps as floats, one call late; see `Log`.
+      trace: profiles some of the steps; calls also end where it begins and ends.
 
     Raises:
       DivergedError: a loss, gradient or parameter that is not finite, with the step's number; hooks are not called with
@@ -64,10 +67,15 @@ def fit(
     most = 1  # the first call shows at once that the run works
     while number < steps:
         count = min(most, steps - number, *(every - number % every for every, _ in hooks))
+        if trace is not None:
+            trace.before(number, state)
+            count = min(count, trace.room(number))
         most = per_call
         batch = next(data) if per_call == 1 else data.chunk(count, per_call)
         state, metrics = step(state, batch)
         number += count
+        if trace is not None:
+            trace.after(number, state)
         look()
         late = number, count, metrics
         due = [call for every, call in hooks if number % every == 0 or number == steps]
@@ -129,8 +137,8 @@ class Progress:
     """Report progress on stderr (step, epoch, loss, accuracy, images/s, time left) and in a JSONL file.
 
     A terminal gets one line that is updated in place; a log file gets a line every few seconds. A JSONL row is written
-    every `every` steps, with means over those steps and the values of `extra(step)`. `shown` names the metrics to
-    print; `silent` prints nothing.
+    every `every` steps, with means over those steps and the values of `extra(step)`. `send` also receives each row;
+    `shown` names the metrics to print; `silent` prints nothing.
     """
 
     def __init__(
@@ -143,11 +151,12 @@ class Progress:
         batch: int,
         every: int,
         extra: Callable[[int], dict[str, float]] = lambda step: {},
+        send: Callable[[dict[str, Any]], None] = lambda row: None,
         shown: Sequence[str] = ("loss", "accuracy"),
         silent: bool = False,
     ) -> None:
         self.steps, self.epoch_steps, self.batch, self.every = steps, epoch_steps, batch, every
-        self.extra, self.shown, self.silent = extra, shown, silent
+        self.extra, self.send, self.shown, self.silent = extra, send, shown, silent
         self.file = None
         if path is not None:
             # The steps after the checkpoint that a run resumes from are trained again: drop their rows.
@@ -195,6 +204,7 @@ class Progress:
                 self.file.write(to_json(row) + "\n")
             except OSError as error:
                 raise RunError(f"cannot write {self.file.name}: {error}") from None
+        self.send(row)
 
     @property
     def images_per_second(self) -> float:

@@ -31,7 +31,7 @@ from train.presets import PRESETS
 from train.run_folder import unlocked, write_confusion
 from train.session import Session, Validated, open_session
 from train.state import TrainState, digest
-from train.steps import Objective, eval_step, train_step
+from train.steps import Batch, Objective, augmented_images, eval_step, train_step
 from train.weights import widths_of
 
 Config = TypeVar("Config", bound=TrainConfig)
@@ -213,9 +213,17 @@ class Training:
             row = {f"validation_{name}": figures[name] for name in ("accuracy", "loss", "calibration_error")}
             return row, f"validation accuracy {figures['accuracy']:.4f}, loss {figures['loss']:.4f}"
 
-        schedule = self.pieces.schedule
+        def see(state: TrainState, batch: Batch) -> dict[str, jax.Array]:
+            return {"images": augmented_images(state, batch, augment=self.pieces.augment)}
+
         return self.session.fit(
-            self.step, state, validate=validate, schedule=schedule, hooks=hooks, validated=validated
+            self.step,
+            state,
+            validate=validate,
+            schedule=self.pieces.schedule,
+            hooks=hooks,
+            see=see,
+            validated=validated,
         )
 
     def selected(self, state: TrainState) -> TrainState:

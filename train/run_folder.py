@@ -39,7 +39,7 @@ LOCK = ".lock"
 
 # Fields that may differ between a run and its continuation: they change where and how fast it runs, never its result.
 FREE_FIELDS = {"out", "mode", "data.dir", "distributed", "log_every", "eval_batch"}
-FREE_FIELDS |= {"keep_last", "keep_best", "save_steps", "kernels", "cache"}
+FREE_FIELDS |= {"keep_last", "keep_best", "save_steps", "kernels", "cache", "log", "profile"}
 
 
 MATRIX_CLASSES = 1000  # most classes whose confusion matrix is written in full

@@ -13,14 +13,26 @@ from typing import Any, Generic, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from resnet_jax.parallel import compile_step, make_mesh, place, replicated
+from resnet_jax.tree import leaves
 from train.checkpoint import METRIC, Checkpoints
 from train.chunks import CHUNK_LAYOUT, chunk_like, many_steps
-from train.config import RunConfig
-from train.data.batches import Batches, batch_like, check_batch, eval_batch_size, padded, train_batches
+from train.config import RunConfig, flat
+from train.data.batches import (
+    Batch,
+    Batches,
+    batch_like,
+    check_batch,
+    eval_batch_size,
+    padded,
+    stream_example,
+    train_batches,
+)
 from train.data.sets import Dataset
+from train.data.sources import collate
 from train.errors import RunError
 from train.from_config import (
     compute_dtype,
@@ -53,12 +65,17 @@ from train.runtime import (
     xla_options,
 )
 from train.state import TrainState
+from train.tracing import Trace, traced_steps
+from train.trackers import Trackers
 
 Config = TypeVar("Config", bound=RunConfig)
 # state -> (row for metrics.jsonl, line to print)
 Validate = Callable[[Any], tuple[dict[str, float], str]]
 # receives the row of each validation: step, epoch and the figures
 Validated = Callable[[dict[str, Any]], None]
+# (state, batch) -> images by name, float [N, H, W, C], as the network receives them in the next step
+See = Callable[[Any, Batch], dict[str, jax.Array]]
+SEEN = 16  # images of the first batch that trackers show
 
 
 def open_session(
@@ -98,6 +115,7 @@ class Session(Generic[Config]):
       kernels, dtype: model fields that select its compute kernels, and its compute dtype.
       per_call: most steps per call of the compiled train step; see `train.chunks`.
       stream, checkpoints: the training data (after `compile`) and the saved states (after `resume`).
+      trackers: where `log` writes to (after `fit` began).
       resumed: whether `resume` found a checkpoint.
       last_row: the row that `validate` returned last; empty before that.
     """
@@ -106,6 +124,7 @@ class Session(Generic[Config]):
     dataset: Dataset
     stream: Batches
     checkpoints: Checkpoints
+    trackers: Trackers
     resumed = False
 
     def __init__(
@@ -131,6 +150,7 @@ class Session(Generic[Config]):
         check_batch(config.batch, self.mesh.size, len(self.dataset.train))
         self.epoch_steps = len(self.dataset.train) / config.batch
         self.steps = config.steps or max(int(config.epochs * self.epoch_steps), 1)
+        traced_steps(config.profile, self.steps)
         self.dtype = compute_dtype(config.dtype)
         # A model that was passed in keeps the kernels that its author chose.
         kernels = "plain" if "model" in self.own else config.kernels
@@ -234,6 +254,7 @@ class Session(Generic[Config]):
         validate: Validate,
         schedule: Schedule,
         hooks: Sequence[Hook] = (),
+        see: See | None = None,
         shown: Sequence[str] = ("loss", "accuracy"),
         validate_first: bool = False,
         validated: Validated = lambda row: None,
@@ -243,6 +264,7 @@ class Session(Generic[Config]):
         Args:
           schedule: learning rate by step, for metrics.jsonl.
           hooks: additional hooks, called before `validate`; see `train.loop.fit`.
+          see: the images that the network receives, for trackers.
           shown: names of the metrics to print.
           validate_first: also validate before the first step of a run that is not resumed.
           validated: called with the row of each validation; what it raises ends the run.
@@ -260,6 +282,7 @@ class Session(Generic[Config]):
         if self.main:
             write_config(self.out, self.preset, config, self.dataset, self.replaced)
             write_skipped(self.out, self.dataset)
+        self.trackers = Trackers(config.log if self.main else (), say)
         progress = Progress(
             self.out / "metrics.jsonl" if self.main else None,
             start=int(state.step),
@@ -268,9 +291,12 @@ class Session(Generic[Config]):
             batch=config.batch,
             every=config.log_every,
             extra=lambda number: {"learning_rate": float(schedule(number - 1))},
+            send=self.trackers.row,
             shown=shown,
             silent=not self.main,
         )
+        self.start_trackers(state, see)
+        trace = self.make_trace(int(state.step))
 
         def save(state: TrainState, metrics: dict[str, float] | None = None) -> None:
             self.checkpoints.save(state, self.stream.state(), metrics)
@@ -283,6 +309,7 @@ class Session(Generic[Config]):
             row = {"step": number, "epoch": round(number / self.epoch_steps, 4), **row}
             progress.row(row)
             progress.say(f"step {number}: {line}")
+            self.trackers.histograms(number, leaves(state.params))
             validated(row)
             save(state, {METRIC: row[METRIC]} if METRIC in row else None)
             progress.paused += time.perf_counter() - began
@@ -294,7 +321,7 @@ class Session(Generic[Config]):
         if validate_first and not self.resumed:
             watch(state)
         # If the run stops, name the newest checkpoint, so that the user knows where it would resume.
-        began = time.perf_counter()
+        began, ended = time.perf_counter(), False
         try:
             state = fit(
                 step,
@@ -304,8 +331,10 @@ class Session(Generic[Config]):
                 per_call=self.per_call,
                 hooks=[*hooks, *every],
                 log=progress.log,
+                trace=trace,
             )
             self.checkpoints.wait()
+            ended = True
         except Exception as error:
             if jax.process_count() == 1:
                 with suppress(RunError):
@@ -318,10 +347,36 @@ class Session(Generic[Config]):
                 raise
             raise lost_host(error, where) from None
         finally:
+            if not ended:
+                self.trackers.finish(None)
+            if trace is not None:
+                trace.close()
             progress.close()
         self.seconds = time.perf_counter() - began
         self.images_per_second = progress.images_per_second
         return state
+
+    def start_trackers(self, state: Any, see: See | None) -> None:
+        """Start the trackers of `--log`, and show them the first images as the network receives them."""
+        config, number = self.config, int(state.step)
+        self.trackers.start(self.out, number, flat(config))
+        if config.log and see is not None:
+            # All hosts compute them, from the same arrays; only the first one shows them.
+            positions = range(self.stream.position, self.stream.position + min(SEEN, config.batch))
+            examples = collate([stream_example(self.dataset.train, config.seed, p) for p in positions])
+            mean, std = (np.asarray(x, np.float32) for x in (config.augment.mean, config.augment.std))
+            for name, images in jax.jit(see)(state, examples).items():
+                self.trackers.images(number + 1, name, np.asarray(images, np.float32) * std + mean)
+
+    def make_trace(self, number: int) -> Trace | None:
+        """Make the trace of `--profile`, unless the run has passed its first step."""
+        steps = traced_steps(self.config.profile)
+        if steps is None:
+            return None
+        if steps[0] <= number:
+            say(f"note: nothing is traced, because --profile {self.config.profile} begins before step {number + 1}")
+            return None
+        return Trace(*steps, self.out / "profile" if self.main else None, say)
 
     def finish(self, figures: dict[str, Any]) -> dict[str, Any]:
         """Return the result, the common keys and the pipeline's `figures`, and write it to `out`/result.json."""
@@ -343,4 +398,5 @@ class Session(Generic[Config]):
         }
         if self.main:
             write_json(self.out / "result.json", result)
+        self.trackers.finish(result)
         return result

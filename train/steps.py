@@ -161,6 +161,12 @@ def train_step(
     return state, metrics | figures
 
 
+def augmented_images(state: TrainState, batch: Batch, *, augment: Augment) -> jax.Array:
+    """The images, float [B, H, W, C], that the next `train_step` passes to its objective for the first B examples."""
+    key, _, _ = jax.random.split(step_key(state.key, state.step), 3)
+    return augment_batch(augment, example_keys(key, example_index(len(batch["image"]))), batch["image"])
+
+
 def update(
     state: State,
     grads: PyTree,

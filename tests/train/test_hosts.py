@@ -6,6 +6,7 @@ import socket
 import pytest
 
 ARGUMENTS = ["train", "--model", "resnet8", "--width", "8", "--steps", "12", "--batch", "64", "--save-steps", "5"]
+ARGUMENTS += ["--log", "tensorboard", "--profile", "3:4"]  # only the first host writes, and all compute the same calls
 
 
 def free_port():
@@ -36,6 +37,8 @@ def test_two_hosts_equal_one(command, tmp_path):
     assert two["devices"].startswith("8 x")
     assert two["test_loss"] == pytest.approx(one["test_loss"], rel=1e-4)
     assert two["test_images"] == one["test_images"] == 360
+    assert len([*(tmp_path / "two" / "tensorboard").iterdir()]) == 1
+    assert len([*(tmp_path / "two" / "profile").rglob("*.xplane.pb")]) == 1
     # And what two hosts saved, one goes on from.
     (tmp_path / "two" / "result.json").unlink()
     ((again, said, code),) = outputs("two", 1, 1)

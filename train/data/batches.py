@@ -57,6 +57,15 @@ def stream_indices(count: int, seed: int, start: int, size: int) -> np.ndarray:
     return np.concatenate(parts)
 
 
+def stream_example(source: Arrays | Encoded, seed: int, position: int) -> Example:
+    """The example at one position of the stream, decoded here."""
+    epoch, offset = divmod(position, len(source))
+    index = int(epoch_order(len(source), seed, epoch)[offset])
+    if isinstance(source, Arrays):
+        return source[index]
+    return source.example(index, np.random.default_rng([seed, position, 1]))
+
+
 def train_batches(source: Arrays | Encoded, *, batch: int, seed: int, mesh: Mesh, mode: Mode = "jit") -> Batches:
     """The training stream of a split, laid out over the mesh; `batch` is the global batch size.
 
@@ -160,9 +169,7 @@ class StreamedBatches(Batches):
 
     def _example(self, position: int) -> Example:
         """Decode the example at a position of the stream: a pure function of it, so any thread may call it."""
-        epoch, offset = divmod(position, len(self.source))
-        index = int(epoch_order(len(self.source), self.seed, epoch)[offset])
-        return self.source.example(index, np.random.default_rng([self.seed, position, 1]))
+        return stream_example(self.source, self.seed, position)
 
     def __next__(self) -> Batch:
         self.position += self.batch

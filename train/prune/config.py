@@ -16,6 +16,7 @@ from train.config import check as check_training
 from train.errors import UsageError, unknown
 from train.ranges import check_ranges
 from train.run_folder import read_config
+from train.tracing import traced_steps
 
 Schedule = Literal["one_shot", "gradual", "iterative", "rigl", "set", "acdc"]
 
@@ -125,7 +126,7 @@ def of_run(run: Path) -> PruneConfig:
     """Make the default pruning of a trained run: its own settings, a third of its epochs, a fifth of its learning rate.
 
     For a run that is already pruned: the epochs and learning rate of its own pruning. What belongs to how that run
-    started (`freeze`) or to where it ran (its hosts, oneDNN, its cache) is not taken over.
+    started (`freeze`) or to where it ran (its hosts, oneDNN, its cache, its trackers) is not taken over.
 
     Raises:
       UsageError: `run` is not a run folder.
@@ -147,6 +148,8 @@ def of_run(run: Path) -> PruneConfig:
         dense=False,
         freeze=False,
         distributed=None,
+        log=(),
+        profile=None,
         kernels="auto" if config.kernels == "onednn" else config.kernels,
         cache="auto" if config.cache != "none" else "none",
         prune=PruningConfig(epochs=epochs, lr=lr),
@@ -154,9 +157,12 @@ def of_run(run: Path) -> PruneConfig:
 
 
 def dense_config(config: PruneConfig, out: Path) -> TrainConfig:
-    """Config of the dense run, which is trained first in its own folder if no run is given."""
+    """Config of the dense run, which is trained first in its own folder if no run is given.
+
+    `--profile` traces the training after pruning.
+    """
     fields = {name: value for name, value in vars(config).items() if name != "prune"}
-    return TrainConfig(**{**fields, "out": str(out)})
+    return TrainConfig(**{**fields, "out": str(out), "profile": None})
 
 
 def retraining(config: PruneConfig) -> PruneConfig:
@@ -175,7 +181,9 @@ def check_dates(config: PruneConfig, epoch_steps: float) -> None:
       UsageError: `every` is too long; the message gives the longest that works.
     """
     p, training = config.prune, retraining(config)
-    begin, end = dates(p, training.steps or max(int(training.epochs * epoch_steps), 1))
+    steps = training.steps or max(int(training.epochs * epoch_steps), 1)
+    traced_steps(config.profile, steps)
+    begin, end = dates(p, steps)
     # RigL and SET first move weights after `every` steps; AC/DC first frees them `every` steps after `begin`.
     begin = {"rigl": 0, "set": 0, "acdc": max(begin, 1)}.get(p.schedule, end)
     if begin < end and p.every >= end - begin:
