@@ -32,7 +32,7 @@ class Network:
 
     def outputs(self, images: jax.Array) -> jax.Array:
         """Return float32 outputs [B, D]: logits, or the features of an encoder without a head."""
-        apply = self.model.apply if isinstance(self.model, nn.Module) else self.model
+        apply: Any = self.model.apply if isinstance(self.model, nn.Module) else self.model
         return apply(self.variables, images).astype(jnp.float32)
 
     def layers(self, images: jax.Array) -> dict[str, jax.ShapeDtypeStruct]:
@@ -94,8 +94,8 @@ class Network:
         outputs = self._apply(self.variables, images, perturb)
         return outputs.astype(jnp.float32), found[0]
 
-    def _apply(self, variables: PyTree, images: jax.Array, visit: Callable[[str, jax.Array], jax.Array]) -> jax.Array:
-        """Apply the model with `visit(layer, output)` in place of the output of each submodule that returns an array."""
+    def _apply(self, variables: PyTree, images: jax.Array, visit: Callable[[str, jax.Array], jax.Array]) -> Any:
+        """Apply the model with `visit(layer, output)` in place of each submodule's output, if that is an array."""
         if not isinstance(self.model, nn.Module):
             raise ValueError("a function has no layers: give a Flax module and its variables")
         calls: dict[str, int] = {}

@@ -1,6 +1,6 @@
 """What is explained: functions of outputs [B, D] to one score per image [B].
 
-A target is a `jax.tree_util.Partial`, so that `jax.jit` takes it as an argument and traces its labels: new labels do not
+A target is a `jax.tree_util.Partial`, so `jax.jit` takes it as an argument and traces its labels: other labels do not
 compile again.
 """
 
