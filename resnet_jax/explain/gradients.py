@@ -82,15 +82,11 @@ def guided_backprop(network: Network, images: jax.Array, target: Target) -> jax.
       ValueError: the network has no ReLU.
     """
     program = jax.make_jaxpr(network.outputs)(images)
-    replaced: list[Any] = []
-
-    def outputs(images: jax.Array) -> jax.Array:
-        return _evaluate(program.jaxpr, program.consts, [images], replaced)[0]
-
-    result = _gradient(outputs, images, target)
-    if not replaced:
+    guided = _guide(program.jaxpr)
+    if guided is program.jaxpr:
         raise ValueError("guided backprop needs a network with ReLUs")
-    return result
+    outputs = core.jaxpr_as_fun(program.replace(jaxpr=guided))
+    return _gradient(lambda images: outputs(images)[0], images, target)
 
 
 def _gradient(outputs: Callable[[jax.Array], jax.Array], images: jax.Array, target: Target) -> jax.Array:
@@ -109,40 +105,39 @@ def _guided_backward(positive: jax.Array, gradient: jax.Array) -> tuple[jax.Arra
 _guided_relu.defvjp(lambda x: (_guided_relu(x), x > 0), _guided_backward)
 
 
-def _inner(equation: core.JaxprEqn) -> core.Jaxpr | None:
-    """The program of a call without a derivative rule of its own, or of a `custom_jvp`."""
-    name = {"jit": "jaxpr", "pjit": "jaxpr", "checkpoint": "jaxpr", "custom_jvp_call": "call_jaxpr"}
-    inner = equation.params.get(name.get(equation.primitive.name, ""))
-    return getattr(inner, "jaxpr", inner)
+def _guide(program: Any) -> Any:
+    """Replace each ReLU in a program, and in the programs that its equations call; the same object if there is none."""
+    if isinstance(program, core.ClosedJaxpr):
+        inner = _guide(program.jaxpr)
+        return program if inner is program.jaxpr else program.replace(jaxpr=inner)
+    if isinstance(program, tuple):
+        parts = tuple(_guide(part) for part in program)
+        return program if all(a is b for a, b in zip(parts, program, strict=True)) else parts
+    if not isinstance(program, core.Jaxpr):
+        return program
+    equations = [_guide_equation(equation) for equation in program.eqns]
+    same = all(a is b for a, b in zip(equations, program.eqns, strict=True))
+    return program if same else program.replace(eqns=equations)
+
+
+def _guide_equation(equation: core.JaxprEqn) -> core.JaxprEqn:
+    if _is_relu(equation):
+        (x,) = (x for x in equation.invars if not isinstance(x, core.Literal))
+        shape: Any = x.aval
+        rule = jax.make_jaxpr(_guided_relu)(jax.ShapeDtypeStruct(shape.shape, shape.dtype))
+        return rule.eqns[0].replace(invars=[x], outvars=equation.outvars)
+    if equation.primitive.name.startswith("custom_"):
+        return equation  # it has a derivative rule of its own
+    parameters = {name: _guide(value) for name, value in equation.params.items()}
+    same = all(parameters[name] is value for name, value in equation.params.items())
+    return equation if same else equation.replace(params=parameters)
 
 
 def _is_relu(equation: core.JaxprEqn) -> bool:
     """Whether it is the maximum of something and 0, or a call of only that, as `jax.nn.relu` is."""
     if equation.primitive.name == "max":
-        return any(isinstance(x, core.Literal) and np.all(x.val == 0) for x in equation.invars)
-    inner = _inner(equation)
+        zeros = [isinstance(x, core.Literal) and bool(np.all(x.val == 0)) for x in equation.invars]
+        return sum(zeros) == 1
+    name = {"jit": "jaxpr", "pjit": "jaxpr", "custom_jvp_call": "call_jaxpr"}.get(equation.primitive.name, "")
+    inner = equation.params.get(name)
     return inner is not None and len(inner.eqns) == 1 and _is_relu(inner.eqns[0])
-
-
-def _evaluate(jaxpr: core.Jaxpr, consts: Any, inputs: list[Any], replaced: list[Any]) -> list[Any]:
-    """Evaluate a program with `_guided_relu` in place of each ReLU, and list those in `replaced`."""
-    values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *inputs], strict=True))
-
-    def read(x: Any) -> Any:
-        return x.val if isinstance(x, core.Literal) else values[x]
-
-    for equation in jaxpr.eqns:
-        arguments, inner = [read(x) for x in equation.invars], _inner(equation)
-        if _is_relu(equation):
-            replaced.append(equation)
-            x = next(read(x) for x in equation.invars if not isinstance(x, core.Literal))
-            results = [_guided_relu(x)]
-        elif inner is not None and equation.primitive.name != "custom_jvp_call":
-            closed = equation.params["jaxpr"]
-            results = _evaluate(inner, getattr(closed, "consts", ()), arguments, replaced)
-        else:
-            rules, parameters = equation.primitive.get_bind_params(equation.params)
-            results = equation.primitive.bind(*rules, *arguments, **parameters)
-            results = results if equation.primitive.multiple_results else [results]
-        values.update(zip(equation.outvars, results, strict=True))
-    return [read(x) for x in jaxpr.outvars]
