@@ -1,7 +1,7 @@
 """Explanations by captum and pytorch-grad-cam of a small torchvision ResNet: the maker of `golden/explain.npz`.
 
-`pip install -e ".[parity-full]"`, then `python -m tests.reference.make_explain_golden`. Weights and images are drawn from
-names by NumPy and the result is deterministic; the file holds every second row of what is as large as the images.
+`pip install -e ".[parity-full]"`, then `python -m tests.reference.make_explain_golden`. NumPy draws weights and images
+from names, so the result is deterministic; the file holds every second row of what is as large as the images.
 """
 
 import zlib
