@@ -8,6 +8,7 @@ scores = area(deletion(network, images, class_probability(labels), heat))
 
 # fmt: off
 from resnet_jax.explain.cam import eigen_cam, grad_cam, grad_cam_plus_plus, hires_cam, layer_cam, score_cam
+from resnet_jax.explain.cascading import cascade, randomization, rank_correlation, ssim
 from resnet_jax.explain.features import Goal, channel_goal, feature_maps, filters, output_goal, visualize
 from resnet_jax.explain.gradients import (
     guided_backprop,
@@ -20,7 +21,6 @@ from resnet_jax.explain.maps import blur, grid, rescale, upsample
 from resnet_jax.explain.methods import METHODS, Method
 from resnet_jax.explain.network import Network
 from resnet_jax.explain.perturbation import occlusion, rise
-from resnet_jax.explain.randomization import cascade, randomization, rank_correlation, ssim
 from resnet_jax.explain.targets import Target, class_difference, class_probability, class_score, similarity
 from resnet_jax.explain.trust import (
     Perturb,
