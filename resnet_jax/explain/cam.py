@@ -87,19 +87,24 @@ def eigen_cam(network: Network, images: jax.Array, target: Target, layer: str | 
 def _map(network: Network, images: jax.Array, layer: str | None) -> jax.Array:
     """The float32 map [B, h, w, K] of a layer."""
     _, maps = network.forward(images, layer)
-    if maps.ndim != 4:
-        raise ValueError(f"the output of {layer} is not a map [B, h, w, K], but {list(maps.shape)}")
+    _check_map(layer, maps)
     return maps.astype(jnp.float32)
+
+
+def _check_map(layer: str | None, output: jax.Array | jax.ShapeDtypeStruct) -> None:
+    if len(output.shape) != 4:
+        raise ValueError(f"the output of {layer} is not a map [B, h, w, K], but {list(output.shape)}")
 
 
 def _map_and_gradient(
     network: Network, images: jax.Array, target: Target, layer: str | None
 ) -> tuple[jax.Array, jax.Array]:
     """The float32 map [B, h, w, K] of a layer, and the gradient of the score with respect to it."""
-    shape = jax.eval_shape(lambda images: _map(network, images, layer), images)
+    path, shape = network.find(layer, images)
+    _check_map(path, shape)
 
     def score(tap: jax.Array) -> tuple[jax.Array, jax.Array]:
-        outputs, maps = network.forward(images, layer, tap)
+        outputs, maps = network.forward(images, path, tap)
         return target(outputs).sum(), maps.astype(jnp.float32)
 
     gradients, maps = jax.grad(score, has_aux=True)(jnp.zeros(shape.shape))

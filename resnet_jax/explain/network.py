@@ -56,12 +56,20 @@ class Network:
         Raises:
           ValueError: there is no such layer (the message lists them), or the model is a function.
         """
+        return self.find(layer, images)[0]
+
+    def find(self, layer: str | None, images: jax.Array) -> tuple[str, jax.ShapeDtypeStruct]:
+        """Return the path of a layer, and the shape and dtype of its output.
+
+        Raises:
+          ValueError: as `resolve`.
+        """
         layers = self.layers(images)
         if layer is None:
             maps = [name for name, y in layers.items() if len(y.shape) == 4]
             if not maps:
                 raise ValueError("the network has no layer with a map [B, h, w, K]")
-            return maps[-1]
+            return maps[-1], layers[maps[-1]]
         blocks = [name for name in layers if re.fullmatch(r"stage\d+_block\d+", name)]
         ends = {name.split("_")[0]: name for name in blocks}
         if blocks and "final" in layers:
@@ -71,7 +79,8 @@ class Network:
             inner = [name for name in layers if "/" in name]
             more = f", and {len(inner)} inside them, such as {inner[-1]}" if inner else ""
             raise ValueError(f"no layer {layer!r}; layers: {', '.join([*top, *ends])}{more}")
-        return layer if layer in layers else ends[layer]
+        path = layer if layer in layers else ends[layer]
+        return path, layers[path]
 
     def forward(
         self, images: jax.Array, layer: str | None = None, tap: jax.Array | float = 0.0
