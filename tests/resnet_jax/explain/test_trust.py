@@ -98,12 +98,12 @@ def test_infidelity_of_a_linear_function():
         infidelity(network, IMAGES, ONE, factor * contribution, key=KEY, samples=20, scaled=factor != 1, chunk=7)
         for factor in (1, 30)
     )
-    np.testing.assert_allclose(exact, 0, atol=1e-3)
-    np.testing.assert_allclose(scaled, 0, atol=1e-3)
+    np.testing.assert_allclose(exact, 0, atol=0.01)
+    np.testing.assert_allclose(scaled, 0, atol=0.01)
     chance = infidelity(network, IMAGES, ONE, random, key=KEY, samples=20)
     assert (chance > 1).all()
     zero = infidelity(network, IMAGES, ONE, 0 * random, key=KEY, samples=20)
-    assert (zero >= chance).all() and np.isfinite(zero).all()
+    assert (zero >= chance - 1e-3).all() and np.isfinite(zero).all()
 
 
 def test_cascade_initialises_from_the_top():
