@@ -36,12 +36,19 @@ def test_layers_are_those_of_the_network(preact):
     layers = network.layers(images)
     assert list(layers)[:2] == ["stem/conv", "stem"] and list(layers)[-1] == "head"
     assert layers["stage2_block1/conv1"].shape == (2, 4, 4, 8)
-    levels = network.model.apply(network.variables, images, method="maps")
-    for layer, path in {"stage2": "stage2_block1", "stage3": "final", None: "final", "stem": "stem"}.items():
+    paths = {"stage2": "stage2_block1", None: "final", "stem": "stem"}
+    assert network.resolve("stage3", images) == "final"
+
+    @jax.jit
+    def forward(network):
+        levels = network.model.apply(network.variables, images, method="maps")
+        return levels, [network.forward(images, layer) for layer in paths]
+
+    levels, found = forward(network)
+    for (layer, path), (outputs, maps) in zip(paths.items(), found, strict=True):
         assert network.resolve(layer, images) == path
-        outputs, maps = network.forward(images, layer)
         np.testing.assert_allclose(maps, levels[layer or "stage3"], rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(outputs, levels["logits"], rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(outputs, levels["logits"], rtol=1e-5, atol=1e-6)
     with pytest.raises(ValueError, match=r"no layer 'stage4'; layers: stem, .*stage3, and \d+ inside them"):
         network.resolve("stage4", images)
     with pytest.raises(ValueError, match="a function has no layers"):
@@ -80,7 +87,8 @@ def test_filters_and_feature_maps(preact):
     assert filters(network, images, "stage2_block1/conv1").shape == (8, 3, 3, 4)
     with pytest.raises(ValueError, match="'head' has no convolution kernel; layers with one: stem/conv, stage1_"):
         filters(network, images, "head")
-    assert feature_maps(network, images, "stage3", limit=5).shape == (2, 5, 2, 2)
+    tiles = jax.jit(lambda network: feature_maps(network, images, "stem", limit=3))(network)
+    assert tiles.shape == (2, 3, 8, 8)
 
 
 def test_maximized_images_reach_their_goals():
