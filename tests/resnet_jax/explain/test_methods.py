@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from resnet_jax import MODELS, onednn
 from resnet_jax.explain import (
     METHODS,
     Network,
@@ -187,3 +188,20 @@ def test_bad_arguments():
         occlusion(linear_network(), IMAGES, ONE, window=2, stride=3)
     with pytest.raises(ValueError, match="not a map"):
         grad_cam(corner_network(), IMAGES, ONE, "head")
+
+
+@pytest.mark.slow
+def test_onednn_kernels_are_explained_alike():
+    """Gradients, guided ones and sampled ones go through oneDNN's kernels; their norms leave ReLUs that are found."""
+    try:
+        onednn.load()
+    except onednn.Unavailable as error:
+        pytest.skip(str(error))
+    kernels = {"conv": onednn.Conv, "norm": onednn.BatchNorm, "max_pool": onednn.max_pool}
+    plain, fast = MODELS["resnet8"](width=4), MODELS["resnet8"](width=4, **kernels)
+    variables = jax.jit(plain.init)(KEY, IMAGES)
+    for name in ("saliency", "guided_backprop", "grad_cam", "smooth_grad"):
+        expected, found = (
+            COMPILED[name](Network(model, variables), IMAGES, class_score(2), key=KEY) for model in (plain, fast)
+        )
+        np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4 * float(expected.max()))
