@@ -9,9 +9,10 @@ mkdir -p "$out"
 if [ -n "${SMALL:-}" ]; then
   big=(--model resnet8 --classes 10 --image-size 16) cifar=(--model resnet8 --image-size 16) batches="8 16" wide=16
   few=(--steps 2 --repeats 2 --warmup 1) cases=(--model none)
+  tiny=(--model resnet8 --width 8 --batch 64 --data.fraction 0.02 --epochs 2)
 else
   big=(--model resnet50 --classes 1000 --image-size 224) cifar=(--model resnet18_cifar)
-  batches="128 256 384 512 768 1024" wide=1024 few=(--steps 20 --repeats 5) cases=()
+  batches="128 256 384 512 768 1024" wide=1024 few=(--steps 20 --repeats 5) cases=() tiny=()
 fi
 say() { printf '\n== %s (%s s)\n' "$1" "$SECONDS"; }
 measure() { python -m "$1" "${few[@]}" --out "$out" "${@:2}" > "$out/last.json" || echo "FAILED: $*" | tee -a "$out/failed.txt"; }
@@ -49,10 +50,8 @@ bench "${cifar[@]}" --batch "$wide" --task input
 
 if [ $# -gt 0 ]; then
   say "the loop against its single step: several steps per call, validation and checkpoints every epoch"
-  loop=(--data.name cifar10 --data.dir "$1" --epochs 4)
-  [ -z "${SMALL:-}" ] || loop+=(--model resnet8 --width 8 --batch 64 --data.fraction 0.02 --epochs 2)
   for steps in 8 32; do
-    python results/loop_rate.py 3 cifar10_resnet18_50ep "${loop[@]}" --steps-per-call "$steps" \
+    python results/loop_rate.py 3 cifar10_resnet18_50ep --data.name cifar10 --data.dir "$1" --epochs 4 "${tiny[@]}" --steps-per-call "$steps" \
       > "$out/loop_resnet18_cifar_$steps.json" || echo "FAILED: loop" | tee -a "$out/failed.txt"
   done
 fi
@@ -62,7 +61,7 @@ python -m tests.reference.torch_bench --compiled --blocks 5 "${cases[@]}" --resu
 
 if [ $# -gt 0 ]; then
   say "50 epochs"
-  bash results/gpu.sh "$1"
+  bash results/gpu.sh "$1" cifar10 "${tiny[@]}"
 fi
 rm -f "$out/last.json"
 say "done"

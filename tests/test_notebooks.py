@@ -1,11 +1,20 @@
 """Every notebook runs from top to bottom and is stored without outputs."""
 
 import json
+import subprocess
+import sys
+import tomllib
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 
+ROOT = Path(__file__).parent.parent
+
 PICTURES = {
+    "benchmark": ["benchmark/shares.png"],
+    "compose": ["compose/gradients.png"],
     "quickstart": ["notebook/curve.png"],
     "pretraining": ["pretraining/curve.png", "pretraining/views.png"],
     "pruning": ["pruning/report.png"],
@@ -30,8 +39,31 @@ def pruning(namespace):
     assert smaller["compact_parameters"] < 0.3 * smaller["parameters"] and smaller["pruned_accuracy"] > 0.9
 
 
-CHECKS = {"quickstart": quickstart, "pretraining": pretraining, "pruning": pruning}
-NOTEBOOKS = sorted((Path(__file__).parent.parent / "colab").glob("*.ipynb"))
+def benchmark(namespace):
+    assert abs(sum(namespace["result"]["shares"].values()) - 1) < 0.1
+    assert "as fast as B" in namespace["compared"]["versus"]["verdict"]
+
+
+def compose(namespace):
+    assert namespace["curves"].shape == (60, 4)
+    assert namespace["voted"] > max(0.9, namespace["single"].min())
+    assert namespace["norms"][namespace["hardest"]].min() >= np.median(namespace["norms"])
+    assert (namespace["logits"].argmax(-1) == namespace["digits"].test.labels).mean() > 0.9
+
+
+CHECKS = {
+    "benchmark": benchmark,
+    "compose": compose,
+    "quickstart": quickstart,
+    "pretraining": pretraining,
+    "pruning": pruning,
+}
+NOTEBOOKS = sorted((ROOT / "colab").glob("*.ipynb"))
+
+
+def cells(path):
+    """The cells of a notebook: (kind, text)."""
+    return [(cell["cell_type"], "".join(cell["source"])) for cell in json.loads(path.read_text())["cells"]]
 
 
 @pytest.mark.slow
@@ -52,3 +84,34 @@ def test_runs(path, tmp_path, tfds_dir, monkeypatch):
 def test_holds_no_outputs(path):
     for cell in json.loads(path.read_text())["cells"]:
         assert not cell.get("outputs") and not cell.get("execution_count")
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_opens_in_colab_and_installs_there(path):
+    """Each has a badge with its own address, and the same first cell of code."""
+    (_, title), (_, setup), *_ = cells(path)
+    repository = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
+    owner_and_name = repository.removeprefix("https://github.com/")
+    assert f"https://colab.research.google.com/github/{owner_and_name}/blob/main/colab/{path.name}" in title
+    assert setup == cells(NOTEBOOKS[0])[1][1] and repository in setup
+
+
+def test_setup_installs_on_colab_and_nowhere_else(tmp_path, monkeypatch, capsys):
+    """On Colab the installation is held to the versions of jax and numpy that are there."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    setup, calls = cells(NOTEBOOKS[0])[1][1], []
+
+    def record(command, **options):
+        calls.append(command)
+        return subprocess.CompletedProcess(command, len(calls) == 4)
+
+    monkeypatch.setattr(subprocess, "run", record)
+    exec(setup, {})
+    assert not calls and "There is no accelerator" in capsys.readouterr().out
+    monkeypatch.setenv("COLAB_RELEASE_TAG", "release-colab")
+    exec(setup, {})
+    assert calls[0][:2] == ["git", "clone"] and {"install", "-c", "constraints.txt"} <= set(calls[1])
+    assert f"jax=={jax.__version__}\n" in (tmp_path / "constraints.txt").read_text()
+    with pytest.raises(SystemExit, match="Colab's jax"):
+        exec(setup, {})

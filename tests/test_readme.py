@@ -34,6 +34,7 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 PRETRAINING = (ROOT / "docs" / "pretraining.md").read_text()
 PRUNING = (ROOT / "docs" / "pruning.md").read_text()
+TRAINING = (ROOT / "docs" / "training.md").read_text()
 OBJECTIVES_PAGE = (ROOT / "docs" / "objectives.md").read_text()
 
 
@@ -58,6 +59,13 @@ def test_python_runs(tmp_path, tfds_dir, monkeypatch):
     assert namespace["metrics"]["loss"].shape == ()
     assert namespace["ensemble"].step.shape == (3,)
     assert namespace["gradients"]["head"]["bias"].shape == (16, 10)
+
+
+@pytest.mark.slow
+def test_python_of_training_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert executed(TRAINING)["result"]["steps"] == 42
+    assert "images/s in training" in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -96,7 +104,7 @@ def test_tables_are_complete():
 
 
 def commands():
-    for line in "\n".join(blocks("sh", README + PRETRAINING + PRUNING)).splitlines():
+    for line in "\n".join(blocks("sh", README + TRAINING + PRETRAINING + PRUNING)).splitlines():
         words = shlex.split(line, comments=True)
         # A run to prune comes first, where none is trained; report and curve have parsers, and tests, of their own.
         if words[2:3] == ["train.prune"] and len(words) > 3 and (words[3] == "RUN" or "/" in words[3]):

@@ -100,19 +100,31 @@ def test_linear_function():
     """Gradients are the weights, contributions are weights times inputs, and they sum to the score."""
     network = linear_network()
     weights, shape = network.variables[None], IMAGES.shape
-    for gradient in (saliency(network, IMAGES, ONE), smooth_grad(network, IMAGES, ONE, key=KEY, samples=5)):
+
+    @jax.jit
+    def explanations(network):
+        gradients = saliency(network, IMAGES, ONE), smooth_grad(network, IMAGES, ONE, key=KEY, samples=5)
+        contributions = (
+            input_x_gradient(network, IMAGES, ONE),
+            integrated_gradients(network, IMAGES, ONE, steps=3),
+        )
+        errors = [completeness_error(network, IMAGES, ONE, attribution) for attribution in contributions]
+        windows = ((2, 2), (5, 5), (1, 1))
+        hidden = [occlusion(network, IMAGES, ONE, window=w, stride=s, chunk=7) for w, s in windows]
+        return gradients, contributions, errors, hidden
+
+    gradients, contributions, errors, hidden = explanations(network)
+    for gradient in gradients:
         np.testing.assert_allclose(gradient, np.broadcast_to(weights, shape), rtol=1e-5, atol=1e-6)
-    for attribution in (input_x_gradient(network, IMAGES, ONE), integrated_gradients(network, IMAGES, ONE, steps=3)):
+    for attribution, error in zip(contributions, errors, strict=True):
         np.testing.assert_allclose(attribution, weights * IMAGES, rtol=1e-5, atol=1e-6)
-        np.testing.assert_allclose(completeness_error(network, IMAGES, ONE, attribution), 0, atol=1e-4)
+        np.testing.assert_allclose(error, 0, atol=1e-4)
     contribution = np.asarray((weights * IMAGES).sum(-1))
     blocks = contribution.reshape(8, 4, 2, 4, 2).sum((2, 4))
-    heat = occlusion(network, IMAGES, ONE, window=2, stride=2, chunk=7)
-    np.testing.assert_allclose(heat, np.kron(blocks, np.ones((1, 2, 2))), atol=1e-4)
+    np.testing.assert_allclose(hidden[0], np.kron(blocks, np.ones((1, 2, 2))), atol=1e-4)
     # The last window is cut off at the edge; stride 1 takes the mean over the windows.
-    heat = occlusion(network, IMAGES, ONE, window=5, stride=5)
-    np.testing.assert_allclose(heat[:, 7, 7], contribution[:, 5:, 5:].sum((1, 2)), atol=1e-4)
-    np.testing.assert_allclose(occlusion(network, IMAGES, ONE, window=1, stride=1), contribution, atol=1e-4)
+    np.testing.assert_allclose(hidden[1][:, 7, 7], contribution[:, 5:, 5:].sum((1, 2)), atol=1e-4)
+    np.testing.assert_allclose(hidden[2], contribution, atol=1e-4)
 
 
 def test_rise_finds_the_pixels_of_a_linear_function():
