@@ -9,10 +9,11 @@ from pathlib import Path
 from types import ModuleType
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("resnet_jax", "train", "pretrain")
+PACKAGES = ("resnet_jax", "resnet_jax.explain", "train", "pretrain")
 # Programs are functions of modules whose names they share, so a package cannot export them.
 PROGRAMS = {
     "resnet_jax": [],
+    "resnet_jax.explain": [],
     "train": [
         "train.run.run",
         "train.predict.load",

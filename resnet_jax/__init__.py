@@ -1,7 +1,8 @@
 """ResNets in JAX/Flax as pure functions: models, augmentations, losses, masks, and one step for three compilers.
 
 The names in `__all__` are the public interface. Names that would be ambiguous here stay in their modules, such as
-`mix.mix`, `scores.random`, `contrastive.cosine` and `masks.pack`; so do the oneDNN kernels in `resnet_jax.onednn`.
+`mix.mix`, `scores.random`, `contrastive.cosine` and `masks.pack`; so do the oneDNN kernels in `resnet_jax.onednn`
+and the explanations in `resnet_jax.explain`.
 """
 
 # fmt: off

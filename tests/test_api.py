@@ -25,7 +25,7 @@ def test_page_documents_exactly_the_public_names(package):
         module, _, name = program.rpartition(".")
         assert inspect.getdoc(getattr(importlib.import_module(module), name)), program
     assert f"docs/api/{package}.md" in (ROOT / "mkdocs.yml").read_text()
-    assert (ROOT / package / "py.typed").exists()
+    assert (ROOT / package.split(".")[0] / "py.typed").exists()
 
 
 @pytest.mark.parametrize("package", hooks.PACKAGES)

@@ -18,7 +18,7 @@ ALLOWED = {
     "pretrain": {"resnet_jax", "train", "pretrain"},
 }
 LAYER_0 = {"jax", "numpy", "flax"}
-LINEN_FILES = {"resnet.py", "layers.py", "mobilenet.py", "heads.py"}
+LINEN_FILES = {"resnet.py", "layers.py", "mobilenet.py", "heads.py", "network.py", "cascading.py"}
 FILES = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
 
 
@@ -52,6 +52,7 @@ def test_importing_the_library_is_cheap_and_has_no_effect():
 import os, sys, warnings
 before = dict(os.environ)
 import resnet_jax.resnet, resnet_jax.augment, resnet_jax.parallel, resnet_jax.losses, resnet_jax.torch_weights
+import resnet_jax.explain
 import jax
 # flax itself imports optax and parts of orbax; nothing else may.
 heavy = {"tensorflow", "tensorflow_datasets", "grain", "tyro", "torch", "PIL", "sklearn"}

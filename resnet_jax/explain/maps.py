@@ -1,0 +1,54 @@
+"""Heat maps and images as pictures: enlarged, blurred, scaled to [0, 1], laid out in a grid."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def upsample(maps: jax.Array, size: tuple[int, ...], *, align_corners: bool = False) -> jax.Array:
+    """Enlarge maps [B, h, w] to float32 [B, *size] bilinearly, as OpenCV and PyTorch do."""
+    rows, columns = (_interpolation(old, new, align_corners) for old, new in zip(maps.shape[1:], size, strict=True))
+    return jnp.einsum("Hh,bhw,Ww->bHW", rows, maps.astype(jnp.float32), columns, precision="highest")
+
+
+def _interpolation(old: int, new: int, align_corners: bool) -> np.ndarray:
+    """Weights [new, old] of the two nearest old pixels for each new one; their centres align, or those at the ends."""
+    centers = (
+        np.arange(new) * (old - 1) / max(new - 1, 1) if align_corners else (np.arange(new) + 0.5) * old / new - 0.5
+    )
+    distance = np.abs(np.clip(centers, 0, old - 1)[:, None] - np.arange(old)[None])
+    return np.maximum(1 - distance, 0).astype(np.float32)
+
+
+def blur(images: jax.Array, sigma: float) -> jax.Array:
+    """Blur images [B, H, W, C] with a Gaussian of `sigma` pixels, whose weights sum to 1 at the edges too."""
+
+    def weights(size: int) -> np.ndarray:
+        distance = np.arange(size)[:, None] - np.arange(size)[None]
+        values = np.exp(-np.square(distance / sigma) / 2)
+        return (values / values.sum(1, keepdims=True)).astype(np.float32)
+
+    rows, columns = (weights(size) for size in images.shape[1:3])
+    return jnp.einsum("Hh,bhwc,Ww->bHWc", rows, images, columns, precision="highest")
+
+
+def rescale(maps: jax.Array) -> jax.Array:
+    """Scale each map [B, ...] to [0, 1] by its minimum and maximum; a constant one becomes 0."""
+    axes = tuple(range(1, maps.ndim))
+    low = maps.min(axes, keepdims=True)
+    return (maps - low) / (maps.max(axes, keepdims=True) - low + 1e-7)
+
+
+def grid(tiles: jax.Array, columns: int | None = None, *, gap: int = 1, fill: float = 1.0) -> jax.Array:
+    """Lay out tiles [N, h, w] or [N, h, w, C] in rows as one picture [H, W] or [H, W, C]; square by default."""
+    count, height, width, *channels = tiles.shape
+    columns = columns or math.ceil(math.sqrt(count))
+    rows = math.ceil(count / columns)
+    none = ((0, 0),) * len(channels)
+    tiles = jnp.pad(tiles, ((0, 0), (0, gap), (0, gap), *none), constant_values=fill)
+    tiles = jnp.pad(tiles, ((0, rows * columns - count), (0, 0), (0, 0), *none), constant_values=fill)
+    tiles = tiles.reshape(rows, columns, height + gap, width + gap, *channels)
+    picture = jnp.moveaxis(tiles, 2, 1).reshape(rows * (height + gap), columns * (width + gap), *channels)
+    return picture[: picture.shape[0] - gap, : picture.shape[1] - gap]
