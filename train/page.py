@@ -283,7 +283,7 @@ def _svg(drawing: Any) -> tuple[str, int]:
     used = {*re.findall(r'href="#([^"]+)"', text), *re.findall(r"url\(#([^)]+)\)", text)}
     text = re.sub(r' id="([^"]+)"', lambda m: f' id="{prefix}-{m[1]}"' if m[1] in used else "", text)
     text = re.sub(r'(href="#|url\(#)', rf"\g<1>{prefix}-", text)
-    colours = {**{colour: f"c{at}" for at, colour in enumerate(CYCLE)}, **GREYS}
+    colours = {colour: f"c{at}" for cycle in (CYCLE, LIGHT) for at, colour in enumerate(cycle)} | GREYS
     text = re.sub(
         r"(fill|stroke): (#[0-9a-f]{6})",
         lambda m: f"{m[1]}: var(--{colours[m[2]]})" if m[2] in colours else m[0],
