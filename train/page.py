@@ -121,7 +121,10 @@ def table(
         classes = ["num"] * numeric[at] + ["best"] * (value is not None and value == winners.get(at))
         attribute = f' class="{" ".join(classes)}"' if classes else ""
         tag = "th scope=row" if at == 0 and not numeric[0] else "td"
-        return f"<{tag}{attribute}>{_shown(content)}</{tag.split()[0]}>"
+        shown = _shown(content)
+        if at == 0 and not numeric[0]:  # long names may break after their signs
+            shown = Html(re.sub(r"([_/-])", r"\1<wbr>", shown))
+        return f"<{tag}{attribute}>{shown}</{tag.split()[0]}>"
 
     top = "".join(f"<th scope=col{' class=num' * numeric[at]}>{escape(name)}</th>" for at, name in enumerate(head))
     body = "\n".join(f"<tr>{''.join(cell(at, content) for at, content in enumerate(row))}</tr>" for row in rows)
@@ -323,11 +326,11 @@ p{{margin:.5rem 0;max-width:46rem}}
 a{{color:var(--c0)}}
 nav{{display:flex;flex-wrap:wrap;gap:.3rem 1.1rem;margin:.6rem 0 0;font-size:.92rem}}
 nav a{{padding:.2rem 0}}
-.key{{display:grid;grid-template-columns:repeat(auto-fit,minmax(9.5rem,1fr));gap:.6rem;margin:1rem 0}}
+.key{{display:grid;grid-template-columns:repeat(auto-fit,minmax(9.2rem,1fr));gap:.6rem;margin:1rem 0}}
 .key div{{background:var(--card);border-radius:.5rem;padding:.6rem .8rem}}
 .key dt{{color:var(--soft);font-size:.85rem}}
 .key dd{{margin:0}}
-.key b{{display:block;font-size:1.5rem;line-height:1.3;font-variant-numeric:tabular-nums}}
+.key b{{display:block;font-size:1.4rem;line-height:1.3;font-variant-numeric:tabular-nums}}
 .key small{{color:var(--soft);font-size:.85rem;display:block;line-height:1.35}}
 .note{{border-left:.25rem solid var(--warn);padding:.1rem .7rem}}
 .scroll{{overflow-x:auto;max-width:100%}}
@@ -335,8 +338,9 @@ table{{border-collapse:collapse;font-size:.92rem;font-variant-numeric:tabular-nu
 caption{{text-align:left;color:var(--soft);padding:.2rem 0}}
 th,td{{text-align:left;padding:.32rem .75rem .32rem 0;border-bottom:1px solid var(--line);vertical-align:top;
 overflow-wrap:normal}}
-thead th{{color:var(--soft);font-weight:600;vertical-align:bottom}}
-tbody th{{font-weight:600;min-width:7rem;overflow-wrap:anywhere}}
+thead th{{color:var(--soft);font-weight:600;vertical-align:bottom;white-space:normal!important}}
+tbody th{{font-weight:600;min-width:min(14rem,34vw);overflow-wrap:anywhere}}
+th:first-child{{position:sticky;left:0;background:var(--paper)}}
 .num{{text-align:right;white-space:nowrap;padding-left:.5rem}}
 td.best{{color:var(--good);font-weight:700;background:var(--mark)}}
 td.best::before{{content:"\\2713\\00a0"}}

@@ -18,8 +18,8 @@ class Block:
     """Runs of one kind on one data set, and the parts that show them.
 
     Attributes:
-      groups: the runs by setting, best score first; the rank of a setting gives its colour.
-      verdicts: one per set of comparable settings, the largest first.
+      groups: the runs by setting, by comparison and then best score first; this rank gives a setting its colour.
+      comparisons, verdicts: the sets of comparable settings, the largest first, and the best of each.
       pictures: the drawings made so far by name, also for files of their own.
     """
 
@@ -27,7 +27,10 @@ class Block:
         self.groups, self.pictures, self.prefix = group_runs(runs), pictures, prefix
         self.kind, self.dataset = runs[0].kind, runs[0].dataset
         self.score = SCORES[self.kind][1]
-        self.verdicts = [judge(about, groups) for about, groups in comparable(self.groups).items()]
+        self.comparisons = comparable(self.groups)
+        ranked = [group for comparison in self.comparisons for group in comparison.groups]
+        self.groups = ranked + [group for group in self.groups if not group.scores]
+        self.verdicts = [judge(comparison) for comparison in self.comparisons]
 
     @property
     def title(self) -> str:
@@ -42,11 +45,11 @@ class Block:
         """All parts that these runs have something for."""
         makers: list[tuple[str, Callable[[], list[Html]]]] = [
             ("Result", self.result),
+            *([("Sparsity", self.pruning)] if self.kind == "pruning" else []),
+            *([("Features", self.features)] if self.kind == "pretraining" else []),
             ("Runs", self.runs),
             ("What differs", self.what_differs),
             ("Curves", self.curves),
-            *([("Pruning", self.pruning)] if self.kind == "pruning" else []),
-            *([("Features", self.features)] if self.kind == "pretraining" else []),
             ("Errors by class", self.errors),
             ("Speed", self.speed),
         ]
@@ -59,14 +62,20 @@ class Block:
         if self.verdicts:
             pieces.append(key_figures(self.figures(self.verdicts[0])))
             pieces += [paragraph(reason) for reason in self.reasons(self.verdicts[0])]
-        scored = [group for group in self.groups if group.scores]
+        charts_ = []
+        scored = self.comparisons[0].groups if self.comparisons else []
         if len(scored) > 1 or any(len(group.scores) > 1 for group in scored):
-            ranks = [self.groups.index(group) for group in scored]
-            drawing = charts.draw_scores(scored, self.score, colours=ranks)
-            caption = "One point per run; the bar and the number are the mean of a setting."
-            pieces.append(self.show("scores", drawing, caption, f"{self.score} by setting"))
-        others = [paragraph(f"{v.about}: ", sentence(v)) for v in self.verdicts[1:]]
-        pieces += others if len(others) < 4 else [details(f"{len(others)} more comparisons", *others)]
+            drawing = charts.draw_scores(scored, self.score)
+            caption = f"One point per run{self.verdicts[0].where}; the bar and the number are the mean of a setting."
+            charts_.append(self.show("scores", drawing, caption, f"{self.score} by setting"))
+        name, title = {"pretraining": ("validation_knn_accuracy", "kNN, validation (%)")}.get(
+            self.kind, ("validation_accuracy", "Validation accuracy (%)")
+        )
+        over_time = self.curve(name, title, 100, zoom=True, dots=True)
+        charts_ += [over_time] if over_time else []
+        pieces += [figures(*charts_)] if charts_ else []
+        others = [paragraph(sentence(verdict)) for verdict in self.verdicts[1:]]
+        pieces += others if len(others) < 5 else [details(f"{len(others)} more comparisons", *others)]
         return pieces
 
     def figures(self, verdict: Verdict) -> list[KeyFigure]:
@@ -118,8 +127,8 @@ class Block:
             if not run.finished
         ]
         if any(len(group.scores) > 1 for group in self.groups):
-            pieces.append(settings_table(self.groups, self.score))
-        everything = runs_table(self.groups)
+            pieces.append(settings_table(self.groups, self.score, mark=len(self.comparisons) == 1))
+        everything = runs_table(self.groups, mark=len(self.comparisons) == 1)
         many = sum(len(group.runs) for group in self.groups) > 12
         pieces.append(details("All runs", everything) if many and len(pieces) else everything)
         return pieces
@@ -127,13 +136,12 @@ class Block:
     def what_differs(self) -> list[Html]:
         """The configurations: what differs, and each in full."""
         found = differences_table(self.groups) if len(self.groups) > 1 else None
-        return [*([found] if found else []), *map(configuration, self.groups)]
+        every = [configuration(group) for group in self.groups]
+        return [*([found] if found else []), *(every if len(every) < 4 else [details("All configurations", *every)])]
 
     def curves(self) -> list[Html]:
         """Figures by epoch."""
         named = [
-            ("validation_accuracy", "Validation accuracy (%)", 100, {"zoom": True, "dots": True}),
-            ("validation_linear_accuracy", "Linear probe, validation (%)", 100, {"dots": True}),
             ("loss", "Training loss (nats)", 1, {}),
             ("accuracy", "Training accuracy (%)", 100, {"zoom": True}),
             ("validation_loss", "Validation loss (nats)", 1, {"zoom": True, "dots": True}),
@@ -225,7 +233,6 @@ class Block:
     def features(self) -> list[Html]:
         """Frozen features over time: kNN and online probe against random weights, and the measures of collapse."""
         named = [
-            ("validation_knn_accuracy", "kNN, validation (%)", 100),
             ("validation_online_linear_accuracy", "Linear probe online, validation (%)", 100),
             ("effective_rank", "Effective rank of the features", 1),
             ("dead_fraction", "Dead dimensions (%)", 100),

@@ -91,8 +91,10 @@ def draw_curves(
         if np.any(high > low):
             axes.fill_between(epochs, low, high, color=colour(at), alpha=0.2, lw=0)
     if zoom:
-        late = [mean[epochs >= epochs[0] + (epochs[-1] - epochs[0]) / 4] for *_, epochs, _, mean, _ in lines]
-        lowest, highest = min(map(np.min, late)), max(np.max(line[5]) for line in lines)
+        # Leave out the steep start, but nothing after the first quarter.
+        late = [epochs >= epochs[0] + (epochs[-1] - epochs[0]) * (len(epochs) > 4) / 4 for _, _, epochs, *_ in lines]
+        lowest = min(np.min(line[3][part]) for line, part in zip(lines, late, strict=True))
+        highest = max(np.max(line[5][part]) for line, part in zip(lines, late, strict=True))
         if lowest < highest:
             axes.set_ylim(lowest - 0.08 * (highest - lowest), highest + 0.08 * (highest - lowest))
     axes.set(xlabel="epoch", title=label)

@@ -5,6 +5,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -61,9 +62,12 @@ class Run:
         return self.record.get("images", {}).get("validation", {}).get("count")
 
     def curve(self, figure: str) -> list[tuple[float, float]]:
-        """(epoch, value) of a figure in the history."""
-        rows = self.record["history"]
-        return [(row["epoch"], row[figure]) for row in rows if row.get(figure) is not None]
+        """(epoch, value) of a figure in the history; without a last mean over a few steps only, which is noisy."""
+        rows = [row for row in self.record["history"] if row.get(figure) is not None]
+        spans = [b["step"] - a["step"] for a, b in pairwise(rows)]
+        if len(spans) > 1 and not figure.startswith("validation") and spans[-1] < max(spans) / 2:
+            rows = rows[:-1]
+        return [(row["epoch"], row[figure]) for row in rows]
 
 
 @dataclass(frozen=True)

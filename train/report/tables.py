@@ -60,12 +60,12 @@ COLUMNS: dict[str, tuple[Column, ...]] = {
 }
 
 
-def runs_table(groups: Sequence[Group]) -> Html:
-    """One row per run, by setting; figures of the test split were measured once, at the end."""
+def runs_table(groups: Sequence[Group], *, mark: bool) -> Html:
+    """One row per run, by setting, and with `mark` the best one; the test split was evaluated once, at the end."""
     runs = [run for group in groups for run in group.runs]
     columns = [c for c in COLUMNS[runs[0].kind] if any(_value(run, c[1]) is not None for run in runs)]
     rows = [[run.name, *(_cell(_value(run, key), form) for _, key, form, _ in columns)] for run in runs]
-    best = {title: which for title, _, _, which in columns if which}
+    best = {title: which for title, _, _, which in columns if which and mark}
     unfinished = [run for run in runs if not run.finished]
     head = ["run", *(title for title, *_ in columns)]
     if unfinished:
@@ -93,14 +93,18 @@ def _cell(value: float | None, form: Callable[[float], str]) -> Cell:
     return None if value is None else Number(value, form(value))
 
 
-def settings_table(groups: Sequence[Group], title: str) -> Html:
+def settings_table(groups: Sequence[Group], title: str, *, mark: bool) -> Html:
     """One row per setting with repeated seeds: mean and standard deviation of the score, and of the test figure."""
     rows: list[list[Cell]] = []
     for group in groups:
         if group.scores:
             spread = None if group.spread is None else Number(group.spread, share(group.spread))
             rows.append([group.name, len(group.scores), Number(group.score, share(group.score)), spread])
-    return table(["setting", "runs", f"{title}, mean, %", "deviation, points"], rows, best={f"{title}, mean, %": "max"})
+    return table(
+        ["setting", "runs", f"{title}, mean, %", "deviation, points"],
+        rows,
+        best={f"{title}, mean, %": "max"} if mark else {},
+    )
 
 
 def differences_table(groups: Sequence[Group]) -> Html | None:
@@ -109,7 +113,7 @@ def differences_table(groups: Sequence[Group]) -> Html | None:
     if not fields:
         return None
     names = [group.name for group in groups]
-    if len(groups) > 4:
+    if len(groups) > max(4, len(fields)):
         rows = [[name, *(text(values[at]) for values in fields.values())] for at, name in enumerate(names)]
         return table(["setting", *fields], rows)
     return table(["field", *names], [[field, *map(text, values)] for field, values in fields.items()])

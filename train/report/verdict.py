@@ -3,12 +3,13 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 
 from train.page import Html, join, strong
 from train.report.records import SCORES, Group
+from train.report.tables import text
 
 Finding = Literal["only", "clear", "tie", "unconfirmed"]
 
@@ -18,7 +19,8 @@ class Verdict:
     """The best of several comparable settings.
 
     Attributes:
-      about: what was compared, such as "training on digits".
+      where: the condition, such as " at 90 % sparsity"; empty where there is only one comparison.
+      score: what is compared, in words.
       best, second: the two best settings; no second if there is only one.
       margin: difference of their mean scores, in [0, 1].
       spread: standard deviation over seeds of one setting, pooled; None without repeated seeds.
@@ -28,7 +30,7 @@ class Verdict:
         "unconfirmed" (no repeated seeds), "only" (one setting).
     """
 
-    about: str
+    where: str
     score: str
     best: Group
     second: Group | None
@@ -40,30 +42,36 @@ class Verdict:
     settings: int
 
 
-def comparable(groups: Sequence[Group]) -> dict[str, list[Group]]:
-    """Sort groups by what they may be compared on: kind, data and validation split, and for pruning the sparsity.
+class Comparison(NamedTuple):
+    """Settings that may be compared, best first, and the condition in words where several comparisons differ in it."""
 
-    The keys say it in words; groups without a score are left out.
+    where: str
+    groups: list[Group]
+
+
+def comparable(groups: Sequence[Group]) -> list[Comparison]:
+    """Split groups of one kind and data set by validation images and, for pruning, by sparsity; most runs first.
+
+    Groups without a score are left out.
     """
-    sorts: dict[tuple[str, str, str, str], list[Group]] = {}
+    sorts: dict[tuple[float | None, str], list[Group]] = {}
     for group in groups:
-        run = group.runs[0]
-        sparsity = group.mean("sparsity")
-        pruned = f" at {100 * sparsity:.3g} % sparsity" if run.kind == "pruning" and sparsity is not None else ""
-        split = str([run.settings.get(f"data.{name}") for name in ("validation", "split_seed")])
         if group.scores:
-            sorts.setdefault((run.kind, run.dataset, pruned, split), []).append(group)
-    words = {}
-    for at, ((kind, dataset, pruned, split), members) in enumerate(sorts.items()):
-        others = [key for key in sorts if key[:3] == (kind, dataset, pruned) and key[3] != split]
-        share = members[0].runs[0].settings.get("data.validation")
-        words[at] = f"{kind} on {dataset}{pruned}" + (f" (validation split {share:g})" if others and share else "")
-    names = [words[at] if [*words.values()].count(words[at]) == 1 else f"{words[at]}, {at + 1}" for at in words]
-    return dict(sorted(zip(names, sorts.values(), strict=True), key=lambda item: -sum(len(g.runs) for g in item[1])))
+            sparsity = group.mean("sparsity") if group.runs[0].kind == "pruning" else None
+            split = text([group.runs[0].settings.get(f"data.{name}") for name in ("validation", "split_seed")])
+            sorts.setdefault((None if sparsity is None else round(sparsity, 3), split), []).append(group)
+    found = []
+    for (sparsity, split), members in sorts.items():
+        where = "" if sparsity is None else f" at {100 * sparsity:g} % sparsity"
+        if any(other != split for _, other in sorts):
+            where += f" with validation split {split}"
+        found.append(Comparison(where if len(sorts) > 1 else "", members))
+    return sorted(found, key=lambda comparison: -sum(len(group.scores) for group in comparison.groups))
 
 
-def judge(about: str, groups: Sequence[Group]) -> Verdict:
-    """Compare the best setting with the next one; `groups` are comparable, best first, and have scores."""
+def judge(comparison: Comparison) -> Verdict:
+    """Compare the best setting with the next one."""
+    where, groups = comparison
     best, second = groups[0], groups[1] if len(groups) > 1 else None
     images = best.runs[0].validation_images
     spread, freedom = pooled(groups)
@@ -82,16 +90,17 @@ def judge(about: str, groups: Sequence[Group]) -> Verdict:
             p = _two_sided(margin / error, freedom)
             finding = "clear" if p < 0.05 else "tie"
     score = SCORES[best.runs[0].kind][1]
-    return Verdict(about, score, best, second, margin, spread, p, images, finding, len(groups))
+    return Verdict(where, score, best, second, margin, spread, p, images, finding, len(groups))
 
 
 def pooled(groups: Sequence[Group]) -> tuple[float | None, int]:
     """(Standard deviation over the seeds of a setting, degrees of freedom).
 
-    Taken from the first two groups if both have repeated seeds, else from all groups.
+    Taken from the first two groups if they have six runs, else from all groups.
     """
-    pair = groups[:2] if all(len(group.scores) > 1 for group in groups[:2]) else groups
-    freedom = sum(len(group.scores) - 1 for group in pair)
+    enough = sum(len(group.scores) for group in groups[:2]) >= 6
+    pair = groups[:2] if enough else groups
+    freedom = sum(len(group.scores) - 1 for group in pair if group.scores)
     if not freedom:
         return None, 0
     squares = sum(float(np.sum((np.array(group.scores) - group.score) ** 2)) for group in pair if group.scores)
@@ -106,43 +115,47 @@ def _two_sided(t: float, freedom: int) -> float:
 
 def sentence(verdict: Verdict) -> Html:
     """The verdict in words, the answer first."""
-    best, second, score = verdict.best, verdict.second, verdict.score
+    best, second, score, where = verdict.best, verdict.second, verdict.score, verdict.where
     if second is None:
         seeds = f" (mean of {len(best.scores)} seeds, {spread_of(best)})" if best.spread is not None else ""
-        return join(strong(best.name), f" reaches {percent(best.score)} {score}{seeds}.", by="")
-    pair = f"{percent(best.score)} against {percent(second.score)} {score}"
-    apart = f"{points(verdict.margin)}{_images(verdict)}"
+        return join(strong(best.name), f" reaches {percent(best.score)} {score}{seeds}{where}.", by="")
+    # Two decimals only where one would not show the difference.
+    digits = 1 if verdict.margin >= 0.01 else 2
+    first, other = percent(best.score, digits), percent(second.score, digits)
+    pair = f"{first} against {other} {score}"
+    apart = f"{points(verdict.margin, digits)}{_images(verdict)}"
     if verdict.settings > 2:
-        title = f"{best.name} is the best of {verdict.settings} settings"
-        pair = f"{percent(best.score)} {score}; next is {second.name} with {percent(second.score)}"
-    else:
-        title = f"{best.name} is better than {second.name}"
+        pair = f"{first} {score}; next is {second.name} with {other}"
+    chance = "" if verdict.p is None else f"p = {verdict.p:.2g}" if verdict.p >= 0.001 else "p < 0.001"
     match verdict.finding:
         case "clear":
-            chance = f"p = {verdict.p:.2g}" if verdict.p and verdict.p >= 0.001 else "p < 0.001"
+            many = f"the best of {verdict.settings} settings" if verdict.settings > 2 else f"better than {second.name}"
+            title = f"{best.name} is {many}{where}"
             rest = f": {pair}. The margin of {apart} is more than the spread between seeds explains ({chance})."
         case "tie":
-            title = "No clear winner"
-            reason = (
-                f"the spread between seeds explains it (standard deviation {points(verdict.spread)})"
-                if verdict.spread is not None
-                else "so few images cannot tell them apart"
-            )
-            rest = f": {best.name} leads {second.name} by {apart} ({pair}), but {reason}."
+            title = f"No clear winner{where}"
+            if verdict.spread is None:
+                reason = "so few images cannot tell them apart"
+            elif verdict.margin > 2 * verdict.spread:
+                reason = f"so few runs do not rule out chance ({chance})"
+            else:
+                reason = f"seeds alone differ by {points(verdict.spread, digits)} (standard deviation; {chance})"
+            rest = f": {best.name} leads {second.name} by {apart}, but {reason}. {best.name} has {pair}."
         case _:
-            title = title.replace(" is better than ", " is ahead of ").replace(" is the best of ", " leads ")
+            many = f"leads {verdict.settings} settings" if verdict.settings > 2 else f"is ahead of {second.name}"
+            title = f"{best.name} {many}{where}"
             rest = f": {pair}. There is one run of each, so whether {apart} is more than chance is unknown."
     return join(strong(title), rest, by="")
 
 
-def percent(share: float) -> str:
-    """A share in [0, 1] in percent, with two decimals."""
-    return f"{100 * share:.2f} %"
+def percent(share: float, digits: int = 2) -> str:
+    """A share in [0, 1] in percent."""
+    return f"{100 * share:.{digits}f} %"
 
 
-def points(share: float) -> str:
+def points(share: float, digits: int = 2) -> str:
     """A difference of shares in percentage points."""
-    return f"{100 * share:.2f} points"
+    return f"{100 * share:.{digits}f} points"
 
 
 def spread_of(group: Group) -> str:
@@ -155,4 +168,4 @@ def _images(verdict: Verdict) -> str:
     if verdict.images is None or verdict.images > 2000:
         return ""
     count = verdict.margin * verdict.images
-    return f", {count:.2g} of {verdict.images} images,"
+    return f" ({count:.2g} of {verdict.images} images)"
