@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from train.report import collect, main, run_name
+from train.report import collect, run_name
+from train.report.__main__ import main
 
 HISTORY = [
     {"step": 10, "epoch": 1.0, "loss": 1.5, "accuracy": 0.4, "grad_norm": 1.0, "learning_rate": 0.1},

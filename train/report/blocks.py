@@ -62,18 +62,18 @@ class Block:
         if self.verdicts:
             pieces.append(key_figures(self.figures(self.verdicts[0])))
             pieces += [paragraph(reason) for reason in self.reasons(self.verdicts[0])]
-        charts_ = []
+        shown: list[Html] = []
         scored = self.comparisons[0].groups if self.comparisons else []
         if len(scored) > 1 or any(len(group.scores) > 1 for group in scored):
             drawing = charts.draw_scores(scored, self.score)
             caption = f"One point per run{self.verdicts[0].where}; the bar and the number are the mean of a setting."
-            charts_.append(self.show("scores", drawing, caption, f"{self.score} by setting"))
+            shown.append(self.show("scores", drawing, caption, f"{self.score} by setting"))
         name, title = {"pretraining": ("validation_knn_accuracy", "kNN, validation (%)")}.get(
             self.kind, ("validation_accuracy", "Validation accuracy (%)")
         )
         over_time = self.curve(name, title, 100, zoom=True, dots=True)
-        charts_ += [over_time] if over_time else []
-        pieces += [figures(*charts_)] if charts_ else []
+        shown += [over_time] if over_time else []
+        pieces += [figures(*shown)] if shown else []
         others = [paragraph(sentence(verdict)) for verdict in self.verdicts[1:]]
         pieces += others if len(others) < 5 else [details(f"{len(others)} more comparisons", *others)]
         return pieces

@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from train.page import LIGHT
 from train.report import new_figure
 from train.report.records import Group, Run
+from train.svg import LIGHT
 
 WIDTH, HEIGHT = 4.8, 3.1  # inches: text stays legible when a phone shrinks the chart
 MOST = len(LIGHT) - 1  # settings with a colour of their own; the last colour is for all others

@@ -34,14 +34,18 @@ def build(runs: Sequence[Run]) -> tuple[str, dict[str, Any]]:
         for block in blocks:
             parts = block.parts()
             if several:
-                title = block.title[0].upper() + block.title[1:]
-                answer = paragraph(lead(block))
-                sections.append(section(title, answer, *(join(Html(f"<h3>{name}</h3>"), body) for name, body in parts)))
+                inside = [join(Html(f"<h3>{name}</h3>"), body) for name, body in parts]
+                sections.append(section(capital(block.title), paragraph(lead(block)), *inside))
             else:
                 sections += [Section(*part) for part in parts]
-        answers = [lead(block) if not several else join(f"{block.title}: ", lead(block), by="") for block in blocks]
-        title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs: {' and '.join(block.title for block in blocks)}"
+        answers = [join(f"{capital(block.title)}: " if several else "", lead(block), by="") for block in blocks]
+        title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs: {', '.join(block.title for block in blocks)}"
         return page(title, Html("<br>".join(answers)), *sections), pictures
+
+
+def capital(text: str) -> str:
+    """A text with a capital letter at its start."""
+    return text[:1].upper() + text[1:]
 
 
 def lead(block: Block) -> Html:

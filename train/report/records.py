@@ -141,12 +141,17 @@ def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def group_runs(runs: Sequence[Run]) -> list[Group]:
-    """Group runs whose configurations differ only in `SEEDS`, best score first; ties keep the order of `runs`."""
+    """Group runs whose configurations differ only in `SEEDS`, best score first; ties keep the order of `runs`.
+
+    Unfinished runs are groups of their own.
+    """
     alike: dict[str, list[Run]] = {}
     for run in runs:
         setting = {name: value for name, value in run.settings.items() if name not in SEEDS}
         pieces = run.record.get("replaced", [])
-        alike.setdefault(json.dumps([run.kind, setting, pieces], sort_keys=True, default=str), []).append(run)
+        alike.setdefault(json.dumps([run.kind, run.finished, setting, pieces], sort_keys=True, default=str), []).append(
+            run
+        )
     names = [_group_name(group) for group in alike.values()]
     groups = [
         Group(name if names.count(name) == 1 else group[0].name, tuple(group))

@@ -94,17 +94,14 @@ def _cell(value: float | None, form: Callable[[float], str]) -> Cell:
 
 
 def settings_table(groups: Sequence[Group], title: str, *, mark: bool) -> Html:
-    """One row per setting with repeated seeds: mean and standard deviation of the score, and of the test figure."""
+    """One row per setting: mean and standard deviation of the score over seeds, with `mark` the best mean."""
     rows: list[list[Cell]] = []
     for group in groups:
         if group.scores:
             spread = None if group.spread is None else Number(group.spread, share(group.spread))
             rows.append([group.name, len(group.scores), Number(group.score, share(group.score)), spread])
-    return table(
-        ["setting", "runs", f"{title}, mean, %", "deviation, points"],
-        rows,
-        best={f"{title}, mean, %": "max"} if mark else {},
-    )
+    mean = f"{title}, mean, %"
+    return table(["setting", "runs", mean, "deviation, points"], rows, best={mean: "max"} if mark else {})
 
 
 def differences_table(groups: Sequence[Group]) -> Html | None:
