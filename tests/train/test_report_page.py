@@ -50,7 +50,7 @@ class Parsed(HTMLParser):
 
     def handle_data(self, text):
         if self.open and self.open[-1] != "style":
-            self.text += text
+            self.text += text.replace("\N{NO-BREAK SPACE}", " ")
             if self.open[-1] in ("td", "th"):
                 self.cells[-1] += text
 
@@ -90,7 +90,7 @@ def scored(name, *accuracies, images=1000):
 
 
 def plain(markup):
-    return re.sub("<[^>]*>", "", markup)
+    return re.sub("<[^>]*>", "", markup).replace("\N{NO-BREAK SPACE}", " ")
 
 
 def test_page_is_well_formed_escaped_and_always_the_same():
@@ -167,7 +167,7 @@ def test_only_comparable_runs_are_ranked(tmp_path):
     runs.append(make_run(tmp_path / "dense", accuracy=0.99, sparsity=0.1, **prune))
     found = comparable(group_runs(read(*runs)))
     assert [(where, [group.name for group in groups]) for where, groups in found] == [
-        (" at 50 % sparsity", ["half0.05", "half0"]),
+        (" at 50 % sparsity", ["half1", "half0"]),
         (" at 10 % sparsity", ["dense"]),
     ]
     small = make_run(tmp_path / "small", config={"data": {"validation": 0.002}})

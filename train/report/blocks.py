@@ -9,7 +9,7 @@ from train.page import Html, KeyFigure, details, figure, figures, key_figures, n
 from train.report import charts
 from train.report.records import SCORES, Group, Run, differences, group_runs
 from train.report.tables import configuration, differences_table, progress, runs_table, settings_table, text, whole
-from train.report.verdict import Verdict, comparable, judge, percent, points, sentence, spread_of
+from train.report.verdict import Verdict, comparable, judge, percent, sentence, spread_of
 
 Part = tuple[str, Html]  # title, content
 
@@ -85,9 +85,8 @@ class Block:
         cards = [KeyFigure(percent(best.score), verdict.score, seeds)]
         if verdict.second is not None:
             remark = {"clear": "more than chance", "tie": "could be chance", "unconfirmed": "one run each: unconfirmed"}
-            cards.append(
-                KeyFigure(f"+{points(verdict.margin)}", f"ahead of {verdict.second.name}", remark[verdict.finding])
-            )
+            margin, label = f"+{100 * verdict.margin:.2f}", f"points ahead of {verdict.second.name}"
+            cards.append(KeyFigure(margin, label, remark[verdict.finding]))
         test = "linear_accuracy" if self.kind == "pretraining" else "test_accuracy"
         for key, form, label in (
             (test, percent, "test accuracy, measured once"),

@@ -89,7 +89,7 @@ def draw_curves(
         marker = MARKERS[at % 7] if dots and at < MOST else ""
         axes.plot(epochs, mean, color=colour(at), lw=1.8 if at < MOST else 1, marker=marker, ms=4)
         if np.any(high > low):
-            axes.fill_between(epochs, low, high, color=colour(at), alpha=0.2, lw=0)
+            axes.fill_between(epochs, low, high, color=colour(at), alpha=0.2 if len(lines) < 5 else 0.1, lw=0)
     if zoom:
         # Leave out the steep start, but nothing after the first quarter.
         late = [epochs >= epochs[0] + (epochs[-1] - epochs[0]) * (len(epochs) > 4) / 4 for _, _, epochs, *_ in lines]

@@ -150,7 +150,7 @@ def sentence(verdict: Verdict) -> Html:
 
 def percent(share: float, digits: int = 2) -> str:
     """A share in [0, 1] in percent."""
-    return f"{100 * share:.{digits}f} %"
+    return f"{100 * share:.{digits}f}\N{NO-BREAK SPACE}%"
 
 
 def points(share: float, digits: int = 2) -> str:
