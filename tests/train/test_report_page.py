@@ -58,13 +58,21 @@ class Parsed(HTMLParser):
 def make_run(folder, *, seed=0, lr=0.1, accuracy=0.9, finished=True, classes=("<b>", 'a "cat"', "dog"), **extra):
     """Write a run folder as the programs do."""
     folder.mkdir(parents=True)
-    config = {"seed": seed, "epochs": 4, "out": str(folder), "optim": {**LR, "lr": lr}, "data": {"validation": 0.1}}
+    config = {
+        "seed": seed,
+        "epochs": 4,
+        "batch": 32,
+        "out": str(folder),
+        "optim": {**LR, "lr": lr},
+        "data": {"validation": 0.1},
+    }
     about = {"config": {**config, **extra.pop("config", {})}, "classes": classes, "dataset": "digits"}
     about |= {"images": {"validation": {"count": 1000}}}
     (folder / "config.json").write_text(json.dumps(about))
     rows = []
     for epoch in range(1, 5):
-        rows.append({"step": 10 * epoch, "epoch": epoch, "loss": 2 / epoch, "accuracy": 0.2 * epoch, "grad_norm": 1})
+        rows.append({"step": 10 * epoch, "epoch": epoch, "loss": 2 / epoch, "accuracy": 0.2 * epoch})
+        rows[-1] |= {"grad_norm": 1, "seconds": 0.0 if epoch == 1 else epoch * 0.5}
         rows.append({"step": 10 * epoch, "epoch": epoch, "validation_accuracy": accuracy - 0.1 / epoch})
     rows = rows if finished else rows[:4]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -181,6 +189,8 @@ def test_runs_are_grouped_by_setting(tmp_path):
     groups = group_runs(read(*runs))
     assert [(group.name, len(group.runs)) for group in groups] == [("low", 1), ("high", 3), ("half", 1)]
     assert differences(groups[:2]) == {"optim.lr": [0.01, 0.1]}
+    # The first rate is that of 10 steps of 32 images in the second from the first row to the second.
+    assert groups[0].runs[0].curve("images_per_second") == [(2, 320), (3, 640), (4, 640)]
 
 
 def test_page_shows_the_figures_of_the_runs(tmp_path, capsys):
@@ -197,7 +207,7 @@ def test_page_shows_the_figures_of_the_runs(tmp_path, capsys):
     assert "half is unfinished: step 20, epoch 2 of 4 epochs" in parsed.text
     for accuracy in accuracies.values():
         assert {f"{100 * accuracy:.2f}", f"{100 * (accuracy - 0.01):.2f}"} <= {*parsed.cells}
-    assert {"75,002", "1,234", "12"} <= {*parsed.cells} and escape('a "cat"') in markup
+    assert {"75,002", "1,234", "12"} <= {*parsed.cells} and 'a "cat"' in parsed.text
     assert "<hot>-seed2" in parsed.text and "<hot>" not in markup
     assert not re.search(r"https?://", markup)
     pictures = {path.name for path in (tmp_path / "page").iterdir()}

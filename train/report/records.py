@@ -51,6 +51,17 @@ class Run:
         """Validation accuracy in [0, 1] of the result; None if it is unfinished or has no labels."""
         return self.record.get(SCORES[self.kind][0]) if self.finished else None
 
+    def _rates(self) -> list[tuple[float, float]]:
+        batch, rates, before = self.settings.get("batch", 0), [], None
+        for row in (row for row in self.record["history"] if "seconds" in row):
+            if before is not None and row["seconds"] > before["seconds"]:
+                steps = row["step"] - before["step"]
+                rates.append((row["epoch"], batch * steps / (row["seconds"] - before["seconds"])))
+            # Rows of one call share their time; a resumed run starts its clock again.
+            if before is None or row["seconds"] != before["seconds"]:
+                before = row
+        return rates
+
     @cached_property
     def settings(self) -> dict[str, Any]:
         """The configuration by `group.field`."""
@@ -62,7 +73,12 @@ class Run:
         return self.record.get("images", {}).get("validation", {}).get("count")
 
     def curve(self, figure: str) -> list[tuple[float, float]]:
-        """(epoch, value) of a figure in the history; without a last mean over a few steps only, which is noisy."""
+        """(epoch, value) of a figure in the history; without a last mean over a few steps only, which is noisy.
+
+        `images_per_second` is computed from the `seconds` of the rows, which runs of older versions do not have.
+        """
+        if figure == "images_per_second":
+            return self._rates()
         rows = [row for row in self.record["history"] if row.get(figure) is not None]
         spans = [b["step"] - a["step"] for a, b in pairwise(rows)]
         if len(spans) > 1 and not figure.startswith("validation") and spans[-1] < max(spans) / 2:
