@@ -15,13 +15,12 @@ from PIL import Image
 pytest.importorskip("matplotlib", reason="needs the extra plot")
 
 from train import page
-from train.report import new_figure
+from train.report import blocks, new_figure
 from train.report.__main__ import main
 from train.report.records import Group, Run, differences, group_runs, read_run
 from train.report.verdict import Comparison, comparable, judge, sentence
 
 VOID = {"meta", "link", "img", "br", "wbr"}
-LR = {"lr": 0.1, "name": "sgd"}
 
 
 class Parsed(HTMLParser):
@@ -63,7 +62,7 @@ def make_run(folder, *, seed=0, lr=0.1, accuracy=0.9, finished=True, classes=("<
         "epochs": 4,
         "batch": 32,
         "out": str(folder),
-        "optim": {**LR, "lr": lr},
+        "optim": {"name": "sgd", "lr": lr},
         "data": {"validation": 0.1},
     }
     about = {"config": {**config, **extra.pop("config", {})}, "classes": classes, "dataset": "digits"}
@@ -250,6 +249,9 @@ def test_all_kinds_meet_on_one_page(tmp_path, monkeypatch, capsys):
         dense_bytes=1000,
         pruned_bytes=123,
     )
+    # The network of a real run is measured in tests/train/prune.
+    row = {"path": "stem/conv/kernel", "parameters": 100, "kept": 10, "sparsity": 0.9}
+    monkeypatch.setattr(blocks, "layers_of", lambda run: [row])
     monkeypatch.chdir(tmp_path)
     main([str(make_run(tmp_path / "plain")), str(pretrained), str(pruned)])
     assert capsys.readouterr().out.startswith("report.html\n")
@@ -257,7 +259,12 @@ def test_all_kinds_meet_on_one_page(tmp_path, monkeypatch, capsys):
     for text in ("Training on digits", "Pruning on digits", "Pretraining on digits", "representations are healthy"):
         assert text in parsed.text
     assert {"87.65", "86.54", "85.43", "43.21", "38.04", "90.00", "123"} <= {*parsed.cells}
-    assert "Effective rank of the features" in parsed.text and "sparsity (%)" in parsed.text
+    assert (
+        "Effective rank of the features" in parsed.text
+        and "sparsity (%)" in parsed.text
+        and "90.0%" not in parsed.text
+        and "10.0%" in parsed.text
+    )
 
 
 def test_unfinished_run_and_default_place(tmp_path, capsys):
