@@ -137,8 +137,9 @@ class Progress:
     """Report progress on stderr (step, epoch, loss, accuracy, images/s, time left) and in a JSONL file.
 
     A terminal gets one line that is updated in place; a log file gets a line every few seconds. A JSONL row is written
-    every `every` steps, with means over those steps and the values of `extra(step)`. `send` also receives each row;
-    `shown` names the metrics to print; `silent` prints nothing.
+    every `every` steps, with means over those steps, the values of `extra(step)`, and the `seconds` of training since
+    this process's first call, without pauses. `send` also receives each row; `shown` names the metrics to print;
+    `silent` prints nothing.
     """
 
     def __init__(
@@ -180,7 +181,9 @@ class Progress:
             if step % self.every == 0 or step == self.steps:
                 means = {name: float(np.mean([m[name] for m in self.window])) for name in metrics}
                 self.window = []
-                self.row({"step": step, "epoch": round(step / self.epoch_steps, 4), **means, **self.extra(step)})
+                seconds = round(now - self.begun - self.paused, 3)
+                place = {"step": step, "epoch": round(step / self.epoch_steps, 4), "seconds": seconds}
+                self.row({**place, **means, **self.extra(step)})
                 if self.terminal or now - self.last_shown >= 5 or step == self.steps:
                     self.last_shown = now
                     self.say(self.line(step, means), stays=not self.terminal)

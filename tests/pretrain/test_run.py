@@ -30,7 +30,7 @@ from train.data import from_arrays
 from train.data.sets import load
 from train.errors import UsageError
 from train.predict import main as predict_main
-from train.report import main as train_report
+from train.report.__main__ import main as train_report
 from train.run import run as train_run
 from train.weights import load_weights, read_state_dict
 

@@ -1,4 +1,4 @@
-"""Publishing a run: one file, one picture."""
+"""Publishing a run: one file, one picture. The page is tested in test_report_page."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from train.report import collect, main, run_name
+from train.report import collect, run_name
+from train.report.__main__ import main
 
 HISTORY = [
     {"step": 10, "epoch": 1.0, "loss": 1.5, "accuracy": 0.4, "grad_norm": 1.0, "learning_rate": 0.1},
@@ -59,7 +60,6 @@ def test_refusals(finished, fails):
     line = fails(2, main, [str(finished / "result.json"), "--picture", str(folder / "x.png")])
     assert "result.json holds no run: pass a run folder, or a file that train.report --json wrote" in line
     assert "list.json cannot be read: " in fails(2, main, [str(folder / "list.json"), "--json", "x.json"])
-    assert "pass --json FILE or --picture FILE" in fails(2, main, [str(finished)])
     assert "--json takes one run" in fails(2, main, [str(finished), str(finished), "--json", "x.json"])
     for missing in ("metrics.jsonl", "result.json"):
         (finished / missing).unlink()

@@ -142,7 +142,7 @@ def draw(report: Report, picture: Path) -> None:
     colours = colormaps["turbo"](np.linspace(0.05, 0.95, len(rows)))
     grid = [["layers", "sides"], ["layers", "curves"]] if report["sensitivity"] else [["layers", "sides"]]
     panels = figure.subplot_mosaic(grid)
-    _draw_layers(panels["layers"], rows, colours)
+    plot_layers(panels["layers"], rows, colours)
     _draw_sides(panels["sides"], report)
     if report["sensitivity"]:
         _draw_sensitivity(panels["curves"], report, colours)
@@ -152,7 +152,7 @@ def draw(report: Report, picture: Path) -> None:
     save_figure(figure, picture)
 
 
-def _draw_layers(axes: Any, rows: Sequence[Row], colours: Any) -> None:
+def plot_layers(axes: Any, rows: Sequence[Row], colours: Any) -> None:
     """Bars of all weights and of the kept ones on a logarithmic scale, labelled with the kept share in percent."""
     names = [short(row["path"]) for row in rows]
     weights = axes.barh(names, [row["parameters"] for row in rows], color="0.86", label="before")
@@ -230,6 +230,13 @@ def draw_curves(curves: Curves, dense: float, picture: Path) -> None:
     """Draw one line per method over evenly spaced sparsities. Needs the extra `plot`."""
     figure = new_figure(7, 4.2)
     axes = figure.subplots()
+    plot_curves(axes, curves, dense)
+    axes.grid(alpha=0.3)
+    save_figure(figure, picture)
+
+
+def plot_curves(axes: Any, curves: Curves, dense: float) -> None:
+    """Plot one line per method over evenly spaced sparsities into axes of matplotlib."""
     sparsities = sorted({s for points in curves.values() for s in points})
     for index, (name, points) in enumerate(curves.items()):
         places = [sparsities.index(s) for s in points]
@@ -240,6 +247,4 @@ def draw_curves(curves: Curves, dense: float, picture: Path) -> None:
     axes.axhline(100 * dense, color="grey", lw=1, ls=":", label="dense")
     axes.set_xticks(range(len(sparsities)), [f"{100 * s:g}" for s in sparsities])
     axes.set(xlabel="sparsity (%)", ylabel="test accuracy (%)")
-    axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
-    save_figure(figure, picture)

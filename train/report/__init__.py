@@ -1,15 +1,12 @@
-"""A finished run as one JSON file and a picture: `python -m train.report RUN... --json FILE --picture FILE.png`."""
+"""Runs on one page, as a JSON file or as a picture: `python -m train.report RUN...`."""
 
-import argparse
 import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from train.errors import UsageError, one_line
-from train.json_text import to_json
-from train.paths import local_path
+from train.errors import UsageError
 
 
 def collect(run: Path) -> dict[str, Any]:
@@ -116,31 +113,3 @@ def draw(runs: dict[str, dict[str, Any]], picture: Path) -> None:
 def _curve(run: dict[str, Any], figure: str, scale: float = 1) -> tuple[list[float], list[float]]:
     rows = [row for row in run["history"] if row.get(figure) is not None]
     return [row["epoch"] for row in rows], [scale * row[figure] for row in rows]
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Collect runs, and write the JSON file or the picture that the flags name."""
-    parser = argparse.ArgumentParser(prog="python -m train.report", description=__doc__)
-    parser.add_argument("runs", nargs="+", type=local_path, help="run folders, or JSON files written by --json")
-    parser.add_argument("--json", type=local_path, help="write the run with its history here (takes one run)")
-    parser.add_argument("--picture", type=local_path, help="draw the curves here, as .png, .svg or .pdf")
-    args = parser.parse_args(argv)
-    if not (args.json or args.picture):
-        raise UsageError("nothing to do: pass --json FILE or --picture FILE")
-    if args.json and len(args.runs) > 1:
-        raise UsageError("--json takes one run")
-    if args.json:
-        check_file(args.json)
-    runs = {run_name(run, args.runs): collect(run) for run in args.runs}
-    if args.json:
-        try:
-            args.json.write_text(to_json(*runs.values(), indent=1) + "\n")
-        except OSError as error:
-            raise UsageError(f"cannot write {args.json}: {error.strerror}") from None
-    if args.picture:
-        draw(runs, args.picture)
-
-
-if __name__ == "__main__":
-    with one_line():
-        main()
