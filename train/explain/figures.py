@@ -1,0 +1,117 @@
+"""Figures of a whole image set: functions from data to a matplotlib figure. They need the extra `plot`."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from train.explain.mistakes import Calibration
+from train.report import new_figure
+
+NAMED = 40  # most classes whose names, and COUNTED of which the numbers, a confusion matrix shows
+COUNTED = 20
+THUMBNAIL = 26  # pixels
+
+
+def scatter(
+    points: np.ndarray, labels: np.ndarray, classes: Sequence[str], shown: np.ndarray, images: np.ndarray, title: str
+) -> Any:
+    """Draw points [N, 2] in the colours of their labels, and thumbnails uint8 [M, H, W, C] at the positions `shown`."""
+    from matplotlib import colormaps
+    from matplotlib.offsetbox import AnnotationBbox, OffsetImage
+
+    figure = new_figure(8, 6)
+    axes = figure.subplots()
+    for label in np.unique(labels):
+        colour = f"C{label}" if len(classes) <= 10 else colormaps["turbo"](label / max(len(classes) - 1, 1))
+        name = classes[label] if len(classes) <= COUNTED else None
+        axes.scatter(*points[labels == label].T, s=14, color=colour, alpha=0.7, linewidths=0, label=name)
+    for place, image in zip(points[shown], images, strict=True):
+        tile = OffsetImage(_grey_or_colour(image), zoom=THUMBNAIL / max(image.shape[:2]), cmap="gray", vmin=0, vmax=255)
+        axes.add_artist(AnnotationBbox(tile, place, pad=0.1, bboxprops={"lw": 0.5, "edgecolor": "#7f7f7f"}))
+    axes.set(title=title, xticks=[], yticks=[])
+    if 1 < len(classes) <= COUNTED:
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", fontsize=8, markerscale=2)
+    return figure
+
+
+def spread(points: np.ndarray, count: int) -> np.ndarray:
+    """Choose `count` positions of points [N, 2] that are far from each other: each is the farthest from those before."""
+    chosen = [0]
+    distance = np.full(len(points), np.inf)
+    while len(chosen) < min(count, len(points)):
+        distance = np.minimum(distance, np.square(points - points[chosen[-1]]).sum(1))
+        chosen.append(int(distance.argmax()))
+    return np.array(chosen)
+
+
+def confusion_figure(matrix: np.ndarray, classes: Sequence[str]) -> Any:
+    """Draw a confusion matrix [K, K], true class by row, in the colours of each row's shares."""
+    size = len(classes)
+    figure = new_figure(*(2 * (min(max(4.5, 0.42 * size), 12),)))
+    axes = figure.subplots()
+    shares = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    axes.set(xlabel="predicted class", ylabel="true class")
+    if size <= NAMED:
+        axes.set_xticks(range(size), classes, rotation=90 if max(map(len, classes)) > 2 else 0, fontsize=8)
+        axes.set_yticks(range(size), classes, fontsize=8)
+    if size <= COUNTED:
+        for row, column in zip(*np.nonzero(matrix), strict=True):
+            # These greys stay as they are on a dark page, as the cells do.
+            colour = "#fdfdfd" if shares[row, column] > 0.5 else "#111111"
+            text = str(matrix[row, column])
+            axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=8)
+    return figure
+
+
+def reliability_figure(calibration: Calibration) -> Any:
+    """Draw accuracy by confidence with the diagonal of a calibrated classifier, and the number of predictions."""
+    figure = new_figure(5, 5)
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    bins = len(calibration.counts)
+    width, middles = 1 / bins, (np.arange(bins) + 0.5) / bins
+    upper.bar(middles, np.nan_to_num(calibration.accuracy), width * 0.9, color="C0", label="accuracy in the bin")
+    upper.plot([0, 1], [0, 1], "--", color="#7f7f7f", lw=1, label="calibrated: accuracy = confidence")
+    upper.plot(calibration.confidence, calibration.accuracy, "o", color="C1", ms=4, label="at its mean confidence")
+    upper.set(ylabel="accuracy", ylim=(0, 1.02), title=f"expected calibration error {calibration.error:.3f}")
+    upper.legend(fontsize=8, loc="upper left")
+    lower.bar(middles, calibration.counts, width * 0.9, color="C7")
+    lower.set(xlabel="confidence", ylabel="predictions", xlim=(0, 1))
+    return figure
+
+
+def landscape_figure(places: np.ndarray, losses: np.ndarray) -> Any:
+    """Draw mean losses [S, S] at `places` [S] along two directions as contours, with the network in the middle."""
+    figure = new_figure(6, 5)
+    axes = figure.subplots()
+    shown = np.log10(np.maximum(losses, 1e-6)).T
+    filled = axes.contourf(places, places, shown, levels=24, cmap="viridis")
+    lines = axes.contour(places, places, losses.T, levels=np.geomspace(*_range(losses), 8), colors="#fdfdfd", linewidths=0.6)
+    axes.clabel(lines, fmt="%.2g", fontsize=7)
+    axes.plot(0, 0, "o", color="#d62728", ms=5)
+    axes.set(xlabel="first direction (1 = the filters' norm)", ylabel="second direction", aspect="equal")
+    figure.colorbar(filled, label="log10 of the loss (nats)")
+    return figure
+
+
+def _range(losses: np.ndarray) -> tuple[float, float]:
+    low = max(float(losses.min()), 1e-6)
+    return low, max(float(losses.max()), low * 1.01)
+
+
+def gallery(rows: Sequence[Sequence[np.ndarray]], captions: Sequence[Sequence[str]], *, side: float = 1.7) -> Any:
+    """Draw rows of pictures uint8 [H, W, C] with captions; rows may differ in length."""
+    columns = max(map(len, rows))
+    figure = new_figure(side * columns, (side + 0.3) * len(rows))
+    for number, (row, texts) in enumerate(zip(rows, captions, strict=True)):
+        for column, (picture, text) in enumerate(zip(row, texts, strict=True)):
+            axes = figure.add_subplot(len(rows), columns, number * columns + column + 1)
+            axes.imshow(_grey_or_colour(picture), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+            axes.set_title(text, fontsize=7)
+            axes.axis("off")
+    return figure
+
+
+def _grey_or_colour(image: np.ndarray) -> np.ndarray:
+    return image[..., 0] if image.ndim == 3 and image.shape[2] == 1 else image
