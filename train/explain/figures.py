@@ -10,7 +10,8 @@ from train.report import new_figure
 
 NAMED = 40  # most classes whose names, and COUNTED of which the numbers, a confusion matrix shows
 COUNTED = 20
-THUMBNAIL = 26  # pixels
+THUMBNAIL = 16  # points
+APART = 0.06  # least distance of two thumbnails, as a share of the picture
 
 
 def scatter(
@@ -22,25 +23,36 @@ def scatter(
 
     figure = new_figure(8, 6)
     axes = figure.subplots()
+    many = len(classes) > 10
+    colours = [colormaps["turbo"](at / (len(classes) - 1)) if many else f"C{at}" for at in range(len(classes))]
     for label in np.unique(labels):
-        colour = f"C{label}" if len(classes) <= 10 else colormaps["turbo"](label / max(len(classes) - 1, 1))
         name = classes[label] if len(classes) <= COUNTED else None
-        axes.scatter(*points[labels == label].T, s=14, color=colour, alpha=0.7, linewidths=0, label=name)
-    for place, image in zip(points[shown], images, strict=True):
-        tile = OffsetImage(_grey_or_colour(image), zoom=THUMBNAIL / max(image.shape[:2]), cmap="gray", vmin=0, vmax=255)
-        axes.add_artist(AnnotationBbox(tile, place, pad=0.1, bboxprops={"lw": 0.5, "edgecolor": "#7f7f7f"}))
+        axes.scatter(*points[labels == label].T, s=14, color=colours[label], alpha=0.7, linewidths=0, label=name)
+    for at, image in zip(shown, images, strict=True):
+        tile = OffsetImage(in_colour(image), zoom=THUMBNAIL / max(image.shape[:2]), interpolation="nearest")
+        frame = {"lw": 1.2, "edgecolor": colours[labels[at]]}
+        # Next to its point, so that it does not hide it.
+        axes.add_artist(
+            AnnotationBbox(tile, points[at], (11, 11), boxcoords="offset points", pad=0.05, bboxprops=frame)
+        )
     axes.set(title=title, xticks=[], yticks=[])
     if 1 < len(classes) <= COUNTED:
         figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", fontsize=8, markerscale=2)
     return figure
 
 
-def spread(points: np.ndarray, count: int) -> np.ndarray:
-    """Choose `count` positions of points [N, 2] that are far from each other: each is the farthest from those before."""
+def spread(points: np.ndarray, most: int, apart: float = APART) -> np.ndarray:
+    """Choose at most `most` positions of points [N, 2], each the farthest from those chosen before it.
+
+    Two of them are at least `apart` times the extent of all points from each other.
+    """
+    scaled = (points - points.min(0)) / np.maximum(np.ptp(points, axis=0), 1e-12)
     chosen = [0]
     distance = np.full(len(points), np.inf)
-    while len(chosen) < min(count, len(points)):
-        distance = np.minimum(distance, np.square(points - points[chosen[-1]]).sum(1))
+    while len(chosen) < most:
+        distance = np.minimum(distance, np.square(scaled - scaled[chosen[-1]]).sum(1))
+        if distance.max() < apart**2:
+            break
         chosen.append(int(distance.argmax()))
     return np.array(chosen)
 
@@ -72,10 +84,12 @@ def reliability_figure(calibration: Calibration) -> Any:
     bins = len(calibration.counts)
     width, middles = 1 / bins, (np.arange(bins) + 0.5) / bins
     upper.bar(middles, np.nan_to_num(calibration.accuracy), width * 0.9, color="C0", label="accuracy in the bin")
-    upper.plot([0, 1], [0, 1], "--", color="#7f7f7f", lw=1, label="calibrated: accuracy = confidence")
-    upper.plot(calibration.confidence, calibration.accuracy, "o", color="C1", ms=4, label="at its mean confidence")
+    upper.plot([0, 1], [0, 1], "--", color="#7f7f7f", lw=1, label="calibrated")
+    upper.plot(
+        calibration.confidence, calibration.accuracy, "o", color="C1", ms=4, label="at the bin's mean confidence"
+    )
     upper.set(ylabel="accuracy", ylim=(0, 1.02), title=f"expected calibration error {calibration.error:.3f}")
-    upper.legend(fontsize=8, loc="upper left")
+    figure.legend(fontsize=8, loc="outside lower center", ncols=2)
     lower.bar(middles, calibration.counts, width * 0.9, color="C7")
     lower.set(xlabel="confidence", ylabel="predictions", xlim=(0, 1))
     return figure
@@ -87,7 +101,9 @@ def landscape_figure(places: np.ndarray, losses: np.ndarray) -> Any:
     axes = figure.subplots()
     shown = np.log10(np.maximum(losses, 1e-6)).T
     filled = axes.contourf(places, places, shown, levels=24, cmap="viridis")
-    lines = axes.contour(places, places, losses.T, levels=np.geomspace(*_range(losses), 8), colors="#fdfdfd", linewidths=0.6)
+    lines = axes.contour(
+        places, places, losses.T, levels=np.geomspace(*_range(losses), 8), colors="#fdfdfd", linewidths=0.6
+    )
     axes.clabel(lines, fmt="%.2g", fontsize=7)
     axes.plot(0, 0, "o", color="#d62728", ms=5)
     axes.set(xlabel="first direction (1 = the filters' norm)", ylabel="second direction", aspect="equal")
@@ -107,11 +123,12 @@ def gallery(rows: Sequence[Sequence[np.ndarray]], captions: Sequence[Sequence[st
     for number, (row, texts) in enumerate(zip(rows, captions, strict=True)):
         for column, (picture, text) in enumerate(zip(row, texts, strict=True)):
             axes = figure.add_subplot(len(rows), columns, number * columns + column + 1)
-            axes.imshow(_grey_or_colour(picture), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+            axes.imshow(in_colour(picture), interpolation="nearest")
             axes.set_title(text, fontsize=7)
             axes.axis("off")
     return figure
 
 
-def _grey_or_colour(image: np.ndarray) -> np.ndarray:
-    return image[..., 0] if image.ndim == 3 and image.shape[2] == 1 else image
+def in_colour(image: np.ndarray) -> np.ndarray:
+    """An image uint8 [H, W, 1 or 3] as [H, W, 3]."""
+    return np.repeat(image, 3, axis=2) if image.shape[2] == 1 else image

@@ -24,14 +24,14 @@ class Outputs(NamedTuple):
     Attributes:
       features: pooled features, float32 [N, F].
       labels: int32 [N].
-      predicted: most probable class, int32 [N]; None for a network without classes.
-      confidence: its probability, float32 [N]; None for a network without classes.
+      predicted: most probable class, int32 [N]; empty for a network without classes.
+      confidence: its probability, float32 [N]; empty for a network without classes.
     """
 
     features: np.ndarray
     labels: np.ndarray
-    predicted: np.ndarray | None
-    confidence: np.ndarray | None
+    predicted: np.ndarray
+    confidence: np.ndarray
 
     @property
     def correct(self) -> np.ndarray:
@@ -69,7 +69,8 @@ def make_outputs(trained: Trained, batch: int) -> Callable[[Arrays | Encoded], O
             valid = rows.pop("valid")
             parts.append({name: x[valid] for name, x in rows.items()})
         whole = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-        return Outputs(whole["features"], whole["label"], whole.get("predicted"), whole.get("confidence"))
+        predictions = [whole.get(name, np.zeros(0, np.float32)) for name in ("predicted", "confidence")]
+        return Outputs(whole["features"], whole["label"], *predictions)
 
     return outputs
 
