@@ -1,8 +1,7 @@
 """Views of a whole image set: each computes its numbers, and returns them with pictures and pieces of the page."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -14,18 +13,17 @@ from resnet_jax.parallel import make_mesh
 from resnet_jax.tree import PyTree
 from train import page
 from train.data.batches import eval_batches
-from train.data.sets import Dataset
-from train.data.sources import Arrays, Encoded
-from train.errors import UsageError, unknown
+from train.errors import UsageError
 from train.explain import figures
 from train.explain.embeddings import Projection, neighbours, project
 from train.explain.figures import in_colour
+from train.explain.images import Images, evenly
 from train.explain.landscape import loss_surface
 from train.explain.mistakes import calibration, confusion, most_confused, worst
-from train.explain.outputs import Outputs, sample
+from train.explain.outputs import sample
+from train.explain.subject import FORWARD, Subject
 from train.page import Html
 from train.state import forward
-from train.trained import Trained
 
 PROJECTED = 2000  # most images in a plane: more hide each other
 THUMBNAILS = 40
@@ -43,55 +41,9 @@ class View(NamedTuple):
     numbers: dict[str, Any]
 
 
-@dataclass(frozen=True)
-class ImageSet:
-    """A network's view of a set.
-
-    Attributes:
-      outputs: computes the outputs of a split.
-      split: name of the split that is looked at.
-      most: images of each split to take.
-      images, names: the images that are explained, uint8 [Q, H, W, C].
-      batch: images to compute at once.
-    """
-
-    trained: Trained
-    dataset: Dataset
-    outputs: Callable[[Arrays | Encoded], Outputs]
-    split: str
-    most: int
-    images: np.ndarray
-    names: Sequence[str]
-    batch: int
-
-    @cached_property
-    def source(self) -> Arrays | Encoded:
-        """The images of the split."""
-        return sample(self.dataset.splits[self.split], self.most)
-
-    @cached_property
-    def seen(self) -> Outputs:
-        """Their outputs."""
-        return self.outputs(self.source)
-
-    @cached_property
-    def bank(self) -> Arrays | Encoded:
-        """The training images, to find neighbours among."""
-        return sample(self.dataset.train, self.most)
-
-    @cached_property
-    def bank_outputs(self) -> Outputs:
-        """Their outputs."""
-        return self.outputs(self.bank)
-
-    def pixels(self, positions: np.ndarray) -> np.ndarray:
-        """Images of the split, uint8 [M, H, W, C]."""
-        return np.stack([self.source[int(at)]["image"] for at in positions])
-
-
-def confusion_view(images: ImageSet) -> View:
+def confusion_view(subject: Subject, images: Images) -> View:
     """Which classes are taken for which."""
-    classes, seen = images.dataset.classes, images.seen
+    classes, seen = subject.dataset.classes, subject.seen
     matrix = confusion(seen.labels, seen.predicted, len(classes))
     pairs = [(classes[t], classes[p], n) for t, p, n in most_confused(matrix, 10)]
     drawing = figures.confusion_figure(matrix, classes)
@@ -102,9 +54,9 @@ def confusion_view(images: ImageSet) -> View:
     return View({"confusion": drawing}, (page.figure(drawing, caption), *([listed] if pairs else [])), numbers)
 
 
-def reliability_view(images: ImageSet) -> View:
+def reliability_view(subject: Subject, images: Images) -> View:
     """Whether the network is as often right as it is confident."""
-    seen = images.seen
+    seen = subject.seen
     found = calibration(seen.confidence, seen.correct)
     drawing = figures.reliability_figure(found)
     gap = float(seen.confidence.mean() - seen.correct.mean())
@@ -114,13 +66,13 @@ def reliability_view(images: ImageSet) -> View:
     return View({"reliability": drawing}, (page.figure(drawing, caption),), numbers)
 
 
-def mistakes_view(images: ImageSet) -> View:
+def mistakes_view(subject: Subject, images: Images) -> View:
     """The most confident mistakes."""
-    classes, seen = images.dataset.classes, images.seen
+    classes, seen = subject.dataset.classes, subject.seen
     found = worst(seen.confidence, seen.correct, MISTAKES)
     if not len(found):
         return View({}, (page.paragraph(f"No mistake in {len(seen.labels):,} images."),), {"mistakes": []})
-    pixels = images.pixels(found)
+    pixels = _pixels(subject, found)
     rows = [(classes[seen.labels[at]], classes[seen.predicted[at]], float(seen.confidence[at])) for at in found]
     captions = [f"{true}, predicted {said} ({share:.0%})" for true, said, share in rows]
     tiles = [(page.photograph(in_colour(x), text, width=WIDTH), text) for x, text in zip(pixels, captions, strict=True)]
@@ -131,14 +83,14 @@ def mistakes_view(images: ImageSet) -> View:
     return View({"mistakes": drawing}, (page.image_grid(tiles),), {"mistakes": listed})
 
 
-def neighbours_view(images: ImageSet) -> View:
+def neighbours_view(subject: Subject, images: Images) -> View:
     """The training images whose embeddings are most similar to those of the explained images."""
-    classes = images.dataset.classes
-    queries = images.outputs(Arrays(images=images.images, labels=np.zeros(len(images.images), np.int32)))
-    nearest, similarity = neighbours(queries.features, images.bank_outputs.features, NEIGHBOURS)
+    classes = subject.dataset.classes
+    queries = subject.outputs_of(images.pixels)
+    nearest, similarity = neighbours(queries.features, subject.bank_outputs.features, NEIGHBOURS)
     rows, texts, pieces, numbers = [], [], [], []
-    for image, name, places, values in zip(images.images, images.names, nearest, similarity, strict=True):
-        examples = [images.bank[int(at)] for at in places]
+    for image, name, places, values in zip(images.pixels, images.names, nearest, similarity, strict=True):
+        examples = [subject.bank[int(at)] for at in places]
         labels = [classes[example["label"]] for example in examples]
         rows.append([image, *(example["image"] for example in examples)])
         texts.append([name, *(f"{label}, {value:.2f}" for label, value in zip(labels, values, strict=True))])
@@ -146,31 +98,36 @@ def neighbours_view(images: ImageSet) -> View:
         pieces.append(page.image_grid([*zip(tiles, texts[-1], strict=True)], smallest=80))
         numbers.append({"image": name, "labels": labels, "similarity": values})
     note = page.paragraph(
-        f"On the left the explained image, then the most similar of {len(images.bank):,} training images, each with "
+        f"On the left the explained image, then the most similar of {len(subject.bank):,} training images, each with "
         "its label and the cosine of the two embeddings."
     )
     short = [[text[-22:] for text in row] for row in texts]
     return View({"neighbours": figures.gallery(rows, short)}, (note, *pieces), {"neighbours": numbers})
 
 
-def projection_view(images: ImageSet, method: Projection) -> View:
+def projection_view(subject: Subject, images: Images, *, method: Projection) -> View:
     """The embeddings in a plane."""
-    chosen = evenly(len(images.source), PROJECTED)
-    points = project(images.seen.features[chosen], method)
+    chosen = evenly(len(subject.split), PROJECTED)
+    points = project(subject.seen.features[chosen], method)
     shown = figures.spread(points, THUMBNAILS)
-    classes = images.dataset.classes
+    classes = subject.dataset.classes
     drawing = figures.scatter(
-        points, images.seen.labels[chosen], classes, shown, images.pixels(chosen[shown]), f"{method} of the embeddings"
+        points,
+        subject.seen.labels[chosen],
+        classes,
+        shown,
+        _pixels(subject, chosen[shown]),
+        f"{method} of the embeddings",
     )
     far = "" if method == "pca" else " Only small distances mean something: groups may lie anywhere."
-    caption = f"{len(points):,} images of the {images.split} split, coloured by label.{far}"
+    caption = f"{len(points):,} images of the {subject.config.data.split} split, coloured by label.{far}"
     return View({method: drawing}, (page.figure(drawing, caption, smallest=480),), {})
 
 
-def landscape_view(images: ImageSet) -> View:
+def landscape_view(subject: Subject, images: Images) -> View:
     """The training loss around the network, along two random directions."""
-    model, preprocess = images.trained.model, images.trained.preprocess
-    variables = dict(images.trained.variables)
+    model, preprocess = subject.trained.model, subject.trained.preprocess
+    variables = dict(subject.trained.variables)
     params = variables.pop("params")
 
     def loss(params: PyTree, batch: PyTree) -> jax.Array:
@@ -178,8 +135,8 @@ def landscape_view(images: ImageSet) -> View:
         losses = softmax_cross_entropy(logits, jax.nn.one_hot(batch["label"], logits.shape[-1]))
         return (losses * batch["valid"]).sum()
 
-    source = sample(images.dataset.train, SURFACE_IMAGES)
-    batches = eval_batches(source, batch=min(images.batch, len(source)), mesh=make_mesh())
+    source = sample(subject.dataset.train, SURFACE_IMAGES)
+    batches = eval_batches(source, batch=min(subject.config.batch * FORWARD, len(source)), mesh=make_mesh())
     places, total = loss_surface(loss, params, batches, key=jax.random.key(0))
     losses = total / len(source)
     middle = float(losses[len(places) // 2, len(places) // 2])
@@ -189,11 +146,11 @@ def landscape_view(images: ImageSet) -> View:
         f"directions of their own norm; the dot is the network ({middle:.3g} nats). A flat bowl is a wide minimum. "
         "Batch statistics stay as they are."
     )
-    numbers = {"loss": middle, "highest_loss": float(losses.max()), "places": places, "losses": losses}
-    return View({"landscape": drawing}, (page.figure(drawing, caption),), numbers)
+    numbers = {"loss": middle, "places": places, "losses": losses}
+    return View({"landscape": drawing}, (page.figure(drawing, caption),), {"landscape": numbers})
 
 
-VIEWS: dict[str, tuple[str, Callable[[ImageSet], View]]] = {
+VIEWS: dict[str, tuple[str, Callable[[Subject, Images], View]]] = {
     "confusion": ("Confusion matrix", confusion_view),
     "reliability": ("Confidence and accuracy", reliability_view),
     "mistakes": ("Worst mistakes", mistakes_view),
@@ -209,25 +166,21 @@ NEED_CLASSES = ("confusion", "reliability", "mistakes", "landscape")
 USUAL = ("confusion", "reliability", "mistakes", "neighbours", "pca", "tsne")
 
 
-def check_views(names: Sequence[str], trained: Trained, dataset: Dataset, source: str) -> tuple[str, ...]:
+def check_views(names: Sequence[str], subject: Subject) -> tuple[str, ...]:
     """The views to draw: `names`, or the usual ones that this network allows if there are none.
 
     Raises:
-      UsageError: an unknown view, or one that needs classes, which the network does not have, or not those of the set.
+      UsageError: a view that needs classes, which the network does not have, or not those of the set.
     """
-    for name in names:
-        if name not in VIEWS:
-            raise unknown("view", name, VIEWS)
-    if len(trained.classes) == len(dataset.classes):
+    classes, needed, name = subject.trained.classes, subject.dataset.classes, subject.dataset.name
+    if len(classes) == len(needed):
         return tuple(names) or USUAL
     if needy := [name for name in names if name in NEED_CLASSES]:
-        has = f"{len(trained.classes)} classes" if trained.classes else "no classes"
-        raise UsageError(
-            f"{needy[0]} needs the classes of {dataset.name} ({len(dataset.classes)}), but {source} has {has}"
-        )
+        has = f"{len(classes) or 'no'} classes"
+        raise UsageError(f"{needy[0]} needs the {len(needed)} classes of {name}, but {subject.source} has {has}")
     return tuple(names) or tuple(name for name in USUAL if name not in NEED_CLASSES)
 
 
-def evenly(count: int, most: int) -> np.ndarray:
-    """At most `most` positions in `count`, at equal distances."""
-    return np.linspace(0, count - 1, min(count, most)).round().astype(int)
+def _pixels(subject: Subject, positions: np.ndarray) -> np.ndarray:
+    """Images of the split, uint8 [M, H, W, C]."""
+    return np.stack([subject.split[int(at)]["image"] for at in positions])

@@ -132,3 +132,19 @@ def gallery(rows: Sequence[Sequence[np.ndarray]], captions: Sequence[Sequence[st
 def in_colour(image: np.ndarray) -> np.ndarray:
     """An image uint8 [H, W, 1 or 3] as [H, W, 3]."""
     return np.repeat(image, 3, axis=2) if image.shape[2] == 1 else image
+
+
+def overlay(image: np.ndarray, heat: np.ndarray) -> np.ndarray:
+    """Lay a heat map [H, W] over an image uint8 [H, W, C]: uint8 [H, W, 3], on the image in grey.
+
+    A map without negative values goes from black over red to yellow; in others red supports and blue opposes. Values
+    above the 99th percentile have the same colour.
+    """
+    from matplotlib import colormaps
+
+    top = max(float(np.quantile(np.abs(heat), 0.99)), float(np.abs(heat).max()) * 1e-3, 1e-12)
+    scaled = np.clip(heat / top, -1, 1)
+    signed = bool((heat < 0).any())
+    colours = colormaps["RdBu_r"]((scaled + 1) / 2) if signed else colormaps["inferno"](scaled)
+    grey = in_colour(image).mean(-1, keepdims=True) / 255
+    return np.rint(255 * (0.4 * grey + 0.6 * colours[..., :3])).astype(np.uint8)
