@@ -126,4 +126,4 @@ def explain_images(
             part = {"heat": heat, **trust(network, x, score, judge, heat, other)}
             parts.append({name: np.asarray(values)[: count - start] for name, values in part.items()})
         whole = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-        yield name, Attribution(whole.pop("heat"), whole)
+        yield name, Attribution(whole["heat"], {score: whole[score] for score in SCORES})

@@ -46,7 +46,7 @@ def attribution_view(
     """Show each image, uint8 [N, H, W, C], with the heat map and the scores of each method."""
     means = {name: {score: float(x.mean()) for score, x in one.scores.items()} for name, one in found.items()}
     best: Any = {"deletion": "min", "insertion": "max", "infidelity": "min"}
-    rows = [[name, *map(float, scores.values())] for name, scores in means.items()]
+    rows: list[list[page.Cell]] = [[name, *scores.values()] for name, scores in means.items()]
     caption = f"mean scores over {len(images.names)} images"
     table = page.table(("method", *SCORES), rows, best=best, caption=caption)
     pieces = [table, page.details("What the scores say", page.paragraph(ABOUT))]
@@ -63,16 +63,22 @@ def attribution_view(
         if classes:
             said |= {"predicted": classes[seen.predicted[at]], "probability": float(seen.confidence[at])}
         grid = [
-            (page.photograph(tile, text, width=WIDTH), page.join(*text.split("\n"), by="<br>"))
+            (page.photograph(tile, text.partition("\n")[0], width=WIDTH), _caption(text))
             for tile, text in zip(tiles, texts, strict=True)
         ]
-        pieces += [Html(f"<h3>{page.escape(_title(said))}</h3>"), page.image_grid(grid, smallest=140)]
+        pieces += [Html(f"<h3>{page.escape(_title(said))}</h3>"), page.image_grid(grid, smallest=150)]
         lines = [slice(start, start + 6) for start in range(0, len(tiles), 6)]
         drawings[f"{at:03}_{re.sub(r'[^A-Za-z0-9]+', '_', Path(name).stem)}"] = figures.gallery(
             [tiles[line] for line in lines], [texts[line] for line in lines], side=2.2
         )
         numbers.append({**said, "scores": scores})
     return View(drawings, tuple(pieces), {"methods": means, "images": numbers})
+
+
+def _caption(text: str) -> Html:
+    """The name of a picture, which may be broken after an underscore, and its scores below."""
+    name, *scores = text.split("\n")
+    return page.join(page.strong(Html(page.escape(name).replace("_", "_<wbr>"))), *scores, by="<br>")
 
 
 def _title(said: Mapping[str, Any]) -> str:
