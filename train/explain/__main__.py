@@ -6,6 +6,7 @@ scores.json and the pictures as PNG files. The last line on stdout is the result
 """
 
 import sys
+from collections.abc import Sequence
 
 from train.cli import arranged, kinds_of, parse, start
 from train.errors import UsageError
@@ -20,9 +21,12 @@ def _usual() -> ExplainConfig:
 _usual.__doc__ = __doc__  # the description in --help
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Parse, explain, print the result."""
-    argv = sys.argv[1:] if argv is None else argv
+def parsed(argv: Sequence[str]) -> tuple[str, list[str], ExplainConfig]:
+    """Parse a command line to (the network's name, images and folders, config).
+
+    Raises:
+      UsageError: no network is named, an unknown flag, a config that cannot work.
+    """
     helps = {"-h", "--help"} & {*argv}
     words, flags = ([], {}) if helps else arranged(argv, kinds_of(ExplainConfig))
     given = [word for name, values in flags.items() for word in (f"--{name}", *values)]
@@ -30,10 +34,16 @@ def main(argv: list[str] | None = None) -> None:
     if not words:
         raise UsageError("name a run folder, or a model by name: python -m train.explain RUN --out DIR")
     run, *images = words
-    check(config, images)
-    from train.explain.run import explain
+    check(config)
+    return run, images, config
 
-    print(to_json(explain(run, images, config)))
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse, explain, print the result."""
+    arguments = parsed(sys.argv[1:] if argv is None else argv)
+    from train.explain.run import explain  # after parsing, so that --help and mistyped flags do not wait for it
+
+    print(to_json(explain(*arguments)))
 
 
 if __name__ == "__main__":

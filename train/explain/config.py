@@ -1,6 +1,5 @@
 """Configuration of an explanation: one flag per field."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -58,7 +57,7 @@ class ExplainConfig:
 RANGES = {"[1, inf)": "count batch", "[4, inf)": "most", SEEDS: "seed"}
 
 
-def check(config: ExplainConfig, images: Sequence[str]) -> None:
+def check(config: ExplainConfig) -> None:
     """Refuse a config that cannot work, before anything is loaded.
 
     Raises:
