@@ -37,8 +37,8 @@ KINDS = {
 }
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-PREEXPLANATION = (ROOT / "docs" / "explanation.md").read_text()
-TRAINING = (ROOT / "docs" / "pretraining.md").read_text()
+PRETRAINING = (ROOT / "docs" / "pretraining.md").read_text()
+EXPLANATION = (ROOT / "docs" / "explanation.md").read_text()
 PRUNING = (ROOT / "docs" / "pruning.md").read_text()
 TRAINING = (ROOT / "docs" / "training.md").read_text()
 SEARCH = (ROOT / "docs" / "search.md").read_text()

@@ -34,11 +34,11 @@ WIDTH = 120  # of a picture in the page, in pixels
 
 
 class View(NamedTuple):
-    """A part of the report: figures to write as PNG by name, pieces of the page, numbers for the result."""
+    """A part of the report: figures, or uint8 pictures, to write as PNG by name, pieces of the page, numbers."""
 
     drawings: dict[str, Any]
     pieces: tuple[Html, ...]
-    numbers: dict[str, Any]
+    numbers: Any
 
 
 def confusion_view(subject: Subject, images: Images) -> View:
@@ -71,7 +71,7 @@ def mistakes_view(subject: Subject, images: Images) -> View:
     classes, seen = subject.dataset.classes, subject.seen
     found = worst(seen.confidence, seen.correct, MISTAKES)
     if not len(found):
-        return View({}, (page.paragraph(f"No mistake in {len(seen.labels):,} images."),), {"mistakes": []})
+        return View({}, (page.paragraph(f"No mistake in {len(seen.labels):,} images."),), [])
     pixels = _pixels(subject, found)
     rows = [(classes[seen.labels[at]], classes[seen.predicted[at]], float(seen.confidence[at])) for at in found]
     captions = [f"{true}, predicted {said} ({share:.0%})" for true, said, share in rows]
@@ -80,7 +80,7 @@ def mistakes_view(subject: Subject, images: Images) -> View:
     short = [f"{true}\n{said} {share:.0%}" for true, said, share in rows]
     lines = [slice(at, at + 8) for at in range(0, len(found), 8)]
     drawing = figures.gallery([[*pixels[line]] for line in lines], [short[line] for line in lines])
-    return View({"mistakes": drawing}, (page.image_grid(tiles),), {"mistakes": listed})
+    return View({"mistakes": drawing}, (page.image_grid(tiles),), listed)
 
 
 def neighbours_view(subject: Subject, images: Images) -> View:
@@ -102,7 +102,7 @@ def neighbours_view(subject: Subject, images: Images) -> View:
         "its label and the cosine of the two embeddings."
     )
     short = [[text[-22:] for text in row] for row in texts]
-    return View({"neighbours": figures.gallery(rows, short)}, (note, *pieces), {"neighbours": numbers})
+    return View({"neighbours": figures.gallery(rows, short)}, (note, *pieces), numbers)
 
 
 def projection_view(subject: Subject, images: Images, *, method: Projection) -> View:
@@ -121,7 +121,7 @@ def projection_view(subject: Subject, images: Images, *, method: Projection) -> 
     )
     far = "" if method == "pca" else " Only small distances mean something: groups may lie anywhere."
     caption = f"{len(points):,} images of the {subject.config.data.split} split, coloured by label.{far}"
-    return View({method: drawing}, (page.figure(drawing, caption, smallest=480),), {})
+    return View({method: drawing}, (page.figure(drawing, caption, smallest=480),), {"images": len(points)})
 
 
 def landscape_view(subject: Subject, images: Images) -> View:
@@ -147,7 +147,7 @@ def landscape_view(subject: Subject, images: Images) -> View:
         "Batch statistics stay as they are."
     )
     numbers = {"loss": middle, "places": places, "losses": losses}
-    return View({"landscape": drawing}, (page.figure(drawing, caption),), {"landscape": numbers})
+    return View({"landscape": drawing}, (page.figure(drawing, caption),), numbers)
 
 
 VIEWS: dict[str, tuple[str, Callable[[Subject, Images], View]]] = {

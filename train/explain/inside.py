@@ -15,6 +15,7 @@ from train.trained import Trained
 
 SHOWN = 64  # most filters, and channels of a map
 DREAMS = 10  # most classes, or channels, to make images of
+SIDE = 32  # least side of a tile, in pixels
 WIDTH = 480  # of a picture, in pixels
 
 
@@ -56,10 +57,12 @@ def inside_view(trained: Trained, pixels: Pixels, image: jax.Array, layer: str |
         "dreams": f"images that excite most, in reading order: {', '.join(labels)}; made from noise, not photographs",
     }
     shown = [page.picture(page.photograph(x, captions[key], width=WIDTH), captions[key]) for key, x in pictures.items()]
-    return View(pictures, (page.figures(*shown),), {"layer": name})
+    return View(pictures, (page.figures(*shown),), {})
 
 
 def _tiles(values: np.ndarray, columns: int | None = None) -> np.ndarray:
     """Tiles in [0, 1], [N, h, w, C], as one picture uint8 [H, W, 3]."""
-    picture = np.asarray(grid(jnp.asarray(values), columns))
+    # Small tiles are enlarged, so that the gaps between them stay narrow.
+    times = max(SIDE // values.shape[1], 1)
+    picture = np.asarray(grid(jnp.asarray(values.repeat(times, 1).repeat(times, 2)), columns, gap=2, fill=0.5))
     return np.rint(255 * np.broadcast_to(picture, (*picture.shape[:2], 3))).astype(np.uint8)

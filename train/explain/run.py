@@ -66,8 +66,9 @@ def explain(source: str, paths: Sequence[str], config: ExplainConfig) -> dict[st
         sections["Inside the network"] = inside_view(trained, pixels, jnp.asarray(shown[:1]), layer, config.seed)
     for name in views:
         say(f"{name} of {subject.dataset.name}")
-        title, view = VIEWS[name]
-        sections[title] = view(subject, images)
+        title, draw = VIEWS[name]
+        view = draw(subject, images)
+        sections[title] = view._replace(numbers={name: view.numbers})
     about = {"run": source, "layer": layer, "seed": config.seed, "seconds": round(time.monotonic() - started, 2)}
     return write_report(out, sections, {**about, **environment()})
 

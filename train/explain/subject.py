@@ -18,6 +18,7 @@ from train.explain.embeddings import neighbours
 from train.explain.images import Images, choose, read_image, read_images
 from train.explain.outputs import Outputs, make_outputs, sample
 from train.from_config import load_data
+from train.runtime import say
 from train.trained import Trained
 
 FORWARD = 8  # times the images of a batch of explanations: a forward pass alone needs less memory
@@ -43,6 +44,8 @@ class Subject:
         if own and wanted.name in (None, own.data.name):
             data = replace(own.data, dir=wanted.dir or own.data.dir)
         elif wanted.name:
+            if own is None and wanted.split != "test":
+                say(f"note: {self.source} may have been trained on these images; see --data.split test")
             data = DataConfig(name=wanted.name, dir=wanted.dir, image_size=min(self.trained.shape[:2]))
         else:
             raise UsageError(f"{self.source} has no image set of its own: name one with --data.name, or name images")
@@ -142,4 +145,4 @@ def class_index(text: str, classes: Sequence[str]) -> int:
         return int(text)
     more = f" and {len(classes) - LISTED} more" if len(classes) > LISTED else ""
     listed = f"choose one of {', '.join(classes[:LISTED])}{more}, or a number from 0 to {len(classes) - 1}"
-    raise UsageError(f"unknown class {text!r}: {suggestion(text, classes)}{listed}")
+    raise UsageError(f"unknown class {text!r}: {'' if text.isdecimal() else suggestion(text, classes)}{listed}")

@@ -51,29 +51,41 @@ def test_images_and_views_of_a_run(runs, tmp_path, capsys):
     assert wrong["label"] != wrong["predicted"] == wrong["explained"] and right["label"] == right["predicted"]
     means = np.mean([image["scores"]["saliency"]["deletion"] for image in result["images"]])
     assert result["methods"]["saliency"]["deletion"] == pytest.approx(means)
-    assert 0 <= result["accuracy"] <= 1 and result["images"] and len(result["neighbours"][0]["labels"]) == 6
+    assert 0 < result["confusion"]["accuracy"] < 1 and result["confusion"]["images"] == 144
+    assert len(result["mistakes"]) == 24 and [len(row["labels"]) for row in result["neighbours"]] == [6, 6]
     page = (out / "index.html").read_text()
-    assert not re.search(r"(src|href)=\"?(?!data:|#)", page)  # self-contained
+    assert not re.search('(src|href)="(?!data:|#)', page)  # self-contained
     assert all(text in page for text in ("Confusion matrix", "Worst mistakes", "insertion", "saliency"))
     pictures = {file.name for file in (out / "pictures").iterdir()}
     assert {"confusion.png", "reliability.png", "mistakes.png", "neighbours.png"} < pictures and len(pictures) == 6
-    main([*arguments, "--methods", "--features"])
-    assert {file.name for file in (out / "pictures").iterdir()} == {"filters.png", "feature_maps.png", "dreams.png"}
+
+
+@pytest.mark.slow
+def test_inside_of_a_network_in_place_of_an_earlier_explanation(runs, image, tmp_path, capsys):
+    arguments = [str(runs["train"]), image, "--out", str(tmp_path), "--methods"]
+    main([*arguments, "random"])
+    main([*arguments, "--features"])
+    assert {file.name for file in (tmp_path / "pictures").iterdir()} == {
+        "filters.png",
+        "feature_maps.png",
+        "dreams.png",
+    }
     assert "methods" not in result_of(capsys)
 
 
+@pytest.mark.slow
 def test_targets_of_a_classifier(runs, image, tmp_path, capsys):
     main([str(runs["prune"]), image, "--out", str(tmp_path / "a"), "--methods", "grad_cam", "--target", "7:1"])
     assert result_of(capsys)["images"][0]["explained"] == "7 rather than 1"
+    main([str(runs["pretrain"]), image, "--out", str(tmp_path / "b"), "--target", f"image:{image}"])
+    assert result_of(capsys)["images"][0]["explained"] == f"similar to {image}"
 
 
 def test_encoder_explains_similarity(runs, image, tmp_path, capsys):
     arguments = [str(runs["pretrain"]), image, "--methods", "grad_cam", "--layer", "stage1"]
-    main([*arguments, "--out", str(tmp_path / "a"), "--target", f"image:{image}", "--dataset", "pca"])
+    main([*arguments, "--out", str(tmp_path / "a"), "--dataset", "pca"])
     (found,) = result_of(capsys)["images"]
-    assert found["explained"] == f"similar to {image}" and "predicted" not in found
-    main([*arguments, "--out", str(tmp_path / "b")])
-    assert re.fullmatch(r"similar to a training image of \d", result_of(capsys)["images"][0]["explained"])
+    assert re.fullmatch(r"similar to a training image of \d", found["explained"]) and "predicted" not in found
 
 
 def test_sparse_file_is_the_run_with_its_weights(runs):

@@ -1,5 +1,6 @@
 """Numbers of views against values known by hand, and the figures that they are drawn as."""
 
+import io
 import math
 
 import jax
@@ -26,11 +27,8 @@ def test_neighbours_by_cosine_whatever_the_length():
     np.testing.assert_allclose(similarity, [[1, 1, 0.5**0.5], [1, 0.5**0.5, 0.5**0.5]], atol=1e-6)
 
 
-@pytest.mark.parametrize("method", ["pca", "tsne", "umap"])
+@pytest.mark.parametrize("method", ["pca", "tsne"])
 def test_projection_separates_two_groups(method):
-    if method == "umap":
-        pytest.importorskip("umap", reason="needs the extra umap")
-        pytest.skip("compiles for a minute")
     features = np.random.default_rng(0).normal(size=(16, 5)).astype(np.float32)
     features[8:] += 30
     points = project(features, method)
@@ -117,7 +115,7 @@ def test_surface_of_a_quadratic():
     """The loss |w - 2|^2 summed over a batch, along two directions of the norm of w."""
     params = {"kernel": jnp.array([[2.0]])}
     places, total = loss_surface(
-        lambda p, batch: (jnp.square(p["kernel"] - 2) * batch).sum(),
+        lambda p, batch: jnp.square(p["kernel"] - 2).sum() * batch.sum(),
         params,
         [jnp.ones(2), jnp.ones(1)],
         key=jax.random.key(1),
@@ -146,7 +144,7 @@ def test_figures_are_drawn():
         figures.gallery([[*images[:3]], [*images[3:]]], ["abc", "de"]),
     ]
     for drawing in drawings:
-        drawing.canvas.draw() if hasattr(drawing.canvas, "draw") else None
+        drawing.savefig(io.BytesIO())
     axes = drawings[1].axes[0]
     assert [text.get_text() for text in axes.texts] == ["1", "1", "1"]
 
