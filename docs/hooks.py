@@ -18,6 +18,7 @@ PROGRAMS = {
         "train.run.run",
         "train.predict.load",
         "train.prune.run.run",
+        "train.explain.run.explain",
         "train.bench.bench",
         "train.search.run.run",
     ],

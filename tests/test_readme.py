@@ -13,10 +13,13 @@ from pretrain import bench as pretrain_bench
 from pretrain import presets as pretrain_presets
 from pretrain.config import PretrainConfig
 from pretrain.objectives import OBJECTIVES
+from resnet_jax.explain import METHODS
 from resnet_jax.scores import SCORES
 from train.bench import config as bench_config
 from train.cli import parse
 from train.config import OptimConfig, TrainConfig
+from train.explain.__main__ import parsed as explain_parsed
+from train.explain.config import VIEWS
 from train.presets import PRESETS
 from train.prune import presets as prune_presets
 from train.prune.config import PruneConfig, Schedule
@@ -35,6 +38,7 @@ KINDS = {
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 PRETRAINING = (ROOT / "docs" / "pretraining.md").read_text()
+EXPLANATION = (ROOT / "docs" / "explanation.md").read_text()
 PRUNING = (ROOT / "docs" / "pruning.md").read_text()
 TRAINING = (ROOT / "docs" / "training.md").read_text()
 SEARCH = (ROOT / "docs" / "search.md").read_text()
@@ -105,6 +109,7 @@ def test_python_of_search_runs():
 
 def test_tables_are_complete():
     assert re.findall(r"^\| `(\w+)` \|", README, re.M) == list(PRESETS)
+    assert all(f"`{name}`" in EXPLANATION for name in {*METHODS} - {"random"} | {*VIEWS})
     for name in [*SCORES, *get_args(Schedule)]:
         assert f"`{name}`" in PRUNING, name
     methods = re.findall(r"^\| `(\w+)` \|", PRETRAINING, re.M)
@@ -130,6 +135,23 @@ def test_commands_parse(words):
     presets, default, kind = KINDS[program]
     preset, config = parse(program, presets, words, default=default)
     assert isinstance(config, kind) and (preset in words or preset == default)
+
+
+def test_commands_of_explanation_parse():
+    lines = [line for line in "\n".join(blocks("sh", README + EXPLANATION)).splitlines() if "train.explain" in line]
+    assert len(lines) > 4
+    for line in lines:
+        run, images, config = explain_parsed(shlex.split(line, comments=True)[3:])
+        assert run and config.out == "why" and not any(image.startswith("-") for image in images)
+
+
+@pytest.mark.slow
+def test_python_of_explanation_runs(tmp_path, tfds_dir, monkeypatch, capsys):
+    pytest.importorskip("matplotlib", reason="needs the extra plot")
+    monkeypatch.chdir(tmp_path)
+    run(TrainConfig(out="runs/digits-seed0", width=8, steps=5, batch=64, optim=OptimConfig(lr=0.05)))
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save("seven.png")
+    assert executed(EXPLANATION)["result"]["page"] == "why/index.html"
 
 
 def test_links_exist():

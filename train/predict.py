@@ -14,23 +14,17 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from resnet_jax.augment import preprocess_batch
 from resnet_jax.tree import PyTree
-from train.config import TrainConfig
 from train.data.decode import Unreadable, any_to_pixels, is_many, silence_pillow
 from train.errors import UsageError, one_line
-from train.from_config import compute_dtype, eval_augment, make_model
-from train.hub import read_card, source_path
 from train.json_text import to_json
-from train.pretrained import load_card
 from train.ranges import check_ranges
-from train.run_folder import load_state, read_config
 from train.runtime import compiler_options
 from train.state import forward
-from train.weights import is_run
+from train.trained import load_trained
 
 CHUNK = 32  # most images to decode and compute at once
 
@@ -45,7 +39,8 @@ def load(run: str | Path, *, model: nn.Module | None = None, top: int = 5) -> Ca
     any length: `CHUNK` images are decoded and computed at a time.
 
     Args:
-      run: a run folder, or a model by name as in `train.pretrained.from_pretrained`; classes without names are numbers.
+      run: a run folder, the sparse file in one, or a model by name as in `train.pretrained.from_pretrained`; classes
+        without names are numbers.
       model: the one that was passed to the run, if one was.
 
     Raises:
@@ -54,29 +49,12 @@ def load(run: str | Path, *, model: nn.Module | None = None, top: int = 5) -> Ca
     if top < 1:
         raise UsageError(f"the number of classes to return must be at least 1, got {top}")
     silence_pillow()
-    folder = source_path(run)
-    card = None if model or is_run(folder) else read_card(run)
-    shape: Sequence[int]
-    if card is None:
-        config, saved = read_config(folder, TrainConfig)
-        if model is None and "model" in saved.get("replaced", []):
-            raise UsageError(f"{run} trained a model that was passed to run(): pass it here too, load(run, model=...)")
-        if missing := [name for name in ("classes", "image_shape") if name not in saved]:
-            raise UsageError(f"{folder / 'config.json'} does not name the {missing[0]} of the run")
-        classes, shape, dtype = saved["classes"], saved["image_shape"], compute_dtype(config.dtype)
-        model, preprocess = model or make_model(config, len(classes)), eval_augment(config.augment)
-        variables = load_state(folder).variables
-    elif card.classes is None:
-        raise UsageError(f"{run} has no classes to predict: it returns features")
-    else:
-        dtype = compute_dtype("auto")
-        model, variables, preprocess, side = load_card(run, card, dtype=dtype)
-        classes, shape = card.labels or [str(number) for number in range(card.classes)], (side, side, 3)
-    variables = jax.tree.map(jnp.asarray, variables)
+    network = load_trained(run, model=model)
+    variables, classes, shape = network.variables, network.classes, network.shape
 
-    @partial(jax.jit, compiler_options=compiler_options(dtype))
+    @partial(jax.jit, compiler_options=compiler_options(network.dtype))
     def probabilities(variables: PyTree, images: jax.Array) -> jax.Array:
-        logits, _ = forward(model, variables, preprocess_batch(preprocess, images))
+        logits, _ = forward(network.model, variables, preprocess_batch(network.preprocess, images))
         return jax.nn.softmax(logits)
 
     def predict(images: Any) -> Prediction | list[Prediction]:

@@ -86,6 +86,8 @@ def read_result(out: Path) -> dict[str, Any] | None:
 def read_config(out: Path, kind: type[Run]) -> tuple[Run, dict[str, Any]]:
     """Read (config, the whole of config.json: preset, classes, image_shape, versions) of a run folder.
 
+    The kind `RunConfig` reads what the runs of all pipelines share.
+
     Raises:
       UsageError: not a run folder, a run of a different pipeline than `kind`, or a damaged file.
     """
@@ -94,7 +96,7 @@ def read_config(out: Path, kind: type[Run]) -> tuple[Run, dict[str, Any]]:
         if not isinstance(saved, dict) or "config" not in saved:
             raise UsageError(f"{out} is not a run folder: its config.json does not describe a run")
         theirs, ours = saved.get("pipeline", "train"), pipeline(kind)
-        if theirs != ours:
+        if theirs != ours and kind is not RunConfig:
             raise UsageError(f"{out} is a run of {theirs}, not of {ours}")
         saved["config"].setdefault("steps_per_call", 1)  # runs before this field
         for name, text in _paths(saved["config"]).items():

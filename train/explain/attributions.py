@@ -1,0 +1,129 @@
+"""Heat maps of images by several methods, and scores of how far to trust each."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from resnet_jax.explain import (
+    METHODS,
+    Network,
+    Target,
+    area,
+    cascade,
+    class_difference,
+    class_probability,
+    class_score,
+    deletion,
+    infidelity,
+    insertion,
+    rank_correlation,
+    similarity,
+)
+from train.runtime import compiler_options
+
+SCORES = {"deletion": "lower", "insertion": "higher", "infidelity": "lower", "randomization": "near 0"}
+"""Scores by name, and which values are good."""
+REFERENCE = "random"
+
+
+@dataclass(frozen=True)
+class Aim:
+    """What is explained of N images.
+
+    Attributes:
+      score: makes the target from `arrays`, of which each row belongs to an image.
+      judge: the same for the target of deletion and insertion.
+      arrays: [N, ...] each.
+      texts: what is explained, in words, one per image.
+      others: uint8 [N, H, W, C], for similarity the images that each is compared with.
+    """
+
+    score: Callable[..., Target]
+    judge: Callable[..., Target]
+    arrays: tuple[np.ndarray, ...]
+    texts: Sequence[str]
+    others: np.ndarray | None = None
+
+
+def class_aim(classes: np.ndarray, names: Sequence[str]) -> Aim:
+    """Explain one class per image, int [N]: its logit, judged by its probability."""
+    return Aim(class_score, class_probability, (classes.astype(np.int32),), [names[at] for at in classes])
+
+
+def difference_aim(first: int, second: int, count: int, names: Sequence[str]) -> Aim:
+    """Explain why the first class rather than the second, judged by the probability of the first."""
+    arrays = tuple(np.full(count, at, np.int32) for at in (first, second))
+    texts = [f"{names[first]} rather than {names[second]}"] * count
+    return Aim(class_difference, lambda a, b: class_probability(a), arrays, texts)
+
+
+def similarity_aim(embeddings: np.ndarray, texts: Sequence[str], others: np.ndarray) -> Aim:
+    """Explain the similarity to an embedding per image, float [N, D], which is that of `others`."""
+    return Aim(similarity, similarity, (embeddings,), texts, others)
+
+
+class Attribution(NamedTuple):
+    """Heat maps float32 [N, H, W] by one method, and by name its scores float32 [N]."""
+
+    heat: np.ndarray
+    scores: dict[str, np.ndarray]
+
+
+def options_of(method: str, shape: Sequence[int]) -> dict[str, Any]:
+    """Options that depend on the size of the images: windows of occlusion are an eighth of the side."""
+    window = max(min(shape[:2]) // 8, 1)
+    return {"window": window, "stride": max(window // 2, 1)} if method == "occlusion" else {}
+
+
+def explain_images(
+    network: Network,
+    images: np.ndarray,
+    aim: Aim,
+    methods: Sequence[str],
+    *,
+    layer: str | None,
+    batch: int,
+    seed: int,
+    dtype: Any,
+) -> Iterator[tuple[str, Attribution]]:
+    """Yield (method, its heat maps and scores) of normalised images [N, H, W, C], `batch` of them at a time.
+
+    Scores are `deletion` and `insertion` (areas under the curves), `infidelity`, and `randomization`: the rank
+    correlation with the map of the same network with random weights.
+    """
+    count, options = len(images), compiler_options(dtype)
+    batch = min(batch, count)
+    key = jax.random.key(seed)
+    *_, (_, fresh) = cascade(network, jnp.asarray(images[:1]), key=jax.random.fold_in(key, 1))
+
+    @partial(jax.jit, compiler_options=options)
+    def trust(
+        network: Network, images: jax.Array, score: Target, judge: Target, heat: jax.Array, other: jax.Array
+    ) -> dict[str, jax.Array]:
+        return {
+            "deletion": area(deletion(network, images, judge, heat)),
+            "insertion": area(insertion(network, images, judge, heat)),
+            "infidelity": infidelity(network, images, score, heat, key=jax.random.fold_in(key, 2)),
+            "randomization": rank_correlation(heat, other),
+        }
+
+    for name in methods:
+        method = partial(METHODS[name], layer=layer, **options_of(name, images.shape[1:]))
+        compiled = jax.jit(method, compiler_options=options)
+        parts = []
+        for start in range(0, count, batch):
+            # The last images fill up a batch, so that all batches share one compiled program.
+            rows = np.minimum(np.arange(start, start + batch), count - 1)
+            x, own = jnp.asarray(images[rows]), jax.random.fold_in(key, start)
+            arrays = [jnp.asarray(array[rows]) for array in aim.arrays]
+            score, judge = aim.score(*arrays), aim.judge(*arrays)
+            heat, other = (compiled(net, x, score, key=own) for net in (network, fresh))
+            part = {"heat": heat, **trust(network, x, score, judge, heat, other)}
+            parts.append({name: np.asarray(values)[: count - start] for name, values in part.items()})
+        whole = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        yield name, Attribution(whole["heat"], {score: whole[score] for score in SCORES})

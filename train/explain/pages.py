@@ -1,0 +1,153 @@
+"""The report: heat maps next to their scores, and the folder that everything is written to."""
+
+import os
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from train import page
+from train.errors import RunError, UsageError
+from train.explain import figures
+from train.explain.attributions import REFERENCE, SCORES, Aim, Attribution
+from train.explain.dataset import View
+from train.explain.images import Images
+from train.explain.outputs import Outputs
+from train.json_text import to_json
+from train.page import Html
+from train.paths import local_path
+from train.report import save_figure
+
+RESULT, PAGE, PICTURES = "scores.json", "index.html", "pictures"
+WIDTH = 200  # of a picture in the page, in pixels
+ABOUT = (
+    "Bright or red parts speak for what is explained, blue ones against it. "
+    "Deletion removes the hottest pixels first: with a good map the probability falls at once (low). "
+    "Insertion starts from a blurred image and shows the hottest pixels first (high). "
+    "Infidelity is the error of predicting from the map what hiding squares does (low). "
+    "Randomization is the rank correlation with the map of the same network with random weights: "
+    "a map that hardly changes (near 1) does not show what was learned. "
+    f"Do not trust a method that is not clearly better than {REFERENCE}."
+)
+
+
+def attribution_view(
+    images: Images,
+    shown: np.ndarray,
+    classes: Sequence[str],
+    seen: Outputs,
+    aim: Aim,
+    found: Mapping[str, Attribution],
+) -> View:
+    """Show each image, uint8 [N, H, W, C], with the heat map and the scores of each method."""
+    means = {name: {score: float(x.mean()) for score, x in one.scores.items()} for name, one in found.items()}
+    best: Any = {"deletion": "min", "insertion": "max", "infidelity": "min"}
+    rows: list[list[page.Cell]] = [[name, *scores.values()] for name, scores in means.items()]
+    caption = f"mean scores over {len(images.names)} images"
+    table = page.table(("method", *SCORES), rows, best=best, caption=caption)
+    pieces = [table, page.details("What the scores say", page.paragraph(ABOUT))]
+    drawings, numbers = {}, []
+    for at, name in enumerate(images.names):
+        tiles, texts = [figures.in_colour(shown[at])], ["image"]
+        if aim.others is not None:
+            tiles, texts = [*tiles, figures.in_colour(aim.others[at])], [*texts, "compared with"]
+        scores = {method: {score: float(x[at]) for score, x in one.scores.items()} for method, one in found.items()}
+        for method, one in found.items():
+            tiles.append(figures.overlay(shown[at], one.heat[at]))
+            texts.append("\n".join([method, *(f"{score} {value:.3f}" for score, value in scores[method].items())]))
+        said: dict[str, Any] = {"image": name, "label": images.labels[at], "explained": aim.texts[at]}
+        if classes:
+            said |= {"predicted": classes[seen.predicted[at]], "probability": float(seen.confidence[at])}
+        grid = [
+            (page.photograph(tile, text.partition("\n")[0], width=WIDTH), _caption(text))
+            for tile, text in zip(tiles, texts, strict=True)
+        ]
+        pieces += [Html(f"<h3>{page.escape(_title(said))}</h3>"), page.image_grid(grid, smallest=150)]
+        lines = [slice(start, start + 6) for start in range(0, len(tiles), 6)]
+        drawings[f"{at:03}_{re.sub(r'[^A-Za-z0-9]+', '_', Path(name).stem)}"] = figures.gallery(
+            [tiles[line] for line in lines], [texts[line] for line in lines], side=2.2
+        )
+        numbers.append({**said, "scores": scores})
+    return View(drawings, tuple(pieces), {"methods": means, "images": numbers})
+
+
+def _caption(text: str) -> Html:
+    """The name of a picture, which may be broken after an underscore, and its scores below."""
+    name, *scores = text.split("\n")
+    return page.join(page.strong(Html(page.escape(name).replace("_", "_<wbr>"))), *scores, by="<br>")
+
+
+def _title(said: Mapping[str, Any]) -> str:
+    """One line about an image: its name and label, what the network says, what is explained."""
+    label = f", labelled {said['label']}" if said["label"] is not None else ""
+    predicted = f": {said['predicted']} ({said['probability']:.0%})" if "predicted" in said else ""
+    other = "" if said["explained"] == said.get("predicted") else f"; explained: {said['explained']}"
+    wrong = " - wrong" if said["label"] is not None and said["label"] != said.get("predicted", said["label"]) else ""
+    return f"{said['image']}{label}{predicted}{wrong}{other}"
+
+
+def lead(numbers: Mapping[str, Any], run: str) -> str:
+    """The report in one sentence: which method to look at."""
+    means = {name: x for name, x in numbers.get("methods", {}).items() if name != REFERENCE}
+    if not means:
+        return f"What {run} has learned."
+    gains = {name: scores["insertion"] - scores["deletion"] for name, scores in means.items()}
+    best = max(gains, key=lambda name: gains[name])
+    reference = numbers["methods"][REFERENCE]
+    chance = reference["insertion"] - reference["deletion"]
+    if gains[best] <= chance:
+        return f"Trust none of these maps: none is better than a random one ({best} comes nearest)."
+    margin = f"insertion minus deletion {gains[best]:.2f}, a random map {chance:.2f}"
+    return f"Look at {best} first: of these methods it finds best what {run} uses ({margin})."
+
+
+def open_out(path: str) -> Path:
+    """Create the folder to write to; an earlier explanation may be in it.
+
+    Raises:
+      UsageError: it holds other things, or cannot be written to.
+    """
+    out = local_path(path)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if any(out.iterdir()) and not (out / RESULT).is_file():
+            raise UsageError(f"{out} holds other things than an explanation: choose a different --out")
+        if not os.access(out, os.W_OK):
+            raise UsageError(f"cannot write to {out}: permission denied")
+    except OSError as error:
+        raise UsageError(f"cannot write to {out}: {error.strerror}") from None
+    return out
+
+
+def write_report(out: Path, sections: Mapping[str, View], about: Mapping[str, Any]) -> dict[str, Any]:
+    """Write the page, the pictures and the numbers of all sections; return the numbers.
+
+    Raises:
+      RunError: the folder cannot be written to any more.
+    """
+    numbers: dict[str, Any] = {}
+    for view in sections.values():
+        numbers |= view.numbers
+    result = {**numbers, **about, "out": str(out), "page": str(out / PAGE)}
+    parts = [page.section(title, *view.pieces) for title, view in sections.items()]
+    command = page.details("How this was made", page.code(about["command"]))
+    try:
+        shutil.rmtree(out / PICTURES, ignore_errors=True)
+        (out / PICTURES).mkdir()
+        for view in sections.values():
+            for name, drawing in view.drawings.items():
+                file = out / PICTURES / f"{name}.png"
+                if isinstance(drawing, np.ndarray):
+                    Image.fromarray(drawing).save(file)
+                else:
+                    save_figure(drawing, file)
+        text = page.page(f"Explanation of {about['run']}", lead(numbers, about["run"]), *parts, command)
+        (out / PAGE).write_text(text, encoding="utf-8")
+        (out / RESULT).write_text(to_json(result, indent=1) + "\n")
+    except OSError as error:
+        raise RunError(f"cannot write to {out}: {error.strerror}") from None
+    return result
