@@ -81,6 +81,7 @@ def test_targets_of_a_classifier(runs, image, tmp_path, capsys):
     assert result_of(capsys)["images"][0]["explained"] == f"similar to {image}"
 
 
+@pytest.mark.slow
 def test_encoder_explains_similarity(runs, image, tmp_path, capsys):
     arguments = [str(runs["pretrain"]), image, "--methods", "grad_cam", "--layer", "stage1"]
     main([*arguments, "--out", str(tmp_path / "a"), "--dataset", "pca"])
