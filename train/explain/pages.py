@@ -24,6 +24,7 @@ from train.report import save_figure
 
 RESULT, PAGE, PICTURES = "scores.json", "index.html", "pictures"
 WIDTH = 200  # of a picture in the page, in pixels
+LEAST = 640  # least width of a PNG file, to which small pictures are enlarged
 ABOUT = (
     "Bright or red parts speak for what is explained, blue ones against it. "
     "Deletion removes the hottest pixels first: with a good map the probability falls at once (low). "
@@ -142,7 +143,8 @@ def write_report(out: Path, sections: Mapping[str, View], about: Mapping[str, An
             for name, drawing in view.drawings.items():
                 file = out / PICTURES / f"{name}.png"
                 if isinstance(drawing, np.ndarray):
-                    Image.fromarray(drawing).save(file)
+                    times = max(LEAST // drawing.shape[1], 1)
+                    Image.fromarray(drawing.repeat(times, 0).repeat(times, 1)).save(file)
                 else:
                     save_figure(drawing, file)
         text = page.page(f"Explanation of {about['run']}", lead(numbers, about["run"]), *parts, command)
