@@ -12,7 +12,8 @@ from results.tables import markdown
 from train.errors import RunError, one_line
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "results/README.md", "docs/pretraining.md", "docs/pruning.md", "docs/search.md", "docs/speed.md")
+GUIDES = ("explanation", "pretraining", "pruning", "search", "speed")
+PAGES = ("README.md", "results/README.md", *(f"docs/{name}.md" for name in GUIDES))
 REGION = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.S)
 
 

@@ -195,10 +195,23 @@ def search_digits() -> Iterator[str]:
         yield f"{cells} | {best}{accuracy}{best}"
 
 
+def explanations() -> Iterator[str]:
+    measured = run("explanations/cifar10_resnet20")
+    yield (
+        "method | deletion (low is good) | insertion (high is good) | insertion - deletion, over a random map | infidelity (low) "
+        "| randomization (near 0) | seconds for 16 images"
+    )
+    for name, one in sorted(measured["methods"].items(), key=lambda item: -item[1]["gain"]):
+        figures = " | ".join(f"{one[score]:.2f}" for score in ("deletion", "insertion"))
+        over = "" if name == "random" else f"{one['over_random']:+.2f} ({1.96 * one['over_random_se']:.2f})"
+        rest = f"{one['infidelity']:.3f} | {one['randomization']:.2f} | {measured['seconds_of_16'][name]:.2g}"
+        yield f"`{name}` | {figures} | {over} | {rest}"
+
+
 TABLES: dict[str, Callable[[], Iterator[str]]] = {
     **{table.__name__: table for table in (presets, pretraining, torch_cpu, on_two_cores, feeding, loop)},
     **{table.__name__: table for table in (resnet18_50ep, against_torch, digits, simclr, prune, prune_digits)},
-    **{table.__name__: table for table in (half_of_channels, nt_xent, search_digits)},
+    **{table.__name__: table for table in (half_of_channels, nt_xent, search_digits, explanations)},
 }
 
 
