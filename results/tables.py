@@ -197,10 +197,8 @@ def search_digits() -> Iterator[str]:
 
 def explanations() -> Iterator[str]:
     measured = run("explanations/cifar10_resnet20")
-    yield (
-        "method | deletion (low is good) | insertion (high is good) | insertion - deletion, over a random map | infidelity (low) "
-        "| randomization (near 0) | seconds for 16 images"
-    )
+    scores = "deletion (low is good) | insertion (high is good) | their difference, over a random map"
+    yield f"method | {scores} | infidelity (low) | randomization (near 0) | seconds for 16 images"
     for name, one in sorted(measured["methods"].items(), key=lambda item: -item[1]["gain"]):
         figures = " | ".join(f"{one[score]:.2f}" for score in ("deletion", "insertion"))
         over = "" if name == "random" else f"{one['over_random']:+.2f} ({1.96 * one['over_random_se']:.2f})"

@@ -55,15 +55,16 @@ def score_cam(
     *,
     chunk: int = 16,
     align_corners: bool = False,
+    first: float | None = None,
 ) -> jax.Array:
     """Weigh each channel by the score of the images masked with it, https://arxiv.org/abs/1910.01279; no gradients.
 
-    The network runs once per channel, on `chunk` channels at once.
+    The network runs once per channel, on `chunk` channels at once. For `align_corners` and `first` see `upsample`.
     """
     maps = _map(network, images, layer)
 
     def score(channel: jax.Array) -> jax.Array:
-        mask = rescale(upsample(channel, images.shape[1:3], align_corners=align_corners))
+        mask = rescale(upsample(channel, images.shape[1:3], align_corners=align_corners, first=first))
         return target(network.outputs(images * mask[..., None]))
 
     scores = jax.lax.map(score, jnp.moveaxis(maps, -1, 0), batch_size=chunk)

@@ -7,17 +7,25 @@ import jax.numpy as jnp
 import numpy as np
 
 
-def upsample(maps: jax.Array, size: tuple[int, ...], *, align_corners: bool = False) -> jax.Array:
-    """Enlarge maps [B, h, w] to float32 [B, *size] bilinearly, as OpenCV and PyTorch do."""
-    rows, columns = (_interpolation(old, new, align_corners) for old, new in zip(maps.shape[1:], size, strict=True))
+def upsample(
+    maps: jax.Array, size: tuple[int, ...], *, align_corners: bool = False, first: float | None = None
+) -> jax.Array:
+    """Enlarge maps [B, h, w] to float32 [B, *size] bilinearly, as OpenCV and PyTorch do.
+
+    `first` is the pixel on which the first position of a map is centred, see `Network.first_center`; None means that
+    positions tile the image.
+    """
+    sizes = zip(maps.shape[1:], size, strict=True)
+    rows, columns = (_interpolation(old, new, align_corners, first) for old, new in sizes)
     return jnp.einsum("Hh,bhw,Ww->bHW", rows, maps.astype(jnp.float32), columns, precision="highest")
 
 
-def _interpolation(old: int, new: int, align_corners: bool) -> np.ndarray:
+def _interpolation(old: int, new: int, align_corners: bool, first: float | None) -> np.ndarray:
     """Weights [new, old] of the two nearest old pixels for each new one; their centres align, or those at the ends."""
-    centers = (
-        np.arange(new) * (old - 1) / max(new - 1, 1) if align_corners else (np.arange(new) + 0.5) * old / new - 0.5
-    )
+    stride = max(new - 1, 1) / max(old - 1, 1) if align_corners else new / old
+    if first is None:
+        first = 0.0 if align_corners else (stride - 1) / 2
+    centers = (np.arange(new) - first) / stride
     distance = np.abs(np.clip(centers, 0, old - 1)[:, None] - np.arange(old)[None])
     return np.maximum(1 - distance, 0).astype(np.float32)
 

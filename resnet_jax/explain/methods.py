@@ -40,7 +40,7 @@ def random(network: Network, images: jax.Array, target: Target, *, key: Key) -> 
 
 def _method(
     function: Callable[..., jax.Array],
-    finish: Callable[[jax.Array, tuple[int, ...]], jax.Array] = lambda heat, size: heat,
+    finish: Callable[[jax.Array, Network, tuple[int, ...]], jax.Array] = lambda heat, network, size: heat,
     passed: tuple[str, ...] = (),
 ) -> Method:
     """Give a function the common signature: pass it those of `key` and `layer` that it takes, and finish its result."""
@@ -50,20 +50,29 @@ def _method(
             raise ValueError(f"{function.__name__} draws at random: it needs a key")
         given = {"key": key, "layer": layer}
         result = function(network, images, target, **{name: given[name] for name in passed}, **options)
-        return finish(result, images.shape[1:3])
+        return finish(result, network, images.shape[1:3])
 
     method.__doc__ = function.__doc__
     return method
 
 
-def _strongest(attribution: jax.Array, size: tuple[int, ...]) -> jax.Array:
+def _strongest(attribution: jax.Array, network: Network, size: tuple[int, ...]) -> jax.Array:
     """How much a pixel matters: the largest absolute value over the colours."""
     return jnp.abs(attribution).max(-1)
 
 
-def _summed(attribution: jax.Array, size: tuple[int, ...]) -> jax.Array:
+def _summed(attribution: jax.Array, network: Network, size: tuple[int, ...]) -> jax.Array:
     """How much a pixel contributes to the score: the sum over the colours."""
     return attribution.sum(-1)
+
+
+def _placed(maps: jax.Array, network: Network, size: tuple[int, ...]) -> jax.Array:
+    """A map as large as the images, each of its positions at the pixel that it sees most of."""
+    return upsample(maps, size, first=network.first_center)
+
+
+def _score_cam(network: Network, images: jax.Array, target: Target, layer: str | None, **options: Any) -> jax.Array:
+    return cam.score_cam(network, images, target, layer, first=network.first_center, **options)
 
 
 METHODS: dict[str, Method] = {
@@ -72,12 +81,12 @@ METHODS: dict[str, Method] = {
     "smooth_grad": _method(gradients.smooth_grad, _strongest, ("key",)),
     "integrated_gradients": _method(gradients.integrated_gradients, _summed),
     "guided_backprop": _method(gradients.guided_backprop, _strongest),
-    "grad_cam": _method(cam.grad_cam, upsample, ("layer",)),
-    "grad_cam_plus_plus": _method(cam.grad_cam_plus_plus, upsample, ("layer",)),
-    "hires_cam": _method(cam.hires_cam, upsample, ("layer",)),
-    "layer_cam": _method(cam.layer_cam, upsample, ("layer",)),
-    "score_cam": _method(cam.score_cam, upsample, ("layer",)),
-    "eigen_cam": _method(cam.eigen_cam, upsample, ("layer",)),
+    "grad_cam": _method(cam.grad_cam, _placed, ("layer",)),
+    "grad_cam_plus_plus": _method(cam.grad_cam_plus_plus, _placed, ("layer",)),
+    "hires_cam": _method(cam.hires_cam, _placed, ("layer",)),
+    "layer_cam": _method(cam.layer_cam, _placed, ("layer",)),
+    "score_cam": _method(_score_cam, _placed, ("layer",)),
+    "eigen_cam": _method(cam.eigen_cam, _placed, ("layer",)),
     "occlusion": _method(perturbation.occlusion),
     "rise": _method(perturbation.rise, passed=("key",)),
     "random": _method(random, passed=("key",)),

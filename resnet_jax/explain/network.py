@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from resnet_jax.resnet import ResNet
 from resnet_jax.tree import PyTree
 
 
@@ -29,6 +30,16 @@ class Network:
 
     model: nn.Module | Callable[[PyTree, jax.Array], jax.Array] = field(metadata={"static": True})
     variables: PyTree = None
+
+    @property
+    def first_center(self) -> float | None:
+        """The pixel on which the first position of each map is centred; None if that is not known.
+
+        It is pixel 0 in a `ResNet`: its kernels are odd and their padding is symmetric, so with a stride of 32 position
+        i sees the surroundings of pixel 32 i (one pixel further where shortcuts pool, as in ResNet-D). Tiling the image
+        would place its evidence half a stride too far to the right and down.
+        """
+        return 0.0 if isinstance(self.model, ResNet) else None
 
     def outputs(self, images: jax.Array) -> jax.Array:
         """Return float32 outputs [B, D]: logits, or the features of an encoder without a head."""

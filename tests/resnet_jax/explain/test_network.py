@@ -112,3 +112,24 @@ def test_pictures():
     np.testing.assert_allclose(upsample(line, (1, 4))[0, 0], [0, 1, 3, 4])
     np.testing.assert_allclose(upsample(line, (1, 5), align_corners=True)[0, 0], [0, 1, 2, 3, 4])
     np.testing.assert_allclose(rescale(jnp.asarray([[[2.0, 4.0]], [[3.0, 3.0]]])), [[[0, 1]], [[0, 0]]], atol=1e-6)
+    np.testing.assert_allclose(upsample(line, (1, 4), first=0)[0, 0], [0, 2, 4, 4])
+
+
+@pytest.mark.parametrize(("name", "layer", "stride"), [("resnet18", "stage2", 8), ("resnet20", "stage3", 4)])
+def test_positions_see_the_pixels_where_they_are_placed(name, layer, stride):
+    """With equal weights, the centre of what a position depends on is a multiple of the stride."""
+    images = jax.random.uniform(KEY, (16, 96, 96, 3))
+    model = MODELS[name](num_classes=3, width=8)
+    shapes = jax.eval_shape(model.init, KEY, images)
+    variables = jax.tree.map(lambda x: jnp.full(x.shape, 1 / x.size * x.shape[-1] if x.ndim == 4 else 1.0), shapes)
+    network = Network(model, variables)
+    at = 48 // stride
+
+    def evidence(images):
+        return network.forward(images, layer)[1][:, at, at].sum()
+
+    weight = jnp.abs(jax.grad(evidence)(images)).sum((0, 3))
+    pixels = jnp.arange(96)
+    for axis in (0, 1):
+        centre = float((weight.sum(1 - axis) * pixels).sum() / weight.sum())
+        assert abs(centre - (network.first_center + at * stride)) < 0.25, centre  # tiling is off by 3.5 and 1.5
