@@ -15,6 +15,7 @@ ROOT = Path(__file__).parent.parent
 PICTURES = {
     "benchmark": ["benchmark/shares.png"],
     "compose": ["compose/gradients.png"],
+    "explain": ["why/methods.png", "why/dreams.png"],
     "quickstart": ["notebook/curve.png"],
     "pretraining": ["pretraining/curve.png", "pretraining/views.png"],
     "pruning": ["pruning/report.png"],
@@ -51,9 +52,18 @@ def compose(namespace):
     assert (namespace["logits"].argmax(-1) == namespace["digits"].test.labels).mean() > 0.9
 
 
+def explain(namespace):
+    scores = namespace["report"]["methods"]
+    gains = {name: one["insertion"] - one["deletion"] for name, one in scores.items()}
+    assert max(gains.values()) > gains["random"] + 0.1
+    assert all(heat.shape == (8, 8, 8) for heat in namespace["heat"].values())
+    assert namespace["dreams"].shape == (10, 8, 8, 1)
+
+
 CHECKS = {
     "benchmark": benchmark,
     "compose": compose,
+    "explain": explain,
     "quickstart": quickstart,
     "pretraining": pretraining,
     "pruning": pruning,

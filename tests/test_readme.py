@@ -1,5 +1,6 @@
 """The documentation is correct: its Python runs, its commands parse, its tables are complete, its links exist."""
 
+import importlib
 import re
 import shlex
 from pathlib import Path
@@ -40,6 +41,7 @@ README = (ROOT / "README.md").read_text()
 PRETRAINING = (ROOT / "docs" / "pretraining.md").read_text()
 EXPLANATION = (ROOT / "docs" / "explanation.md").read_text()
 PRUNING = (ROOT / "docs" / "pruning.md").read_text()
+TUTORIAL = (ROOT / "docs" / "tutorial.md").read_text()
 TRAINING = (ROOT / "docs" / "training.md").read_text()
 SEARCH = (ROOT / "docs" / "search.md").read_text()
 TRACKING = (ROOT / "docs" / "tracking.md").read_text()
@@ -105,6 +107,46 @@ def test_python_of_pruning_runs(capsys):
 
 def test_python_of_search_runs():
     assert executed(SEARCH)
+
+
+@pytest.mark.slow
+def test_tutorial_runs(tmp_path, monkeypatch, capsys):
+    """Every command of the tutorial but the download, on a few small pictures and with a small network."""
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    for name, level in (("church", 60), ("golf_ball", 120), ("parachute", 200)):
+        folder = tmp_path / "photos" / name
+        folder.mkdir(parents=True)
+        for number in range(1, 21):
+            pixels = np.clip(rng.normal(level, 30, (40, 48, 3)), 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(folder / f"{number:04}.jpg")
+    small = {
+        "train": "--width 8 --epochs 2 --batch 16 --augment.resized-crop 32 --data.image-size 40",
+        "train.prune": "--epochs 2 --prune.epochs 1",
+        "train.explain": "--count 2 --methods grad_cam",
+    }
+    done = []
+    for line in filter(None, "\n".join(blocks("sh", TUTORIAL)).splitlines()):
+        _, _, program, *words = shlex.split(line, comments=True)
+        if program == "train" and "finetune" in words:  # needs a network connection
+            continue
+        extra = [] if words[0] == "report" else shlex.split(small.get(program, ""))
+        module = program if program == "train.predict" else f"{program}.__main__"
+        importlib.import_module(module).main([*words, *extra])
+        done.append(program)
+    assert done == [
+        "train",
+        "train.report",
+        "train.explain",
+        "train.prune",
+        "train.prune",
+        "train.predict",
+        "train.explain",
+    ]
+    assert (tmp_path / "runs/small-explained/index.html").exists() and (tmp_path / "runs/photos/report.html").exists()
+    capsys.readouterr()
+    executed(TUTORIAL)
+    assert capsys.readouterr().out.startswith("[(")
 
 
 def test_tables_are_complete():
