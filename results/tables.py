@@ -22,7 +22,8 @@ def presets() -> Iterator[str]:
     headline = test("cifar10_resnet18_50ep/preset_seed?")
     yield f"`cifar10_resnet18_50ep` | 50 epochs, cutout, averaged parameters | {headline} | "
     yield "`cifar100_resnet18` | 3x3 stem, 200 epochs | | 75.6 % (peer)"
-    yield "`imagenette_resnet18` | a few thousand photographs, 25 epochs, 128 px | | "
+    photographs = test("imagenette_resnet18/seed?", 1)
+    yield f"`imagenette_resnet18` | 2,700 photographs, 25 epochs, 128 px | {photographs} | "
     yield "`imagenet_resnet50` | 90 epochs, 224 px | | 76.5-77.1 % (peers)"
     yield '`imagenet_resnet50_rsb` | A2 of "ResNet strikes back", 300 epochs | | 79.8 % (paper)'
     yield "`finetune` | your own folder of images, from pretrained weights | | "
