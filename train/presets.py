@@ -121,7 +121,7 @@ def imagenette_resnet18() -> TrainConfig:
     """ResNet-18 on a few thousand photographs of ten classes of ImageNet, from random weights, for explanations.
 
     Command: python -m train imagenette_resnet18 --data.dir DIR; any set of photographs will do: --data.name folder:DIR
-    Hardware: one or two hours on 2 CPU cores, for 3,000 images. 74.1 % on test with `imagenette_4k`, one seed (measured).
+    Hardware: one or two hours on 2 CPU cores, for 3,000 images. 74.1 % on test (`imagenette_4k`, one seed, measured).
     """
     return TrainConfig(
         model="resnet18",
