@@ -82,10 +82,10 @@ def guided_backprop(network: Network, images: jax.Array, target: Target) -> jax.
       ValueError: the network has no ReLU.
     """
     program = jax.make_jaxpr(network.outputs)(images)
-    guided = _guide(program.jaxpr)
-    if guided is program.jaxpr:
+    guided = _guide(program)
+    if guided is program:
         raise ValueError("guided backprop needs a network with ReLUs")
-    outputs = core.jaxpr_as_fun(program.replace(jaxpr=guided))
+    outputs = core.jaxpr_as_fun(guided)
     return _gradient(lambda images: outputs(images)[0], images, target)
 
 
@@ -107,7 +107,7 @@ _guided_relu.defvjp(lambda x: (_guided_relu(x), x > 0), _guided_backward)
 
 def _guide(program: Any) -> Any:
     """Replace each ReLU in a program, and in the programs that its equations call; the same object if there is none."""
-    if isinstance(program, core.ClosedJaxpr):
+    if isinstance(program, core.ClosedJaxpr) and program.jaxpr is not program:  # since jax 0.12 it may hold itself
         inner = _guide(program.jaxpr)
         return program if inner is program.jaxpr else program.replace(jaxpr=inner)
     if isinstance(program, tuple):

@@ -104,9 +104,10 @@ def open_study(out: Path, settings: dict[str, Any], pruner: Any) -> Any:
         with one_at_a_time(out):
             check_database(out / DATABASE)
             with locked_means(UsageError, out):
-                storage = optuna.storages.RDBStorage(
-                    f"sqlite:///{out.absolute() / DATABASE}", {"connect_args": {"timeout": LOCK_SECONDS}}
-                )
+                from sqlalchemy.pool import NullPool  # closes each connection after its use; comes with Optuna
+
+                options = {"connect_args": {"timeout": LOCK_SECONDS}, "poolclass": NullPool}
+                storage = optuna.storages.RDBStorage(f"sqlite:///{out.absolute() / DATABASE}", options)
                 study = optuna.create_study(
                     storage=storage, study_name="search", direction="maximize", load_if_exists=True, pruner=pruner
                 )
