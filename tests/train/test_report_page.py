@@ -222,6 +222,7 @@ def test_page_shows_the_figures_of_the_runs(tmp_path, capsys):
         assert image.width > 500
 
 
+@pytest.mark.slow
 def test_all_kinds_meet_on_one_page(tmp_path, monkeypatch, capsys):
     looks = [
         {"step": s, "epoch": s, "validation_knn_accuracy": 0.1 + s / 10, "effective_rank": 5 + s} for s in range(4)

@@ -38,6 +38,7 @@ def result_of(capsys):
     return json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_images_and_views_of_a_run(runs, tmp_path, capsys):
     """Without images, some of the validation split; everything is in one folder, and again in its place."""
     out = tmp_path / "out"
