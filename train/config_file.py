@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -55,14 +55,15 @@ def read_config_file(name: str) -> ConfigFile:
         raise UsageError(f"--config {name}: preset must be text, got {to_json(preset)}")
     recorded = fields is not whole
     named = {key: value for key, value in fields.items() if recorded or key != "preset"}
-    return ConfigFile(path, _flattened(named), preset, whole if recorded else {})
+    return ConfigFile(path, flattened(named), preset, whole if recorded else {})
 
 
-def _flattened(fields: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flattened(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Flatten nested fields to {name: value}, as `optim.lr`."""
     found: dict[str, Any] = {}
     for name, value in fields.items():
         name = prefix + name
-        found |= _flattened(value, f"{name}.") if isinstance(value, dict) else {name: value}
+        found |= flattened(value, f"{name}.") if isinstance(value, dict) else {name: value}
     return found
 
 

@@ -26,7 +26,7 @@ from train.json_text import to_json
 from train.paths import FOLDER, PATHS, local_path, located, same_place
 from train.runtime import cpu_line
 from train.state import TrainState, single_precision
-from train.steps import confusion_matrix
+from train.steps import confusion_matrix, most_confused
 
 try:
     import fcntl
@@ -312,9 +312,8 @@ def write_confusion(out: Path, confusion: np.ndarray, classes: Sequence[str]) ->
     count], by name; and the matrix `confusion`, true class by row, or, as that is quadratic in the number of classes,
     for more than `MATRIX_CLASSES` of them `counts`: [true class, predicted class, count] of the pairs that occurred.
     """
-    errors = confusion[confusion[:, 0] != confusion[:, 1]]
-    worst = errors[np.argsort(-errors[:, 2], kind="stable")][:MOST_CONFUSED]
-    content = {"classes": classes, "most_confused": [[classes[t], classes[p], n] for t, p, n in worst.tolist()]}
+    worst = most_confused(confusion, MOST_CONFUSED).tolist()
+    content = {"classes": classes, "most_confused": [[classes[t], classes[p], n] for t, p, n in worst]}
     if len(classes) <= MATRIX_CLASSES:
         content["confusion"] = confusion_matrix(confusion, len(classes)).tolist()
     else:

@@ -305,6 +305,15 @@ def summarize(sums: dict[str, np.ndarray]) -> dict[str, Any]:
     }
 
 
+def most_confused(confusion: np.ndarray, count: int) -> np.ndarray:
+    """The most frequent errors, rows [true class, predicted class, how often] of the `confusion` of `summarize`.
+
+    At most `count` of them; ties stay in the order of classes.
+    """
+    errors = confusion[confusion[:, 0] != confusion[:, 1]]
+    return errors[np.argsort(-errors[:, 2], kind="stable")][:count]
+
+
 def confusion_matrix(confusion: np.ndarray, classes: int) -> np.ndarray:
     """Make the matrix of counts, int64 [K, K], true class by row, from the `confusion` of `summarize`."""
     matrix = np.zeros((classes, classes), np.int64)

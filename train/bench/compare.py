@@ -29,7 +29,7 @@ from train.timing import Runner, interleaved, ratio
 
 TOLERANCE = 1.15
 ATTEMPTS = 3  # a neighbour's burst may last as long as one or two measurements
-BATCH = 32  # small, so that the gate takes two minutes on one core
+BATCH = 32  # small, so that the gate takes a few minutes on one core
 
 
 # --- two configs ------------------------------------------------------------------------------------------------------

@@ -19,11 +19,12 @@ from train.explain.embeddings import Projection, neighbours, project
 from train.explain.figures import in_colour
 from train.explain.images import Images, evenly
 from train.explain.landscape import loss_surface
-from train.explain.mistakes import calibration, confusion, most_confused, worst
+from train.explain.mistakes import calibration, confusion, worst
 from train.explain.outputs import sample
 from train.explain.subject import FORWARD, Subject
 from train.page import Html
 from train.state import forward
+from train.steps import confusion_matrix, most_confused
 
 PROJECTED = 2000  # most images in a plane: more hide each other
 THUMBNAILS = 40
@@ -44,9 +45,9 @@ class View(NamedTuple):
 def confusion_view(subject: Subject, images: Images) -> View:
     """Which classes are taken for which."""
     classes, seen = subject.dataset.classes, subject.seen
-    matrix = confusion(seen.labels, seen.predicted, len(classes))
-    pairs = [(classes[t], classes[p], n) for t, p, n in most_confused(matrix, 10)]
-    drawing = figures.confusion_figure(matrix, classes)
+    counted = confusion(seen.labels, seen.predicted)
+    pairs = [(classes[t], classes[p], n) for t, p, n in most_confused(counted, 10).tolist()]
+    drawing = figures.confusion_figure(confusion_matrix(counted, len(classes)), classes)
     accuracy = float(seen.correct.mean())
     caption = f"{len(seen.labels):,} images, {accuracy:.1%} of them right. Rows are true classes, shaded by share."
     listed = page.table(("true class", "predicted", "images"), pairs, caption="the most frequent errors")

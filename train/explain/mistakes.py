@@ -7,17 +7,10 @@ import numpy as np
 from train.steps import CALIBRATION_BINS
 
 
-def confusion(labels: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndarray:
-    """Count the pairs of true class (row) and predicted class (column), int64 [K, K]."""
-    return np.bincount(labels.astype(np.int64) * classes + predicted, minlength=classes**2).reshape(classes, classes)
-
-
-def most_confused(matrix: np.ndarray, count: int) -> list[tuple[int, int, int]]:
-    """The most frequent errors as (true class, predicted class, how often), at most `count`; ties in class order."""
-    errors = matrix * ~np.eye(len(matrix), dtype=bool)
-    order = np.argsort(-errors, axis=None, kind="stable")[:count]
-    pairs = zip(*np.unravel_index(order, matrix.shape), strict=True)
-    return [(int(t), int(p), int(errors[t, p])) for t, p in pairs if errors[t, p]]
+def confusion(labels: np.ndarray, predicted: np.ndarray) -> np.ndarray:
+    """Count the pairs that occur, rows [true class, predicted class, how often], as `train.steps.summarize` does."""
+    pairs, times = np.unique(np.stack([labels, predicted], axis=1), axis=0, return_counts=True)
+    return np.concatenate([pairs, times[:, None]], axis=1)
 
 
 class Calibration(NamedTuple):

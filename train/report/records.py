@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+from train.config_file import flattened
 from train.errors import UsageError
 from train.loop import read_rows
 from train.report import collect, run_name
@@ -65,7 +66,7 @@ class Run:
     @cached_property
     def settings(self) -> dict[str, Any]:
         """The configuration by `group.field`."""
-        return flat(self.record["config"])
+        return flattened(self.record["config"])
 
     @property
     def validation_images(self) -> int | None:
@@ -146,14 +147,6 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UsageError(f"{path} cannot be read: it holds no object")
     return content
-
-
-def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A nested configuration by `group.field`."""
-    fields: dict[str, Any] = {}
-    for name, value in config.items():
-        fields |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return fields
 
 
 def group_runs(runs: Sequence[Run]) -> list[Group]:

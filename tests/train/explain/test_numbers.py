@@ -16,8 +16,9 @@ from train.explain.dataset import VIEWS
 from train.explain.embeddings import neighbours, project
 from train.explain.images import choose, evenly
 from train.explain.landscape import filter_direction, loss_surface
-from train.explain.mistakes import calibration, confusion, most_confused, worst
+from train.explain.mistakes import calibration, confusion, worst
 from train.explain.outputs import Outputs, sample
+from train.steps import confusion_matrix, most_confused
 
 
 def test_neighbours_by_cosine_whatever_the_length():
@@ -60,10 +61,10 @@ def test_projections_that_cannot_be_made(monkeypatch):
 
 
 def test_confusion_counts_true_by_row():
-    matrix = confusion(np.array([0, 0, 1, 2, 2, 2]), np.array([0, 1, 1, 0, 0, 2]), 3)
-    assert matrix.tolist() == [[1, 1, 0], [0, 1, 0], [2, 0, 1]]
-    assert most_confused(matrix, 5) == [(2, 0, 2), (0, 1, 1)]
-    assert most_confused(np.eye(3, dtype=int), 5) == []
+    counted = confusion(np.array([0, 0, 1, 2, 2, 2]), np.array([0, 1, 1, 0, 0, 2]))
+    assert confusion_matrix(counted, 3).tolist() == [[1, 1, 0], [0, 1, 0], [2, 0, 1]]
+    assert most_confused(counted, 5).tolist() == [[2, 0, 2], [0, 1, 1]]
+    assert most_confused(confusion(np.arange(3), np.arange(3)), 5).tolist() == []
 
 
 def test_calibration_error_by_hand():
