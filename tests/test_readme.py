@@ -74,7 +74,7 @@ def test_python_runs(tmp_path, tfds_dir, monkeypatch):
 @pytest.mark.slow
 def test_python_of_training_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert executed(TRAINING)["result"]["steps"] == 42
+    assert executed(TRAINING)["result"]["steps"] == 40
     assert "images/s in training" in capsys.readouterr().out
 
 

@@ -74,23 +74,19 @@ def test_commands_compute_in_their_own_precision():
 
 @pytest.mark.slow
 def test_second_start_compiles_nothing(command, tmp_path):
-    """A first run fills the cache; a second one, of another seed, finds each program in it."""
+    """A first run fills the cache; a second one, of another seed, finds each program that takes time in it."""
     cache = tmp_path / "cache"
 
     def start(seed):
         fields = ("--steps", 3, "--width", 8, "--seed", seed, "--cache", cache, "--out", tmp_path / str(seed))
         done = command("train", *fields, env={"XLA_FLAGS": ""})  # programs that compile too fast are not kept
         assert done.returncode == 0, done.stderr
-        return {path.name for path in cache.glob("compiled/*-cache")}
-
-    def programs(files):
-        return {name.removesuffix("-cache").rpartition("-")[0] for name in files}
+        # Small programs compile in about the shortest time that is kept, so which of them are kept is chance.
+        return {path.name for path in cache.glob("compiled/*-cache") if path.stat().st_size > 40_000}
 
     first = start(0)
-    new = start(1) - first
-    assert {"jit_steps", "jit_eval_step"} <= programs(first)
-    # What compiles in about the shortest time that is kept may be kept by the second start alone, on a busy machine.
-    assert not programs(new) & programs(first)
+    assert {"jit_steps", "jit_eval_step"} <= {name.removesuffix("-cache").rpartition("-")[0] for name in first}
+    assert start(1) == first
 
 
 FAULTS = """
