@@ -9,11 +9,12 @@ from pathlib import Path
 from types import ModuleType
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("resnet_jax", "resnet_jax.explain", "train", "pretrain")
+PACKAGES = ("resnet_jax", "resnet_jax.explain", "resnet_jax.detection", "train", "pretrain")
 # Programs are functions of modules whose names they share, so a package cannot export them.
 PROGRAMS = {
     "resnet_jax": [],
     "resnet_jax.explain": [],
+    "resnet_jax.detection": [],
     "train": [
         "train.run.run",
         "train.predict.load",
