@@ -1,0 +1,54 @@
+"""Networks that do not see the padding of a batch: an image gives the same maps in a bucket of any size."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def inside(shape: tuple[int, int], stride: int, size: jax.Array) -> jax.Array:
+    """Whether the cells of a map (h, w) of this stride lie in an image of `size` int [..., 2]: bool [..., h, w]."""
+    rows, columns = (jnp.arange(n) * stride for n in shape)
+    height, width = size[..., :1], size[..., 1:]
+    return (rows < height)[..., :, None] & (columns < width)[..., None, :]
+
+
+def stride_of(shape: tuple[int, ...], image_shape: tuple[int, ...]) -> int:
+    """The stride, a power of two, of maps of this (height, width) over images of this one."""
+    ratio = max(-(-side // cells) for side, cells in zip(image_shape, shape, strict=True))
+    return 1 << (ratio - 1).bit_length()
+
+
+def fill(x: jax.Array, image_shape: tuple[int, ...], size: jax.Array) -> jax.Array:
+    """Set the cells of maps [B, H, W, C] that lie in the padding to 0."""
+    shape = x.shape[1], x.shape[2]
+    return jnp.where(inside(shape, stride_of(shape, image_shape), size)[..., None], x, jnp.zeros((), x.dtype))
+
+
+def ignore_padding(image_shape: tuple[int, ...], size: jax.Array) -> AbstractContextManager[None]:
+    """A context in which every convolution sees zeros in the padding, as it does beyond the borders of its input.
+
+    Without it, biases and norms make the padding differ from zero after the first layer, and the maps near the right
+    and lower borders depend on the bucket. Batch statistics and squeeze-excite still average over the padding, and so
+    do average-pooling shortcuts where a side is odd.
+
+    Args:
+      image_shape: (height, width) of the padded images, multiples of the network's largest stride.
+      size: int32 [B, 2], true (height, width) of each image.
+    """
+
+    def interceptor(call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
+        window = getattr(context.module, "kernel_size", 1)  # only convolutions have it, whatever their kernels
+        if context.method_name == "__call__" and np.max(window) > 1:
+            args = (fill(args[0], image_shape, size), *args[1:])
+        result = call(*args, **kwargs)
+        # A max-pool may follow the norms of a stem: after their ReLU, zeros are neutral to it.
+        if context.method_name in ("__call__", "with_relu") and context.module.path[-2:-1] == ("stem",):
+            result = fill(result, image_shape, size)
+        return result
+
+    return nn.intercept_methods(interceptor)
