@@ -3,7 +3,7 @@
 import argparse
 
 from train.data.prepare import prepare
-from train.data.sets import default_data_dir
+from train.data.prepared import default_data_dir
 from train.errors import one_line
 from train.paths import local_path
 

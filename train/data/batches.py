@@ -43,7 +43,7 @@ class Batches(Protocol):
         self.position = int(state["position"])
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=8)  # two epochs of each bucket of `train.detect`
 def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
     """The order of `count` examples in one epoch, int64 [count]."""
     return np.random.default_rng([seed, epoch]).permutation(count)
@@ -165,7 +165,7 @@ class StreamedBatches(Batches):
 
     def restore(self, state: dict[str, Any]) -> None:
         super().restore(state)
-        self.iterator = iter(_decoded(self._example, self.batch, self.threads, start=self.position))
+        self.iterator = iter(decoded_ahead(self._example, self.batch, self.threads, start=self.position))
 
     def _example(self, position: int) -> Example:
         """Decode the example at a position of the stream: a pure function of it, so any thread may call it."""
@@ -200,7 +200,7 @@ def eval_batches(source: Arrays | Encoded, *, batch: int, mesh: Mesh, mode: Mode
             part = {"image": source.images[rows], "label": source.labels[rows].astype(np.int32)}
             yield shard_batch({**part, "valid": positions < count}, mesh, mode=mode)
     else:
-        for part in _decoded(example, batch, decode_threads(image_shape(source)), steps=steps):
+        for part in decoded_ahead(example, batch, decode_threads(image_shape(source)), steps=steps):
             yield shard_batch(part, mesh, mode=mode)
 
 
@@ -218,7 +218,7 @@ class EvalBatches:
         return self.batches() if self.kept is None else iter(self.kept)
 
 
-def _decoded(
+def decoded_ahead(
     example: Callable[[int], Example], batch: int, threads: int, *, start: int = 0, steps: int = 2**40
 ) -> grain.IterDataset:
     """Decode this process's part of each global batch of `example(start)`, `example(start + 1)`, ... ahead of use.

@@ -87,8 +87,7 @@ def to_pixels(image: Image.Image, size: Size, channels: int, rng: np.random.Gene
     """Turn, convert, resize and crop a Pillow image to uint8 [height, width, channels]; see `decode_image`."""
     if 0 in image.size:
         raise ValueError("it has no pixels")
-    turn = TURNS.get(orientation(image))
-    image = to_mode(image if turn is None else image.transpose(turn), "L" if channels == 1 else "RGB")
+    image = to_mode(upright(image), "L" if channels == 1 else "RGB")
     if size is not None:
         height, width = (size, size) if isinstance(size, int) else size
         box = centre_box(*image.size, width / height) if rng is None else random_box(*image.size, rng)
@@ -96,6 +95,12 @@ def to_pixels(image: Image.Image, size: Size, channels: int, rng: np.random.Gene
             image = image.resize((width, height), Image.Resampling.BILINEAR, box=box)
     pixels = np.asarray(image)
     return pixels[..., None] if channels == 1 else pixels
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """Apply the EXIF orientation of a Pillow image."""
+    turn = TURNS.get(orientation(image))
+    return image if turn is None else image.transpose(turn)
 
 
 def orientation(image: Image.Image) -> int:

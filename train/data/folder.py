@@ -116,15 +116,20 @@ def _check_classes(folder: Path, classes: Sequence[str]) -> None:
 
 def _note(root: Path, train: Path, classes: Sequence[str], passed: PassedOver) -> None:
     """Say on stderr what may surprise: what was passed over, and the order and number of classes."""
-    if passed:
-        counted = ", ".join(f"{count} x {reason}" for reason, count in Counter(r for _, r in passed).most_common(5))
-        print(f"note: passed over in {root}: {counted} (a run lists them in skipped.txt)", file=sys.stderr)
+    note_passed(str(root), passed)
     if list(classes) != sorted(classes, key=lambda name: [int(t) if t.isdecimal() else t for t in DIGITS.split(name)]):
         print(f"note: classes are in the order of their names as text: {shortened(classes)}", file=sys.stderr)
     if len(classes) == 1 and (inner := _subfolders(train / classes[0])):
         there = shortened([path.name for path in inner])
         line = f"{classes[0]} is the only class; if {there} are the classes, pass folder:{train / classes[0]}"
         print(f"note: {line}", file=sys.stderr)
+
+
+def note_passed(where: str, passed: PassedOver) -> None:
+    """Say on stderr what was passed over: how often for each reason."""
+    if passed:
+        counted = ", ".join(f"{count} x {reason}" for reason, count in Counter(r for _, r in passed).most_common(5))
+        print(f"note: passed over in {where}: {counted} (a run lists them in skipped.txt)", file=sys.stderr)
 
 
 def _folded(name: str) -> str:

@@ -8,7 +8,6 @@ once into `Arrays`; large ones stay encoded and are decoded by `train.data.batch
 import hashlib
 import math
 import os
-import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,7 +19,7 @@ from PIL import Image
 
 from train.data import decoded, folder
 from train.data.decode import channels_first, silence_pillow
-from train.data.prepare import prepare
+from train.data.prepared import open_prepared
 from train.data.sources import (
     Arrays,
     Encoded,
@@ -32,7 +31,7 @@ from train.data.sources import (
     stacked,
 )
 from train.errors import UsageError
-from train.paths import is_folder, local_path
+from train.paths import local_path
 
 MEMORY_LIMIT = 2 << 30  # bytes: sets that decode to no more than this live in memory
 
@@ -224,9 +223,13 @@ def _fingerprint(source: Arrays | Encoded) -> dict[str, Any]:
     else:
         names = [os.path.basename(source.name(position)) for position in source.indices.tolist()]
         labels = np.zeros(0) if source.labels is None else source.labels[source.indices]
-    text = unicodedata.normalize("NFC", "\n".join([*names, *map(str, labels.tolist())]))
-    digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
-    return {"count": len(source), "digest": digest[:16]}
+    return {"count": len(source), "digest": digest_of([*names, *map(str, labels.tolist())])}
+
+
+def digest_of(lines: Sequence[str]) -> str:
+    """Sixteen hex digits that stand for these lines, whatever the Unicode form of names."""
+    text = unicodedata.normalize("NFC", "\n".join(lines))
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
 def _checked(dataset: Dataset) -> Dataset:
@@ -265,7 +268,7 @@ def from_arrays(
     if held:
         splits["test"] = Arrays(images=held[0], labels=held[1])
     names = tuple(classes) if classes else tuple(str(c) for c in range(int(labels.max(initial=-1)) + 1))
-    parts: dict[str, Any] = _complete(splits, validation, split_seed)
+    parts: dict[str, Any] = complete(splits, validation, split_seed)
     known = {split: _fingerprint(source) for split, source in parts.items()}
     return _checked(Dataset(name="arrays", classes=names, images=known, **parts))
 
@@ -316,14 +319,14 @@ def known_labels(source: Arrays | Encoded) -> np.ndarray:
 
 def _divided(splits: dict[str, Any], validation: float, seed: int, fraction: float) -> dict[str, Any]:
     """Make train, validation and test splits from those that a set has, with a fraction of the training images."""
-    splits = _complete(splits, validation, seed)
+    splits = complete(splits, validation, seed)
     if fraction < 1:
         splits["train"] = splits["train"].subset(share_of(known_labels(splits["train"]), fraction, seed))
     return splits
 
 
-def _complete(splits: dict[str, Any], fraction: float, seed: int) -> dict[str, Any]:
-    """Make train, validation and test splits from those that a set has."""
+def complete(splits: dict[str, Any], fraction: float, seed: int) -> dict[str, Any]:
+    """Make train, validation and test splits from those that a set has, which have `len` and `subset(indices)`."""
     splits = dict(splits)
     if "test" not in splits and "validation" in splits:
         # A lone held-out split (ImageNet's "validation") is what results are reported on: the test split.
@@ -361,39 +364,12 @@ def _tfds(name: str, data_dir: Path | None, size: int | None) -> tuple[tuple[str
     import tensorflow_datasets as tfds
     from tensorflow_datasets.proto import tf_example_pb2
 
-    # Only `digits` can be prepared on demand: the others need TensorFlow and a download.
-    root = data_dir or default_data_dir()
-    folder = prepared_folder(name, root) or (prepare(name, root) if name == "digits" else None)
-    if folder is None:
-        have = sorted(p.name for p in root.glob("*") if prepared_folder(p.name, root)) if root.is_dir() else []
-        if is_folder(name):
-            raise UsageError(f"no prepared set {name!r}, but a folder of this name: did you mean folder:{name}?")
-        if meant := re.fullmatch(r"(?:image)?folder[:/=](.+)", name, re.IGNORECASE):
-            raise UsageError(f"no prepared set {name!r}: did you mean folder:{meant[1]}?")
-        raise UsageError(
-            f"no prepared set {name!r} in {root} (there: {', '.join(have) or 'none'}); 'python -m train.data prepare "
-            f"{name}' prepares a stock TFDS set, --data.dir names a different folder, folder:DIR reads plain images"
-        )
-    builder = tfds.builder_from_directory(folder)
-    features = builder.info.features
-    image_key, image = _feature(features, tfds.features.Image, name)
-    label_key, label = _feature(features, tfds.features.ClassLabel, name)
+    opened = open_prepared(name, data_dir)
+    folder, sources = opened.folder, opened.records
+    image_key, image = _feature(opened.features, tfds.features.Image, name)
+    label_key, label = _feature(opened.features, tfds.features.ClassLabel, name)
     if None in image.shape[:2] and size is None:
         raise differ_in_size(f"the images of {name}")
-
-    # Images stay encoded here: they are decoded when a split is read into memory, or batch by batch.
-    known = [s for s in ("train", "validation", "test") if s in builder.info.splits]
-    if "train" not in known:
-        raise UsageError(f"{name} has no split named train (there: {', '.join(builder.info.splits)})")
-    # TFDS's own parser takes as long as decoding a small image.
-    raw = tfds.decode.DeserializeMethod.RAW_BYTES
-    try:
-        sources = {split: builder.as_data_source(split, deserialize_method=raw) for split in known}
-    except NotImplementedError:
-        raise UsageError(
-            f"{folder} is stored in a format without random access: prepare it as array_record, "
-            f"with 'python -m train.data prepare {name}' and a different --dir"
-        ) from None
 
     def parsed(record: bytes) -> tuple[bytes, int]:
         values = tf_example_pb2.Example.FromString(bytes(record)).features.feature
@@ -416,7 +392,7 @@ def _tfds(name: str, data_dir: Path | None, size: int | None) -> tuple[tuple[str
             indices=np.arange(len(records)),
             size=size,
             channels=1 if image.shape[-1] == 1 else 3,
-            files=[*map(str, builder.info.splits[split].filepaths), *described],
+            files=[*opened.files[split], *described],
         )
 
     described = [str(folder / name) for name in ("dataset_info.json", "features.json")]
@@ -428,18 +404,3 @@ def _feature(features: Any, kind: type, name: str) -> tuple[str, Any]:
         if isinstance(feature, kind):
             return key, feature
     raise UsageError(f"{name} is not a classification set: it has no {kind.__name__} feature")
-
-
-def default_data_dir() -> Path:
-    """TFDS's data_dir: `TFDS_DATA_DIR`, else tensorflow_datasets in the user's home."""
-    return local_path(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
-
-
-def prepared_folder(name: str, root: Path) -> Path | None:
-    """Find the folder of a prepared set's newest version, or of the version that `name` ends with, else None."""
-    if not name:
-        return None  # it would match any set
-    folder = local_path(root / name)
-    paths = (folder, *folder.glob("*"), *folder.glob("*/*"))
-    versions = [p for p in paths if re.fullmatch(r"\d+\.\d+\.\d+", p.name) and (p / "dataset_info.json").is_file()]
-    return max(versions, key=lambda path: tuple(map(int, path.name.split("."))), default=None)

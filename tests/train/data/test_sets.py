@@ -21,14 +21,8 @@ from sklearn.datasets import load_digits
 from train.data.__main__ import main
 from train.data.decode import Unreadable, decode_image, random_box
 from train.data.prepare import prepare
-from train.data.sets import (
-    default_data_dir,
-    from_arrays,
-    load,
-    prepared_folder,
-    share_of,
-    split_by_class,
-)
+from train.data.prepared import default_data_dir, prepared_folder
+from train.data.sets import from_arrays, load, share_of, split_by_class
 from train.data.sources import Arrays, Encoded, decode_all
 from train.errors import UsageError
 
