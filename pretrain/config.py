@@ -6,7 +6,7 @@ from typing import Literal
 
 from pretrain.objectives import OBJECTIVES, Objective
 from train import config as training
-from train.config import ImageConfig, RunConfig, check_run
+from train.config import DataConfig, ImageConfig, RunConfig, check_run
 from train.errors import UsageError, unknown
 
 
@@ -82,6 +82,7 @@ class ObjectiveConfig:
 class PretrainConfig(RunConfig):
     """A run of self-supervised pretraining."""
 
+    data: DataConfig = field(default_factory=DataConfig)
     augment: ViewConfig = field(default_factory=ViewConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     probe_lr: float = 0.01

@@ -63,7 +63,7 @@ def run(
       UsageError: an error that the user can fix. RunError: a failure that stopped the run.
     """
     check(config)
-    own = {"model": model, "tx": tx, "objective": objective, "augment": augment}
+    own: dict[str, Any] = {"model": model, "tx": tx, "objective": objective, "augment": augment}
     session = open_session(config, preset, dataset=dataset, longer=True, **own)
     if session.finished is not None:
         return session.finished

@@ -32,20 +32,23 @@ METRIC = "validation_accuracy"
 class Checkpoints:
     """The checkpoints of one run, under `root`: the newest `keep_last`, and the best `keep_best` by validation.
 
-    Pass `writes=False` for read-only access: the run itself may be in the middle of a save.
+    `metric` is the validation figure that tells which are the best: the higher, the better. Pass `writes=False` for
+    read-only access: the run itself may be in the middle of a save.
 
     Raises (from every method that writes):
       RunError: the disk is full or cannot be written to; earlier checkpoints are kept.
     """
 
-    def __init__(self, root: Path, *, keep_last: int = 2, keep_best: int = 1, writes: bool = True) -> None:
+    def __init__(
+        self, root: Path, *, keep_last: int = 2, keep_best: int = 1, metric: str = METRIC, writes: bool = True
+    ) -> None:
         from orbax.checkpoint import v1 as ocp
 
         policies = ocp.training.preservation_policies
         best = policies.BestN(
-            get_metric_fn=lambda metrics: metrics[METRIC], n=keep_best, keep_checkpoints_without_metrics=False
+            get_metric_fn=lambda metrics: metrics[metric], n=keep_best, keep_checkpoints_without_metrics=False
         )
-        self.root = root.resolve()
+        self.root, self.metric = root.resolve(), metric
         _check_metrics(self.root)
         self._link: tempfile.TemporaryDirectory[str] | None = None
         folder = self.root
@@ -70,12 +73,12 @@ class Checkpoints:
 
     @property
     def best(self) -> int | None:
-        """The saved step with the highest validation accuracy (ties go to the newest); None if none was measured."""
-        measured = [(c.metrics[METRIC], c.step) for c in self._orbax.checkpoints if c.metrics]
+        """The saved step with the highest `metric` (ties go to the newest); None if none was measured."""
+        measured = [(c.metrics[self.metric], c.step) for c in self._orbax.checkpoints if c.metrics]
         return max(measured)[1] if measured else None
 
     def save(self, state: TrainState, iterator: dict[str, Any], metrics: dict[str, float] | None = None) -> None:
-        """Start saving `state` and the iterator's state; `metrics` may hold `validation_accuracy`.
+        """Start saving `state` and the iterator's state; `metrics` may hold the run's `metric`.
 
         This waits for the checkpoint before, if it is still being written, and raises its error.
         """

@@ -17,37 +17,51 @@ from train.trackers import check_trackers
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """The image set and how it is split; see `train.data.sets.load`."""
+class SetConfig:
+    """A set of images and how it is split, for any pipeline."""
 
-    name: str = "digits"
-    """`digits`, `synthetic`, `folder:DIR`, or a prepared TFDS set."""
+    name: str
+    """The set."""
     dir: str | None = None
     """The TFDS data_dir that prepared sets are in."""
-    image_size: int | None = None
-    """Side in pixels of the square that images are resized and cropped to when they are decoded."""
     validation: float = 0.1
     """Fraction of the training split held back where the set has no validation split."""
     split_seed: int = 0
     """Seed of that split, independent of the run's `seed`."""
     fraction: float = 1.0
     """Fraction of the training split to use, in (0, 1], sampled per class with `split_seed`."""
-    random_crop: bool = False
-    """Crop a different random box from the full image in every epoch while decoding; for large photographs."""
     broken: Literal["refuse", "skip"] = "refuse"
     """Refuse a set with images that cannot be decoded, or skip those images (listed in the run's skipped.txt)."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImageConfig:
-    """Preprocessing of every image, in training and in evaluation."""
+class DataConfig(SetConfig):
+    """The image set and how it is split; see `train.data.sets.load`."""
 
-    resized_crop: int | None = None
-    """Side in pixels of a random resized crop; evaluation crops the centre to the same side."""
+    name: str = "digits"
+    """`digits`, `synthetic`, `folder:DIR`, or a prepared TFDS set."""
+    image_size: int | None = None
+    """Side in pixels of the square that images are resized and cropped to when they are decoded."""
+    random_crop: bool = False
+    """Crop a different random box from the full image in every epoch while decoding; for large photographs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NormalizeConfig:
+    """Normalisation of every image, in training and in evaluation."""
+
     mean: tuple[float, ...] | None = None
     """Channel means to subtract, in [0, 1]; None measures them on the training split."""
     std: tuple[float, ...] | None = None
     """Channel standard deviations to divide by; None measures them on the training split."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageConfig(NormalizeConfig):
+    """Preprocessing of every image, in training and in evaluation."""
+
+    resized_crop: int | None = None
+    """Side in pixels of a random resized crop; evaluation crops the centre to the same side."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,8 +135,8 @@ class RunConfig:
     """Output channels of each convolution (stem, then block by block), for networks with pruned channels."""
     zero_init: bool = False
     """Initialise residual branches to zero."""
-    data: DataConfig = field(default_factory=DataConfig)
-    augment: ImageConfig = field(default_factory=ImageConfig)
+    data: SetConfig = field(default_factory=DataConfig)
+    augment: NormalizeConfig = field(default_factory=ImageConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     epochs: float = 30
     steps: int | None = None
@@ -166,6 +180,7 @@ class RunConfig:
 class TrainConfig(RunConfig):
     """A supervised run."""
 
+    data: DataConfig = field(default_factory=DataConfig)
     drop_path: float = 0.0
     """Stochastic depth: drop probability of the last block."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)

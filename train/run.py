@@ -70,7 +70,7 @@ def run(
       RunError: the run stopped; the message says where, and what was kept.
     """
     check(config)
-    own = {"model": model, "tx": tx, "objective": objective, "augment": augment}
+    own: dict[str, Any] = {"model": model, "tx": tx, "objective": objective, "augment": augment}
     described = with_card(with_widths(config), preset)
     session = open_session(described, preset, dataset=dataset, longer=True, **own)
     if session.finished is not None:

@@ -125,8 +125,8 @@ def _set(config: dict[str, Any], name: str, text: str) -> None:
 
 
 def pipeline(kind: type[RunConfig]) -> str:
-    """The program that a kind of config belongs to: `train`, `pretrain`."""
-    return kind.__module__.split(".")[0]
+    """The program that a kind of config belongs to: `train` (with pruning), `pretrain`, `train.detect`."""
+    return "train" if issubclass(kind, TrainConfig) else kind.__module__.rpartition(".")[0]
 
 
 def pipeline_of(out: Path) -> str:

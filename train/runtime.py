@@ -231,9 +231,17 @@ def known_options(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def compile_in(
-    pool: ThreadPoolExecutor, step: Any, state: Any, batch: Any, *, pmap: bool = False, xla: Sequence[str] = ()
+    pool: ThreadPoolExecutor,
+    step: Any,
+    state: Any,
+    batches: Sequence[Any],
+    *,
+    pmap: bool = False,
+    xla: Sequence[str] = (),
 ) -> Callable[[], tuple[Any, float]]:
     """Trace the step here and compile it in the pool; call the returned function for (program, seconds).
+
+    It is compiled for each of `batches`, which differ in the shape of their images; the program takes any of them.
 
     Tracing stays in this thread, whose settings (`jax.default_matmul_precision` and the like) are the caller's. A
     pmap step is returned as it is, and compiles when it is first called.
@@ -241,17 +249,21 @@ def compile_in(
     if pmap:
         return lambda: (step, 0.0)
     began = time.perf_counter()
-    lowered = step.lower(state, batch)
+    lowered = [step.lower(state, batch) for batch in batches]
     traced = time.perf_counter() - began
 
     def compiled() -> tuple[Any, float]:
         began = time.perf_counter()
         try:
-            program = lowered.compile()
+            programs = [one.compile() for one in lowered]
         except jax.errors.JaxRuntimeError as error:
             if xla and "option" in str(error):
                 raise UsageError(f"--xla {' '.join(xla)}: {error}") from None
             raise
-        return program, traced + time.perf_counter() - began
+        seconds = traced + time.perf_counter() - began
+        if len(programs) == 1:
+            return programs[0], seconds
+        by_shape = {batch["image"].shape: program for batch, program in zip(batches, programs, strict=True)}
+        return lambda state, batch: by_shape[batch["image"].shape](state, batch), seconds
 
     return pool.submit(compiled).result

@@ -31,7 +31,6 @@ from train.data.batches import (
     stream_example,
     train_batches,
 )
-from train.data.sets import Dataset
 from train.data.sources import collate
 from train.errors import RunError
 from train.from_config import (
@@ -79,11 +78,18 @@ SEEN = 16  # images of the first batch that trackers show
 
 
 def open_session(
-    config: Config, preset: str = "custom", *, dataset: Dataset | None = None, longer: bool = False, **own: Any
-) -> "Session[Config]":
+    config: Config,
+    preset: str = "custom",
+    *,
+    dataset: Any = None,
+    longer: bool = False,
+    kind: "type[Session[Any]] | None" = None,
+    **own: Any,
+) -> Any:
     """Open a run's session: settle its folder, join the hosts, open the data.
 
     Args:
+      kind: the pipeline's own kind of session, if it has one.
       dataset: images to use instead of those that the config names.
       longer: let a config with more epochs or steps continue the run in its folder.
       own: pieces that were passed to the run as objects, by name, such as `model`; None means not passed. The names
@@ -93,7 +99,7 @@ def open_session(
       UsageError: the folder holds a different run, or the data cannot be read or do not fit the batch size.
     """
     own = {name: piece for name, piece in own.items() if piece is not None}
-    session = Session(config, preset, own, dataset, longer=longer)
+    session = (kind or Session)(config, preset, own, dataset, longer=longer)
     if session.finished is None:
         join_hosts(config.distributed)
         keep_compiled(config.cache)
@@ -102,9 +108,12 @@ def open_session(
 
 
 class Session(Generic[Config]):
-    """A run in progress.
+    """A run in progress, on images with a label each.
+
+    Pipelines on other sets override `metric` and the methods under "the data".
 
     Attributes:
+      metric: the validation figure that tells which checkpoints are the best.
       config: the run's config, with channel statistics filled in.
       out: the run folder.
       finished: the result, if the folder already holds the finished run, else None; if set, no data are opened.
@@ -121,15 +130,14 @@ class Session(Generic[Config]):
     """
 
     mesh: Mesh
-    dataset: Dataset
+    dataset: Any
     stream: Batches
     checkpoints: Checkpoints
     trackers: Trackers
     resumed = False
+    metric = METRIC
 
-    def __init__(
-        self, config: Config, preset: str, own: dict[str, Any], dataset: Dataset | None, *, longer: bool = False
-    ) -> None:
+    def __init__(self, config: Config, preset: str, own: dict[str, Any], dataset: Any, *, longer: bool = False) -> None:
         self.config, self.preset, self.own = config, preset, own
         self.replaced = [*own] if dataset is None else [*own, "dataset"]
         self.longer = longer
@@ -137,15 +145,41 @@ class Session(Generic[Config]):
         self.model_name = type(own["model"]).__name__ if "model" in own else config.model
         self.last_row: dict[str, float] = {}
 
+    # ---- the data ----
+
+    def open_set(self, dataset: Any) -> None:
+        """Set `dataset`, and fill in what the config leaves to be measured; images may stay encoded."""
+        if dataset is None:
+            self.config, self.dataset = open_measured(self.config)
+        else:
+            self.config, self.dataset = with_statistics(self.config, dataset), dataset
+
+    def read_set(self) -> None:
+        """Read the images that are to be kept in memory."""
+        self.dataset = read_data(self.config, self.dataset)
+
+    def shapes(self, batch: int, *, valid: bool = False) -> list[dict[str, jax.ShapeDtypeStruct]]:
+        """All shapes that global batches of this size have, with `valid` those of evaluation."""
+        return [batch_like(batch, self.dataset.image_shape, valid=valid)]
+
+    def open_stream(self) -> Batches:
+        """Start the training stream."""
+        config = self.config
+        return train_batches(self.dataset.train, batch=config.batch, seed=config.seed, mesh=self.mesh, mode=config.mode)
+
+    def first_examples(self, count: int) -> Batch:
+        """The next `count` examples of the training stream, for trackers to show."""
+        positions = range(self.stream.position, self.stream.position + count)
+        return collate([stream_example(self.dataset.train, self.config.seed, p) for p in positions])
+
+    # ---- the run ----
+
     @all_hosts()
-    def open_data(self, dataset: Dataset | None) -> None:
+    def open_data(self, dataset: Any) -> None:
         """Open the images and compute the number of steps from their number; `compile` reads them."""
         config, self.main, self.mesh = self.config, jax.process_index() == 0, make_mesh()
         began = time.perf_counter()
-        if dataset is None:
-            self.config, self.dataset = open_measured(config)
-        else:
-            self.config, self.dataset = with_statistics(config, dataset), dataset
+        self.open_set(dataset)
         self.reading = time.perf_counter() - began
         check_batch(config.batch, self.mesh.size, len(self.dataset.train))
         self.epoch_steps = len(self.dataset.train) / config.batch
@@ -195,39 +229,37 @@ class Session(Generic[Config]):
         if self.main:
             claim(self.out, self.config, self.dataset, self.replaced, longer=self.longer)
         # Compilation needs only the shapes of batches, which are known before the images are read.
-        config, pmap, shape = self.config, self.config.mode == "pmap", self.dataset.image_shape
+        config, pmap = self.config, self.config.mode == "pmap"
         counts = {name: len(split) for name, split in self.dataset.splits.items()}
         largest = max(counts[name] for name in evaluated)
         self.eval_batch = eval_batch_size(config.eval_batch, counts["validation"], largest)
         compiled_for = partial(compile_step, mesh=self.mesh, mode=config.mode)
         options = {} if pmap else compiler_options(self.dtype, plain=not self.kernels)
-        train_like: Any = batch_like(config.batch, shape)
+        train_like: list[Any] = self.shapes(config.batch)
+        eval_like = self.shapes(padded(self.eval_batch, self.mesh), valid=True)
         layout: dict[str, Any] = {}
         if self.per_call > 1:
             step, layout = many_steps(step), {"layout": CHUNK_LAYOUT}
-            train_like = chunk_like(self.per_call, counts["train"], train_like)
-        eval_like = batch_like(padded(self.eval_batch, self.mesh), shape, valid=True)
+            train_like = [chunk_like(self.per_call, counts["train"], like) for like in train_like]
 
         # Compile in a separate thread while images are decoded: both release Python's global lock.
         compiler = ThreadPoolExecutor(1)
         try:
             program = compiled_for(step, compiler_options={**options, **xla_options(config.xla)}, **layout)
-            shapes = jax.eval_shape(lambda: state)
-            tasks = [compile_in(compiler, program, shapes, train_like, pmap=pmap, xla=config.xla)]
+            example = jax.eval_shape(lambda: state)
+            tasks = [compile_in(compiler, program, example, train_like, pmap=pmap, xla=config.xla)]
             for evaluation, example in evaluations:
                 program = compiled_for(evaluation, donate=False, compiler_options=options)
                 tasks.append(compile_in(compiler, program, example, eval_like, pmap=pmap))
             began = time.perf_counter()
-            self.dataset = read_data(config, self.dataset)
+            self.read_set()
             self.reading += time.perf_counter() - began
             (train, self.compile_seconds), *others = (task() for task in tasks)
         finally:
             compiler.shutdown(wait=False, cancel_futures=True)
 
         # The images have been read by now, so the stream can start, and their numbers are final.
-        self.stream = train_batches(
-            self.dataset.train, batch=config.batch, seed=config.seed, mesh=self.mesh, mode=config.mode
-        )
+        self.stream = self.open_stream()
         listed = ", ".join(f"{len(split):,} {name}" for name, split in self.dataset.splits.items())
         classes = len(self.dataset.classes)
         say(f"{self.dataset.name}: {listed} images, {classes} classes, read in {self.reading:.1f} s")
@@ -236,7 +268,9 @@ class Session(Generic[Config]):
     def resume(self, state: Any) -> Any:
         """Restore the newest good checkpoint, or return `state` unchanged."""
         keep_best = getattr(self.config, "keep_best", 0)
-        self.checkpoints = Checkpoints(self.out / "checkpoints", keep_last=self.config.keep_last, keep_best=keep_best)
+        self.checkpoints = Checkpoints(
+            self.out / "checkpoints", keep_last=self.config.keep_last, keep_best=keep_best, metric=self.metric
+        )
         restored = self.checkpoints.resume(state)
         if restored is None:
             return state
@@ -311,7 +345,7 @@ class Session(Generic[Config]):
             progress.say(f"step {number}: {line}")
             self.trackers.histograms(number, leaves(state.params))
             validated(row)
-            save(state, {METRIC: row[METRIC]} if METRIC in row else None)
+            save(state, {self.metric: row[self.metric]} if self.metric in row else None)
             progress.paused += time.perf_counter() - began
 
         # Each validation saves a checkpoint with its metric; `save_steps` adds some in between, without one.
@@ -362,8 +396,7 @@ class Session(Generic[Config]):
         self.trackers.start(self.out, number, flat(config))
         if config.log and see is not None:
             # All hosts compute them, from the same arrays; only the first one shows them.
-            positions = range(self.stream.position, self.stream.position + min(SEEN, config.batch))
-            examples = collate([stream_example(self.dataset.train, config.seed, p) for p in positions])
+            examples = self.first_examples(min(SEEN, config.batch))
             mean, std = (np.asarray(x, np.float32) for x in (config.augment.mean, config.augment.std))
             for name, images in jax.jit(see)(state, examples).items():
                 self.trackers.images(number + 1, name, np.asarray(images, np.float32) * std + mean)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from resnet_jax.augment import Augment
 from resnet_jax.tree import PyTree
-from train.config import RunConfig, TrainConfig
+from train.config import ImageConfig, RunConfig, TrainConfig
 from train.errors import UsageError
 from train.from_config import compute_dtype, eval_augment, make_model
 from train.hub import read_card, source_path
@@ -80,6 +80,7 @@ def _of_run(source: str | Path, folder: Path, sparse: Path | None, model: nn.Mod
         variables = load_weights(folder, shapes)
     else:
         variables = load_sparse(sparse)[0] if sparse else load_state(folder).variables
+    assert isinstance(config.augment, ImageConfig)
     preprocess, dtype = eval_augment(config.augment), compute_dtype(config.dtype)
     return Trained(model, _on_device(variables), preprocess, classes, (height, width, channels), dtype, config)
 
