@@ -1,0 +1,106 @@
+"""Build the pieces of a run of detection from its config."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import optax
+
+from resnet_jax import augment as pixels
+from resnet_jax.detection.augment import BoxAugment, color_jitter, compose, on_pixels, random_flip, scale_jitter
+from resnet_jax.detection.box_head import BoxHead
+from resnet_jax.detection.detector import Detector, FasterRCNN
+from resnet_jax.detection.pyramid import FeaturePyramid
+from resnet_jax.detection.retinanet import RetinaNet
+from resnet_jax.parallel import Mode, axis_of
+from resnet_jax.resnet import ResNet
+from resnet_jax.tree import Predicate
+from train.config import flat
+from train.detect.config import BoxAugmentConfig, DetectConfig, NormalizeConfig
+from train.errors import UsageError
+from train.from_config import draw_variables, make_model
+from train.state import TrainState, init_state
+from train.weights import load_weights
+
+SIDE = 64  # of the images that variables are initialised with; it does not change their shapes
+
+
+def train_augment(config: BoxAugmentConfig) -> BoxAugment:
+    """Build the training augmentation, from images in [0, 1] to normalised ones."""
+    strength = config.color_jitter
+    parts = [
+        config.flip and random_flip(),
+        config.scale != (1.0, 1.0) and scale_jitter(config.scale),
+        strength and color_jitter(strength, strength, strength, strength / 4),
+        eval_augment(config),
+    ]
+    return compose(*(part for part in parts if callable(part)))
+
+
+def eval_augment(config: NormalizeConfig) -> BoxAugment:
+    """Build the preprocessing for evaluation and prediction."""
+    assert config.mean is not None and config.std is not None
+    return on_pixels(pixels.normalize(config.mean, config.std))
+
+
+def make_detector(
+    config: DetectConfig, classes: int, kernels: dict[str, Any] | None = None, *, mode: Mode | None = None
+) -> Detector:
+    """Make the config's detector for this number of classes, to be compiled in `mode` (None is the config's).
+
+    Raises:
+      UsageError: a backbone without one of the levels, or without stages.
+    """
+    backbone: Any = make_model(config, None, axis_of(mode or config.mode), kernels)
+    two_stages = config.detector == "faster_rcnn"
+    stages = [f"stage{number}" for number in range(1, len(backbone.stage_sizes) + 1)]
+    levels = config.levels or tuple(stages if two_stages else stages[1:])
+    if unknown := [level for level in levels if level not in stages]:
+        raise UsageError(f"--levels {unknown[0]}: {config.model} has {', '.join(stages)}")
+    if list(levels) != sorted(levels) or len({*levels}) != len(levels):
+        raise UsageError(f"--levels {' '.join(levels)}: name each once, the finest first")
+    fields: dict[str, Any] = {"backbone": backbone, "levels": levels, "classes": classes}
+    fields["frozen_stats"] = config.frozen_stats
+    if config.anchor_scale is not None:
+        fields["anchor_scale"] = config.anchor_scale
+    if not two_stages:
+        neck = partial(FeaturePyramid, features=config.features, coarser="conv")
+        return RetinaNet(**fields, neck=neck, rules=config.dense)
+    return FasterRCNN(
+        **fields,
+        neck=partial(FeaturePyramid, features=config.features),
+        head=partial(BoxHead, hidden=config.hidden, shared_boxes=config.shared_boxes),
+        proposals=config.proposals,
+        regions=config.regions,
+        pooled_levels=len(levels),
+        canonical_size=config.canonical_size,
+    )
+
+
+def is_trained(config: DetectConfig) -> Predicate:
+    """Select the parameters that a run trains: all but the frozen parts of the backbone and its frozen norms."""
+    frozen = ["stem", *(f"stage{number}" for number in range(1, config.freeze))][: config.freeze]
+
+    def trained(path: str, leaf: jax.Array) -> bool:
+        module, _, rest = path.partition("/")
+        if module != "backbone":
+            return True
+        part, is_norm = rest.split("/")[0].split("_block")[0], path.endswith(("/scale", "/bias"))
+        return part not in frozen and not (config.frozen_stats and is_norm)
+
+    return trained
+
+
+def make_state(config: DetectConfig, model: Any, tx: optax.GradientTransformation) -> TrainState:
+    """Make the state at step 0, with the backbone's weights from `--init`.
+
+    Raises:
+      UsageError: weights that cannot be read, or of a different model.
+    """
+    init_key, run_key = jax.random.split(jax.random.key(config.seed))
+    variables = draw_variables(config, model, init_key, (SIDE, SIDE, 3))
+    if config.init is not None:
+        own = {kind: variables[kind].get("backbone", {}) for kind in variables}
+        loaded = load_weights(config.init, own)
+        variables = {kind: {**variables[kind], **({"backbone": loaded[kind]} if own[kind] else {})} for kind in own}
+    return init_state(variables, tx, run_key, ema=config.ema is not None)

@@ -1,0 +1,200 @@
+"""A run of object detection, from a config to a result; read it from top to bottom."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+import optax
+
+from resnet_jax.detection.augment import BoxAugment
+from resnet_jax.tree import PyTree, count
+from train.data.batches import Batch, Batches
+from train.detect.batches import BucketBatches, EvalBatches, batch_like
+from train.detect.config import DetectConfig, check, parse_buckets
+from train.detect.from_config import eval_augment, is_trained, make_detector, make_state, train_augment
+from train.detect.metrics import Detections, Truth, coco_metrics, voc_ap
+from train.detect.objects import Objects
+from train.detect.sets import ObjectSet, load
+from train.detect.steps import detect_step, detection
+from train.errors import UsageError
+from train.from_config import make_tx
+from train.loop import Hook
+from train.run_folder import unlocked
+from train.session import Session, Validated, open_session
+from train.state import TrainState, digest
+from train.steps import Objective, train_step
+
+LOSSES = {
+    "faster_rcnn": ("objectness_loss", "proposal_loss", "class_loss", "box_loss"),
+    "retinanet": ("class_loss", "box_loss"),
+}
+
+
+class DetectSession(Session[DetectConfig]):
+    """A run in progress, on images with boxes, in buckets of a few sizes."""
+
+    metric = "validation_ap"
+
+    def open_set(self, dataset: ObjectSet | None) -> None:
+        data = self.config.data
+        self.dataset = dataset or load(
+            data.name,
+            dir=data.dir,
+            min_size=data.min_size,
+            max_size=data.max_size,
+            buckets=parse_buckets(data.buckets),
+            validation=data.validation,
+            split_seed=data.split_seed,
+            fraction=data.fraction,
+            broken=data.broken,
+        )
+
+    def read_set(self) -> None:
+        """Nothing is left to do: `load` has read what fits in memory."""
+
+    def shapes(self, batch: int, *, valid: bool = False) -> list[dict[str, jax.ShapeDtypeStruct]]:
+        layout = self.dataset.layout
+        return [batch_like(layout, bucket, batch, valid=valid) for bucket in range(len(layout.buckets))]
+
+    def open_stream(self) -> Batches:
+        config = self.config
+        return BucketBatches(
+            self.dataset.train, batch=config.batch, seed=config.seed, mesh=self.mesh, mode=config.mode
+        )
+
+    def first_examples(self, count: int) -> Batch:
+        raise NotImplementedError("detection shows no images to trackers")
+
+
+@unlocked()
+def run(
+    config: DetectConfig,
+    preset: str = "custom",
+    *,
+    model: nn.Module | None = None,
+    tx: optax.GradientTransformation | None = None,
+    objective: Objective | None = None,
+    augment: BoxAugment | None = None,
+    dataset: ObjectSet | None = None,
+    hooks: Sequence[Hook] = (),
+    validated: Validated = lambda row: None,
+    test: bool = True,
+) -> dict[str, Any]:
+    """Train a detector, select on validation, evaluate once on the test split; the result is in `out`/result.json.
+
+    Called again with the same `out`, resume from the newest good checkpoint; a finished run only returns its result.
+
+    Args:
+      model, tx, objective, augment, dataset: objects to use in place of those that the config describes. The model has
+        the methods of `resnet_jax.detection.FasterRCNN`; `augment` maps images in [0, 1] and their boxes to its inputs.
+      hooks, validated, test: see `train.run.run`.
+
+    Raises:
+      UsageError: an error that the user can fix.
+      RunError: the run stopped; the message says where, and what was kept.
+    """
+    check(config)
+    own: dict[str, Any] = {"model": model, "tx": tx, "objective": objective, "augment": augment}
+    session: DetectSession = open_session(config, preset, dataset=dataset, longer=True, kind=DetectSession, **own)
+    if session.finished is not None:
+        return session.finished
+
+    # ---- pieces and state ----
+    config, dataset = session.config, session.dataset
+    share = config.batch // session.mesh.size
+    if share % config.accumulate:
+        raise UsageError(f"--accumulate {config.accumulate} does not divide the {share} images per device")
+    model = model or make_detector(config, len(dataset.classes), session.kernels)
+    described, schedule = make_tx(config.optim, session.steps, session.epoch_steps, trainable=is_trained(config))
+    tx = tx or described
+    objective = objective or detection(augment=augment or train_augment(config.augment))
+    state = session.place(make_state(config, model, tx))
+    session.announce(f"{config.detector} on {session.model_name}: {count(state.params):,} parameters")
+
+    # ---- compile, resume, train ----
+    step, (program,) = session.compile(
+        partial(
+            train_step,
+            model=model,
+            tx=tx,
+            objective=objective,
+            ema_decay=config.ema,
+            accumulate=config.accumulate,
+        ),
+        [
+            (
+                partial(detect_step, model=model, preprocess=eval_augment(config.augment)),
+                jax.eval_shape(lambda: state.variables),
+            )
+        ],
+        state,
+    )
+    measure = partial(measure_split, session, program)
+
+    def validate(state: TrainState) -> tuple[dict[str, float], str]:
+        figures, _ = measure(state.variables, "validation")
+        row = {f"validation_{name}": figures[name] for name in ("ap", "ap50", "ap75")}
+        return row, f"validation AP {figures['ap']:.4f}, AP50 {figures['ap50']:.4f}"
+
+    state = session.fit(
+        step,
+        session.resume(state),
+        validate=validate,
+        schedule=schedule,
+        hooks=hooks,
+        shown=("loss",) if "objective" in session.own else ("loss", *LOSSES[config.detector]),
+        validated=validated,
+    )
+
+    # ---- the end: one look at the test split ----
+    checkpoints = session.checkpoints
+    if config.select == "best" and checkpoints.best is not None:
+        state, _ = checkpoints.restore(state, step=checkpoints.best) or (state, {})
+    validation, _ = measure(state.variables, "validation")
+    figures = {"detector": config.detector, "selected_step": int(state.step)}
+    if test:
+        tested, found = measure(state.variables, "test")
+        figures |= {f"test_{name}": value for name, value in tested.items()}
+        figures["test_images"] = len(found)
+    return session.finish(
+        {
+            **figures,
+            "validation_ap": validation["ap"],
+            "validation_ap50": validation["ap50"],
+            "parameters": count(state.params),
+            "params_digest": digest(state),
+        }
+    )
+
+
+def measure_split(
+    session: DetectSession, program: Any, variables: PyTree, split: str
+) -> tuple[dict[str, Any], list[Detections]]:
+    """Compute (COCO's metrics and VOC's, the detections of each image) of a split; of test only at the end."""
+    source = session.dataset.splits[split]
+    batches = EvalBatches(source, batch=session.eval_batch, mesh=session.mesh, mode=session.config.mode)
+    found = detect(program, variables, batches)
+    truths = truths_of(source)
+    classes = session.dataset.classes
+    voc = voc_ap(found, truths, classes)
+    return {**coco_metrics(found, truths, classes), "voc_ap": voc["all_points"], "voc07_ap": voc["eleven_points"]}, found
+
+
+def detect(program: Any, variables: PyTree, batches: EvalBatches) -> list[Detections]:
+    """Detect the objects in each image of a split, in order, with a compiled `detect_step`."""
+    rows: dict[int, Detections] = {}
+    for batch in batches:
+        found = {name: np.asarray(x) for name, x in program(variables, batch).items()}
+        for row, image in enumerate(found["id"].tolist()):
+            if image >= 0:
+                columns = (found[name][row] for name in ("boxes", "scores", "labels"))
+                rows[image] = Detections.unpadded(*columns)
+    return [rows[image] for image in sorted(rows)]
+
+
+def truths_of(source: Objects) -> list[Truth]:
+    """The objects of each image of a split, in pixels of the original."""
+    return [Truth(one.boxes, one.labels, one.crowd) for one in source.examples]
