@@ -246,6 +246,17 @@ def random_centered_box(key: Key, rows: int, columns: int, height: Any, width: A
 def color_jitter(brightness: float = 0.4, contrast: float = 0.4, saturation: float = 0.4, hue: float = 0.1) -> Augment:
     """Jitter brightness, contrast, saturation and hue in random order, like torchvision's ColorJitter.
 
+    See `masked_color_jitter`, which takes a part of the image.
+    """
+    jitter = masked_color_jitter(brightness, contrast, saturation, hue)
+    return lambda key, image: jitter(key, image, None)
+
+
+def masked_color_jitter(
+    brightness: float = 0.4, contrast: float = 0.4, saturation: float = 0.4, hue: float = 0.1
+) -> Callable[[Key, Image, jax.Array | None], Image]:
+    """Return `color_jitter` as `(key, image, mask) -> image`: contrast is about the mean of `mask`, bool [H, W].
+
     Factors are uniform in [max(0, 1 - strength), 1 + strength]; the hue shift is uniform in [-hue, hue] turns, with
     hue <= 0.5. C is 3, or 1 (brightness and contrast only). All 24 orders are equally likely.
 
@@ -256,7 +267,7 @@ def color_jitter(brightness: float = 0.4, contrast: float = 0.4, saturation: flo
         raise ValueError("strengths must not be negative, and hue must not exceed 0.5")
     strengths = np.array([brightness, contrast, saturation], np.float32)
 
-    def augment(key: Key, image: Image) -> Image:
+    def augment(key: Key, image: Image, mask: jax.Array | None) -> Image:
         shifts_hue = hue > 0 and is_color(image)
         factor_key, order_key, shift_key, turn_key = jax.random.split(key, 4)
         factors = _uniform(factor_key, (3,), np.maximum(0, 1 - strengths), 1 + strengths)
@@ -269,7 +280,7 @@ def color_jitter(brightness: float = 0.4, contrast: float = 0.4, saturation: flo
         # Without the barriers XLA recomputes each blend for every consumer, which is four times slower on a CPU.
         def blend_planes(planes: list[jax.Array], op: jax.Array, factor: jax.Array) -> list[jax.Array]:
             gray = _weighted_sum(planes)
-            target = jnp.where(op == 0, 0.0, jnp.where(op == 1, jnp.mean(gray), gray))
+            target = jnp.where(op == 0, 0.0, jnp.where(op == 1, jnp.mean(gray, where=mask), gray))
             return jax.lax.optimization_barrier([blend(plane, target, factor) for plane in planes])
 
         for slot in range(3):

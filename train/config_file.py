@@ -9,7 +9,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from train.errors import UsageError, suggestion
 from train.json_text import to_json
-from train.paths import FOLDER, PATHS, local_path, located
+from train.paths import FOLDERS, PATHS, local_path, located
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +92,7 @@ def with_fields(config: Any, file: ConfigFile) -> Any:
         saved = {**file.record, "cwd": str(file.record.get("cwd", ""))}
         for name in PATHS:
             text = values.get(name)
-            if text and (name != "data.name" or text.startswith(FOLDER)):
+            if text and (name != "data.name" or text.startswith(FOLDERS)):
                 values[name] = located(text, file.path.parent, saved)
     return replaced(config, values)
 

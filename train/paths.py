@@ -7,8 +7,9 @@ from typing import Any
 
 from train.errors import UsageError
 
-FOLDER = "folder:"
-# Fields of a config that hold a path, or `folder:PATH`.
+# Prefixes of data sets in a folder or file of the user's own.
+FOLDERS = ("folder:", "coco:", "voc:", "yolo:")
+# Fields of a config that hold a path, or a path after one of these prefixes.
 PATHS = ("init", "prune.masks", "data.name")
 
 
@@ -41,15 +42,21 @@ def is_folder(text: str) -> bool:
         return False
 
 
+def split_prefix(text: str) -> tuple[str, str]:
+    """Split `folder:PATH` and the like into ("folder:", "PATH"); without a prefix, the first is empty."""
+    prefix = next((prefix for prefix in FOLDERS if text.startswith(prefix)), "")
+    return prefix, text.removeprefix(prefix)
+
+
 def located(text: str, run: Path, saved: dict[str, Any]) -> str:
     """Find a path of a run's config from here: relative to the run folder, which may have moved, or as it was typed.
 
     Args:
-      text: a path, or `folder:PATH`.
+      text: a path, or one after a prefix, as in `folder:PATH`.
       run: the run folder where it is now.
       saved: the run's config.json.
     """
-    prefix, path = (FOLDER, text.removeprefix(FOLDER)) if text.startswith(FOLDER) else ("", text)
+    prefix, path = split_prefix(text)
     typed, base = _expanded(path), Path(saved.get("cwd", ""))
     out = saved["config"].get("out") or f"runs/{saved.get('preset')}-seed{saved['config'].get('seed')}"
     before, source = base / _expanded(out), base / typed
@@ -63,10 +70,8 @@ def located(text: str, run: Path, saved: dict[str, Any]) -> str:
 
 def same_place(one: str | Path, other: str | Path) -> bool:
     """Whether two paths, or two `folder:PATH`, name the same place."""
-    if str(one).startswith(FOLDER) != str(other).startswith(FOLDER):
-        return False
-    paths = (_expanded(str(path).removeprefix(FOLDER)).resolve() for path in (one, other))
-    return next(paths) == next(paths)
+    (kind, path), (other_kind, other_path) = map(split_prefix, map(str, (one, other)))
+    return kind == other_kind and _expanded(path).resolve() == _expanded(other_path).resolve()
 
 
 def _expanded(path: str) -> Path:

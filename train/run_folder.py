@@ -23,7 +23,7 @@ from train.config import RunConfig, TrainConfig, flat, from_dict
 from train.data.sets import Dataset
 from train.errors import RunError, UsageError
 from train.json_text import to_json
-from train.paths import FOLDER, PATHS, local_path, located, same_place
+from train.paths import FOLDERS, PATHS, local_path, located, same_place
 from train.runtime import cpu_line
 from train.state import TrainState, single_precision
 from train.steps import confusion_matrix, most_confused
@@ -114,7 +114,7 @@ def _paths(config: dict[str, Any]) -> dict[str, str]:
     for name in PATHS:
         group, _, last = name.rpartition(".")
         text = (config.get(group, {}) if group else config).get(last)
-        if text and (name != "data.name" or text.startswith(FOLDER)):
+        if text and (name != "data.name" or text.startswith(FOLDERS)):
             found[name] = text
     return found
 

@@ -53,11 +53,11 @@ def read(where: str, *, size: int | None) -> tuple[tuple[str, ...], Splits, tupl
     passed: PassedOver = []
     root, folders = _layout(root, passed)
     train = folders["train"]
-    classes = tuple(p.name for p in _subfolders(train))
+    classes = tuple(p.name for p in subfolders(train))
     _check_classes(train, classes)
     splits = {}
     for split, folder in folders.items():
-        if split != "train" and classes and not _subfolders(folder):
+        if split != "train" and classes and not subfolders(folder):
             passed.append((str(folder), "a split without class folders"))
         else:
             splits[split] = _split(folder, classes, size, passed)
@@ -67,24 +67,24 @@ def read(where: str, *, size: int | None) -> tuple[tuple[str, ...], Splits, tupl
 
 def _layout(root: Path, passed: PassedOver) -> tuple[Path, dict[str, Path]]:
     """Find (folder of the set, {split: its folder}): without split folders, all of the set is `train`."""
-    inside = _subfolders(root)
+    inside = subfolders(root)
     named = {split: [p for name in names for p in inside if p.name.lower() == name] for split, names in SPLITS.items()}
     folders = {split: paths[0] for split, paths in named.items() if paths}
     others = [path for path in inside if path not in folders.values()]
     if "train" not in folders:
         if folders and len(folders) == len(inside):
             raise UsageError(f"{root} holds {' and '.join(p.name for p in inside)}, but no folder train")
-        if len(inside) == 1 and any(p.name.lower() in SPLITS["train"] for p in _subfolders(inside[0])):
+        if len(inside) == 1 and any(p.name.lower() in SPLITS["train"] for p in subfolders(inside[0])):
             return _layout(inside[0], passed)  # unpacked into a folder of its own
         return root, {"train": root}
 
     # Folders of images next to `train` may be classes, and `train` one of them.
-    others = [path for path in others if any(_walk(path, [], set()))]
-    classes = {_folded(p.name) for p in _subfolders(folders["train"])}
+    others = [path for path in others if any(walk(path, [], set()))]
+    classes = {_folded(p.name) for p in subfolders(folders["train"])}
     held_out = [path for split, path in folders.items() if split != "train"]
     if others and not classes and not held_out:
         return root, {"train": root}
-    shared = classes & {_folded(p.name) for path in held_out for p in _subfolders(path)}
+    shared = classes & {_folded(p.name) for path in held_out for p in subfolders(path)}
     if others and not shared and not (held_out and len(classes) > 1):
         names, train = shortened([p.name for p in others]), folders["train"].name
         raise UsageError(
@@ -92,12 +92,12 @@ def _layout(root: Path, passed: PassedOver) -> tuple[Path, dict[str, Path]]:
             f"rename it, for example to {train}_; if it is the training split, move {names} elsewhere"
         )
     passed += [(str(path), "a folder that is not a split") for path in others]
-    passed += [(file, "an image outside of the split folders") for file in _own_images(root)]
+    passed += [(file, "an image outside of the split folders") for file in own_images(root)]
     return root, folders
 
 
 def _check_classes(folder: Path, classes: Sequence[str]) -> None:
-    if not classes and not _own_images(folder):
+    if not classes and not own_images(folder):
         raise UsageError(f"{folder} holds no class folders (one subfolder of images for each class)")
     known: dict[str, str] = {}
     for name in classes:
@@ -119,7 +119,7 @@ def _note(root: Path, train: Path, classes: Sequence[str], passed: PassedOver) -
     note_passed(str(root), passed)
     if list(classes) != sorted(classes, key=lambda name: [int(t) if t.isdecimal() else t for t in DIGITS.split(name)]):
         print(f"note: classes are in the order of their names as text: {shortened(classes)}", file=sys.stderr)
-    if len(classes) == 1 and (inner := _subfolders(train / classes[0])):
+    if len(classes) == 1 and (inner := subfolders(train / classes[0])):
         there = shortened([path.name for path in inner])
         line = f"{classes[0]} is the only class; if {there} are the classes, pass folder:{train / classes[0]}"
         print(f"note: {line}", file=sys.stderr)
@@ -144,11 +144,12 @@ def suffixes() -> frozenset[str]:
     return frozenset(suffix for suffix, kind in known.items() if kind in Image.OPEN and kind not in NO_IMAGES)
 
 
-def _is_image(name: str) -> bool:
+def is_image(name: str) -> bool:
+    """Whether a file's suffix is that of an image that Pillow reads."""
     return os.path.splitext(name)[1].lower() in suffixes()
 
 
-def _scan(folder: str | Path) -> list[tuple[str, str]]:
+def scan(folder: str | Path) -> list[tuple[str, str]]:
     """List the visible entries of a folder by name: (path, "folder", "file", or the reason to pass it over)."""
 
     def kind(entry: os.DirEntry[str]) -> str:
@@ -169,12 +170,14 @@ def _scan(folder: str | Path) -> list[tuple[str, str]]:
     return [(entry.path, kind(entry)) for entry in sorted(shown, key=lambda entry: entry.name)]
 
 
-def _subfolders(folder: Path) -> list[Path]:
-    return [Path(path) for path, kind in _scan(folder) if kind == "folder"]
+def subfolders(folder: Path) -> list[Path]:
+    """The visible folders in a folder, by name."""
+    return [Path(path) for path, kind in scan(folder) if kind == "folder"]
 
 
-def _own_images(folder: Path) -> list[str]:
-    return [path for path, kind in _scan(folder) if kind == "file" and _is_image(path)]
+def own_images(folder: Path) -> list[str]:
+    """Paths of the images in a folder, by name, without those in folders below."""
+    return [path for path, kind in scan(folder) if kind == "file" and is_image(path)]
 
 
 def _place(folder: str | Path) -> tuple[int, int]:
@@ -183,17 +186,17 @@ def _place(folder: str | Path) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
-def _walk(folder: str | Path, passed: PassedOver, seen: set[tuple[int, int]]) -> Iterator[str]:
+def walk(folder: str | Path, passed: PassedOver, seen: set[tuple[int, int]]) -> Iterator[str]:
     """Yield the image files below a folder in the order of their paths; follow links, but enter each folder once."""
     place = _place(folder)
     if place in seen:
         passed.append((str(folder), "a link to a folder that was read"))
         return
     seen.add(place)
-    for path, kind in _scan(folder):
+    for path, kind in scan(folder):
         if kind == "folder":
-            yield from _walk(path, passed, seen)
-        elif kind == "file" and _is_image(path):
+            yield from walk(path, passed, seen)
+        elif kind == "file" and is_image(path):
             yield path
         else:
             passed.append((path, kind if kind != "file" else os.path.splitext(path)[1] or "a file without a suffix"))
@@ -203,13 +206,13 @@ def _split(folder: Path, classes: Sequence[str], size: int | None, passed: Passe
     """Make a split of the images in class folders, or without classes, of all images as a single one."""
     files: list[str] = []
     labels: list[int] = []
-    inside = _subfolders(folder) if classes else []
+    inside = subfolders(folder) if classes else []
     # Links may lead back up, or from one class to another, whose images are not also of this one.
     elsewhere = {_place(path) for path in (folder, folder.parent, *inside)}
     for path in inside or [folder]:
         label = _label(path, classes) if classes else 0
         others: PassedOver = []
-        images = list(_walk(path, others, elsewhere - {_place(path)} if classes else set()))
+        images = list(walk(path, others, elsewhere - {_place(path)} if classes else set()))
         if not images:
             counted = ", ".join(f"{n} x {reason}" for reason, n in Counter(r for _, r in others).most_common(3))
             there = f"; it holds {counted}" if others else ""
@@ -218,7 +221,7 @@ def _split(folder: Path, classes: Sequence[str], size: int | None, passed: Passe
         labels += [label] * len(images)
         passed += others
     if classes:
-        passed += [(file, "an image outside of the class folders") for file in _own_images(folder)]
+        passed += [(file, "an image outside of the class folders") for file in own_images(folder)]
     return Encoded(
         read=lambda i: (Path(files[i]).read_bytes(), labels[i]),
         name=lambda i: files[i],

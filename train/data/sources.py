@@ -215,11 +215,11 @@ def shortened(names: Sequence[str], most: int = 4, separator: str = ", ") -> str
     return separator.join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def report_broken(broken: Sequence[str], of: int, skip: bool) -> None:
+def report_broken(broken: Sequence[str], of: int, skip: bool, what: str = "images cannot be decoded") -> None:
     """Refuse a set with broken images, or with `skip` warn about them: their number, and the first three by name."""
     if not broken:
         return
-    line = f"{len(broken)} of {of} images cannot be decoded: {shortened(broken, 3, '; ')}"
+    line = f"{len(broken)} of {of} {what}: {shortened(broken, 3, '; ')}"
     if not skip:
         more = ", which lists all of them in the run's skipped.txt" if len(broken) > 3 else ""
         raise UsageError(f"{line}. Repair or remove them, or pass --data.broken skip{more}")

@@ -16,13 +16,14 @@ from train.data.folder import PassedOver, note_passed
 from train.data.prepared import open_prepared
 from train.data.sets import MEMORY_LIMIT, complete, digest_of, share_of
 from train.data.sources import report_broken
-from train.detect import shapes
-from train.detect.annotations import Boxes, cleaned
+from train.detect import coco, shapes, voc, yolo
+from train.detect.annotations import Reader, annotated, cleaned
 from train.detect.layout import Layout, Size, check_buckets, check_fits, choose_buckets, fit
 from train.detect.objects import Annotated, Objects, decode_together, look
 from train.errors import UsageError
-from train.paths import local_path
+from train.paths import local_path, split_prefix
 
+READERS: dict[str, Reader] = {"coco:": coco.read, "voc:": voc.read, "yolo:": yolo.read}
 ROWS = 4  # rows for boxes are a multiple of this
 
 
@@ -68,8 +69,8 @@ def load(
     """Load an object set by name, split three ways, into memory if its scaled images take at most `memory_limit` bytes.
 
     Args:
-      name: `shapes`, or an `objects` set of TFDS prepared as ArrayRecord in `dir` (`NAME`, `NAME/VERSION` or
-        `NAME/CONFIG/VERSION`), such as `voc/2007`.
+      name: `shapes`, `coco:FOLDER` or `coco:FILE.json`, `voc:DIR`, `yolo:DIR` (see the modules of these names), or an
+        `objects` set of TFDS prepared as ArrayRecord in `dir`: `NAME`, `NAME/VERSION` or `NAME/CONFIG/VERSION`.
       dir: the TFDS data_dir; None is TFDS's default, `TFDS_DATA_DIR` or a folder in the user's home.
       min_size, max_size: pixels of the short side that images are scaled to, and the most of the long side; see `fit`.
       buckets: (height, width) that images are padded to, multiples of 32; () chooses at most three from their sizes.
@@ -77,7 +78,7 @@ def load(
         the fraction held back for test where there is no test split either.
       split_seed: seed of that split; not the run's seed, so that all runs hold back the same images.
       fraction: fraction of the training split to keep, in (0, 1]; a smaller one is a subset of any larger one.
-      broken: `refuse` or `skip` images that cannot be decoded.
+      broken: `refuse` or `skip` images that cannot be decoded, and those whose annotations cannot be read.
 
     Raises:
       UsageError: no such set, an empty or broken one, labels out of range, images larger than every bucket.
@@ -91,12 +92,17 @@ def load(
     silence_pillow()
     passed: PassedOver = []
     lines: list[str] = []
+    kind, where = split_prefix(name)
     if name == "shapes":
         classes, found = shapes.read()
+    elif kind in READERS:
+        classes, on_file = READERS[kind](where, passed, lines)
+        found = annotated(classes, on_file, passed, lines)
     else:
         classes, found = _tfds(name, local_path(dir) if dir else None, passed, lines)
     note_passed(name, passed)
-    report_broken(lines, sum(map(len, found.values())) + len(lines), broken == "skip")
+    count = sum(map(len, found.values())) + len(lines)
+    report_broken(lines, count, broken == "skip", "images or their annotations cannot be read")
 
     # Split, then lay out: the sizes of all images, and their largest number of boxes, decide on the buckets.
     whole = Layout(min_size=min_size, max_size=max_size, buckets=(), rows=0)
@@ -161,7 +167,7 @@ def _tfds(
     """Read (classes, {split: its images}) of a prepared set, with a line in `broken` for each unreadable image."""
     from tensorflow_datasets.proto import tf_example_pb2
 
-    opened = open_prepared(name, data_dir, reader="coco")
+    opened = open_prepared(name, data_dir, reader="coco:, voc: or yolo")
     classes, crowd_key = _features(opened.features, name)
 
     def parsed(record: bytes) -> Any:
@@ -182,16 +188,16 @@ def _tfds(
             raise UsageError(f"image {where} has labels out of range: there are {len(classes)} classes")
         crowd = np.array(values[crowd_key].int64_list.value if crowd_key else np.zeros(len(labels)), bool)
         boxes = relative[:, [1, 0, 3, 2]] * [width, height, width, height]
-        kept = cleaned(where, Boxes(boxes=boxes, labels=labels, crowd=crowd), header[0], passed)
+        boxes, keep = cleaned(where, boxes, header[0], passed)
         records = opened.records[split]
         return Annotated(
             name=where,
             read=lambda: parsed(records[position])["image"].bytes_list.value[0],
             size=header[0],
             turned=False,
-            boxes=kept.boxes,
-            labels=kept.labels,
-            crowd=kept.crowd,
+            boxes=boxes,
+            labels=labels[keep].astype(np.int32),
+            crowd=crowd[keep],
         )
 
     splits = {}
