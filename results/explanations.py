@@ -23,7 +23,7 @@ from train.cli import parse, start
 from train.explain.attributions import options_of
 from train.explain.config import ExplainConfig
 from train.explain.images import pixels_of
-from train.explain.run import explain, fast
+from train.explain.run import explain
 from train.run_folder import write_json
 from train.runtime import compiler_options
 from train.trained import load_trained
@@ -50,7 +50,7 @@ def scores(images: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
 
 def seconds(source: str) -> dict[str, float]:
     """Time each method on a batch of noise, compiled before."""
-    trained = fast(load_trained(source, encoders=True))
+    trained = load_trained(source, encoders=True, kernels="auto")
     network = Network(trained.model, trained.variables)
     noise = np.random.default_rng(0).integers(0, 256, (BATCH, *trained.shape), np.uint8)
     images, key, found = pixels_of(trained).see(noise), jax.random.key(0), {}

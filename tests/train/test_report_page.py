@@ -15,7 +15,7 @@ from PIL import Image
 pytest.importorskip("matplotlib", reason="needs the extra plot")
 
 from train import page
-from train.report import blocks, new_figure
+from train.report import blocks, charts, new_figure
 from train.report.__main__ import main
 from train.report.records import Group, Run, differences, group_runs, read_run
 from train.report.verdict import Comparison, comparable, judge, sentence
@@ -223,6 +223,25 @@ def test_page_shows_the_figures_of_the_runs(tmp_path, capsys):
 
 
 @pytest.mark.slow
+def test_confusion_shows_counts_of_the_classes_with_the_most_errors():
+    counts = np.array([[0, 0, 90], [0, 1, 10], [1, 1, 1200], [2, 0, 7]])
+    axes = charts.draw_confusion(counts, ["cat", "dog", "owl"]).axes[0]
+    assert {(*text.get_position(), text.get_text()) for text in axes.texts} == {
+        (0, 0, "90"),
+        (1, 0, "10"),
+        (1, 1, "1,200"),
+        (0, 2, "7"),
+    }
+    blue = {patch.get_xy(): patch.get_alpha() for patch in axes.patches}
+    assert blue[-0.5, -0.5] == pytest.approx(0.35 * 0.9) and blue[0.5, -0.5] == pytest.approx(0.9 * 0.1**0.5)
+    # Of very many classes the two that are confused are among those shown, in the order of classes.
+    right = np.stack([np.arange(50_000)] * 2 + [np.ones(50_000, int)], axis=1)
+    many = charts.draw_confusion(np.concatenate([right, [[40_007, 12, 3]]]), [f"c{at}" for at in range(50_000)]).axes[0]
+    names = [text.get_text() for text in many.get_yticklabels()]
+    assert len(names) == charts.CONFUSED and names[-1] == "c40007" and "c12" in names
+    assert len(many.texts) == charts.CONFUSED + 1
+
+
 def test_all_kinds_meet_on_one_page(tmp_path, monkeypatch, capsys):
     looks = [
         {"step": s, "epoch": s, "validation_knn_accuracy": 0.1 + s / 10, "effective_rank": 5 + s} for s in range(4)

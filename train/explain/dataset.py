@@ -23,8 +23,9 @@ from train.explain.mistakes import calibration, confusion, worst
 from train.explain.outputs import sample
 from train.explain.subject import FORWARD, Subject
 from train.page import Html
+from train.report import charts
 from train.state import forward
-from train.steps import confusion_matrix, most_confused
+from train.steps import most_confused
 
 PROJECTED = 2000  # most images in a plane: more hide each other
 THUMBNAILS = 40
@@ -47,9 +48,10 @@ def confusion_view(subject: Subject, images: Images) -> View:
     classes, seen = subject.dataset.classes, subject.seen
     counted = confusion(seen.labels, seen.predicted)
     pairs = [(classes[t], classes[p], n) for t, p, n in most_confused(counted, 10).tolist()]
-    drawing = figures.confusion_figure(confusion_matrix(counted, len(classes)), classes)
+    drawing = charts.draw_confusion(counted, classes)
     accuracy = float(seen.correct.mean())
-    caption = f"{len(seen.labels):,} images, {accuracy:.1%} of them right. Rows are true classes, shaded by share."
+    part = f" Of {len(classes):,} classes, those with the most errors." if len(classes) > charts.CONFUSED else ""
+    caption = f"{len(seen.labels):,} images, {accuracy:.1%} of them right. Errors are orange.{part}"
     listed = page.table(("true class", "predicted", "images"), pairs, caption="the most frequent errors")
     numbers = {"accuracy": accuracy, "images": len(seen.labels), "most_confused": pairs}
     return View({"confusion": drawing}, (page.figure(drawing, caption), *([listed] if pairs else [])), numbers)

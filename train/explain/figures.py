@@ -8,8 +8,7 @@ import numpy as np
 from train.explain.mistakes import Calibration
 from train.report import new_figure
 
-NAMED = 40  # most classes whose names, and COUNTED of which the numbers, a confusion matrix shows
-COUNTED = 20
+NAMED = 20  # most classes that a legend names
 THUMBNAIL = 16  # points
 APART = 0.06  # least distance of two thumbnails, as a share of the picture
 
@@ -26,7 +25,7 @@ def scatter(
     many = len(classes) > 10
     colours = [colormaps["turbo"](at / (len(classes) - 1)) if many else f"C{at}" for at in range(len(classes))]
     for label in np.unique(labels):
-        name = classes[label] if len(classes) <= COUNTED else None
+        name = classes[label] if len(classes) <= NAMED else None
         axes.scatter(*points[labels == label].T, s=14, color=colours[label], alpha=0.7, linewidths=0, label=name)
     for at, image in zip(shown, images, strict=True):
         tile = OffsetImage(in_colour(image), zoom=THUMBNAIL / max(image.shape[:2]), interpolation="nearest")
@@ -36,7 +35,7 @@ def scatter(
             AnnotationBbox(tile, points[at], (11, 11), boxcoords="offset points", pad=0.05, bboxprops=frame)
         )
     axes.set(title=title, xticks=[], yticks=[])
-    if 1 < len(classes) <= COUNTED:
+    if 1 < len(classes) <= NAMED:
         figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", fontsize=8, markerscale=2)
     return figure
 
@@ -55,26 +54,6 @@ def spread(points: np.ndarray, most: int, apart: float = APART) -> np.ndarray:
             break
         chosen.append(int(distance.argmax()))
     return np.array(chosen)
-
-
-def confusion_figure(matrix: np.ndarray, classes: Sequence[str]) -> Any:
-    """Draw a confusion matrix [K, K], true class by row, in the colours of each row's shares."""
-    size = len(classes)
-    figure = new_figure(*(2 * (min(max(4.5, 0.42 * size), 12),)))
-    axes = figure.subplots()
-    shares = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
-    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    axes.set(xlabel="predicted class", ylabel="true class")
-    if size <= NAMED:
-        axes.set_xticks(range(size), classes, rotation=90 if max(map(len, classes)) > 2 else 0, fontsize=8)
-        axes.set_yticks(range(size), classes, fontsize=8)
-    if size <= COUNTED:
-        for row, column in zip(*np.nonzero(matrix), strict=True):
-            # These greys stay as they are on a dark page, as the cells do.
-            colour = "#fdfdfd" if shares[row, column] > 0.5 else "#111111"
-            text = str(matrix[row, column])
-            axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=8)
-    return figure
 
 
 def reliability_figure(calibration: Calibration) -> Any:

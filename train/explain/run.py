@@ -7,7 +7,6 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from resnet_jax import ResNet
 from resnet_jax.explain import Network
 from train.data.decode import silence_pillow
 from train.errors import UsageError
@@ -18,11 +17,10 @@ from train.explain.images import pixels_of
 from train.explain.inside import inside_view
 from train.explain.pages import attribution_view, open_out, write_report
 from train.explain.subject import Subject
-from train.from_config import make_kernels, with_kernels
 from train.report import new_figure
 from train.run_folder import environment
 from train.runtime import keep_compiled, say
-from train.trained import Trained, load_trained
+from train.trained import load_trained
 
 
 def explain(source: str, paths: Sequence[str], config: ExplainConfig) -> dict[str, Any]:
@@ -44,7 +42,7 @@ def explain(source: str, paths: Sequence[str], config: ExplainConfig) -> dict[st
     new_figure(1, 1)  # without matplotlib, stop here
     silence_pillow()
     keep_compiled()
-    trained = fast(load_trained(source, encoders=True))
+    trained = load_trained(source, encoders=True, kernels="auto")
     subject = Subject(source, trained, config)
     images, pixels = subject.images(paths), pixels_of(trained)
     shown = np.concatenate([np.asarray(pixels.see(image[None])) for image in images.pixels])
@@ -73,14 +71,6 @@ def explain(source: str, paths: Sequence[str], config: ExplainConfig) -> dict[st
         sections[title] = view._replace(numbers={name: view.numbers})
     about = {"run": source, "layer": layer, "seed": config.seed, "seconds": round(time.monotonic() - started, 2)}
     return write_report(out, sections, {**about, **environment()})
-
-
-def fast(trained: Trained) -> Trained:
-    """Compute by the kernels of training runs: on CPU, XLA's convolutions are slow in loops, as many methods have."""
-    if not isinstance(trained.model, ResNet):
-        return trained
-    kernels, _ = make_kernels("auto", dtype=trained.dtype)
-    return trained._replace(model=with_kernels(trained.model, kernels))
 
 
 def layer_of(network: Network, image: np.ndarray, layer: str | None) -> str:

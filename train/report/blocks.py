@@ -4,6 +4,8 @@ from collections.abc import Callable, Sequence
 from statistics import fmean
 from typing import Any
 
+import numpy as np
+
 from train.errors import UsageError
 from train.page import Html, KeyFigure, details, figure, figures, key_figures, note, paragraph, table
 from train.report import charts
@@ -185,7 +187,8 @@ class Block:
             pieces.append(self.show("classes", drawing, caption, "test accuracy by class"))
         confusion = best.record.get("confusion", {})
         if count <= 20 and "confusion" in confusion:
-            drawing = charts.draw_confusion(confusion["confusion"], classes)
+            matrix = np.array(confusion["confusion"])
+            drawing = charts.draw_confusion(np.column_stack([*np.nonzero(matrix), matrix[matrix > 0]]), classes)
             caption = f"Confusion matrix of {best.name} on the test split: errors are orange."
             pieces.append(self.show("confusion", drawing, caption, "confusion matrix"))
         if confusion.get("most_confused"):

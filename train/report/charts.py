@@ -13,6 +13,7 @@ from train.svg import LIGHT
 WIDTH, HEIGHT = 4.8, 3.1  # inches: text stays legible when a phone shrinks the chart
 MOST = len(LIGHT) - 1  # settings with a colour of their own; the last colour is for all others
 MARKERS = "osD^vPX"
+CONFUSED = 30  # most classes that a confusion matrix shows
 
 
 @contextmanager
@@ -133,30 +134,36 @@ def band(runs: Sequence[Run], name: str, scale: float = 1) -> tuple[np.ndarray, 
     return epochs, values.min(0), values.mean(0), values.max(0)
 
 
-def draw_confusion(matrix: Sequence[Sequence[int]], classes: Sequence[str]) -> Any:
-    """A confusion matrix [true class, predicted class], shaded by the share of the true class, with counts."""
-    counts = np.array(matrix)
-    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    size = len(classes)
-    figure = new_figure(WIDTH, WIDTH * 0.92)
+def draw_confusion(confusion: np.ndarray, classes: Sequence[str]) -> Any:
+    """A confusion matrix, true class by row, shaded by the share of the true class, with counts.
+
+    Of more than `CONFUSED` classes it shows those with the most errors.
+
+    Args:
+      confusion: int [P, 3], rows of true class, predicted class and how often, as in `train.steps.summarize`.
+    """
+    true, predicted, counts = confusion.T
+    of_class = np.bincount(true, counts, len(classes))
+    wrong = np.where(true == predicted, 0, counts)
+    errors = sum(np.bincount(side, wrong, len(classes)) for side in (true, predicted))
+    shown = np.sort(np.argsort(-errors, kind="stable")[:CONFUSED])
+    place = np.full(len(classes), -1)
+    place[shown] = np.arange(len(shown))
+    size, names = len(shown), [short(str(classes[at]), 12) for at in shown]
+    figure = new_figure(*(max(WIDTH, 0.32 * size) * np.array([1, 0.92])))
     axes = figure.subplots()
-    for true, predicted in zip(*np.nonzero(counts), strict=True):
-        right = true == predicted
-        square = ((predicted - 0.5, true - 0.5), 1, 1)
-        share = shares[true, predicted]
+    for row, column, count, share in zip(place[true], place[predicted], counts, counts / of_class[true], strict=True):
+        if min(row, column) < 0:
+            continue
+        right = row == column
         # Errors are rare: the root of their share shows them.
-        axes.add_patch(
-            _rectangle(*square, color="C0" if right else "C1", alpha=0.35 * share if right else 0.9 * share**0.5)
-        )
-        axes.text(
-            predicted, true, f"{counts[true, predicted]:,}", ha="center", va="center", fontsize=8 if size < 16 else 6
-        )
-    names = [short(str(name), 12) for name in classes]
-    axes.set_xticks(range(size), names, rotation=0 if max(map(len, names)) < 3 else 60, fontsize=8)
+        look = {"color": "C0" if right else "C1", "alpha": 0.35 * share if right else 0.9 * share**0.5}
+        axes.add_patch(_rectangle((column - 0.5, row - 0.5), 1, 1, **look))
+        axes.text(column, row, f"{count:,}", ha="center", va="center", fontsize=8 if size < 16 else 6)
+    slanted = max(map(len, names)) >= 3
+    turn: Any = {"rotation": 60, "ha": "right", "rotation_mode": "anchor"} if slanted else {}
+    axes.set_xticks(range(size), names, fontsize=8, **turn)
     axes.set_yticks(range(size), names, fontsize=8)
-    if max(map(len, names)) >= 3:
-        for text in axes.get_xticklabels():
-            text.set(ha="right", rotation_mode="anchor")
     axes.set(xlim=(-0.5, size - 0.5), ylim=(size - 0.5, -0.5), xlabel="predicted", ylabel="true class", aspect="equal")
     axes.grid(False)
     return figure

@@ -13,6 +13,7 @@ from train.explain.__main__ import main
 from train.explain.attributions import SCORES, options_of
 from train.explain.images import pixels_of
 from train.explain.subject import class_index
+from train.from_config import make_kernels, with_kernels
 from train.prune.sparse_file import save_sparse
 from train.run_folder import load_state
 from train.trained import load_trained
@@ -103,6 +104,8 @@ def test_sparse_file_is_the_run_with_its_weights(runs):
 
 def test_what_a_network_sees_can_be_shown(runs):
     trained = load_trained(runs["train"])
+    fields, _ = make_kernels("auto", dtype=trained.dtype)
+    assert load_trained(runs["train"], kernels="auto").model == with_kernels(trained.model, fields)
     images = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 1), dtype=np.uint8)
     pixels = pixels_of(trained)
     seen = np.asarray(pixels.see(images))
