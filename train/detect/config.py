@@ -139,7 +139,9 @@ def unused(config: DetectConfig) -> dict[str, str]:
     """Fields that other settings leave without effect, each with the reason."""
     two_stages = config.detector == "faster_rcnn"
     reason = f"with --detector {config.detector}"
-    first = [f"proposals.{name}" for name in vars(config.proposals)] + [f"regions.{name}" for name in vars(config.regions)]
+    first = [f"proposals.{name}" for name in vars(config.proposals)] + [
+        f"regions.{name}" for name in vars(config.regions)
+    ]
     first += ["hidden", "shared_boxes", "canonical_size"]
     dense = [f"dense.{name}" for name in vars(config.dense)]
     reasons = unused_in_runs(config) | dict.fromkeys(dense if two_stages else first, reason)

@@ -61,9 +61,7 @@ class DetectSession(Session[DetectConfig]):
 
     def open_stream(self) -> Batches:
         config = self.config
-        return BucketBatches(
-            self.dataset.train, batch=config.batch, seed=config.seed, mesh=self.mesh, mode=config.mode
-        )
+        return BucketBatches(self.dataset.train, batch=config.batch, seed=config.seed, mesh=self.mesh, mode=config.mode)
 
     def first_examples(self, count: int) -> Batch:
         raise NotImplementedError("detection shows no images to trackers")
@@ -180,7 +178,11 @@ def measure_split(
     truths = truths_of(source)
     classes = session.dataset.classes
     voc = voc_ap(found, truths, classes)
-    return {**coco_metrics(found, truths, classes), "voc_ap": voc["all_points"], "voc07_ap": voc["eleven_points"]}, found
+    return {
+        **coco_metrics(found, truths, classes),
+        "voc_ap": voc["all_points"],
+        "voc07_ap": voc["eleven_points"],
+    }, found
 
 
 def detect(program: Any, variables: PyTree, batches: EvalBatches) -> list[Detections]:

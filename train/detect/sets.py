@@ -48,6 +48,11 @@ class ObjectSet:
         return {"train": self.train, "validation": self.validation, "test": self.test}
 
     @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Shape of the images of the largest bucket."""
+        return (*self.layout.buckets[-1], 3)
+
+    @property
     def layout(self) -> Layout:
         """Bucket sizes and rows for boxes, the same in all splits."""
         return self.train.layout
