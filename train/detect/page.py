@@ -1,16 +1,18 @@
 """One page about a detector: its metrics, precision by recall, kinds of errors, and its best and worst images."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from train import page
-from train.detect.draw import Drawn, encode
-from train.detect.metrics import Detections, Truth, at_recalls
+from train.detect.draw import Drawn, contact_sheet, draw_best_and_worst, encode
+from train.detect.metrics import Detections, Truth, at_recalls, voc_ap
 from train.detect.mistakes import Curve, count_errors, curves
+from train.errors import UsageError
 from train.page import Cell, Html, KeyFigure, Section
-from train.report import charts, new_figure
+from train.report import charts, check_file, new_figure
 from train.report.verdict import percent
 
 MEANINGS = {
@@ -24,10 +26,43 @@ MEANINGS = {
 SIZES = {"small": (0, 32**2), "medium": (32**2, 96**2), "large": (96**2, np.inf)}
 
 
+def write_page(
+    html: Path,
+    title: str,
+    metrics: Mapping[str, Any],
+    detections: Sequence[Detections],
+    truths: Sequence[Truth],
+    classes: Sequence[str],
+    read: Callable[[int], np.ndarray],
+    *,
+    least: float = 0.5,
+    count: int = 6,
+) -> list[Path]:
+    """Write `detection_page`, and contact sheets best.png and worst.png to the folder of its name; return the paths.
+
+    For `read`, `least` and `count` see `draw_best_and_worst`.
+
+    Raises:
+      UsageError: a file cannot be written, or matplotlib is not installed.
+    """
+    check_file(html)
+    images = draw_best_and_worst(detections, truths, classes, read, least=least, count=count)
+    text = detection_page(title, metrics, detections, truths, classes, images, least=least)
+    sheets = {f"{name}.png": shown for name, shown in zip(("best", "worst"), images, strict=True) if shown}
+    folder = html.with_suffix("")
+    try:
+        html.write_text(text, encoding="utf-8")
+        folder.mkdir(exist_ok=True)
+        for name, shown in sheets.items():
+            (folder / name).write_bytes(encode(contact_sheet(shown)))
+    except OSError as error:
+        raise UsageError(f"cannot write {error.filename}: {error.strerror}") from None
+    return [html, *(folder / name for name in sheets)]
+
+
 def detection_page(
     title: str,
     metrics: Mapping[str, Any],
-    voc: Mapping[str, Any],
     detections: Sequence[Detections],
     truths: Sequence[Truth],
     classes: Sequence[str],
@@ -35,7 +70,7 @@ def detection_page(
     *,
     least: float = 0.5,
 ) -> str:
-    """Make the page from `coco_metrics`, `voc_ap` and what they were computed from.
+    """Make the page from `coco_metrics` and what they were computed from.
 
     Args:
       images: the best and the worst, of `draw_best_and_worst` with the same `least`.
@@ -44,6 +79,7 @@ def detection_page(
     Raises:
       UsageError: matplotlib is not installed.
     """
+    voc = voc_ap(detections, truths, classes)
     errors = count_errors(detections, truths, least=least)
     objects = sum(int(np.sum(~truth.crowd)) for truth in truths)
     common = max(MEANINGS, key=lambda kind: errors[kind])

@@ -19,7 +19,7 @@ from train.detect.draw import (
     encode,
     enlarged,
 )
-from train.detect.metrics import coco_metrics, voc_ap
+from train.detect.metrics import coco_metrics
 
 CLASSES = ("cat", "dog", "owl")
 GREY = np.full((500, 600, 3), 128, np.uint8)
@@ -114,18 +114,21 @@ def test_best_and_worst_are_drawn():
 
 
 @pytest.mark.parametrize("case", ["objects", "many classes", "nothing"])
-def test_page_shows_the_numbers(case):
+def test_page_shows_the_numbers(tmp_path, case):
     pytest.importorskip("matplotlib", reason="needs the extra plot")
-    from train.detect.page import detection_page
+    from train.detect.page import detection_page, write_page
 
     classes = CLASSES if case != "many classes" else [f"<class> {at}" for at in range(20)]
     detections, truths = random_images(0, classes=len(classes))
     if case == "nothing":
         detections, truths = [found([])] * 2, [truth([])] * 2
-    metrics, voc = coco_metrics(detections, truths, classes), voc_ap(detections, truths, classes)
-    images = draw_best_and_worst(detections, truths, classes, lambda at: GREY[:64, :64], count=2)
-    text = detection_page("Detections", metrics, voc, detections, truths, classes, images)
-    assert text == detection_page("Detections", metrics, voc, detections, truths, classes, images)
+    metrics = coco_metrics(detections, truths, classes)
+    about = ("Detections", metrics, detections, truths, classes)
+    paths = write_page(tmp_path / "page.html", *about, lambda at: GREY[:64, :64], count=2)
+    assert [str(path.relative_to(tmp_path)) for path in paths] == ["page.html", "page/best.png", "page/worst.png"]
+    assert all(path.stat().st_size for path in paths)
+    text = paths[0].read_text()
+    assert text == detection_page(*about, draw_best_and_worst(*about[2:], lambda at: GREY[:64, :64], count=2))
     assert text.count("data:image/jpeg") == (2 if case == "nothing" else 4) and "<class>" not in text
     if case == "nothing":
         assert "AP none on 2 images: 0 of 0 objects found." in text
