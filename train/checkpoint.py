@@ -26,8 +26,6 @@ from resnet_jax.tree import PyTree, leaves, map_with_path
 from train.errors import RunError, UsageError
 from train.state import TrainState
 
-METRIC = "validation_accuracy"
-
 
 class Checkpoints:
     """The checkpoints of one run, under `root`: the newest `keep_last`, and the best `keep_best` by validation.
@@ -40,7 +38,13 @@ class Checkpoints:
     """
 
     def __init__(
-        self, root: Path, *, keep_last: int = 2, keep_best: int = 1, metric: str = METRIC, writes: bool = True
+        self,
+        root: Path,
+        *,
+        keep_last: int = 2,
+        keep_best: int = 1,
+        metric: str = "validation_accuracy",
+        writes: bool = True,
     ) -> None:
         from orbax.checkpoint import v1 as ocp
 

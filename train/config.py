@@ -4,7 +4,7 @@ import dataclasses
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from resnet_jax.losses import LOSSES
 from resnet_jax.parallel import Mode
@@ -123,7 +123,13 @@ class OptimConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """Fields shared by the runs of all pipelines."""
+    """Fields shared by the runs of all pipelines.
+
+    Attributes:
+      metric: the validation figure that tells which checkpoints are the best: the higher, the better.
+    """
+
+    metric: ClassVar[str] = "validation_accuracy"
 
     out: str | None = None
     """Run folder; passing the same one again resumes the run. Default: runs/PRESET-seedN."""

@@ -20,7 +20,7 @@ import numpy as np
 from resnet_jax.tree import abbreviate
 from train.checkpoint import Checkpoints
 from train.config import RunConfig, TrainConfig, flat, from_dict
-from train.data.sets import Dataset
+from train.data.sets import ImageSet
 from train.errors import RunError, UsageError
 from train.json_text import to_json
 from train.paths import FOLDERS, PATHS, local_path, located, same_place
@@ -138,7 +138,7 @@ def pipeline_of(out: Path) -> str:
 
 
 def claim(
-    out: Path, config: RunConfig, dataset: Dataset, replaced: Sequence[str] = (), *, longer: bool = False
+    out: Path, config: RunConfig, dataset: ImageSet, replaced: Sequence[str] = (), *, longer: bool = False
 ) -> None:
     """Create a run's folder, or check that it holds this run, and lock it, see `lock`.
 
@@ -207,7 +207,7 @@ def unlocked() -> Iterator[None]:
             os.close(_locks.pop(path)[0])
 
 
-def write_config(out: Path, preset: str, config: RunConfig, dataset: Dataset, replaced: Sequence[str] = ()) -> None:
+def write_config(out: Path, preset: str, config: RunConfig, dataset: ImageSet, replaced: Sequence[str] = ()) -> None:
     """Record a run in its folder, unless it is recorded there already.
 
     If this config continues it for longer, its result is kept as result-STEPS.json.
@@ -231,7 +231,7 @@ def write_config(out: Path, preset: str, config: RunConfig, dataset: Dataset, re
     write_json(out / "config.json", described)
 
 
-def write_skipped(out: Path, dataset: Dataset) -> None:
+def write_skipped(out: Path, dataset: ImageSet) -> None:
     """List the files that the dataset leaves out, with the reasons, in skipped.txt; without any, write no file."""
     if dataset.passed_over:
         lines = "".join(f"{line}\n" for line in dataset.passed_over)
@@ -250,7 +250,7 @@ def length_before(out: Path, config: RunConfig) -> str | None:
     return f"{before.epochs:g} epochs" if longer else None
 
 
-def check_images(out: Path, config: RunConfig, dataset: Dataset) -> None:
+def check_images(out: Path, config: RunConfig, dataset: ImageSet) -> None:
     """Check that a run in a folder was made from these classes and images.
 
     Raises:
@@ -282,7 +282,8 @@ def check_continues(out: Path, config: RunConfig, replaced: Sequence[str] = (), 
     theirs, whole = read_config(out, type(config))
     saved, wanted = flat(theirs), flat(config)
     # The command need not repeat what was measured or chosen.
-    free = FREE_FIELDS | {name for name in ("augment.mean", "augment.std", "steps_per_call") if wanted[name] is None}
+    measured = ("augment.mean", "augment.std", "steps_per_call", "data.buckets")
+    free = FREE_FIELDS | {name for name in measured if wanted.get(name) in (None, ())}
     free |= {n for n in PATHS if saved.get(n) and wanted.get(n) and same_place(saved[n], wanted[n])}
     if longer and length_before(out, config):
         free |= {"epochs", "steps"}
@@ -321,18 +322,18 @@ def write_confusion(out: Path, confusion: np.ndarray, classes: Sequence[str]) ->
     write_json(out / "confusion.json", content)
 
 
-def load_state(run: Path) -> TrainState:
+def load_state(run: Path, kind: type[Any] = TrainConfig) -> TrainState:
     """Load a run's final state as NumPy arrays: its last checkpoint, or its best if the run selects that.
 
     The optimizer's state is in plain containers.
 
     Raises:
-      UsageError: it is not a training run, or it has no good checkpoint.
+      UsageError: it is not a run with this kind of config, or it has no good checkpoint.
     """
-    config, _ = read_config(run, TrainConfig)
+    config, _ = read_config(run, kind)
     if not (run / "checkpoints").is_dir():
         raise UsageError(f"{run} has no checkpoints yet")
-    checkpoints = Checkpoints(run / "checkpoints", writes=False)
+    checkpoints = Checkpoints(run / "checkpoints", metric=config.metric, writes=False)
     found = checkpoints.read(step=checkpoints.best if config.select == "best" else None)
     checkpoints.close()
     if found is None:

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 
 from resnet_jax.parallel import compile_step, make_mesh, place, replicated
 from resnet_jax.tree import leaves
-from train.checkpoint import METRIC, Checkpoints
+from train.checkpoint import Checkpoints
 from train.chunks import CHUNK_LAYOUT, chunk_like, many_steps
 from train.config import RunConfig, flat
 from train.data.batches import (
@@ -110,10 +110,9 @@ def open_session(
 class Session(Generic[Config]):
     """A run in progress, on images with a label each.
 
-    Pipelines on other sets override `metric` and the methods under "the data".
+    Pipelines on other sets override the methods under "the data".
 
     Attributes:
-      metric: the validation figure that tells which checkpoints are the best.
       config: the run's config, with channel statistics filled in.
       out: the run folder.
       finished: the result, if the folder already holds the finished run, else None; if set, no data are opened.
@@ -135,7 +134,6 @@ class Session(Generic[Config]):
     checkpoints: Checkpoints
     trackers: Trackers
     resumed = False
-    metric = METRIC
 
     def __init__(self, config: Config, preset: str, own: dict[str, Any], dataset: Any, *, longer: bool = False) -> None:
         self.config, self.preset, self.own = config, preset, own
@@ -269,7 +267,7 @@ class Session(Generic[Config]):
         """Restore the newest good checkpoint, or return `state` unchanged."""
         keep_best = getattr(self.config, "keep_best", 0)
         self.checkpoints = Checkpoints(
-            self.out / "checkpoints", keep_last=self.config.keep_last, keep_best=keep_best, metric=self.metric
+            self.out / "checkpoints", keep_last=self.config.keep_last, keep_best=keep_best, metric=self.config.metric
         )
         restored = self.checkpoints.resume(state)
         if restored is None:
@@ -345,7 +343,7 @@ class Session(Generic[Config]):
             progress.say(f"step {number}: {line}")
             self.trackers.histograms(number, leaves(state.params))
             validated(row)
-            save(state, {self.metric: row[self.metric]} if self.metric in row else None)
+            save(state, {config.metric: row[config.metric]} if config.metric in row else None)
             progress.paused += time.perf_counter() - began
 
         # Each validation saves a checkpoint with its metric; `save_steps` adds some in between, without one.

@@ -172,8 +172,8 @@ def random_box(width: int, height: int, rng: np.random.Generator) -> tuple[float
     return centre_box(width, height)
 
 
-def any_to_pixels(image: Any, shape: tuple[int, int, int]) -> np.ndarray:
-    """Bring an image to uint8 of this shape (H, W, C).
+def any_to_pixels(image: Any, shape: tuple[int | None, int | None, int]) -> np.ndarray:
+    """Bring an image to uint8 of this shape (H, W, C); where H and W are None, it keeps its size.
 
     `image` is a path, encoded bytes, an open file, a Pillow image, or uint8 [H, W] or [H, W, C] with values 0 to 255.
 
@@ -181,6 +181,7 @@ def any_to_pixels(image: Any, shape: tuple[int, int, int]) -> np.ndarray:
       Unreadable: it cannot be read or decoded, or it is an array of a different kind.
     """
     height, width, channels = shape
+    size = None if height is None or width is None else (height, width)
     if isinstance(image, str | os.PathLike):
         try:
             image = Path(image).expanduser().read_bytes()
@@ -189,14 +190,14 @@ def any_to_pixels(image: Any, shape: tuple[int, int, int]) -> np.ndarray:
     elif hasattr(image, "read") and not isinstance(image, Image.Image):
         image = image.read()
     if isinstance(image, bytes | bytearray | memoryview):
-        return decode_image(bytes(image), (height, width), channels)
+        return decode_image(bytes(image), size, channels)
     if not isinstance(image, Image.Image):
         array = image_array(image)
         if array.shape == tuple(shape):
             return array
         image = Image.fromarray(array[..., 0] if array.shape[2] == 1 else array)
     try:
-        return to_pixels(image, (height, width), channels)
+        return to_pixels(image, size, channels)
     except Exception as error:  # Pillow images load lazily, so they may turn out to be damaged
         raise Unreadable(fault(error)) from None
 

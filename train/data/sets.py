@@ -12,7 +12,7 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, Protocol, cast
 
 import numpy as np
 from PIL import Image
@@ -36,6 +36,21 @@ from train.paths import local_path
 MEMORY_LIMIT = 2 << 30  # bytes: sets that decode to no more than this live in memory
 
 MANY_FILES = 100_000  # files of a folder; with more, `broken="refuse"` finds broken ones when they are decoded
+
+
+class ImageSet(Protocol):
+    """A set of any pipeline, as far as a run folder describes it: a `Dataset`, or `train.detect.sets.ObjectSet`."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def classes(self) -> tuple[str, ...]: ...
+    @property
+    def passed_over(self) -> tuple[str, ...]: ...
+    @property
+    def images(self) -> dict[str, dict[str, Any]]: ...
+    @property
+    def image_shape(self) -> tuple[int, int, int]: ...
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,5 +1,9 @@
-"""`python -m train.detect [PRESET] [--FIELD VALUE ...]`: train an object detector; the last line is the result as JSON."""
+"""`python -m train.detect [PRESET] [--FIELD VALUE ...]`: train an object detector; the result is the last line, as JSON.
 
+`python -m train.detect report RUN` shows what a finished run detects.
+"""
+
+import sys
 from functools import partial
 
 from train.cli import run_command, start
@@ -10,6 +14,11 @@ from train.detect.presets import PRESETS
 
 def main(argv: list[str] | None = None) -> None:
     """Parse, run, print the result."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["report"]:
+        from train.detect.outputs import report_main
+
+        return report_main(argv[1:])
     check = partial(check_changes, reasons=unused)
     run_command("train.detect", PRESETS, argv, default="shapes_fasterrcnn", check=check)
 

@@ -2,7 +2,7 @@
 
 import re
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 from resnet_jax.augment import IMAGENET_MEAN, IMAGENET_STD
 from resnet_jax.detection.box_head import BoxRules
@@ -47,6 +47,8 @@ class BoxAugmentConfig(NormalizeConfig):
 @dataclass(frozen=True, kw_only=True)
 class DetectConfig(RunConfig):
     """A run of object detection; `model` is the backbone."""
+
+    metric: ClassVar[str] = "validation_ap"
 
     data: ObjectDataConfig = field(default_factory=ObjectDataConfig)
     augment: BoxAugmentConfig = field(default_factory=BoxAugmentConfig)

@@ -13,9 +13,7 @@ from resnet_jax.detection.detector import Detector, FasterRCNN
 from resnet_jax.detection.pyramid import FeaturePyramid
 from resnet_jax.detection.retinanet import RetinaNet
 from resnet_jax.parallel import Mode, axis_of
-from resnet_jax.resnet import ResNet
 from resnet_jax.tree import Predicate
-from train.config import flat
 from train.detect.config import BoxAugmentConfig, DetectConfig, NormalizeConfig
 from train.errors import UsageError
 from train.from_config import draw_variables, make_model

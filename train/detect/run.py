@@ -1,5 +1,6 @@
 """A run of object detection, from a config to a result; read it from top to bottom."""
 
+import dataclasses
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -13,10 +14,11 @@ from resnet_jax.detection.augment import BoxAugment
 from resnet_jax.tree import PyTree, count
 from train.data.batches import Batch, Batches
 from train.detect.batches import BucketBatches, EvalBatches, batch_like
-from train.detect.config import DetectConfig, check, parse_buckets
+from train.detect.config import DetectConfig, ObjectDataConfig, check, parse_buckets
 from train.detect.from_config import eval_augment, is_trained, make_detector, make_state, train_augment
 from train.detect.metrics import Detections, Truth, coco_metrics, voc_ap
 from train.detect.objects import Objects
+from train.detect.outputs import DETECTIONS, write_detections
 from train.detect.sets import ObjectSet, load
 from train.detect.steps import detect_step, detection
 from train.errors import UsageError
@@ -36,21 +38,12 @@ LOSSES = {
 class DetectSession(Session[DetectConfig]):
     """A run in progress, on images with boxes, in buckets of a few sizes."""
 
-    metric = "validation_ap"
-
     def open_set(self, dataset: ObjectSet | None) -> None:
-        data = self.config.data
-        self.dataset = dataset or load(
-            data.name,
-            dir=data.dir,
-            min_size=data.min_size,
-            max_size=data.max_size,
-            buckets=parse_buckets(data.buckets),
-            validation=data.validation,
-            split_seed=data.split_seed,
-            fraction=data.fraction,
-            broken=data.broken,
-        )
+        """Load the set, and record the sizes of its buckets in the config."""
+        self.dataset = dataset or open_objects(self.config.data)
+        buckets = tuple(f"{height}x{width}" for height, width in self.dataset.layout.buckets)
+        data = dataclasses.replace(self.config.data, buckets=buckets)
+        self.config = dataclasses.replace(self.config, data=data)
 
     def read_set(self) -> None:
         """Nothing is left to do: `load` has read what fits in memory."""
@@ -65,6 +58,12 @@ class DetectSession(Session[DetectConfig]):
 
     def first_examples(self, count: int) -> Batch:
         raise NotImplementedError("detection shows no images to trackers")
+
+
+def open_objects(data: ObjectDataConfig) -> ObjectSet:
+    """Load the object set of a config."""
+    fields = dataclasses.asdict(data)
+    return load(fields.pop("name"), **{**fields, "buckets": parse_buckets(data.buckets)})
 
 
 @unlocked()
@@ -157,6 +156,8 @@ def run(
         tested, found = measure(state.variables, "test")
         figures |= {f"test_{name}": value for name, value in tested.items()}
         figures["test_images"] = len(found)
+        if session.main:
+            write_detections(session.out / DETECTIONS, found)
     return session.finish(
         {
             **figures,

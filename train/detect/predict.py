@@ -1,0 +1,137 @@
+"""Use a trained detector; `python -m train.predict RUN IMAGE...` comes here for runs of detection.
+
+from train.detect.predict import load
+detect = load("runs/shapes_fasterrcnn-seed0")
+detect("photo.jpg")  # [Found(label="star", score=0.97, box=(12.1, 30.5, 40.2, 61.0)), ...]
+"""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from train.data.decode import Unreadable, any_to_pixels, is_many, silence_pillow
+from train.detect.config import DetectConfig, parse_buckets
+from train.detect.draw import draw_objects
+from train.detect.from_config import eval_augment, make_detector
+from train.detect.layout import STRIDE, Layout, Size, fit
+from train.detect.metrics import Detections
+from train.detect.objects import decode_scaled
+from train.detect.steps import detect_step
+from train.errors import UsageError
+from train.from_config import compute_dtype, make_kernels
+from train.run_folder import load_state, read_config
+from train.runtime import compiler_options, keep_compiled
+
+
+class Found(NamedTuple):
+    """One object: its class, score in [0, 1], and box (x1, y1, x2, y2) in pixels of the image."""
+
+    label: str
+    score: float
+    box: tuple[float, float, float, float]
+
+
+class Detector(NamedTuple):
+    """A trained detector; call it with an image or a list of images.
+
+    Attributes:
+      classes: names of its classes.
+      layout: how images are scaled and padded.
+      program: compiled `detect_step` of (variables, batch).
+      variables: the parameters and statistics.
+    """
+
+    classes: tuple[str, ...]
+    layout: Layout
+    program: Callable[..., Any]
+    variables: Any
+
+    def __call__(self, images: Any, *, least: float = 0.05) -> Any:
+        """Detect objects with a score of at least `least`, best first: a list of `Found`, or a list of those.
+
+        An image is a path, encoded bytes, an open file, a Pillow image or a uint8 array [H, W, C].
+
+        Raises:
+          UsageError: an image that cannot be read.
+        """
+        if is_many(images):
+            return [self(image, least=least) for image in images]
+        return self.named(self.detect(read(images)).above(least))
+
+    def detect(self, pixels: np.ndarray) -> Detections:
+        """Detect the objects of an image uint8 [H, W, 3]."""
+        size, scale = fit(pixels.shape[:2], self.layout.min_size, self.layout.max_size)
+        image = np.zeros((1, *self.bucket(pixels.shape[:2], size), 3), np.uint8)
+        image[0, : size[0], : size[1]] = decode_scaled(pixels, pixels.shape[:2], size, scale, False)
+        batch = {
+            "image": image,
+            "size": np.asarray([size], np.int32),
+            "boxes": np.zeros((1, 1, 4), np.float32),
+            "labels": np.full((1, 1), -1, np.int32),
+            "id": np.zeros(1, np.int32),
+            "scale": np.asarray([scale], np.float32),
+            "valid": np.ones(1, bool),
+        }
+        found = self.program(self.variables, batch)
+        return Detections.unpadded(*(np.asarray(found[name][0]) for name in ("boxes", "scores", "labels")))
+
+    def bucket(self, original: Size, size: Size) -> Size:
+        """The bucket of an image, or a size of its own if it is larger than all of them."""
+        at = self.layout.bucket_of(original)
+        height, width = (-(-side // STRIDE) * STRIDE for side in size)
+        return self.layout.buckets[at] if at >= 0 else (height, width)
+
+    def named(self, found: Detections) -> list[Found]:
+        """Detections by the names of their classes, best first."""
+        order = np.argsort(-found.scores, kind="stable")
+        rows = zip(found.labels[order].tolist(), found.scores[order].tolist(), found.boxes[order].tolist(), strict=True)
+        return [Found(self.classes[label], score, tuple(box)) for label, score, box in rows]
+
+    def draw(self, image: Any, *, least: float = 0.5) -> np.ndarray:
+        """Draw the objects of an image with a score of at least `least`: uint8 [h, w, 3]."""
+        pixels = read(image)
+        return draw_objects(pixels, self.detect(pixels), self.classes, least=least)
+
+
+def read(image: Any) -> np.ndarray:
+    """Decode an image to uint8 [H, W, 3], upright.
+
+    Raises:
+      UsageError: it cannot be read.
+    """
+    try:
+        return any_to_pixels(image, (None, None, 3))
+    except Unreadable as error:
+        name = f" {image}" if isinstance(image, str | Path) else ""
+        raise UsageError(f"cannot read image{name}: {error}") from None
+
+
+def load(run: str | Path, *, model: nn.Module | None = None) -> Detector:
+    """Load the detector of a run.
+
+    Args:
+      model: the one that was passed to the run, if one was.
+
+    Raises:
+      UsageError: not a run of detection, no good checkpoint, or a missing `model`.
+    """
+    silence_pillow()
+    keep_compiled()
+    folder = Path(run)
+    config, saved = read_config(folder, DetectConfig)
+    if model is None and "model" in saved.get("replaced", []):
+        raise UsageError(f"{run} trained a model that was passed to run(): pass it here too, load(run, model=...)")
+    dtype, classes, data = compute_dtype(config.dtype), tuple(saved["classes"]), config.data
+    kernels, _ = make_kernels("auto", dtype=dtype)
+    model = model or make_detector(config, len(classes), kernels, mode="jit")
+    step = partial(detect_step, model=model, preprocess=eval_augment(config.augment))
+    program = jax.jit(step, compiler_options=compiler_options(dtype, plain=not kernels))
+    layout = Layout(min_size=data.min_size, max_size=data.max_size, buckets=parse_buckets(data.buckets), rows=1)
+    variables = jax.tree.map(jnp.asarray, load_state(folder, DetectConfig).variables)
+    return Detector(classes, layout, program, variables)
