@@ -146,6 +146,13 @@ def varying_axes(x: jax.Array) -> frozenset[str]:
     return kind.varying if kind else frozenset()
 
 
+def vary_like(tree: PyTree, like: PyTree) -> PyTree:
+    """Mark arrays as varying over each axis over which any array of `like` does, as the carry of a loop must be."""
+    for axis in frozenset().union(*map(varying_axes, jax.tree.leaves(like))):
+        tree = vary(tree, axis)
+    return tree
+
+
 def mean_over(tree: PyTree, axis_name: str | None) -> PyTree:
     """Average over shards, each of which holds a mean over its equal part of the batch; the identity under `jit`."""
     return tree if axis_name is None else jax.lax.pmean(tree, axis_name)

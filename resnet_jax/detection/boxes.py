@@ -26,9 +26,11 @@ def generalized_iou(a: jax.Array, b: jax.Array) -> jax.Array:
     It is the IoU minus the part of the smallest enclosing box that neither box covers.
     """
     intersection, union = _intersection_and_union(a, b)
-    low = jnp.minimum(a[:, None, :2], b[None, :, :2])
-    high = jnp.maximum(a[:, None, 2:], b[None, :, 2:])
-    hull = (high - low).clip(0).prod(-1)
+    ax1, ay1, ax2, ay2 = (x[:, None] for x in a.T)
+    bx1, by1, bx2, by2 = (x[None] for x in b.T)
+    width = jnp.maximum(ax2, bx2) - jnp.minimum(ax1, bx1)
+    height = jnp.maximum(ay2, by2) - jnp.minimum(ay1, by1)
+    hull = width.clip(0) * height.clip(0)
     return _ratio(intersection, union) - _ratio(hull - union, hull)
 
 
@@ -69,9 +71,12 @@ def decode(
 
 
 def _intersection_and_union(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
-    low = jnp.maximum(a[:, None, :2], b[None, :, :2])
-    high = jnp.minimum(a[:, None, 2:], b[None, :, 2:])
-    intersection = (high - low).clip(0).prod(-1)
+    # Matrix by matrix, not [N, M, 2], which XLA does not vectorise on CPU.
+    ax1, ay1, ax2, ay2 = (x[:, None] for x in a.T)
+    bx1, by1, bx2, by2 = (x[None] for x in b.T)
+    width = jnp.minimum(ax2, bx2) - jnp.maximum(ax1, bx1)
+    height = jnp.minimum(ay2, by2) - jnp.maximum(ay1, by1)
+    intersection = width.clip(0) * height.clip(0)
     return intersection, area(a)[:, None] + area(b)[None] - intersection
 
 

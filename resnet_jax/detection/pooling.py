@@ -6,6 +6,10 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
+
+from resnet_jax.detection.boxes import area
+from resnet_jax.parallel import vary_like
 
 
 def roi_align(
@@ -19,8 +23,10 @@ def roi_align(
 ) -> jax.Array:
     """Pool boxes [N, 4] of one feature map [H, W, C] to [N, size, size, C] (https://arxiv.org/abs/1703.06870).
 
-    Each of size * size bins of a box is the mean of sampling * sampling bilinear samples. Samples more than one cell
-    outside the map are 0, and those nearer snap to its border, as in torchvision.
+    Each of the size * size bins of a box is the mean of sampling * sampling bilinear samples. As in torchvision,
+    samples more than one cell outside the map are 0, and those nearer snap to its border.
+
+    The result is differentiable with respect to the features; its gradient with respect to the boxes is 0.
 
     Args:
       boxes: in pixels of the image.
@@ -45,7 +51,8 @@ def multilevel_roi_align(
     """Pool boxes [N, 4] of a feature pyramid, maps [H_l, W_l, C], to [N, size, size, C], each from one level.
 
     A box of canonical_size ** 2 square pixels belongs to the level of stride 2 ** canonical_level, one half or twice as
-    large to the next (https://arxiv.org/abs/1612.03144), and those beyond the ends to the first or last level.
+    large to the next (https://arxiv.org/abs/1612.03144), and those beyond the ends to the first or last level. It is
+    pooled as by `roi_align`, not aligned, whose notes on gradients apply.
 
     Raises:
       ValueError: the strides are not successive powers of 2, one for each map.
@@ -53,8 +60,8 @@ def multilevel_roi_align(
     first = int(math.log2(strides[0]))
     if list(strides) != [2 ** (first + i) for i in range(len(features))]:
         raise ValueError(f"strides of {len(features)} maps must be successive powers of 2, not {tuple(strides)}")
-    area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
-    level = jnp.floor(canonical_level + jnp.log2(jnp.sqrt(area.clip(0)) / canonical_size) + 1e-6)
+    side = jnp.sqrt(area(boxes).clip(0))
+    level = jnp.floor(canonical_level + jnp.log2(side / canonical_size) + 1e-6)
     levels = level.clip(first, first + len(features) - 1).astype(jnp.int32) - first
     return _pool(features, boxes, levels, [1 / stride for stride in strides], size, sampling, False)
 
@@ -68,7 +75,7 @@ def _pool(
     sampling: int,
     aligned: bool,
 ) -> jax.Array:
-    """Gather the four neighbours of each sample from all levels in one array [cells, C]."""
+    """Pool boxes [N, 4], each of its level [N], from all maps laid out as one array [cells, C]."""
     shapes = np.array([x.shape[:2] for x in features], np.int32)
     starts = np.cumsum([0, *shapes.prod(1)[:-1]], dtype=np.int32)
     cells = jnp.concatenate([x.reshape(-1, x.shape[-1]) for x in features])
@@ -77,29 +84,56 @@ def _pool(
     heights, widths = jnp.asarray(shapes)[levels].T
     rows, row_weights = _samples(boxes[:, 1], boxes[:, 3], heights, size, sampling, aligned)
     columns, column_weights = _samples(boxes[:, 0], boxes[:, 2], widths, size, sampling, aligned)
-    first = jnp.asarray(starts)[levels]
-    index = first[:, None, None] + rows[:, :, None] * widths[:, None, None] + columns[:, None, :]
-    weights = (row_weights[:, :, None] * column_weights[:, None, :]).astype(cells.dtype)
-    grid = (len(boxes), size, 2 * sampling, size, 2 * sampling)
-    return jnp.einsum(
-        "nyaxbc,nyaxb->nyxc",
-        cells.at[index].get(mode="promise_in_bounds").reshape(*grid, -1),
-        weights.reshape(grid),
-    )
+
+    # A bin is a sum of (2 * sampling) ** 2 cells times weights: products of a row's and a column's.
+    terms = (-1, len(boxes), size, size)
+    first = jnp.asarray(starts)[levels][None, None, :, None, None]
+    index = first + (rows * widths[None, :, None])[:, None, :, :, None] + columns[None, :, :, None, :]
+    weights = row_weights[:, None, :, :, None] * column_weights[None, :, :, None, :]
+    return _weighted_sum(cells, index.reshape(terms), weights.reshape(terms))
 
 
 def _samples(
     low: jax.Array, high: jax.Array, extent: jax.Array, size: int, sampling: int, aligned: bool
 ) -> tuple[jax.Array, jax.Array]:
-    """Cells int32 [N, size * sampling * 2] along one axis, two for each sample, and weights that sum to 1 in a bin."""
+    """Cells along one axis that bins [N, size] read, int32 [2 * sampling, N, size], and their weights."""
     length = high - low if aligned else jnp.maximum(high - low, 1)
-    bins = (length / size)[:, None, None]
-    offsets = (jnp.arange(sampling) + 0.5)[None, None] * (bins / sampling)
-    position = low[:, None, None] + jnp.arange(size)[None, :, None] * bins + offsets
-    last = (extent - 1)[:, None, None]
-    inside = (position >= -1) & (position <= last + 1)
+    bins = (length / size)[None, :, None]
+    starts = low[None, :, None] + jnp.arange(size)[None, None] * bins
+    position = starts + (jnp.arange(sampling) + 0.5)[:, None, None] * bins / sampling
+    last = (extent - 1)[None, :, None]
+    weight = ((position >= -1) & (position <= last + 1)) / sampling
     position = position.clip(0, last)
     cell = jnp.floor(position).astype(jnp.int32)
-    cells = jnp.stack([cell, jnp.minimum(cell + 1, last)], -1)
-    weights = jnp.stack([1 - (position - cell), position - cell], -1) * inside[..., None] / sampling
-    return cells.reshape(len(low), -1), weights.reshape(len(low), -1)
+    cells = jnp.concatenate([cell, jnp.minimum(cell + 1, last)])
+    return cells, jnp.concatenate([(1 - (position - cell)) * weight, (position - cell) * weight])
+
+
+@jax.custom_vjp
+def _weighted_sum(cells: jax.Array, index: jax.Array, weights: jax.Array) -> jax.Array:
+    """Sum over the first axis of cells[index] times weights, both [terms, ...]; constant in the weights.
+
+    Unrolled, the sum is one pass over the output. Its gradient is a loop instead: one scatter for each term, which on
+    CPU is six times faster than one scatter of all.
+    """
+    terms = zip(index, weights, strict=True)
+    return sum(cells.at[i].get(mode="clip") * w[..., None] for i, w in terms).astype(cells.dtype)
+
+
+def _forward(cells: jax.Array, index: jax.Array, weights: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    return _weighted_sum(cells, index, weights), (cells, index, weights)
+
+
+def _backward(saved: tuple[jax.Array, ...], gradient: jax.Array) -> tuple[jax.Array, None, None]:
+    cells, index, weights = saved
+
+    def add(total: jax.Array, term: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+        i, w = term
+        return total.at[i].add(gradient * w[..., None]), None
+
+    zeros = vary_like(jnp.zeros(cells.shape, jnp.float32), (cells, index, weights, gradient))
+    total, _ = lax.scan(add, zeros, (index, weights))
+    return total.astype(cells.dtype), None, None
+
+
+_weighted_sum.defvjp(_forward, _backward)

@@ -5,8 +5,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from resnet_jax.detection.boxes import iou
+from resnet_jax.parallel import vary_like
+from resnet_jax.tree import PyTree
 
-BLOCK = 1024
+BLOCK = 256
 
 
 def nms(
@@ -32,34 +34,42 @@ def nms(
       valid: bool [N]; the others are not kept and suppress nothing.
     """
     count = len(boxes)
+    if not count:
+        return jnp.zeros(0, bool)
     groups = jnp.zeros(count, jnp.int32) if groups is None else groups
     valid = jnp.ones(count, bool) if valid is None else valid
-    order = jnp.argsort(scores, descending=True, stable=True)
+    boxes, groups, scores, valid = vary_like((boxes, groups, scores, valid), (boxes, groups, scores, valid, threshold))
+    boxes, scores = lax.stop_gradient((boxes, scores))
 
-    # Blocks of boxes are settled one after the other, so that no matrix exceeds [N, block].
+    # Blocks of sorted boxes are settled one after the other: no matrix is larger than a block squared.
     block = min(BLOCK, count)
-    padding = -count % block if block else 0
-    ordered = jax.tree.map(
-        lambda x: jnp.pad(x[order], ((0, padding),) + ((0, 0),) * (x.ndim - 1)), (boxes, groups, valid)
-    )
+    order = jnp.argsort(scores, descending=True, stable=True)
+    padding = ((0, -count % block),)
+    ordered = (jnp.pad(boxes[order], (*padding, (0, 0))), jnp.pad(groups[order], padding))
+    candidates = jnp.pad(valid[order], padding)
 
-    def suppresses(a, b) -> jax.Array:
+    def part(tree: PyTree, number: jax.Array) -> PyTree:
+        return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, number * block, block), tree)
+
+    def suppresses(a: tuple[jax.Array, jax.Array], b: tuple[jax.Array, jax.Array]) -> jax.Array:
         return (iou(a[0], b[0]) > threshold) & (a[1][:, None] == b[1][None])
 
-    def settle(keep: jax.Array, start: jax.Array) -> tuple[jax.Array, None]:
-        part = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, start, block), ordered)
-        candidates = part[2]
-        if padding + count > block:  # kept boxes of earlier blocks; later ones are not kept yet
-            candidates &= ~(suppresses(ordered, part) & keep[:, None]).any(0)
-        within = suppresses(part, part) & jnp.triu(jnp.ones((block, block), bool), 1)
+    def settle(number: jax.Array, keep: jax.Array) -> jax.Array:
+        """Replace one block of `keep`, which holds the candidates, by those of them to keep."""
+        here = part(ordered, number)
 
-        def round_(state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-            kept, _ = state
-            after = candidates & ~(within & kept[:, None]).any(0)
-            return after, (after != kept).any()
+        def drop(earlier: jax.Array, left: jax.Array) -> jax.Array:
+            return left & ~(suppresses(part(ordered, earlier), here) & part(keep, earlier)[:, None]).any(0)
 
-        kept, _ = lax.while_loop(lambda state: state[1], round_, (candidates, candidates.any()))
-        return lax.dynamic_update_slice_in_dim(keep, kept, start, 0), None
+        left = lax.fori_loop(0, number, drop, part(keep, number))
+        within = suppresses(here, here) & jnp.triu(jnp.ones((block, block), bool), 1)
 
-    keep, _ = lax.scan(settle, jnp.zeros(count + padding, bool), jnp.arange(0, count + padding, max(block, 1)))
-    return jnp.zeros(count, bool).at[order].set(keep[:count])
+        def again(state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            kept = left & ~(within & state[0][:, None]).any(0)
+            return kept, (kept != state[0]).any()
+
+        kept, _ = lax.while_loop(lambda state: state[1], again, (left, left.any()))
+        return lax.dynamic_update_slice_in_dim(keep, kept, number * block, 0)
+
+    keep = lax.fori_loop(0, len(candidates) // block, settle, candidates)
+    return jnp.zeros_like(valid).at[order].set(keep[:count])

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from resnet_jax.parallel import vary, varying_axes
+from resnet_jax.parallel import vary_like
 
 DTYPES = (jnp.float32, jnp.bfloat16)
 SOURCE = Path(__file__).with_name("handlers.cc")
@@ -34,9 +34,7 @@ def call(name: str, results: Sequence[Any], *operands: jax.Array, **numbers: Any
     """Call a handler; `results` are the shapes of its results, `numbers` its attributes as NumPy scalars."""
     outputs = jax.ffi.ffi_call(TARGET.format(name), tuple(results), vmap_method="sequential")(*operands, **numbers)
     # Under shard_map, results vary over all axes of the operands, which the FFI call does not declare.
-    for axis in frozenset().union(*map(varying_axes, operands)):
-        outputs = vary(outputs, axis)
-    return outputs
+    return vary_like(outputs, operands)
 
 
 def workspace(name: str, x: jax.Array | jax.ShapeDtypeStruct) -> int:
