@@ -1,6 +1,6 @@
-"""`python -m train.detect [PRESET] [--FIELD VALUE ...]`: train an object detector; the result is the last line, as JSON.
+"""`python -m train.detect [PRESET] [--FIELD VALUE ...]`: train an object detector.
 
-`python -m train.detect report RUN` shows what a finished run detects.
+`python -m train.detect report RUN` shows what a finished run detects. The last line on stdout is the result as JSON.
 """
 
 import sys

@@ -79,7 +79,8 @@ class Detector(NamedTuple):
             "valid": np.ones(1, bool),
         }
         found = self.program(self.variables, batch)
-        return Detections.unpadded(*(np.asarray(found[name][0]) for name in ("boxes", "scores", "labels")))
+        boxes, scores, labels = (np.asarray(found[name][0]) for name in ("boxes", "scores", "labels"))
+        return Detections.unpadded(boxes, scores, labels)
 
     def bucket(self, original: Size, size: Size) -> Size:
         """The bucket of an image, or a size of its own if it is larger than all of them."""

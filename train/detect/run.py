@@ -193,8 +193,8 @@ def detect(program: Any, variables: PyTree, batches: EvalBatches) -> list[Detect
         found = {name: np.asarray(x) for name, x in program(variables, batch).items()}
         for row, image in enumerate(found["id"].tolist()):
             if image >= 0:
-                columns = (found[name][row] for name in ("boxes", "scores", "labels"))
-                rows[image] = Detections.unpadded(*columns)
+                boxes, scores, labels = (found[name][row] for name in ("boxes", "scores", "labels"))
+                rows[image] = Detections.unpadded(boxes, scores, labels)
     return [rows[image] for image in sorted(rows)]
 
 
