@@ -42,6 +42,7 @@ PRETRAINING = (ROOT / "docs" / "pretraining.md").read_text()
 EXPLANATION = (ROOT / "docs" / "explanation.md").read_text()
 PRUNING = (ROOT / "docs" / "pruning.md").read_text()
 TUTORIAL = (ROOT / "docs" / "tutorial.md").read_text()
+BOXES = (ROOT / "docs" / "boxes.md").read_text()
 TRAINING = (ROOT / "docs" / "training.md").read_text()
 SEARCH = (ROOT / "docs" / "search.md").read_text()
 TRACKING = (ROOT / "docs" / "tracking.md").read_text()
@@ -103,6 +104,12 @@ def test_python_of_pruning_runs(capsys):
     namespace = executed(PRUNING)
     assert capsys.readouterr().out == "0.90\n"
     assert namespace["loss"](namespace["params"], namespace["x"], namespace["y"]) < 0.7
+
+
+@pytest.mark.slow
+def test_python_of_boxes_runs():
+    batch = executed(BOXES)["batch"]
+    assert batch["image"].shape[0] == 8 and (batch["labels"] >= 0).any()
 
 
 def test_python_of_search_runs():

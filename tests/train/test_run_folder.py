@@ -253,6 +253,19 @@ def test_paths_of_users_of_a_different_machine(tmp_path):
     assert not same_place("~alice-of-elsewhere/a", "~/a")
 
 
+def test_sets_in_folders_are_paths_too(tmp_path, monkeypatch):
+    """They are found where the run has moved with them, like images in class folders."""
+    for kind in ("folder:", "coco:", "voc:", "yolo:"):
+        out = tmp_path / kind[:-1] / "a"
+        out.mkdir(parents=True)
+        config = TrainConfig(out=str(out), data=dataclasses.replace(TrainConfig().data, name=f"{kind}photos"))
+        write_json(out / "config.json", {"config": dataclasses.asdict(config), "cwd": str(out.parent)})
+        (out.parent / "photos").mkdir()
+        monkeypatch.chdir(tmp_path)
+        assert same_place(read_config(out, TrainConfig)[0].data.name, f"{kind}{out.parent / 'photos'}")
+        assert not same_place(f"{kind}photos", "photos")
+
+
 def test_home(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     assert local_path("~/run/") == tmp_path / "run"

@@ -83,11 +83,13 @@ class Objects:
         (height, width), scale = fit(one.size, layout.min_size, layout.max_size)
         image = np.zeros((*layout.buckets[self.bucket[index]], 3), np.uint8)
         image[:height, :width] = pixels
-        boxes = np.zeros((layout.rows, 4), np.float32)
-        # Less than a pixel of the image may be cut off at the right and below.
-        boxes[: len(one.boxes)] = np.minimum(one.boxes * np.float32(scale), [width, height, width, height])
-        labels, crowd = np.full(layout.rows, -1, np.int32), np.zeros(layout.rows, bool)
-        labels[: len(one.labels)], crowd[: len(one.crowd)] = one.labels, one.crowd
+        # Less than a pixel of the image, and hardly ever a whole box, may be cut off at the right and below.
+        corners = np.minimum(one.boxes * np.float32(scale), np.array([width, height] * 2, np.float32))
+        kept = np.all(corners[:, :2] < corners[:, 2:], axis=1)
+        count = int(np.sum(kept))
+        boxes, crowd = np.zeros((layout.rows, 4), np.float32), np.zeros(layout.rows, bool)
+        labels = np.full(layout.rows, -1, np.int32)
+        boxes[:count], labels[:count], crowd[:count] = corners[kept], one.labels[kept], one.crowd[kept]
         return {
             "image": image,
             "size": np.array([height, width], np.int32),

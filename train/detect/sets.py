@@ -224,5 +224,8 @@ def _features(features: Any, name: str) -> tuple[tuple[str, ...], str | None]:
     keys = set(objects.keys()) if hasattr(objects, "keys") else set()
     if not ({"bbox", "label"} <= keys and isinstance(known.get("image"), tfds.features.Image)):
         raise UsageError(f"{name} is not an object set: it needs an image, and objects with bbox and label")
+    form = getattr(objects["bbox"], "bbox_format", None)
+    if form is not None and getattr(form, "value", form) != "REL_YXYX":
+        raise UsageError(f"{name} has boxes as {getattr(form, 'value', form)}, not as TFDS's usual REL_YXYX")
     crowd = next((f"objects/{key}" for key in ("is_crowd", "is_difficult") if key in keys), None)
     return tuple(objects["label"].names), crowd
