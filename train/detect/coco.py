@@ -26,13 +26,14 @@ def read(where: str, passed: PassedOver, faults: list[str]) -> tuple[tuple[str, 
     root = existing(where, "coco:")
     files = {"train": root} if root.is_file() else _files(root)
     contents = {split: _parsed(file) for split, file in files.items()}
-    classes = _classes(contents["train"], files["train"])
+    classes: tuple[str, ...] = ()
     splits = {}
     for split, content in contents.items():
         try:
+            classes = _classes(content, files[split]) if split == "train" else classes
             splits[split] = _found(files[split], content, passed)
-        except (TypeError, OverflowError) as error:
-            raise UsageError(f"{files[split]} is not in COCO's format: {error}") from None
+        except (KeyError, TypeError, OverflowError) as error:  # entries of unexpected kinds
+            raise UsageError(f"{files[split]} is not in COCO's format: {type(error).__name__}: {error}") from None
     _note_unlisted(splits, passed)
     return classes, splits
 
@@ -87,18 +88,21 @@ def _classes(content: dict[str, Any], file: Path) -> tuple[str, ...]:
 
 def _categories(content: dict[str, Any], file: Path) -> dict[int, str]:
     try:
-        return {int(entry["id"]): str(entry["name"]) for entry in content["categories"]}
+        names = {int(entry["id"]): str(entry["name"]) for entry in content["categories"]}
     except (KeyError, TypeError, ValueError):
         raise UsageError(f"{file} is not in COCO's format: a category has no id or no name") from None
+    if len(names) < len(content["categories"]):
+        raise UsageError(f"{file} is not in COCO's format: categories with the same id")
+    return names
 
 
 def _found(file: Path, content: dict[str, Any], passed: PassedOver) -> list[Found]:
     """Collect the annotations of each image of a file."""
     names = _categories(content, file)
     objects, unknown = defaultdict(list), []
-    images = {entry.get("id"): entry for entry in content["images"]}
-    if len(images) < len(content["images"]) or not all(isinstance(e.get("file_name"), str) for e in images.values()):
-        raise UsageError(f"{file} is not in COCO's format: images without a file_name, or with the same id or none")
+    images = {entry["id"]: entry for entry in content["images"]}
+    if len(images) < len(content["images"]) or not all(isinstance(e["file_name"], str) for e in images.values()):
+        raise UsageError(f"{file} is not in COCO's format: images with the same id, or without a file_name")
     for number, entry in enumerate(content["annotations"]):
         box = entry.get("bbox")
         if not isinstance(box, list) or len(box) != 4 or not all(isinstance(v, int | float) for v in box):
@@ -134,7 +138,7 @@ def _base(file: Path, names: list[str]) -> Path:
     last = file.stem.rpartition("_")[2]  # train2017 of instances_train2017.json
     inside = ("", "images", last, f"images/{last}", f"{split_named(file.stem)}", f"images/{split_named(file.stem)}")
     places = [above / folder for above in (file.parent, file.parent.parent) for folder in inside]
-    base = next((place for name in names for place in places if (place / name).is_file()), None)
+    base = next((place for name in names for place in places if os.path.isfile(place / name)), None)
     if base is None and names:
         raise UsageError(f"{names[0]}, an image of {file}, is not next to it, nor in a folder images or {last} there")
     return base or file.parent

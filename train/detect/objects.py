@@ -1,5 +1,6 @@
 """Annotated images, and splits of them: scaled when they are decoded, and padded to a bucket when they are read."""
 
+import contextlib
 import io
 import os
 from collections.abc import Callable, Sequence
@@ -132,11 +133,9 @@ def look(data: bytes | str) -> tuple[Size, bool] | str:
     except Exception as error:  # as for decoding
         if isinstance(data, bytes):
             return fault(error, data[:100])
-        try:
-            with open(data, "rb") as file:
-                return fault(error, file.read(100))
-        except OSError:
-            return fault(error)
+        with contextlib.suppress(OSError, ValueError), open(data, "rb") as file:
+            return fault(error, file.read(100))
+        return fault(error)
 
 
 def decode_together(splits: Sequence[Objects]) -> tuple[list[Objects], list[str]]:

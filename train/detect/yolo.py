@@ -28,7 +28,7 @@ def read(where: str, passed: PassedOver, faults: list[str]) -> tuple[tuple[str, 
     if root.is_file():
         root = root.parent
     classes = _classes(root, settings)
-    folders = _from_settings(root, settings) or _from_layout(root)
+    folders = _from_settings(root, settings, passed) or _from_layout(root)
     splits, used = {}, set()
     for split, images in folders.items():
         labels = [_label_file(image) for image in images]
@@ -36,7 +36,7 @@ def read(where: str, passed: PassedOver, faults: list[str]) -> tuple[tuple[str, 
         found = [_parsed(image, file, classes) for image, file in zip(images, labels, strict=True)]
         faults += [one for one in found if isinstance(one, str)]
         splits[split] = [one for one in found if not isinstance(one, str)]
-        if not any(file.is_file() for file in labels):
+        if not any(map(os.path.isfile, labels)):
             raise UsageError(f"none of the {len(images)} images of {root} {split} has a file of labels, {labels[0]}")
     for folder in sorted({os.path.dirname(file) for file in used}):
         others = (path for path in sorted(Path(folder).glob("*.txt")) if str(path) not in used)
@@ -77,7 +77,7 @@ def _classes(root: Path, settings: dict[str, Any]) -> tuple[str, ...]:
     return check_names([str(name) for name in names], root)
 
 
-def _from_settings(root: Path, settings: dict[str, Any]) -> dict[str, list[str]]:
+def _from_settings(root: Path, settings: dict[str, Any], passed: PassedOver) -> dict[str, list[str]]:
     """Find the images of each split where data.yaml says they are: folders, or text files that list images."""
     folders: dict[str, list[str]] = {}
     base = root / str(settings.get("path") or "")
@@ -86,10 +86,13 @@ def _from_settings(root: Path, settings: dict[str, Any]) -> dict[str, list[str]]
         for place in [places] if isinstance(places, str) else places or []:
             # Many exports write a path that is relative to some other folder.
             options = [base / place, root / place, root / str(place).removeprefix("../")]
-            path = next((option for option in options if option.exists()), None)
-            if path is None:
+            path = next((option for option in options if os.path.exists(option)), None)
+            if path is not None:
+                folders.setdefault(key, []).extend(_images(path, root))
+            elif key == "train":
                 raise UsageError(f"{root}: data.yaml names {place} for {key}, which is not there")
-            folders.setdefault(key, []).extend(_images(path, root))
+            else:
+                passed.append((str(place), f"images for {key} that are not there"))
     return folders if "train" in folders else {}
 
 
@@ -125,7 +128,7 @@ def _label_file(image: str) -> Path:
     if "images" in parts:
         place = len(parts) - 1 - parts[::-1].index("images")
         moved = Path(*parts[:place], "labels", *parts[place + 1 :])
-        return moved if moved.is_file() or not path.is_file() else path
+        return moved if os.path.isfile(moved) or not os.path.isfile(path) else path
     return path
 
 
@@ -133,7 +136,7 @@ def _parsed(image: str, file: Path, classes: tuple[str, ...]) -> Found | str:
     """Read the labels of an image, or say why they cannot be read."""
     boxes, labels = [], []
     try:
-        lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+        lines = file.read_text(encoding="utf-8").splitlines() if os.path.isfile(file) else []
         for number, line in enumerate(lines, 1):
             if not (words := line.split()):
                 continue

@@ -199,6 +199,8 @@ def test_yolo_names_lists_polygons_and_strays(tmp_path):
     (tmp_path / "train.txt").write_text("./images/0.jpg\nimages/1.jpg\nimages/2.jpg\nimages/4.jpg\n")
     (tmp_path / "data.yaml").write_text("train: train.txt\nnames: [cat, dog]\n")
     assert len(everything(load(f"yolo:{tmp_path}"))) == 4
+    (tmp_path / "data.yaml").write_text("train: images\ntest: ../test/images\nnames: [cat, dog]\n")
+    assert "../test/images: images for test that are not there" in load(f"yolo:{tmp_path}").passed_over
 
 
 def test_boxes_are_clipped_or_passed_over(tmp_path, capsys):
@@ -325,7 +327,9 @@ REFUSED = {
         "coco",
         "1 has no bbox",
     ),
-    "same_id": (lambda r: coco(r, change=lambda c: c["images"][1].update(id=0)), "coco", "with the same id"),
+    "same_id": (lambda r: coco(r, change=lambda c: c["images"][1].update(id=0)), "coco", "images with the same id"),
+    "no_id": (lambda r: coco(r, change=lambda c: c["images"][1].pop("id")), "coco", "KeyError: 'id'"),
+    "same_category": (lambda r: coco(r, change=lambda c: c["categories"][1].update(id=3)), "coco", "same id"),
     "list_as_id": (lambda r: coco(r, change=lambda c: c["annotations"][1].update(image_id=[1])), "coco", "unhashable"),
     "no_list": (lambda r: coco(r, change=lambda c: c.pop("categories")), "coco", "it has no list 'categories'"),
     "same_name": (lambda r: coco(r, change=lambda c: c["categories"][0].update(name="dog")), "coco", "class dog twice"),
