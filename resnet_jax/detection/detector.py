@@ -188,11 +188,13 @@ class FasterRCNN(ProposalNetwork):
         """Detect objects: boxes [B, D, 4], best first; see `Detections`."""
         maps = self.features(images, size)
         proposals = self.propose(self.score(self.rpn, maps, images, size), images, size)
-        logits, deltas = self.box_head(self.pool(maps, proposals.boxes, images))
+        logits, deltas = self.box_head(self.pool(maps, proposals.boxes, images, size))
         select = partial(select_detections, rules=self.regions)
         return jax.vmap(select)(logits, deltas, proposals, true_size(images, size))
 
-    def pool(self, maps: Sequence[jax.Array], boxes: jax.Array, images: jax.Array) -> jax.Array:
+    def pool(
+        self, maps: Sequence[jax.Array], boxes: jax.Array, images: jax.Array, size: jax.Array | None = None
+    ) -> jax.Array:
         """Read the regions [B, N, S, S, C] of boxes [B, N, 4] from the pyramid, each from the level of its size."""
         maps = list(maps[: self.pooled_levels])
         read = partial(
@@ -202,7 +204,8 @@ class FasterRCNN(ProposalNetwork):
             sampling=self.sampling,
             canonical_size=self.canonical_size,
         )
-        return jax.vmap(read)(maps, boxes)
+        one = lambda maps, boxes, size: read(maps, boxes, image_size=size)  # noqa: E731
+        return jax.vmap(one)(maps, boxes, true_size(images, size))
 
     def losses(
         self,
@@ -235,7 +238,7 @@ class FasterRCNN(ProposalNetwork):
 
         proposals = self.propose(levels, images, size, train=True)
         regions = jax.vmap(partial(sample_regions, rules=self.regions))(proposals, boxes, labels, region_keys)
-        logits, deltas = self.box_head(self.pool(maps, regions.boxes, images))
+        logits, deltas = self.box_head(self.pool(maps, regions.boxes, images, size))
         sums = jax.tree.map(jnp.sum, jax.vmap(partial(region_loss, rules=self.regions))(logits, deltas, regions))
         return {
             **losses,

@@ -43,6 +43,7 @@ def multilevel_roi_align(
     boxes: jax.Array,
     strides: Sequence[int],
     *,
+    image_size: jax.Array | None = None,
     size: int = 7,
     sampling: int = 2,
     canonical_size: int = 224,
@@ -54,6 +55,10 @@ def multilevel_roi_align(
     large to the next (https://arxiv.org/abs/1612.03144), and those beyond the ends to the first or last level. It is
     pooled as by `roi_align`, not aligned, whose notes on gradients apply.
 
+    Args:
+      image_size: (height, width) of the image without its padding, at whose border samples snap instead of at the
+        map's; None means that there is no padding.
+
     Raises:
       ValueError: the strides are not successive powers of 2, one for each map.
     """
@@ -63,7 +68,8 @@ def multilevel_roi_align(
     side = jnp.sqrt(area(boxes).clip(0))
     level = jnp.floor(canonical_level + jnp.log2(side / canonical_size) + 1e-6)
     levels = level.clip(first, first + len(features) - 1).astype(jnp.int32) - first
-    return _pool(features, boxes, levels, [1 / stride for stride in strides], size, sampling, False)
+    extents = None if image_size is None else jnp.stack([-(-image_size // stride) for stride in strides])
+    return _pool(features, boxes, levels, [1 / stride for stride in strides], size, sampling, False, extents)
 
 
 def _pool(
@@ -74,21 +80,26 @@ def _pool(
     size: int,
     sampling: int,
     aligned: bool,
+    extents: jax.Array | None = None,
 ) -> jax.Array:
-    """Pool boxes [N, 4], each of its level [N], from all maps laid out as one array [cells, C]."""
+    """Pool boxes [N, 4], each of its level [N], from all maps laid out as one array [cells, C].
+
+    `extents` int [L, 2] are the rows and columns of each map that are not padding; None means all.
+    """
     shapes = np.array([x.shape[:2] for x in features], np.int32)
     starts = np.cumsum([0, *shapes.prod(1)[:-1]], dtype=np.int32)
     cells = jnp.concatenate([x.reshape(-1, x.shape[-1]) for x in features])
     boxes = boxes * jnp.asarray(scales, jnp.float32)[levels][:, None] - 0.5 * aligned
 
-    heights, widths = jnp.asarray(shapes)[levels].T
+    heights, widths = (jnp.asarray(shapes) if extents is None else extents)[levels].T
     rows, row_weights = _samples(boxes[:, 1], boxes[:, 3], heights, size, sampling, aligned)
     columns, column_weights = _samples(boxes[:, 0], boxes[:, 2], widths, size, sampling, aligned)
 
     # A bin is a sum of (2 * sampling) ** 2 cells times weights: products of a row's and a column's.
     terms = (-1, len(boxes), size, size)
     first = jnp.asarray(starts)[levels][None, None, :, None, None]
-    index = first + (rows * widths[None, :, None])[:, None, :, :, None] + columns[None, :, :, None, :]
+    row_length = jnp.asarray(shapes[:, 1])[levels]
+    index = first + (rows * row_length[None, :, None])[:, None, :, :, None] + columns[None, :, :, None, :]
     weights = row_weights[:, None, :, :, None] * column_weights[None, :, :, None, :]
     return _weighted_sum(cells, index.reshape(terms), weights.reshape(terms))
 
