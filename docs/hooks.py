@@ -22,6 +22,8 @@ PROGRAMS = {
         "train.explain.run.explain",
         "train.bench.bench",
         "train.search.run.run",
+        "train.detect.run.run",
+        "train.detect.predict.load",
     ],
     "pretrain": ["pretrain.run.run", "pretrain.evaluate.evaluate"],
 }

@@ -20,8 +20,10 @@ from resnet_jax.augment import preprocess_batch
 from resnet_jax.tree import PyTree
 from train.data.decode import Unreadable, any_to_pixels, is_many, silence_pillow
 from train.errors import UsageError, one_line
+from train.hub import source_path
 from train.json_text import to_json
 from train.ranges import check_ranges
+from train.run_folder import pipeline_of
 from train.runtime import compiler_options
 from train.state import forward
 from train.trained import load_trained
@@ -93,19 +95,22 @@ def _pixels(image: Any, name: str, shape: Sequence[int]) -> np.ndarray:
 def main(argv: Sequence[str] | None = None) -> None:
     """`python -m train.predict RUN IMAGE...`: print each image's top classes on stderr, and as JSON on stdout.
 
-    An image that cannot be read has an `error` there instead of `top`, and makes the exit code 2.
+    A run of detection gives `objects` instead of `top`: each one's class, score and box. An image that cannot be read
+    has an `error` instead, and makes the exit code 2.
     """
     parser = argparse.ArgumentParser(prog="python -m train.predict", description=main.__doc__)
     parser.add_argument("run", help="run folder, or a model by name: cifar10_resnet20, hf:OWNER/NAME")
     parser.add_argument("images", nargs="+", help="image files")
     parser.add_argument("--top", type=int, default=5, help="number of classes to print")
+    parser.add_argument("--least", type=float, default=0.5, help="lowest score of a detected object to print")
+    parser.add_argument("--draw", help="folder to write images with their detected objects to")
     args = parser.parse_args(argv)
-    check_ranges({"top": args.top}, {"[1, inf)": "top"})
-    predict = load(args.run, top=args.top)
+    check_ranges({"top": args.top, "least": args.least}, {"[1, inf)": "top", "[0, 1]": "least"})
+    key, predict = predictor(args)
 
     def attempt(paths: Sequence[str]) -> list[dict[str, Any]]:
         try:
-            return [{"image": path, "top": found} for path, found in zip(paths, predict(paths), strict=True)]
+            return [{"image": path, key: found} for path, found in zip(paths, predict(paths), strict=True)]
         except UsageError as error:
             if len(paths) == 1:
                 return [{"image": paths[0], "error": str(error)}]
@@ -116,15 +121,36 @@ def main(argv: Sequence[str] | None = None) -> None:
     for at in range(0, len(args.images), CHUNK):
         for found in attempt(args.images[at : at + CHUNK]):
             results.append(found)
-            if "top" in found:
-                line = ", ".join(f"{name} {p:.1%}" for name, p in found["top"])
+            if key in found:
+                line = ", ".join(f"{one[0]} {one[1]:.1%}" for one in found[key]) or "nothing"
                 print(f"{found['image']}: {line}", file=sys.stderr)
-    if any("top" in found for found in results):
+    if any(key in found for found in results):
         print(to_json(results))
     broken = [found["error"] for found in results if "error" in found]
     if broken:
         more = f" (and {len(broken) - 1} more of {len(results)} images)" if len(broken) > 1 else ""
         raise UsageError(broken[0] + more)
+
+
+def predictor(args: argparse.Namespace) -> tuple[str, Callable[[Sequence[str]], Any]]:
+    """Load the network of a command line: (what it gives for an image, the function of several images)."""
+    run = source_path(args.run)
+    if pipeline_of(run) != "train.detect":
+        if args.draw:
+            raise UsageError(f"--draw shows objects, and {args.run} does not detect any")
+        return "top", load(args.run, top=args.top)
+    from train.detect.predict import load as load_detector
+    from train.detect.predict import write_drawn
+
+    detect = load_detector(run)
+
+    def objects(paths: Sequence[str]) -> Any:
+        found = detect(paths, least=args.least)
+        if args.draw:
+            write_drawn(Path(args.draw), detect, paths, least=args.least)
+        return found
+
+    return "objects", objects
 
 
 if __name__ == "__main__":

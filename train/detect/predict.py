@@ -5,7 +5,7 @@ detect = load("runs/shapes_fasterrcnn-seed0")
 detect("photo.jpg")  # [Found(label="star", score=0.97, box=(12.1, 30.5, 40.2, 61.0)), ...]
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ import numpy as np
 
 from train.data.decode import Unreadable, any_to_pixels, is_many, silence_pillow
 from train.detect.config import DetectConfig, parse_buckets
-from train.detect.draw import draw_objects
+from train.detect.draw import draw_objects, encode
 from train.detect.from_config import eval_augment, make_detector
 from train.detect.layout import STRIDE, Layout, Size, fit
 from train.detect.metrics import Detections
@@ -98,6 +98,20 @@ class Detector(NamedTuple):
         """Draw the objects of an image with a score of at least `least`: uint8 [h, w, 3]."""
         pixels = read(image)
         return draw_objects(pixels, self.detect(pixels), self.classes, least=least)
+
+
+def write_drawn(folder: Path, detector: Detector, paths: Sequence[str], *, least: float) -> None:
+    """Write each image with its objects to a folder, as NAME.png.
+
+    Raises:
+      UsageError: an image cannot be read, or the folder cannot be written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in paths:
+            (folder / f"{Path(path).stem}.png").write_bytes(encode(detector.draw(path, least=least)))
+    except OSError as error:
+        raise UsageError(f"cannot write to {folder}: {error.strerror}") from None
 
 
 def read(image: Any) -> np.ndarray:
