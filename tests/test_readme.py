@@ -6,6 +6,7 @@ import shlex
 from pathlib import Path
 from typing import get_args
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -43,6 +44,7 @@ EXPLANATION = (ROOT / "docs" / "explanation.md").read_text()
 PRUNING = (ROOT / "docs" / "pruning.md").read_text()
 TUTORIAL = (ROOT / "docs" / "tutorial.md").read_text()
 BOXES = (ROOT / "docs" / "boxes.md").read_text()
+DETECTION = (ROOT / "docs" / "detection.md").read_text()
 TRAINING = (ROOT / "docs" / "training.md").read_text()
 SEARCH = (ROOT / "docs" / "search.md").read_text()
 TRACKING = (ROOT / "docs" / "tracking.md").read_text()
@@ -110,6 +112,15 @@ def test_python_of_pruning_runs(capsys):
 def test_python_of_boxes_runs():
     batch = executed(BOXES)["batch"]
     assert batch["image"].shape[0] == 8 and (batch["labels"] >= 0).any()
+
+
+@pytest.mark.slow
+def test_python_of_detection_runs():
+    namespace = executed(DETECTION)
+    assert namespace["found"].boxes.shape == (2, 100, 4)
+    assert set(namespace["losses"]) == {"objectness_loss", "proposal_loss", "class_loss", "box_loss"}
+    for name in ("proposals", "single", "dense"):
+        assert jax.eval_shape(namespace[name].init, jax.random.key(0), namespace["images"])["params"]
 
 
 def test_python_of_search_runs():
