@@ -122,7 +122,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         for found in attempt(args.images[at : at + CHUNK]):
             results.append(found)
             if key in found:
-                line = ", ".join(f"{one[0]} {one[1]:.1%}" for one in found[key]) or "nothing"
+                named = [tuple(one.values()) if isinstance(one, dict) else one for one in found[key]]
+                line = ", ".join(f"{name} {p:.1%}" for name, p, *_ in named) or "nothing"
                 print(f"{found['image']}: {line}", file=sys.stderr)
     if any(key in found for found in results):
         print(to_json(results))
@@ -148,7 +149,7 @@ def predictor(args: argparse.Namespace) -> tuple[str, Callable[[Sequence[str]], 
         found = detect(paths, least=args.least)
         if args.draw:
             write_drawn(Path(args.draw), detect, paths, least=args.least)
-        return found
+        return [[one._asdict() for one in image] for image in found]
 
     return "objects", objects
 
