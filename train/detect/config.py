@@ -74,7 +74,7 @@ class DetectConfig(RunConfig):
     """Number of parts of the backbone that are not trained: 1 is the stem, 2 the stem and the first stage."""
     proposals: ProposalRules = field(default_factory=ProposalRules)
     regions: BoxRules = field(default_factory=BoxRules)
-    dense: DenseRules = field(default_factory=DenseRules)
+    one_stage: DenseRules = field(default_factory=DenseRules)
     batch: int = 16
     """Global batch size."""
     eval_batch: int = 8
@@ -86,6 +86,11 @@ class DetectConfig(RunConfig):
     init: str | None = None
     """Weights of the backbone: a run folder, PyTorch weights, or a name on the Hugging Face hub; see --init of `python
     -m train`."""
+    dense: bool = False
+    """Let the pruned weights of a sparse `--init` grow back; otherwise they stay pruned."""
+    sparsity: float | None = None
+    """Share of all kernels but the stem's and the outputs' to prune by magnitude, step by step from a quarter to three
+    quarters of the run; the rest of it trains what is left."""
     select: Literal["last", "best"] = "last"
     """Parameters to evaluate on the test split: the last, or those with the best AP on validation."""
     keep_best: int = 1
@@ -94,12 +99,13 @@ class DetectConfig(RunConfig):
 
 RANGES = {
     "[1, inf)": "features hidden canonical_size proposals.before proposals.after proposals.samples regions.samples "
-    "regions.candidates regions.detections dense.candidates dense.detections",
+    "regions.candidates regions.detections one_stage.candidates one_stage.detections",
     "[1, 65536]": "data.min_size data.max_size",
     "(0, inf)": "anchor_scale augment.scale regions.weights",
-    "[0, inf)": "freeze proposals.beta regions.beta dense.beta proposals.min_side regions.min_side",
+    "[0, inf)": "freeze proposals.beta regions.beta one_stage.beta proposals.min_side regions.min_side",
+    "[0, 1)": "ema sparsity",
     "[0, 1]": "proposals.nms proposals.high proposals.low proposals.fraction regions.overlap regions.fraction "
-    "regions.score regions.nms dense.high dense.low dense.score dense.nms",
+    "regions.score regions.nms one_stage.high one_stage.low one_stage.score one_stage.nms",
 }
 
 
@@ -114,10 +120,14 @@ def check(config: DetectConfig) -> None:
     low, high = config.augment.scale
     if low > high:
         raise UsageError(f"--augment.scale needs the smaller factor first, got {low} {high}")
-    for name in ("proposals", "dense"):
-        rules = getattr(config, name)
+    for name in ("proposals", "one_stage"):
+        rules, flag = getattr(config, name), name.replace("_", "-")
         if rules.low > rules.high:
-            raise UsageError(f"--{name}.low {rules.low} is above --{name}.high {rules.high}")
+            raise UsageError(f"--{flag}.low {rules.low} is above --{flag}.high {rules.high}")
+    if config.init is None and config.dense:
+        raise UsageError("--dense frees the pruned weights of a sparse run: pass that run with --init")
+    if config.sparsity is not None and config.select == "best":
+        raise UsageError("--select best may choose a checkpoint from before the pruning: drop it, or --sparsity")
     if config.select == "best" and config.keep_best == 0:
         raise UsageError("--select best needs --keep-best 1 or more")
     if config.steps_per_call not in (None, 1):
@@ -145,7 +155,7 @@ def unused(config: DetectConfig) -> dict[str, str]:
         f"regions.{name}" for name in vars(config.regions)
     ]
     first += ["hidden", "shared_boxes", "canonical_size"]
-    dense = [f"dense.{name}" for name in vars(config.dense)]
+    dense = [f"one_stage.{name}" for name in vars(config.one_stage)]
     reasons = unused_in_runs(config) | dict.fromkeys(dense if two_stages else first, reason)
     if config.init is not None:
         reasons["zero_init"] = "with --init, which sets all weights of the backbone"

@@ -4,6 +4,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from resnet_jax import augment as pixels
@@ -12,13 +13,16 @@ from resnet_jax.detection.box_head import BoxHead
 from resnet_jax.detection.detector import Detector, FasterRCNN
 from resnet_jax.detection.pyramid import FeaturePyramid
 from resnet_jax.detection.retinanet import RetinaNet
+from resnet_jax.mask_schedules import MaskSchedule, gradual
+from resnet_jax.masks import full_masks, kernels_except, make_masks, no_masks
 from resnet_jax.parallel import Mode, axis_of
-from resnet_jax.tree import Predicate
+from resnet_jax.scores import magnitude
+from resnet_jax.tree import Predicate, PyTree
 from train.detect.config import BoxAugmentConfig, DetectConfig, NormalizeConfig
 from train.errors import UsageError
 from train.from_config import draw_variables, make_model
 from train.state import TrainState, init_state
-from train.weights import load_weights
+from train.weights import load_masks, load_weights
 
 SIDE = 64  # of the images that variables are initialised with; it does not change their shapes
 
@@ -63,7 +67,7 @@ def make_detector(
         fields["anchor_scale"] = config.anchor_scale
     if not two_stages:
         neck = partial(FeaturePyramid, features=config.features, coarser="conv")
-        return RetinaNet(**fields, neck=neck, rules=config.dense)
+        return RetinaNet(**fields, neck=neck, rules=config.one_stage)
     return FasterRCNN(
         **fields,
         neck=partial(FeaturePyramid, features=config.features),
@@ -89,8 +93,27 @@ def is_trained(config: DetectConfig) -> Predicate:
     return trained
 
 
+def is_prunable(config: DetectConfig) -> Predicate:
+    """Select the kernels that `--sparsity` prunes: those that are trained, but for the stem's and the outputs'."""
+    kernel, trained = kernels_except(("stem/", "objectness/", "logits/", "deltas/")), is_trained(config)
+    return lambda path, leaf: kernel(path, leaf) and trained(path, leaf)
+
+
+def make_remask(config: DetectConfig, steps: int) -> MaskSchedule | None:
+    """Make the schedule of `--sparsity` over a run of this length; None without."""
+    if config.sparsity is None:
+        return None
+    prunable = is_prunable(config)
+
+    def mask_fn(params: PyTree, grads: PyTree, masks: PyTree, key: jax.Array, sparsity: jax.Array) -> PyTree:
+        return make_masks(magnitude(params), sparsity, prunable=prunable, masks=masks)
+
+    begin, end = steps // 4, max(3 * steps // 4, 1)
+    return gradual(mask_fn, final=config.sparsity, begin_step=begin, end_step=end, every=max((end - begin) // 20, 1))
+
+
 def make_state(config: DetectConfig, model: Any, tx: optax.GradientTransformation) -> TrainState:
-    """Make the state at step 0, with the backbone's weights from `--init`.
+    """Make the state at step 0, with the backbone's weights from `--init`, of which what is pruned stays pruned.
 
     Raises:
       UsageError: weights that cannot be read, or of a different model.
@@ -101,4 +124,12 @@ def make_state(config: DetectConfig, model: Any, tx: optax.GradientTransformatio
         own = {kind: variables[kind].get("backbone", {}) for kind in variables}
         loaded = load_weights(config.init, own)
         variables = {kind: {**variables[kind], **({"backbone": loaded[kind]} if own[kind] else {})} for kind in own}
-    return init_state(variables, tx, run_key, ema=config.ema is not None)
+    params = variables["params"]
+    masks = no_masks(params)
+    if config.sparsity is not None:
+        masks = full_masks(params, is_prunable(config))
+    if config.init is not None and not config.dense:
+        given = load_masks(config.init, params["backbone"])
+        if given is not None:
+            masks["backbone"] = jax.tree.map(jnp.logical_and, masks["backbone"], given)
+    return init_state(variables, tx, run_key, masks=masks, ema=config.ema is not None)

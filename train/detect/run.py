@@ -11,11 +11,20 @@ import numpy as np
 import optax
 
 from resnet_jax.detection.augment import BoxAugment
-from resnet_jax.tree import PyTree, count
+from resnet_jax.masks import sparsity_of
+from resnet_jax.tree import PyTree, count, leaves
 from train.data.batches import Batch, Batches
 from train.detect.batches import BucketBatches, EvalBatches, batch_like
 from train.detect.config import DetectConfig, ObjectDataConfig, check, parse_buckets
-from train.detect.from_config import eval_augment, is_trained, make_detector, make_state, train_augment
+from train.detect.from_config import (
+    eval_augment,
+    is_prunable,
+    is_trained,
+    make_detector,
+    make_remask,
+    make_state,
+    train_augment,
+)
 from train.detect.metrics import Detections, Truth, coco_metrics, voc_ap
 from train.detect.objects import Objects
 from train.detect.outputs import DETECTIONS, write_detections
@@ -120,6 +129,7 @@ def run(
             objective=objective,
             ema_decay=config.ema,
             accumulate=config.accumulate,
+            remask=make_remask(config, session.steps),
         ),
         [
             (
@@ -164,9 +174,16 @@ def run(
             "validation_ap": validation["ap"],
             "validation_ap50": validation["ap50"],
             "parameters": count(state.params),
+            "sparsity": pruned_share(config, state.masks),
             "params_digest": digest(state),
         }
     )
+
+
+def pruned_share(config: DetectConfig, masks: PyTree) -> float:
+    """Share of the prunable kernels' weights that are pruned."""
+    prunable = is_prunable(config)
+    return float(sparsity_of([mask for path, mask in leaves(masks).items() if prunable(path, mask)]))
 
 
 def measure_split(
