@@ -90,7 +90,12 @@ class Detector(nn.Module):
 
     def strides(self, maps: Sequence[jax.Array], images: jax.Array) -> list[int]:
         """Strides of the levels of a pyramid over the images."""
-        return [stride_of(x.shape[1:3], images.shape[1:3]) for x in maps]
+        strides: list[int] = []
+        for x in maps:
+            # A map of a single cell does not show its stride: it may be larger than the images.
+            least = 2 * strides[-1] if strides else 1
+            strides.append(max(stride_of(x.shape[1:3], images.shape[1:3]), least))
+        return strides
 
     def score(self, head: nn.Module, maps: Sequence[jax.Array], images: jax.Array, size: jax.Array | None) -> Levels:
         """Apply a head to every level, and pair its outputs with their anchors."""

@@ -12,13 +12,16 @@ import numpy as np
 
 def inside(shape: tuple[int, int], stride: int, size: jax.Array) -> jax.Array:
     """Whether the cells of a map (h, w) of this stride lie in an image of `size` int [..., 2]: bool [..., h, w]."""
-    rows, columns = (jnp.arange(n) * stride for n in shape)
+    rows, columns = (jnp.arange(n).reshape((1,) * (size.ndim - 1) + (n,)) * stride for n in shape)
     height, width = size[..., :1], size[..., 1:]
     return (rows < height)[..., :, None] & (columns < width)[..., None, :]
 
 
 def stride_of(shape: tuple[int, ...], image_shape: tuple[int, ...]) -> int:
-    """The stride, a power of two, of maps of this (height, width) over images of this one."""
+    """The stride, a power of two, of maps of this (height, width) over images of `image_shape`.
+
+    Maps of a single cell may have a larger one.
+    """
     ratio = max(-(-side // cells) for side, cells in zip(image_shape, shape, strict=True))
     return 1 << (ratio - 1).bit_length()
 
@@ -33,8 +36,13 @@ def ignore_padding(image_shape: tuple[int, ...], size: jax.Array) -> AbstractCon
     """A context in which every convolution sees zeros in the padding, as it does beyond the borders of its input.
 
     Without it, biases and norms make the padding differ from zero after the first layer, and the maps near the right
-    and lower borders depend on the bucket. Batch statistics and squeeze-excite still average over the padding, and so
-    do average-pooling shortcuts where a side is odd.
+    and lower borders depend on the bucket. With it, cells inside the image are the same in every bucket, except for
+    layers that average over whole maps, padding included: batch norm with the statistics of the batch, group norm
+    and squeeze-excite.
+
+    Compared with the same image without any padding, two more layers differ in the last row and column, where these
+    have an odd number of cells: max-pools without a ReLU before them, as in stems of pre-activation networks, see zeros
+    instead of nothing, and average-pools of shortcuts include one cell of padding.
 
     Args:
       image_shape: (height, width) of the padded images, multiples of the network's largest stride.
@@ -42,7 +50,8 @@ def ignore_padding(image_shape: tuple[int, ...], size: jax.Array) -> AbstractCon
     """
 
     def interceptor(call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
-        window = getattr(context.module, "kernel_size", 1)  # only convolutions have it, whatever their kernels
+        # Only convolutions have it, of whatever kernels, and stems, which begin with one.
+        window = getattr(context.module, "kernel_size", 1)
         if context.method_name == "__call__" and np.max(window) > 1:
             args = (fill(args[0], image_shape, size), *args[1:])
         result = call(*args, **kwargs)

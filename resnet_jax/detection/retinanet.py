@@ -140,7 +140,9 @@ def dense_loss(
       logits, deltas, anchors, present: of all levels [A, K], [A, 4], [A, 4] and bool [A]; see `Levels`.
       truth, labels: boxes [M, 4], and classes int32 [M], -1 where a row is padding.
     """
-    matched = match(iou(truth, anchors), labels >= 0, rules.high, rules.low, low_quality=True)
+    # Anchors in the padding must not be the best ones of a truth.
+    overlaps = iou(truth, anchors) * present[None]
+    matched = match(overlaps, labels >= 0, rules.high, rules.low, low_quality=True)
     positive = present & (matched >= 0)
     label = jnp.where(positive, labels[matched.clip(0)], -1)
     classes = focal(logits, jax.nn.one_hot(label, logits.shape[-1])).sum(1)

@@ -129,7 +129,9 @@ def proposal_loss(
       logits, deltas, anchors, present: of all levels [A], [A, 4], [A, 4] and bool [A]; see `propose`.
       truth, exists: boxes [M, 4], and which rows hold one, bool [M].
     """
-    matched = match(iou(truth, anchors), exists, rules.high, rules.low, low_quality=True)
+    # Anchors in the padding must not be the best ones of a truth.
+    overlaps = iou(truth, anchors) * present[None]
+    matched = match(overlaps, exists, rules.high, rules.low, low_quality=True)
     positive, negative = sample(key, present & (matched >= 0), present & (matched == -1), rules.samples, rules.fraction)
     targets = encode(truth[matched.clip(0)], anchors)
     errors = smooth_l1(deltas - targets, rules.beta).sum(1)

@@ -85,7 +85,7 @@ def from_torchvision(state_dict: Mapping[str, Any], variables: PyTree, *, epsilo
         used.add(name)
         x = _to_ours(path, to_array(source[name]), variables["params"])
         if x.shape != leaf.shape:
-            shapes.append(f"{name} {list(np.shape(source[name]))} (here {list(leaf.shape)})")
+            shapes.append(f"{name} {list(np.shape(source[name]))} (here {list(x.shape)}, not {list(leaf.shape)})")
             return leaf
         return jnp.array(x, leaf.dtype)
 
@@ -111,5 +111,6 @@ def _to_ours(path: str, x: np.ndarray, params: PyTree) -> np.ndarray:
         # Regions are flattened from [C, S, S] there, from [S, S, C] here.
         channels = params["pyramid"]["output1"]["bias"].shape[0]
         side = round((x.shape[1] / channels) ** 0.5)
-        return x.reshape(len(x), channels, side, side).transpose(2, 3, 1, 0).reshape(-1, len(x))
+        if channels * side**2 == x.shape[1]:
+            return x.reshape(len(x), channels, side, side).transpose(2, 3, 1, 0).reshape(-1, len(x))
     return to_layout(path, x)
