@@ -13,7 +13,7 @@ from train.detect.config import BoxAugmentConfig, DetectConfig, ObjectDataConfig
 
 
 def shapes_fasterrcnn() -> DetectConfig:
-    """Faster R-CNN with a narrow ResNet-18 of stride 8, from random weights, on rendered shapes: on any machine, offline.
+    """Faster R-CNN with a narrow ResNet-18, from random weights, on rendered shapes: on any machine, offline.
 
     Command: python -m train.detect
     Hardware: 2 CPU cores, some minutes.
