@@ -51,7 +51,7 @@ def make_detector(
     """Make the config's detector for this number of classes, to be compiled in `mode` (None is the config's).
 
     Raises:
-      UsageError: a backbone without one of the levels, or without stages.
+      UsageError: a backbone without one of the levels, levels out of order, or with a gap before the second stage.
     """
     backbone: Any = make_model(config, None, axis_of(mode or config.mode), kernels)
     two_stages = config.detector == "faster_rcnn"
@@ -61,6 +61,9 @@ def make_detector(
         raise UsageError(f"--levels {unknown[0]}: {config.model} has {', '.join(stages)}")
     if list(levels) != sorted(levels) or len({*levels}) != len(levels):
         raise UsageError(f"--levels {' '.join(levels)}: name each once, the finest first")
+    numbers = [stages.index(level) for level in levels]
+    if two_stages and numbers != [*range(numbers[0], numbers[-1] + 1)]:
+        raise UsageError(f"--levels {' '.join(levels)}: the second stage needs all levels between the first and last")
     fields: dict[str, Any] = {"backbone": backbone, "levels": levels, "classes": classes}
     fields["frozen_stats"] = config.frozen_stats
     if config.anchor_scale is not None:
