@@ -83,7 +83,7 @@ def make_detector(
 
 
 def is_trained(config: DetectConfig) -> Predicate:
-    """Select the parameters that a run trains: all but the frozen parts of the backbone and its frozen norms."""
+    """Select the parameters that a run trains: all except the frozen parts of the backbone and its frozen norms."""
     frozen = ["stem", *(f"stage{number}" for number in range(1, config.freeze))][: config.freeze]
 
     def trained(path: str, leaf: jax.Array) -> bool:
@@ -97,7 +97,7 @@ def is_trained(config: DetectConfig) -> Predicate:
 
 
 def is_prunable(config: DetectConfig) -> Predicate:
-    """Select the kernels that `--sparsity` prunes: those that are trained, but for the stem's and the outputs'."""
+    """Select the kernels that `--sparsity` prunes: those that are trained, except the stem's and the outputs'."""
     kernel, trained = kernels_except(("stem/", "objectness/", "logits/", "deltas/")), is_trained(config)
     return lambda path, leaf: kernel(path, leaf) and trained(path, leaf)
 
