@@ -32,8 +32,8 @@ class Detections(NamedTuple):
 
 
 class Regions(NamedTuple):
-    """Boxes of one image to train on: boxes [N, 4], labels int32 [N] (-1 is background), the truths that they are to
-    become [N, 4], and which rows hold one, bool [N]."""
+    """Boxes of one image to train on: boxes [N, 4], labels int32 [N] (-1 is background), the truths that they
+    match [N, 4], and which rows hold a region, bool [N]."""
 
     boxes: jax.Array
     labels: jax.Array

@@ -51,13 +51,14 @@ class Detector(nn.Module):
     """A backbone with a feature pyramid, on which every detector builds.
 
     Images are float [B, H, W, C], normalised, with padding on the right and below; H and W are multiples of the
-    backbone's largest stride. `size` is int32 [B, 2], each image's (height, width) without its padding, which neither
-    maps nor boxes depend on (see `padding.ignore_padding`); None means that there is none.
+    backbone's largest stride. `size` is int32 [B, 2], each image's (height, width) without its padding; None means that
+    there is none. Neither maps nor boxes depend on the padding (see `padding.ignore_padding` for exceptions).
 
     Attributes:
       backbone: a `ResNet` with `num_classes=None`; the other layers use its `conv` and `dtype`.
       levels: its maps that enter the pyramid, finest first.
-      neck: makes the module from these maps to the pyramid's, such as a `functools.partial` of `FeaturePyramid`.
+      neck: makes the module that turns these maps into the pyramid's, such as a `functools.partial` of
+        `FeaturePyramid`.
       frozen_stats: compute with the running statistics of the backbone's norms, also in training; else with those of
         the batch, which need large batches.
       anchor_scale: side of the anchors of a level over its stride; sides are rounded down to whole pixels.
@@ -167,7 +168,7 @@ class FasterRCNN(ProposalNetwork):
 
     Attributes:
       classes: number of classes K; labels are 0..K-1.
-      head: makes the module from regions [..., S, S, C] to logits and deltas, such as a `functools.partial` of
+      head: makes the module that turns regions [..., S, S, C] into logits and deltas, such as a `functools.partial` of
         `BoxHead`.
       regions: see `BoxRules`.
       pooled, sampling: side S of a region, and samples per side of each of its cells; see `multilevel_roi_align`.

@@ -32,7 +32,7 @@ def focal(logits: jax.Array, targets: jax.Array, *, alpha: float = 0.25, gamma: 
 
 
 def mean_of(total: jax.Array, count: jax.Array, axis_name: str | None) -> jax.Array:
-    """Divide a sum over this shard by its examples' number, so that the mean over shards is that of the whole batch.
+    """Divide a shard's sum by the number of examples, such that the mean over shards is that over the whole batch.
 
     Shards count different numbers of examples, so a mean over each of them would not do. 0 if there are no examples.
     """

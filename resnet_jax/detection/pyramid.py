@@ -15,7 +15,7 @@ kernel_init = nn.initializers.variance_scaling(1.0, "fan_in", "uniform")
 
 
 class BiasedConv(nn.Module):
-    """A convolution of kernels that have no bias themselves, such as those of `resnet_jax.onednn`, with a bias."""
+    """A convolution with a bias, for kernels without one of their own, such as those of `resnet_jax.onednn`."""
 
     features: int
     size: int = 3
@@ -36,7 +36,8 @@ class BiasedConv(nn.Module):
 class FeaturePyramid(nn.Module):
     """Merge a backbone's maps, finest first, into maps of equal width: [B, H_l, W_l, C_l] to [B, H_l, W_l, features].
 
-    Each map is that of its own level, projected, plus the next coarser one, enlarged to its size.
+    Each map is projected to `features` channels, the next coarser result is enlarged to its size and added, and a 3x3
+    convolution follows the sum.
 
     Attributes:
       features: channels of every level.

@@ -81,7 +81,7 @@ class RetinaNet(Detector):
 
     Attributes:
       classes: number of classes K; labels are 0..K-1.
-      head: makes the module from a map to logits and deltas, such as a `functools.partial` of `DenseHead`.
+      head: makes the module that turns a map into logits and deltas, such as a `functools.partial` of `DenseHead`.
       rules: see `DenseRules`.
     """
 

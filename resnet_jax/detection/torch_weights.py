@@ -61,6 +61,10 @@ def from_torchvision(state_dict: Mapping[str, Any], variables: PyTree, *, epsilo
     one of these with a different backbone. Class k here is class k + 1 of torchvision's Faster R-CNN, whose class 0 is
     the background; its box of the background is never used, and is left out.
 
+    Losses and detections equal torchvision's if the sides of images are multiples of the coarsest level's stride. For
+    other sides, torchvision's anchors on that level are closer together: 800 pixels give 13 cells, 61 pixels apart
+    instead of 64.
+
     Args:
       epsilon: that of the source's norms; 0 for torchvision's weights `COCO_V1`. Variances are shifted to give the same
         values with the epsilon of the norms here.

@@ -57,7 +57,7 @@ class DetectConfig(RunConfig):
     model: str = "resnet50"
     """The backbone: a name in `resnet_jax.MODELS`."""
     levels: tuple[str, ...] = ()
-    """Maps of the backbone that enter the pyramid, finest first; by default all stages, but for RetinaNet the first."""
+    """The backbone's maps that enter the pyramid, finest first: by default all stages; for RetinaNet not the first."""
     features: int = 256
     """Channels of the pyramid."""
     hidden: tuple[int, ...] = (1024, 1024)

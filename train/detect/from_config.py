@@ -51,7 +51,7 @@ def make_detector(
     """Make the config's detector for this number of classes, to be compiled in `mode` (None is the config's).
 
     Raises:
-      UsageError: a backbone without one of the levels, or without stages.
+      UsageError: a backbone without one of the levels, levels out of order, or with a gap before the second stage.
     """
     backbone: Any = make_model(config, None, axis_of(mode or config.mode), kernels)
     two_stages = config.detector == "faster_rcnn"
@@ -61,6 +61,9 @@ def make_detector(
         raise UsageError(f"--levels {unknown[0]}: {config.model} has {', '.join(stages)}")
     if list(levels) != sorted(levels) or len({*levels}) != len(levels):
         raise UsageError(f"--levels {' '.join(levels)}: name each once, the finest first")
+    numbers = [stages.index(level) for level in levels]
+    if two_stages and numbers != [*range(numbers[0], numbers[-1] + 1)]:
+        raise UsageError(f"--levels {' '.join(levels)}: the second stage needs all levels between the first and last")
     fields: dict[str, Any] = {"backbone": backbone, "levels": levels, "classes": classes}
     fields["frozen_stats"] = config.frozen_stats
     if config.anchor_scale is not None:
@@ -80,7 +83,7 @@ def make_detector(
 
 
 def is_trained(config: DetectConfig) -> Predicate:
-    """Select the parameters that a run trains: all but the frozen parts of the backbone and its frozen norms."""
+    """Select the parameters that a run trains: all except the frozen parts of the backbone and its frozen norms."""
     frozen = ["stem", *(f"stage{number}" for number in range(1, config.freeze))][: config.freeze]
 
     def trained(path: str, leaf: jax.Array) -> bool:
@@ -94,7 +97,7 @@ def is_trained(config: DetectConfig) -> Predicate:
 
 
 def is_prunable(config: DetectConfig) -> Predicate:
-    """Select the kernels that `--sparsity` prunes: those that are trained, but for the stem's and the outputs'."""
+    """Select the kernels that `--sparsity` prunes: those that are trained, except the stem's and the outputs'."""
     kernel, trained = kernels_except(("stem/", "objectness/", "logits/", "deltas/")), is_trained(config)
     return lambda path, leaf: kernel(path, leaf) and trained(path, leaf)
 

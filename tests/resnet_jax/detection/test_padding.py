@@ -150,7 +150,7 @@ def test_convolutions_by_onednn_ignore_padding_too():
 
 @cache
 def outputs(kind):
-    """(maps, levels, detections or proposals) of the image in each of two buckets, by one set of variables."""
+    """(maps, levels, proposals if any, detections) of the image in each of two buckets, by one set of variables."""
     model = tiny_detector(kind)
     variables = init(model)
 
@@ -158,9 +158,8 @@ def outputs(kind):
         maps = m.features(images, size)
         head = m.dense_head if kind == "retinanet" else m.rpn
         levels = m.score(head, maps, images, size)
-        if isinstance(m, FasterRCNN):
-            return maps, levels, m.propose(levels, images, size)
-        return maps, levels, m(images, size)
+        proposals = m.propose(levels, images, size) if isinstance(m, FasterRCNN) else None
+        return maps, levels, proposals, m(images, size)
 
     run = jax.jit(partial(model.apply, variables, method=compute))
     return model, [jax.device_get(run(*in_bucket(IMAGE, bucket))) for bucket in (SMALL, LARGE)]
@@ -168,7 +167,7 @@ def outputs(kind):
 
 @pytest.mark.parametrize("kind", ["faster_rcnn", "retinanet"])
 def test_detectors_do_not_depend_on_the_bucket(kind):
-    """Maps and scored anchors are equal, cell by cell, and so is what is selected: proposals, or objects."""
+    """Maps and scored anchors are equal, cell by cell, and so are proposals and objects."""
     _, (small, large) = outputs(kind)
     for stride, one, other in zip((2, 4, 8), small[0], large[0], strict=False):
         np.testing.assert_allclose(cut(one, stride), cut(other, stride), rtol=1e-4, atol=1e-5)
@@ -182,10 +181,13 @@ def test_detectors_do_not_depend_on_the_bucket(kind):
     ):
         np.testing.assert_array_equal(anchors[present[0]], others[there[0]])
 
-    found, other = small[2], large[2]
-    assert found.valid.sum() == other.valid.sum() > 5
-    np.testing.assert_allclose(found.boxes[found.valid], other.boxes[other.valid], rtol=1e-4, atol=1e-3)
-    assert (found.boxes[found.valid].max(0) <= [SIZE[1], SIZE[0]] * 2).all()
+    for found, other in zip(small[2:], large[2:], strict=True):
+        if found is not None:
+            assert found.valid.sum() == other.valid.sum() > 5
+            np.testing.assert_allclose(found.boxes[found.valid], other.boxes[other.valid], rtol=1e-4, atol=1e-3)
+            assert (found.boxes[found.valid].max(0) <= [SIZE[1], SIZE[0]] * 2).all()
+    np.testing.assert_allclose(small[3].scores, large[3].scores, rtol=1e-4, atol=1e-6)
+    np.testing.assert_array_equal(small[3].labels, large[3].labels)
 
 
 def test_the_anchors_of_the_padding_are_not_the_best_of_an_object():
@@ -208,6 +210,7 @@ def test_the_anchors_of_the_padding_are_not_the_best_of_an_object():
 
 
 def test_regions_do_not_depend_on_the_bucket():
+    """Neither do those at the right and lower borders of the image, whose samples lie next to the padding."""
     model, ((small, *_), (large, *_)) = outputs("faster_rcnn")
     boxes = jnp.array([[[0.0, 0, 54, 64], [30, 20, 54, 64], [10, 10, 20, 20]]])
     pool = jax.jit(lambda maps, images, size: model.pool(maps, boxes, images, size))
