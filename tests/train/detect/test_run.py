@@ -1,7 +1,5 @@
 """`python -m train.detect` from end to end: the run folder, resuming, learning, every error."""
 
-import contextlib
-import io
 import json
 import signal
 import time
@@ -10,9 +8,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from resnet_jax.detection.box_head import BoxRules
-from resnet_jax.detection.rpn import ProposalRules
 from resnet_jax.tree import leaves
+from tests.train.detect.quick_run import CONFIG, quick
 from train.config import TrainConfig
 from train.data import from_arrays
 from train.detect.__main__ import main
@@ -24,46 +21,6 @@ from train.run import run as train_run
 from train.run_folder import read_config
 
 pytestmark = pytest.mark.usefixtures("one_device_for_all")
-
-# Two levels with strides 8 and 16 on one bucket of the rendered shapes.
-CONFIG = DetectConfig(
-    model="resnet18",
-    width=8,
-    levels=("stage2", "stage3"),
-    features=16,
-    hidden=(32,),
-    anchor_scale=4.0,
-    canonical_size=64,
-    frozen_stats=False,
-    kernels="plain",
-    data=ObjectDataConfig(buckets=("128x128",)),
-    proposals=ProposalRules(before=(60, 40), after=(40, 20), samples=32),
-    regions=BoxRules(samples=16, candidates=40, detections=10),
-    steps=6,
-    batch=8,
-    eval_batch=40,
-    log_every=2,
-    eval_every=100,
-)
-QUICK = (
-    "--model resnet18 --width 8 --levels stage2 stage3 --features 16 --hidden 32 --canonical-size 64 --kernels plain"
-)
-QUICK += " --data.buckets 128x128 --proposals.before 60 40 --proposals.after 40 20 --proposals.samples 32"
-QUICK += " --regions.samples 16 --regions.candidates 40 --regions.detections 10"
-QUICK += " --steps 6 --batch 8 --eval-batch 40 --log-every 2 --eval-every 100"
-
-
-def quick(out, *more):
-    return [*QUICK.split(), "--out", str(out), *more]
-
-
-@pytest.fixture(scope="module")
-def finished(one_device_for_all, tmp_path_factory):
-    """(stdout, stderr, run folder) of one quick run."""
-    out = tmp_path_factory.mktemp("detect") / "quick"
-    with contextlib.redirect_stdout(io.StringIO()) as said, contextlib.redirect_stderr(io.StringIO()) as told:
-        main(quick(out))
-    return said.getvalue(), told.getvalue(), out
 
 
 def test_run_leaves_what_it_promises(finished):
