@@ -149,11 +149,12 @@ def test_a_frozen_backbone_of_a_trained_run(tmp_path):
         ("--proposals.low 0.8", "--proposals.low 0.8 is above --proposals.high 0.7"),
         ("--regions.fraction 2", "--regions.fraction"),
         ("--regions.weights 10 10 0 5", "--regions.weights"),
-        ("--detector retinanet --dense.low 0.6", "--dense.low 0.6 is above --dense.high 0.5"),
         ("--augment.scale 2 1", "--augment.scale needs the smaller factor first, got 2.0 1.0"),
         ("--augment.scale 0 1", "--augment.scale"),
         ("--augment.color-jitter 2", "--augment.color-jitter"),
         ("--augment.std 0 1 1", "--augment.std"),
+        ("--dense", "--dense frees the pruned weights of a sparse run: pass that run with --init"),
+        ("--sparsity 0.5 --select best", "--select best may choose a checkpoint from before the pruning"),
         ("--select best --keep-best 0", "--select best needs --keep-best 1 or more"),
         ("--steps-per-call 4", "--steps-per-call needs images of one size"),
         ("--data.buckets 128", "--data.buckets '128' is not of the form HEIGHTxWIDTH, such as 800x1344"),
@@ -165,13 +166,15 @@ def test_a_frozen_backbone_of_a_trained_run(tmp_path):
         ("--levels stage2 stage7", "--levels stage7: resnet18 has stage1, stage2, stage3, stage4"),
         ("--levels stage3 stage2", "--levels stage3 stage2: name each once, the finest first"),
         ("--levels stage2 stage2", "--levels stage2 stage2: name each once, the finest first"),
-        ("--levels stage1 stage3", "--levels stage1 stage3: "),
+        (
+            "--levels stage1 stage3",
+            "stage1 stage3: the second stage needs all levels between the first and last",
+        ),
         ("--batch 8 --accumulate 3", "--accumulate 3 does not divide the 8 images per device"),
         ("--batch 500", "a batch of 500 is larger than the 480 training images"),
-        ("--dense.nms 0.3", "dense.nms"),
-        ("--detector retinanet --hidden 64", "hidden"),
+        ("--one-stage.nms 0.3", "one-stage.nms"),
+        ("--detector retinanet", "--proposals.before has no effect with --detector retinanet"),
         ("--init nothing.pth", "nothing.pth"),
-        ("--augment.mean 0.5", "--augment.mean"),
     ],
 )
 def test_refusals_are_one_line(arguments, line, tmp_path, fails):
@@ -179,6 +182,11 @@ def test_refusals_are_one_line(arguments, line, tmp_path, fails):
     out = tmp_path / "refused"
     assert line in fails(2, main, quick(out, "--steps", "1", *arguments.split()))
     assert not (out / "result.json").exists() and not (out / "checkpoints").exists()
+
+
+def test_the_one_stage_has_rules_of_its_own(fails, tmp_path):
+    arguments = f"--detector retinanet --one-stage.low 0.6 --steps 1 --out {tmp_path / 'refused'}".split()
+    assert "--one-stage.low 0.6 is above --one-stage.high 0.5" in fails(2, main, arguments)
 
 
 def test_unknown_presets_are_refused(fails):
