@@ -130,10 +130,13 @@ def assert_same(got, want, images):
     """Compare answers or their summaries. Boxes whose scores nearly tie may come in a different order."""
     for name, x in want.items():
         kind, _, rest = name.partition("/")
-        if kind in ("map", "grad"):
+        if kind == "map":
             assert got[name].shape == x.shape, name
-            error = 1e-3 if kind == "grad" else 1e-4
-            np.testing.assert_allclose(got[name], x, rtol=0, atol=error * np.abs(x).max() + 1e-6, err_msg=name)
+            np.testing.assert_allclose(got[name], x, rtol=0, atol=1e-4 * np.abs(x).max() + 1e-6, err_msg=name)
+        elif kind == "grad":
+            # Rounding decides some ReLUs, which changes the gradients of single channels.
+            assert got[name].shape == x.shape, name
+            assert np.linalg.norm(got[name] - x) <= 1e-2 * np.linalg.norm(x) + 1e-6, name
         elif kind == "loss":
             np.testing.assert_allclose(got[name], x, rtol=1e-5, err_msg=name)
         elif kind in ("proposals", "boxes"):
