@@ -117,8 +117,8 @@ def faster_rcnn(config: DetectConfig, classes: int) -> Any:
     from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
 
     body = getattr(models, config.model)(norm_layer=FrozenBatchNorm2d if config.frozen_stats else nn.BatchNorm2d)
-    frozen = ("conv1", "bn1", *(f"layer{stage}" for stage in range(1, config.freeze)))[: config.freeze and None]
-    for name in frozen:
+    frozen = ["conv1", "bn1", *(f"layer{stage}" for stage in range(1, config.freeze))]
+    for name in frozen if config.freeze else ():
         getattr(body, name).requires_grad_(False)
     layers = {f"layer{stage}": str(stage - 1) for stage in range(1, 5)}
     channels = [body.inplanes // 2 ** (4 - stage) for stage in range(1, 5)]
@@ -131,7 +131,7 @@ def faster_rcnn(config: DetectConfig, classes: int) -> Any:
     for number in range(len(config.hidden)):
         head += [(f"fc{6 + number}", nn.Linear(*widths[number : number + 2])), (f"relu{6 + number}", nn.ReLU())]
     proposals, regions = config.proposals, config.regions
-    return FasterRCNN(
+    net = FasterRCNN(
         backbone,
         rpn_anchor_generator=anchors,
         rpn_pre_nms_top_n_train=proposals.before[0],
@@ -155,8 +155,9 @@ def faster_rcnn(config: DetectConfig, classes: int) -> Any:
         box_positive_fraction=regions.fraction,
         image_mean=list(config.augment.mean or ()),
         image_std=list(config.augment.std or ()),
-        _skip_resize=True,
     )
+    net.transform.resize = lambda image, target=None: (image, target)  # its _skip_resize is for training alone
+    return net
 
 
 # ---- the process ---------------------------------------------------------------------------------------------------
@@ -210,7 +211,7 @@ def detector_runner(task: str, case: Case, weights: Path) -> tuple[Runner, dict[
         optimizer.step()
         return losses
 
-    return step, {name: round(float(x), 4) for name, x in step().items()}
+    return step, {name: round(x.item(), 4) for name, x in step().items()}
 
 
 def operator_runner(task: str, small: bool) -> tuple[Runner, dict[str, Any]]:
@@ -243,7 +244,7 @@ def operator_runner(task: str, small: bool) -> tuple[Runner, dict[str, Any]]:
         return (pooled, *torch.autograd.grad(pooled, [*features.values()], back)) if need else pooled
 
     first = align()
-    return align, {"sum_of_squares": round(float((first[1] if need else first).square().sum()), 3)}
+    return align, {"sum_of_squares": round((first[1] if need else first).square().sum().item(), 3)}
 
 
 def serve(folder: Path, threads: int, small: bool) -> None:
