@@ -1,14 +1,17 @@
-"""Train torchvision's detector on our images: `python results/torchvision_detect.py PRESET --minutes M --out FILE.json`.
+"""Train torchvision's detector on our images.
 
-PRESET is one of `python -m train.detect`, whose other flags may follow: images, backbone, sizes and seed are those of the
-config (of `--stock`: pyramid, head, anchors and proposals are torchvision's defaults), and so are the backbone's weights
-(`--init`). The recipe is that of torchvision's references/detection/train.py: SGD with momentum 0.9, decay 1e-4 and a rate
-of 0.02 for 16 images, scaled to the config's batch; a linear warm-up over the first epoch; divided by ten at 16/26 and 22/26
-of the time; flips, and the references' scale jitter within the config's limits. With `--frozen` it freezes the backbone's
-norms and its first two parts, which `fasterrcnn_resnet50_fpn` does if its backbone is pretrained.
+    python results/torchvision_detect.py PRESET --minutes M --out FILE.json [--stock] [--frozen] [--FIELD VALUE ...]
 
-Training ends after M minutes, without evaluation; the last weights are evaluated by `train.detect.metrics`, on validation
-and then once on test. Needs torchvision.
+PRESET and fields are those of `python -m train.detect`: images, sizes, seed, backbone, and its weights (`--init`). With
+`--stock` pyramid, head, anchors and proposals are torchvision's defaults, and with `--frozen` the backbone's norms, stem
+and first stage are frozen, as in `fasterrcnn_resnet50_fpn` with a pretrained backbone.
+
+The recipe is that of torchvision's references/detection/train.py: SGD with momentum 0.9, decay 1e-4, and a rate of 0.02
+for 16 images, scaled to the batch; a linear warm-up over the first epoch; a tenth of the rate from 16/26 of the time,
+and a hundredth from 22/26. Flips, and scale jitter as in the references, between the factors of the config.
+
+Training ends after M minutes, without evaluation. The last weights are evaluated by `train.detect.metrics`, on
+validation and then once on test. Needs torchvision.
 """
 
 import argparse
@@ -22,9 +25,13 @@ from typing import Any
 
 import jax
 import numpy as np
-import torch
-import torchvision
-from torchvision.transforms.v2 import functional as F
+
+try:
+    import torch
+    import torchvision
+    from torchvision.transforms.v2 import functional as F
+except ImportError:
+    raise SystemExit("error: this needs torchvision, from the extra parity-full") from None
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -141,7 +148,11 @@ def train(net: Any, source: Objects, config: DetectConfig, minutes: float, devic
         if steps % LOG_EVERY == 0 or steps == 1:
             row = {"step": steps, "loss": round(float(np.mean(sums)), 4), "learning_rate": rate}
             history.append({**row, "seconds": round(time.perf_counter() - began, 1)})
-            print(f"step {steps} loss {row['loss']:.4f} {elapsed / 60:.1f} of {minutes:g} min", file=sys.stderr, flush=True)
+            print(
+                f"step {steps} loss {row['loss']:.4f} {elapsed / 60:.1f} of {minutes:g} min",
+                file=sys.stderr,
+                flush=True,
+            )
             sums = []
     return {
         "steps": steps,

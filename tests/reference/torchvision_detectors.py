@@ -1,7 +1,7 @@
 """torchvision's Faster R-CNN with the sizes of a config of ours, and a process that times it (needs torchvision).
 
-`python -m tests.reference.torchvision_detectors FOLDER THREADS [small]` answers each line of JSON on stdin, [task, case,
-calls], with the seconds of these calls; with 0 calls it prepares the task, and answers with a description. The weights
+`python -m tests.reference.torchvision_detectors FOLDER THREADS [small]` answers each line on stdin, JSON of [task, case,
+calls], with the seconds of these calls; with 0 calls it prepares the task, and describes its first result. The weights
 of each case are left in FOLDER/CASE.npz. See results/detection_speed.py.
 """
 
@@ -33,12 +33,17 @@ ALIGN = ("roi_align", "roi_align_gradient")
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A detector and its inputs: a batch of images of one size (height, width), without padding."""
+    """A detector and its inputs: a batch of images of one size (height, width), without padding.
+
+    `sharpness` is a factor of the random weights of the classes, so that an image has about as many candidates for
+    detections as ours takes at most.
+    """
 
     config: DetectConfig
     classes: int
     size: tuple[int, int]
     batch: int
+    sharpness: float = 3.0
 
 
 def cases(small: bool) -> dict[str, Case]:
@@ -58,7 +63,7 @@ def cases(small: bool) -> dict[str, Case]:
             "bccd": Case(config=bccd, classes=3, size=(64, 64), batch=2),
         }
     return {
-        "resnet50": Case(config=r50, classes=80, size=(480, 640), batch=1),
+        "resnet50": Case(config=r50, classes=80, size=(480, 640), batch=1, sharpness=12.0),
         "bccd": Case(config=bccd, classes=3, size=(256, 352), batch=8),
     }
 
@@ -83,7 +88,7 @@ def inputs(case: Case) -> dict[str, np.ndarray]:
 
 
 def random_boxes(shape: tuple[int, ...], size: tuple[int, int]) -> np.ndarray:
-    """Boxes float32 [*shape, 4] in an image of (height, width), with sides from a twentieth to a half of its shorter."""
+    """Boxes float32 [*shape, 4] in an image of (height, width), with sides of 0.05 to 0.5 of its shorter one."""
     rng = np.random.default_rng(1)
     sides = min(size) * np.exp(rng.uniform(np.log(0.05), np.log(0.5), (*shape, 2)))
     low = rng.uniform(0, 1, sides.shape) * (np.array(size[::-1]) - sides)
@@ -98,7 +103,7 @@ def nms_inputs(task: str, small: bool) -> tuple[np.ndarray, np.ndarray]:
 
 
 def align_inputs(small: bool) -> tuple[list[np.ndarray], list[int], np.ndarray, np.ndarray]:
-    """Maps float32 [H, W, C] of the pyramid of one image, their strides, boxes [N, 4], and the gradient of the result."""
+    """Maps float32 [H, W, C] of an image's pyramid, their strides, boxes [N, 4], and the gradient of the result."""
     rng, size = np.random.default_rng(3), (64, 96) if small else (480, 640)
     strides, channels, count = [4, 8, 16, 32], 8 if small else 256, 16 if small else 512
     maps = [rng.normal(size=(size[0] // s, size[1] // s, channels)).astype(np.float32) for s in strides]
@@ -107,7 +112,7 @@ def align_inputs(small: bool) -> tuple[list[np.ndarray], list[int], np.ndarray, 
 
 
 def faster_rcnn(config: DetectConfig, classes: int) -> Any:
-    """torchvision's Faster R-CNN as `config` describes it, in training mode; it pads images, but does not scale them."""
+    """torchvision's Faster R-CNN as `config` describes it, in training mode; it pads images, but never scales them."""
     from torch import nn
     from torchvision import models
     from torchvision.models.detection import FasterRCNN
@@ -175,9 +180,9 @@ def detector_runner(task: str, case: Case, weights: Path) -> tuple[Runner, dict[
     net = faster_rcnn(case.config, case.classes)
     with torch.no_grad():
         for name, x in net.state_dict().items():
-            # Sums of many random branches would grow too large, and nothing would be detected.
+            # Sums of many random branches would grow too large.
             last = "bn2" if case.config.model in ("resnet18", "resnet34") else "bn3"
-            x *= {f"{last}.weight": 0.3, "cls_score.weight": 3.0}.get(".".join(name.split(".")[-2:]), 1)
+            x *= {f"{last}.weight": 0.3, "cls_score.weight": case.sharpness}.get(".".join(name.split(".")[-2:]), 1)
     np.savez(weights, **{name: x.numpy() for name, x in net.state_dict().items()})
     net.to(device)
     given = inputs(case)
@@ -201,7 +206,10 @@ def detector_runner(task: str, case: Case, weights: Path) -> tuple[Runner, dict[
         return predict, {"detections": sum(len(found["boxes"]) for found in predict())}
 
     optimizer = torch.optim.SGD(
-        [x for x in net.parameters() if x.requires_grad], lr=SGD.lr, momentum=SGD.momentum, weight_decay=SGD.weight_decay
+        [x for x in net.parameters() if x.requires_grad],
+        lr=SGD.lr,
+        momentum=SGD.momentum,
+        weight_decay=SGD.weight_decay,
     )
 
     def step() -> Any:
@@ -254,15 +262,15 @@ def serve(folder: Path, threads: int, small: bool) -> None:
     torch.set_num_threads(threads)
     torch.backends.cudnn.benchmark = True
     wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
-    known, runners = cases(small), {}
+    known = cases(small)
+    runners: dict[tuple[str, str], Runner] = {}
     for line in sys.stdin:
         task, name, calls = json.loads(line)
         if not calls:
-            on_detector = name in known
-            runner, first = (
-                detector_runner(task, known[name], folder / f"{name}.npz") if on_detector else operator_runner(task, small)
-            )
-            runners[task, name] = runner
+            if name in known:
+                runners[task, name], first = detector_runner(task, known[name], folder / f"{name}.npz")
+            else:
+                runners[task, name], first = operator_runner(task, small)
             print(json.dumps(first), flush=True)
             continue
         seconds = []
