@@ -9,9 +9,9 @@ Both sides do equal work: the same weights, images, objects, numbers of proposal
 augmentation and padding. Steps include scaling to [0, 1], normalisation, gradients, and SGD with momentum, at a rate so
 low that the weights stay. Predictions suppress about as many candidates as ours takes at most; trained detectors have
 fewer, which only torchvision gains from. Float32 on CPU, bfloat16 (autocast there) on GPU. Ours are the steps of
-`train.detect`, compiled as it does; torchvision runs eagerly, in its usual memory format. Both keep the memory that they
-free (`train.runtime.keep_memory`), and use N cores (all by default). Needs torchvision; takes about six minutes on two
-cores.
+`train.detect`, compiled as it does; torchvision runs eagerly, in its usual memory format. Both keep the memory that
+they free (`train.runtime.keep_memory`), and use N cores (all by default). Needs torchvision; takes about six minutes on
+two cores.
 """
 
 import argparse

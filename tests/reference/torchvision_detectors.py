@@ -1,8 +1,8 @@
 """torchvision's Faster R-CNN with the sizes of a config of ours, and a process that times it (needs torchvision).
 
-`python -m tests.reference.torchvision_detectors FOLDER THREADS [small]` answers each line on stdin, JSON of [task, case,
-calls], with the seconds of these calls; with 0 calls it prepares the task, and describes its first result. The weights
-of each case are left in FOLDER/CASE.npz. See results/detection_speed.py.
+`python -m tests.reference.torchvision_detectors FOLDER THREADS [small]` answers each line on stdin, JSON of [task,
+case, calls], with the seconds of these calls; with 0 calls it prepares the task, and describes its first result. The
+weights of each case are left in FOLDER/CASE.npz. See results/detection_speed.py.
 """
 
 import json
