@@ -3,7 +3,7 @@
     python results/torchvision_detect.py PRESET --minutes M --out FILE.json [--stock] [--frozen] [--FIELD VALUE ...]
 
 PRESET and fields are those of `python -m train.detect`: images, sizes, seed, backbone, and its weights (`--init`).
-With `--stock` pyramid, head, anchors and proposals are torchvision's defaults, and with `--frozen` the backbone's norms,
+With `--stock` pyramid, head, anchors and proposals are torchvision's defaults; with `--frozen` the backbone's norms,
 stem and first stage are frozen, as in `fasterrcnn_resnet50_fpn` with a pretrained backbone.
 
 The recipe is that of torchvision's references/detection/train.py: SGD with momentum 0.9, decay 1e-4, and a rate of 0.02
