@@ -112,14 +112,9 @@ def test_detectors_are_timed_against_torchvision(tmp_path):
 @pytest.mark.slow
 def test_torchvision_trains_on_our_images(tmp_path):
     pytest.importorskip("torchvision")
-    script = [
-        sys.executable,
-        results.ROOT / "results" / "torchvision_detect.py",
-        "bccd_fasterrcnn",
-        "--minutes",
-        "0.02",
-    ]
-    sizes = ["--data.name", "shapes", "--data.min-size", "32", "--data.max-size", "32", "--features", "8"]
+    path, flags = results.ROOT / "results" / "torchvision_detect.py", "bccd_fasterrcnn --minutes 0.02"
+    script = [sys.executable, path, *flags.split()]
+    sizes = "--data.name shapes --data.min-size 32 --data.max-size 32 --features 8 --hidden 8".split()
     subprocess.run([*script, "--out", tmp_path / "run.json", *sizes], check=True)
     result = json.loads((tmp_path / "run.json").read_text())
     assert result["steps"] > 0 and 0 <= result["test_ap"] <= result["test_ap50"] <= 1
