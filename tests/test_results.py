@@ -114,7 +114,18 @@ def test_torchvision_trains_on_our_images(tmp_path):
     pytest.importorskip("torchvision")
     path, flags = results.ROOT / "results" / "torchvision_detect.py", "bccd_fasterrcnn --minutes 0.02"
     script = [sys.executable, path, *flags.split()]
-    sizes = "--data.name shapes --data.min-size 32 --data.max-size 32 --features 8 --hidden 8".split()
+    sizes = [
+        "--data.name",
+        "shapes",
+        "--data.min-size",
+        "32",
+        "--data.max-size",
+        "32",
+        "--features",
+        "8",
+        "--hidden",
+        "8",
+    ]
     subprocess.run([*script, "--out", tmp_path / "run.json", *sizes], check=True)
     result = json.loads((tmp_path / "run.json").read_text())
     assert result["steps"] > 0 and 0 <= result["test_ap"] <= result["test_ap50"] <= 1
