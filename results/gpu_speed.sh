@@ -8,11 +8,11 @@ out=results/gpu_speed
 mkdir -p "$out"
 if [ -n "${SMALL:-}" ]; then
   big=(--model resnet8 --classes 10 --image-size 16) cifar=(--model resnet8 --image-size 16) batches="8 16" wide=16
-  few=(--steps 2 --repeats 2 --warmup 1) cases=(--model none)
+  few=(--steps 2 --repeats 2 --warmup 1) cases=(--model none) detection=(--small --seconds 0.1)
   tiny=(--model resnet8 --width 8 --batch 64 --data.fraction 0.02 --epochs 2)
 else
   big=(--model resnet50 --classes 1000 --image-size 224) cifar=(--model resnet18_cifar)
-  batches="128 256 384 512 768 1024" wide=1024 few=(--steps 20 --repeats 5) cases=() tiny=()
+  batches="128 256 384 512 768 1024" wide=1024 few=(--steps 20 --repeats 5) cases=() tiny=() detection=()
 fi
 say() { printf '\n== %s (%s s)\n' "$1" "$SECONDS"; }
 measure() { python -m "$1" "${few[@]}" --out "$out" "${@:2}" > "$out/last.json" || echo "FAILED: $*" | tee -a "$out/failed.txt"; }
@@ -58,6 +58,9 @@ fi
 
 say "PyTorch on the same card: eager and compiled, channels_last, bf16"
 python -m tests.reference.torch_bench --compiled --blocks 5 "${cases[@]}" --result "$out/torch.json" || echo "FAILED: torch" | tee -a "$out/failed.txt"
+
+say "detection: a step, a predicted image, NMS and ROIAlign, against torchvision"
+timeout 1200 python results/detection_speed.py "$out/detection.json" "${detection[@]}" || echo "FAILED: detection" | tee -a "$out/failed.txt"
 
 if [ $# -gt 0 ]; then
   say "50 epochs"

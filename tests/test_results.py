@@ -1,9 +1,11 @@
 """The tables of the documentation are those of the run files."""
 
+import json
 import os
 import re
 import shutil
 import subprocess
+import sys
 
 import pytest
 
@@ -12,6 +14,7 @@ from results import figures
 from results.tables import TABLES
 from tests.test_readme import KINDS
 from train.cli import parse
+from train.detect.presets import PRESETS
 from train.errors import RunError, UsageError
 
 PAGES = {page: (results.ROOT / page).read_text() for page in results.PAGES}
@@ -51,17 +54,20 @@ def test_unknown_tables_and_runs_are_refused():
         figures.runs("nothing*")
 
 
-def test_cpu_script_runs_commands_that_parse(tmp_path):
-    """A stand-in for Python writes down the commands."""
-    shutil.copytree(results.ROOT / "results", tmp_path / "results", ignore=shutil.ignore_patterns("*.json", "*.png"))
-    python = tmp_path / "bin" / "python"
+def commands_of(script, folder, *words):
+    """The commands of a script's Python, which a stand-in writes down, as lists of words."""
+    shutil.copytree(results.ROOT / "results", folder / "results", ignore=shutil.ignore_patterns("*.json", "*.png"))
+    python = folder / "bin" / "python"
     python.parent.mkdir()
-    python.write_text(f'#!/bin/sh\necho "$*" >> {tmp_path}/commands\n')
+    python.write_text(f'#!/bin/sh\necho "$*" >> {folder}/commands\n')
     python.chmod(0o755)
-    script = ["bash", str(tmp_path / "results" / "cifar10_cpu.sh"), "data"]
     environment = {**os.environ, "PATH": f"{python.parent}:{os.environ['PATH']}"}
-    subprocess.run(script, env=environment, check=True)
-    commands = [line.split()[1:] for line in (tmp_path / "commands").read_text().splitlines()]
+    subprocess.run(["bash", str(folder / "results" / script), *words], env=environment, check=True)
+    return [line.split() for line in (folder / "commands").read_text().splitlines()]
+
+
+def test_cpu_script_runs_commands_that_parse(tmp_path):
+    commands = [words[1:] for words in commands_of("cifar10_cpu.sh", tmp_path, "data")]
     runs = [words for words in commands if words[0] in KINDS and not {"report", "curve"} & {*words}]
     assert len(runs) == 24 and sum("torch_train" in words[0] for words in commands) == 3
     # One command for each set of flags, as parsing takes a while.
@@ -70,5 +76,59 @@ def test_cpu_script_runs_commands_that_parse(tmp_path):
         if program == "train.prune" and "/" in words[0]:  # a run, which does not exist here
             del words[0]
         parse(program, presets, words, default=default)
-    refused = subprocess.run([*script, "nothing"], env=environment, capture_output=True, text=True, check=False)
+    script = ["bash", str(tmp_path / "results" / "cifar10_cpu.sh"), "data", "nothing"]
+    refused = subprocess.run(script, capture_output=True, text=True, check=False)
     assert refused.returncode == 2 and refused.stderr.startswith("error: nothing is not one of ten_epochs")
+
+
+def test_detection_script_runs_commands_that_parse(tmp_path):
+    commands = commands_of("gpu_detect.sh", tmp_path, "data", "none", "backbone.safetensors")
+    runs = [words[2:] for words in commands if words[:2] == ["-m", "train.detect"] and words[2] != "report"]
+    assert [words[0] for words in runs] == ["bccd_fasterrcnn"] * 2 + ["raccoon_fasterrcnn"] * 2
+    configs = [parse("train.detect", PRESETS, words, default="bccd_fasterrcnn")[1] for words in runs]
+    assert [config.model for config in configs] == ["resnet18", "resnet50"] * 2
+    assert [config.init for config in configs] == [None, "backbone.safetensors"] * 2
+    assert sum(words[0].endswith("torchvision_detect.py") for words in commands) == 4
+    assert commands[-1][:1] == ["results/detection_speed.py"]
+
+
+@pytest.mark.slow
+def test_detectors_are_timed_against_torchvision(tmp_path):
+    pytest.importorskip("torchvision")
+    out = tmp_path / "speed.json"
+    script = [sys.executable, results.ROOT / "results" / "detection_speed.py", out, "--small", "--seconds", "0.1"]
+    subprocess.run([*script, "--threads", "1"], check=True)
+    result = json.loads(out.read_text())
+    assert [row["task"] for row in result["rows"]] == [
+        *("nms_1000", "nms_2000", "roi_align", "roi_align_gradient", "predict", "train", "predict", "train")
+    ]
+    for row in result["rows"]:
+        assert row["time_over_torchvision"]["low"] < row["time_over_torchvision"]["high"]
+        ours, theirs = row["first_result"]["ours"], row["first_result"]["torchvision"]
+        if row["task"] != "train":  # training draws samples
+            assert ours == pytest.approx(theirs, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_torchvision_trains_on_our_images(tmp_path):
+    pytest.importorskip("torchvision")
+    path, flags = results.ROOT / "results" / "torchvision_detect.py", "bccd_fasterrcnn --minutes 0.02"
+    script = [sys.executable, path, *flags.split()]
+    sizes = [
+        "--data.name",
+        "shapes",
+        "--data.min-size",
+        "32",
+        "--data.max-size",
+        "32",
+        "--features",
+        "8",
+        "--hidden",
+        "8",
+    ]
+    subprocess.run([*script, "--out", tmp_path / "run.json", *sizes], check=True)
+    result = json.loads((tmp_path / "run.json").read_text())
+    assert result["steps"] > 0 and 0 <= result["test_ap"] <= result["test_ap50"] <= 1
+    assert result["test_images"] and {"torch", "torchvision", "jax"} <= {*result["versions"]} and result["command"]
+    refused = subprocess.run([*script, "--out", "x", "--width", "8"], capture_output=True, text=True, check=False)
+    assert refused.returncode == 2 and refused.stderr.startswith("error: only Faster R-CNN on all stages")
