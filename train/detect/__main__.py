@@ -1,7 +1,7 @@
 """`python -m train.detect [PRESET] [--FIELD VALUE ...]`: train an object detector.
 
-`python -m train.detect report RUN` shows what a finished run detects, `python -m train.detect explain RUN IMAGE... --out
-DIR` which pixels made its boxes. The last line on stdout is the result as JSON.
+`python -m train.detect report RUN` shows what a finished run detects, and `python -m train.detect explain RUN IMAGE...
+--out DIR` which pixels made its boxes. The last line on stdout is the result as JSON.
 """
 
 import sys

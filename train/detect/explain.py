@@ -33,9 +33,9 @@ from train.runtime import compiler_options, say
 
 USUAL = ("hires_cam", "smooth_grad", "occlusion")
 ABOUT = (
-    "A map shows what speaks for the class in this box, in the image as the network sees it: bright or red parts do, blue "
-    "ones speak against it. Below each is the share of its heat that lies in the box; a map of noise has the box's share "
-    "of the image. Heat outside the box is not an error: the surroundings may speak for the object too."
+    "A map shows what speaks for the class in this box: bright or red parts do, blue ones speak against it. "
+    "Below is the share of its heat that lies in the box; of noise that would be the box's share of the image. "
+    "Heat outside the box is not an error: the surroundings may speak for the object too."
 )
 
 
@@ -121,8 +121,8 @@ def compiled_methods(detector: Detector, methods: Sequence[str]) -> dict[str, Ca
         options = options_of(name, images.shape[1:])
         return METHODS[name](network, images, class_score(label), key=jax.random.key(0), layer=layer, **options)
 
-    assert isinstance(detector.model, FasterRCNN)
-    options = compiler_options(detector.model.backbone.dtype)
+    model: Any = detector.model
+    options = compiler_options(model.backbone.dtype)
     program = jax.jit(run, static_argnames=("name", "layer"), compiler_options=options)
     return {name: partial(program, name=name) for name in dict.fromkeys(methods)}
 
@@ -134,7 +134,8 @@ def explain_object(
     batch = detector.batch(pixels)
     seen = augment_batch(detector.preprocess, example_keys(jax.random.key(0), batch["id"]), batch)
     box, label, score = found.boxes[row] * batch["scale"][0], found.labels[row : row + 1], float(found.scores[row])
-    network = region_network(detector.model, detector.variables, jnp.asarray(box[None]), jnp.asarray(batch["size"]))
+    model: Any = detector.model
+    network = region_network(model, detector.variables, jnp.asarray(box[None]), jnp.asarray(batch["size"]))
     layer = region_layers(network, seen["image"])[0]
 
     height, width = batch["size"][0].tolist()
@@ -147,9 +148,8 @@ def explain_object(
         # The network does not see the padding, but maps are enlarged beyond the image's edge.
         heat = np.asarray(compute(network, seen["image"], jnp.asarray(label), layer=layer)[0, :height, :width])
         shares[method] = inside(heat, box)
-        drawn.append(
-            Drawn(draw_box(overlay(image, heat), box, int(label[0])), f"{method}: {shares[method]:.0%} in the box")
-        )
+        picture = draw_box(overlay(image, heat), box, int(label[0]))
+        drawn.append(Drawn(picture, f"{method}: {shares[method]:.0%} in the box"))
     area = inside(np.ones((height, width)), box)
     return drawn, {"label": name, "score": score, "box": found.boxes[row].tolist(), "area": area, "inside": shares}
 
