@@ -35,7 +35,9 @@ USUAL = ("hires_cam", "smooth_grad", "occlusion")
 ABOUT = (
     "A map shows what speaks for the class in this box: bright or red parts do, blue ones speak against it. "
     "Below is the share of its heat that lies in the box; of noise that would be the box's share of the image. "
-    "Heat outside the box is not an error: the surroundings may speak for the object too."
+    "Heat outside the box is not an error: the surroundings may speak for the object too. "
+    "CAM methods show the map of the pyramid that the box is cut out of: hires_cam and layer_cam cannot leave the box, "
+    "and grad_cam, whose weights hold for the whole map, shows similar things elsewhere too."
 )
 
 
@@ -117,7 +119,7 @@ def best(found: Detections, count: int, least: float) -> Detections:
 def compiled_methods(detector: Detector, methods: Sequence[str]) -> dict[str, Callable[..., Any]]:
     """Each method, compiled for a layer and for images of a size; boxes and labels do not compile it again."""
 
-    def run(network: Any, images: jax.Array, label: jax.Array, *, name: str, layer: str) -> jax.Array:
+    def run(network: Any, images: jax.Array, label: jax.Array, *, name: str, layer: str | None) -> jax.Array:
         options = options_of(name, images.shape[1:])
         return METHODS[name](network, images, class_score(label), key=jax.random.key(0), layer=layer, **options)
 
@@ -146,7 +148,8 @@ def explain_object(
     shares = {}
     for method, compute in methods.items():
         # The network does not see the padding, but maps are enlarged beyond the image's edge.
-        heat = np.asarray(compute(network, seen["image"], jnp.asarray(label), layer=layer)[0, :height, :width])
+        used = layer if is_cam(method) else None
+        heat = np.asarray(compute(network, seen["image"], jnp.asarray(label), layer=used)[0, :height, :width])
         shares[method] = inside(heat, box)
         picture = draw_box(overlay(image, heat), box, int(label[0]))
         drawn.append(Drawn(picture, f"{method}: {shares[method]:.0%} in the box"))
@@ -162,12 +165,18 @@ def inside(heat: np.ndarray, box: np.ndarray) -> float:
     return float(positive[top:bottom, left:right].sum() / max(positive.sum(), 1e-12))
 
 
+def is_cam(method: str) -> bool:
+    """Whether a method makes a class activation map, of a layer."""
+    return "cam" in method
+
+
 def lead(numbers: Sequence[dict[str, Any]], methods: Sequence[str]) -> str:
-    """The report in one sentence: how much of the heat lies on the objects."""
+    """The report in one sentence: how much of the heat of maps that may leave the boxes lies in them."""
     objects = [one for image in numbers for one in image["objects"]]
     if not objects:
         return "Nothing was detected, so there is nothing to explain."
-    means = {name: float(np.mean([one["inside"][name] for one in objects])) for name in methods}
-    top = max(means, key=lambda name: means[name])
-    area = float(np.mean([one["area"] for one in objects]))
-    return f"{top} has {means[top]:.0%} of its heat in the boxes, which are {area:.0%} of the images."
+    free = [name for name in methods if not is_cam(name)]
+    shares = [f"{name} has {np.mean([one['inside'][name] for one in objects]):.0%}" for name in free]
+    area = np.mean([one["area"] for one in objects])
+    heat = f" Of its heat, {', '.join(shares)} in the boxes, which are {area:.0%} of the images." if shares else ""
+    return f"What made the best {len(objects)} detections.{heat}"
