@@ -45,7 +45,7 @@ def test_bad_input(tmp_path):
     with pytest.raises(UsageError, match="not a run folder"):
         main(start)
     start[1] = str(extracted("train", tmp_path))
-    with pytest.raises(UsageError, match="is a run of train, not of train.detect"):
+    with pytest.raises(UsageError, match=r"is a run of train, not of train\.detect"):
         main(start)
     assert not (tmp_path / "out").exists()
 
