@@ -24,6 +24,7 @@ PROGRAMS = {
         "train.search.run.run",
         "train.detect.run.run",
         "train.detect.predict.load",
+        "train.detect.explain.explain",
     ],
     "pretrain": ["pretrain.run.run", "pretrain.evaluate.evaluate"],
 }

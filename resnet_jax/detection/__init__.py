@@ -27,8 +27,9 @@ from resnet_jax.detection.detector import Detector, FasterRCNN, Levels, Proposal
 from resnet_jax.detection.losses import binary_cross_entropy, focal, mean_of, smooth_l1
 from resnet_jax.detection.matching import BACKGROUND, NEITHER, match, sample
 from resnet_jax.detection.padding import ignore_padding, inside
-from resnet_jax.detection.pooling import multilevel_roi_align, roi_align
+from resnet_jax.detection.pooling import multilevel_roi_align, region_levels, roi_align
 from resnet_jax.detection.pyramid import FeaturePyramid
+from resnet_jax.detection.regions import RegionClassifier, region_layers, region_network
 from resnet_jax.detection.retinanet import DenseHead, DenseRules, RetinaNet, dense_loss, select_dense
 from resnet_jax.detection.rpn import ProposalHead, ProposalRules, Proposals, proposal_loss, propose
 from resnet_jax.detection.suppression import nms
@@ -50,6 +51,7 @@ __all__ = [
     "ProposalNetwork",
     "ProposalRules",
     "Proposals",
+    "RegionClassifier",
     "Regions",
     "RetinaNet",
     "anchor_grid",
@@ -72,7 +74,10 @@ __all__ = [
     "nms",
     "proposal_loss",
     "propose",
+    "region_layers",
+    "region_levels",
     "region_loss",
+    "region_network",
     "roi_align",
     "sample",
     "sample_regions",

@@ -62,14 +62,27 @@ def multilevel_roi_align(
     Raises:
       ValueError: the strides are not successive powers of 2, one for each map.
     """
-    first = int(math.log2(strides[0]))
-    if list(strides) != [2 ** (first + i) for i in range(len(features))]:
-        raise ValueError(f"strides of {len(features)} maps must be successive powers of 2, not {tuple(strides)}")
-    side = jnp.sqrt(area(boxes).clip(0))
-    level = jnp.floor(canonical_level + jnp.log2(side / canonical_size) + 1e-6)
-    levels = level.clip(first, first + len(features) - 1).astype(jnp.int32) - first
+    if len(strides) != len(features):
+        raise ValueError(f"{len(features)} maps need as many strides, not {tuple(strides)}")
+    levels = region_levels(boxes, strides, canonical_size=canonical_size, canonical_level=canonical_level)
     extents = None if image_size is None else jnp.stack([-(-image_size // stride) for stride in strides])
     return _pool(features, boxes, levels, [1 / stride for stride in strides], size, sampling, False, extents)
+
+
+def region_levels(
+    boxes: jax.Array, strides: Sequence[int], *, canonical_size: int = 224, canonical_level: int = 4
+) -> jax.Array:
+    """Find the level of each box [N, 4] among maps of these strides, int32 [N]; see `multilevel_roi_align`.
+
+    Raises:
+      ValueError: the strides are not successive powers of 2.
+    """
+    first = int(math.log2(strides[0]))
+    if list(strides) != [2 ** (first + i) for i in range(len(strides))]:
+        raise ValueError(f"strides of {len(strides)} maps must be successive powers of 2, not {tuple(strides)}")
+    side = jnp.sqrt(area(boxes).clip(0))
+    level = jnp.floor(canonical_level + jnp.log2(side / canonical_size) + 1e-6)
+    return level.clip(first, first + len(strides) - 1).astype(jnp.int32) - first
 
 
 def _pool(

@@ -37,9 +37,10 @@ class Network:
 
         It is pixel 0 in a `ResNet`: its kernels are odd and their padding is symmetric, so with a stride of 32 position
         i sees the surroundings of pixel 32 i (one pixel further where shortcuts pool, as in ResNet-D). Tiling the image
-        would place its evidence half a stride too far to the right and down.
+        would place its evidence half a stride too far to the right and down. Other modules may have an attribute of
+        this name.
         """
-        return 0.0 if isinstance(self.model, ResNet) else None
+        return 0.0 if isinstance(self.model, ResNet) else getattr(self.model, "first_center", None)
 
     def outputs(self, images: jax.Array) -> jax.Array:
         """Return float32 outputs [B, D]: logits, or the features of an encoder without a head."""

@@ -1,6 +1,7 @@
 """`python -m train.detect [PRESET] [--FIELD VALUE ...]`: train an object detector.
 
-`python -m train.detect report RUN` shows what a finished run detects. The last line on stdout is the result as JSON.
+`python -m train.detect report RUN` shows what a finished run detects, and `python -m train.detect explain RUN IMAGE...
+--out DIR` which pixels made its boxes. The last line on stdout is the result as JSON.
 """
 
 import sys
@@ -19,6 +20,10 @@ def main(argv: list[str] | None = None) -> None:
         from train.detect.outputs import report_main
 
         return report_main(argv[1:])
+    if argv[:1] == ["explain"]:
+        from train.detect.explain import explain_main
+
+        return explain_main(argv[1:])
     check = partial(check_changes, reasons=unused)
     run_command("train.detect", PRESETS, argv, default="shapes_fasterrcnn", check=check)
 

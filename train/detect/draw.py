@@ -73,6 +73,13 @@ def draw_objects(
     return np.asarray(picture)
 
 
+def draw_box(image: np.ndarray, box: np.ndarray, label: int) -> np.ndarray:
+    """Draw one box in the colour of its class, without a text: uint8 [h, w, 3], see `draw_objects`."""
+    picture, scale = enlarged(image)
+    _outline(ImageDraw.Draw(picture), box * scale, colour_of(label))
+    return np.asarray(picture)
+
+
 def _outline(pen: ImageDraw.ImageDraw, box: np.ndarray, colour: tuple[int, int, int]) -> None:
     """A box of lines three pixels wide, its border in the middle, with a dark edge that any background shows."""
     left, top, right, bottom = _on_image(box)

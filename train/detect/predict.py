@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from resnet_jax.detection.augment import BoxAugment
+from train.data.batches import Batch
 from train.data.decode import Unreadable, any_to_pixels, is_many, silence_pillow
 from train.detect.config import DetectConfig, parse_buckets
 from train.detect.draw import draw_objects, encode
@@ -43,12 +45,15 @@ class Detector(NamedTuple):
     Attributes:
       classes: names of its classes.
       layout: how images are scaled and padded.
+      model, preprocess: the network, and what it makes of images in [0, 1].
       program: compiled `detect_step` of (variables, batch).
       variables: the parameters and statistics.
     """
 
     classes: tuple[str, ...]
     layout: Layout
+    model: nn.Module
+    preprocess: BoxAugment
     program: Callable[..., Any]
     variables: Any
 
@@ -66,10 +71,16 @@ class Detector(NamedTuple):
 
     def detect(self, pixels: np.ndarray) -> Detections:
         """Detect the objects of an image uint8 [H, W, 3]."""
+        found = self.program(self.variables, self.batch(pixels))
+        boxes, scores, labels = (np.asarray(found[name][0]) for name in ("boxes", "scores", "labels"))
+        return Detections.unpadded(boxes, scores, labels)
+
+    def batch(self, pixels: np.ndarray) -> Batch:
+        """Lay out an image uint8 [H, W, 3] as a batch of one, scaled and padded."""
         size, scale = fit(pixels.shape[:2], self.layout.min_size, self.layout.max_size)
         image = np.zeros((1, *self.bucket(pixels.shape[:2], size), 3), np.uint8)
         image[0, : size[0], : size[1]] = decode_scaled(pixels, pixels.shape[:2], size, scale, False)
-        batch = {
+        return {
             "image": image,
             "size": np.asarray([size], np.int32),
             "boxes": np.zeros((1, 1, 4), np.float32),
@@ -78,9 +89,6 @@ class Detector(NamedTuple):
             "scale": np.asarray([scale], np.float32),
             "valid": np.ones(1, bool),
         }
-        found = self.program(self.variables, batch)
-        boxes, scores, labels = (np.asarray(found[name][0]) for name in ("boxes", "scores", "labels"))
-        return Detections.unpadded(boxes, scores, labels)
 
     def bucket(self, original: Size, size: Size) -> Size:
         """The bucket of an image, or a size of its own if it is larger than all of them."""
@@ -145,8 +153,9 @@ def load(run: str | Path, *, model: nn.Module | None = None) -> Detector:
     dtype, classes, data = compute_dtype(config.dtype), tuple(saved["classes"]), config.data
     kernels, _ = make_kernels("auto", dtype=dtype)
     model = model or make_detector(config, len(classes), kernels, mode="jit")
-    step = partial(detect_step, model=model, preprocess=eval_augment(config.augment))
+    preprocess = eval_augment(config.augment)
+    step = partial(detect_step, model=model, preprocess=preprocess)
     program = jax.jit(step, compiler_options=compiler_options(dtype, plain=not kernels))
     layout = Layout(min_size=data.min_size, max_size=data.max_size, buckets=parse_buckets(data.buckets), rows=1)
     variables = jax.tree.map(jnp.asarray, load_state(folder, DetectConfig).variables)
-    return Detector(classes, layout, program, variables)
+    return Detector(classes, layout, model, preprocess, program, variables)

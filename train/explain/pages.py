@@ -124,8 +124,12 @@ def open_out(path: str) -> Path:
     return out
 
 
-def write_report(out: Path, sections: Mapping[str, View], about: Mapping[str, Any]) -> dict[str, Any]:
+def write_report(
+    out: Path, sections: Mapping[str, View], about: Mapping[str, Any], first: str | None = None
+) -> dict[str, Any]:
     """Write the page, the pictures and the numbers of all sections; return the numbers.
+
+    The page begins with the sentence `first`; by default with that of `lead`.
 
     Raises:
       RunError: the folder cannot be written to any more.
@@ -147,7 +151,7 @@ def write_report(out: Path, sections: Mapping[str, View], about: Mapping[str, An
                     Image.fromarray(drawing.repeat(times, 0).repeat(times, 1)).save(file)
                 else:
                     save_figure(drawing, file)
-        text = page.page(f"Explanation of {about['run']}", lead(numbers, about["run"]), *parts, command)
+        text = page.page(f"Explanation of {about['run']}", first or lead(numbers, about["run"]), *parts, command)
         (out / PAGE).write_text(text, encoding="utf-8")
         (out / RESULT).write_text(to_json(result, indent=1) + "\n")
     except OSError as error:
