@@ -1,12 +1,12 @@
 """Figures of a whole image set: functions from data to a matplotlib figure. They need the extra `plot`."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from train.explain.mistakes import Calibration
-from train.report import new_figure
+from train.report import charts, new_figure
 
 NAMED = 20  # most classes that a legend names
 THUMBNAIL = 16  # points
@@ -87,6 +87,21 @@ def landscape_figure(places: np.ndarray, losses: np.ndarray) -> Any:
     axes.plot(0, 0, "o", color="#d62728", ms=5)
     axes.set(xlabel="first direction (1 = the filters' norm)", ylabel="second direction", aspect="equal")
     figure.colorbar(filled, label="log10 of the loss (nats)")
+    return figure
+
+
+def cascade_figure(curves: Mapping[str, Mapping[str, float]], thick: str) -> Any:
+    """Draw mean rank correlations by layer, a line per method from that of the trained network, which is 1."""
+    figure = new_figure(charts.WIDTH * 1.35, charts.HEIGHT * 1.25)
+    axes = figure.subplots()
+    layers = ["trained", *next(iter(curves.values()))]
+    for at, (name, values) in enumerate(curves.items()):
+        width = 3 if name == thick else 1.5
+        axes.plot([1, *values.values()], marker="o", ms=width + 1.5, lw=width, color=charts.colour(at))
+    axes.axhline(0, color="#b0b0b0", lw=1, zorder=0)
+    axes.set_xticks(range(len(layers)), layers, rotation=60, ha="right", rotation_mode="anchor", fontsize=8)
+    axes.set(title="rank correlation with the trained network's map", xlabel="random weights from the head to")
+    charts.label_ends(axes, [(at, name, [*values.values()][-1]) for at, (name, values) in enumerate(curves.items())])
     return figure
 
 
