@@ -152,6 +152,5 @@ def explain_images(
             if start == 0:
                 randomized = np.stack([other[0] for other in maps])
         whole = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-        layers = [layer for layer, _ in others]
-        changes = dict(zip(layers, whole["cascade"].T, strict=True))
-        yield name, Attribution(whole["heat"], {score: whole[score] for score in kept}, changes, randomized)
+        by_layer = {layer: column for (layer, _), column in zip(others, whole["cascade"].T, strict=True)}
+        yield name, Attribution(whole["heat"], {score: whole[score] for score in kept}, by_layer, randomized)

@@ -5,10 +5,11 @@ from typing import Any
 
 import numpy as np
 
+from train.explain.images import evenly
 from train.explain.mistakes import Calibration
 from train.report import charts, new_figure
 
-NAMED = 20  # most classes that a legend names
+NAMED = 20  # most classes that a legend names, and layers that an axis names
 THUMBNAIL = 16  # points
 APART = 0.06  # least distance of two thumbnails, as a share of the picture
 
@@ -92,16 +93,19 @@ def landscape_figure(places: np.ndarray, losses: np.ndarray) -> Any:
 
 def cascade_figure(curves: Mapping[str, Mapping[str, float]], thick: str) -> Any:
     """Draw mean rank correlations by layer, a line per method from that of the trained network, which is 1."""
-    figure = new_figure(charts.WIDTH * 1.35, charts.HEIGHT * 1.25)
+    figure = new_figure(charts.WIDTH, 1.2 * charts.HEIGHT)
     axes = figure.subplots()
     layers = ["trained", *next(iter(curves.values()))]
     for at, (name, values) in enumerate(curves.items()):
         width = 3 if name == thick else 1.5
         axes.plot([1, *values.values()], marker="o", ms=width + 1.5, lw=width, color=charts.colour(at))
     axes.axhline(0, color="#b0b0b0", lw=1, zorder=0)
-    axes.set_xticks(range(len(layers)), layers, rotation=60, ha="right", rotation_mode="anchor", fontsize=8)
-    axes.set(title="rank correlation with the trained network's map", xlabel="random weights from the head to")
-    charts.label_ends(axes, [(at, name, [*values.values()][-1]) for at, (name, values) in enumerate(curves.items())])
+    named = evenly(len(layers), NAMED)
+    turn: Any = {"rotation": 60, "ha": "right", "rotation_mode": "anchor", "fontsize": 8}
+    axes.set_xticks(named, [layers[at] for at in named], **turn)
+    axes.set(title="similarity to the trained network's map", xlabel="random weights from the head to")
+    ends = [(at, name, [*values.values()][-1]) for at, (name, values) in enumerate(curves.items())]
+    charts.label_ends(axes, ends, most=20)
     return figure
 
 

@@ -90,8 +90,8 @@ def cascade_view(shown: np.ndarray, name: str, found: Mapping[str, Attribution])
     with charts.styled():
         drawing = figures.cascade_figure({method: curves[method] for method in methods}, COUNTEREXAMPLE)
     text = (
-        "A method that explains the network gives a different map, near 0, as soon as the first layers are random; the "
-        "longer its line stays up, the less its map says about what was learned. Highest on average: "
+        "Mean rank correlation. A method that explains the network falls to 0 with the first layers; the longer its "
+        "line stays up, the less its map says about what was learned. Highest on average: "
         f"{methods[0]} ({means[methods[0]]:.2f})."
     )
     layers = [*curves[methods[0]]]
@@ -102,19 +102,23 @@ def cascade_view(shown: np.ndarray, name: str, found: Mapping[str, Attribution])
         heats = [found[method].heat[0], *found[method].randomized[steps]]
         rows.append([figures.overlay(shown, heat) for heat in heats])
         tiles = [page.photograph(x, f"{method}, {at}", width=WIDTH) for x, at in zip(rows[-1], texts, strict=True)]
-        grid = page.image_grid([*zip(tiles, texts, strict=True)], smallest=80)
+        grid = page.image_grid([*zip(tiles, map(_breakable, texts), strict=True)], smallest=80)
         maps += [Html(f"<h3>{page.escape(method)}</h3>"), grid]
     summary = f"Maps of {name}, with random weights from the head to each layer"
-    pieces = page.figure(drawing, text, smallest=480), page.details(summary, *maps, shown=True)
+    pieces = page.figure(drawing, text), page.details(summary, *maps, shown=True)
     captions = [[f"{method}\n{at}" for at in texts] for method in methods]
     drawings = {"cascade": drawing, "cascade_maps": figures.gallery(rows, captions)}
     return View(drawings, pieces, {"cascade": curves})
 
 
 def _caption(text: str) -> Html:
-    """The name of a picture, which may be broken after an underscore, and its scores below."""
+    """The name of a picture, and its scores below."""
     name, *scores = text.split("\n")
-    return page.join(page.strong(Html(page.escape(name).replace("_", "_<wbr>"))), *scores, by="<br>")
+    return page.join(page.strong(_breakable(name)), *scores, by="<br>")
+
+
+def _breakable(name: str) -> Html:
+    return Html(page.escape(name).replace("_", "_<wbr>"))
 
 
 def _title(said: Mapping[str, Any]) -> str:
