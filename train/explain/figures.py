@@ -135,14 +135,16 @@ def in_colour(image: np.ndarray) -> np.ndarray:
 def overlay(image: np.ndarray, heat: np.ndarray) -> np.ndarray:
     """Lay a heat map [H, W] over an image uint8 [H, W, C]: uint8 [H, W, 3], on the image in grey.
 
-    A map without negative values goes from black over red to yellow; in others red supports and blue opposes. Values
-    above the 99th percentile have the same colour.
+    A map of one sign goes from black at its lowest value over red to yellow; in others red supports and blue opposes.
+    Values above the 99th percentile have the same colour.
     """
     from matplotlib import colormaps
 
-    top = max(float(np.quantile(np.abs(heat), 0.99)), float(np.abs(heat).max()) * 1e-3, 1e-12)
-    scaled = np.clip(heat / top, -1, 1)
-    signed = bool((heat < 0).any())
+    largest = float(np.abs(heat).max())
+    signed = bool(heat.min() < 0 < heat.max())
+    low = 0.0 if signed else float(heat.min())
+    top = float(np.quantile(np.abs(heat) if signed else heat - low, 0.99))
+    scaled = np.clip((heat - low) / max(top, 1e-3 * largest, 1e-12), -1, 1)
     colours = colormaps["RdBu_r"]((scaled + 1) / 2) if signed else colormaps["inferno"](scaled)
     grey = in_colour(image).mean(-1, keepdims=True) / 255
     return np.rint(255 * (0.4 * grey + 0.6 * colours[..., :3])).astype(np.uint8)

@@ -91,8 +91,8 @@ def test_blocks_that_are_computed_again_in_the_backward_pass():
         def __call__(self, x, *, train=False):
             return nn.remat(lambda block, x: BasicBlock.__call__(block, x, train=train))(self, x)
 
-    model = MODELS["resnet8"](num_classes=3, width=4, block=partial(Remat, shortcut=ZeroPad))
-    plain, variables = MODELS["resnet8"](num_classes=3, width=4), jax.jit(model.init)(KEY, IMAGES)
+    plain = MODELS["resnet8"](num_classes=3, width=4)
+    model, variables = plain.clone(block=partial(Remat, shortcut=ZeroPad)), jax.jit(plain.init)(KEY, IMAGES)
 
     @partial(jax.jit, static_argnums=1)
     def gradients(network, layers):

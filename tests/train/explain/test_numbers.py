@@ -193,6 +193,8 @@ def test_overlay_marks_the_hottest_pixel():
     assert laid.shape == (4, 4, 3) and laid.dtype == np.uint8
     brightness = laid.astype(int).sum(-1)
     assert np.unravel_index(brightness.argmax(), (4, 4)) == (1, 2)
+    np.testing.assert_array_equal(figures.overlay(image, heat - 9), laid)  # of one sign: the level does not matter
+    np.testing.assert_array_equal(figures.overlay(image, heat + 9), laid)
     heat[0, 0] = -3
     red, _, blue = figures.overlay(image, heat).astype(int)[[1, 0], [2, 0]].T
     assert red[0] > blue[0] and blue[1] > red[1]  # supports, opposes
