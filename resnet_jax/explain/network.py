@@ -12,6 +12,8 @@ import jax.numpy as jnp
 from resnet_jax.resnet import ResNet
 from resnet_jax.tree import PyTree
 
+EXPLAINED = "explained"  # the collection of the map that is read
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class Network:
         """
         found: dict[str, jax.ShapeDtypeStruct] = {}
 
-        def record(layer: str, y: jax.Array) -> jax.Array:
+        def record(layer: str, y: jax.Array, module: nn.Module) -> jax.Array:
             found[layer] = jax.ShapeDtypeStruct(y.shape, y.dtype)
             return y
 
@@ -104,19 +106,24 @@ class Network:
         Raises:
           ValueError: as `resolve`.
         """
-        path, found = self.resolve(layer, images), []
+        path = self.resolve(layer, images)
 
-        def perturb(name: str, y: jax.Array) -> jax.Array:
+        def perturb(name: str, y: jax.Array, module: nn.Module) -> jax.Array:
             if name == path:
                 y = (y + tap).astype(y.dtype)
-                found.append(y)
+                module.sow(EXPLAINED, "map", y)  # as a variable it gets out of `nn.remat`, too
             return y
 
-        outputs = self._apply(self.variables, images, perturb)
-        return outputs.astype(jnp.float32), found[0]
+        outputs, found = self._apply(self.variables, images, perturb)
+        return outputs.astype(jnp.float32), jax.tree.leaves(found)[0]
 
-    def _apply(self, variables: PyTree, images: jax.Array, visit: Callable[[str, jax.Array], jax.Array]) -> Any:
-        """Apply the model with `visit(layer, output)` in place of each submodule's output, if that is an array."""
+    def _apply(
+        self, variables: PyTree, images: jax.Array, visit: Callable[[str, jax.Array, nn.Module], jax.Array]
+    ) -> Any:
+        """Apply the model with `visit(layer, output, module)` in place of each submodule's output, if it is an array.
+
+        Returns the outputs, and the variables that `visit` has sown.
+        """
         if not isinstance(self.model, nn.Module):
             raise ValueError("a function has no layers: give a Flax module and its variables")
         calls: dict[str, int] = {}
@@ -126,7 +133,7 @@ class Network:
             if context.method_name != "__call__" or not path or not isinstance(y, jax.Array):
                 return y
             calls[path] = calls.get(path, 0) + 1
-            return visit(path if calls[path] == 1 else f"{path}#{calls[path]}", y)
+            return visit(path if calls[path] == 1 else f"{path}#{calls[path]}", y, context.module)
 
         with nn.intercept_methods(intercept):
-            return self.model.apply(variables, images)
+            return self.model.apply(variables, images, mutable=[EXPLAINED])

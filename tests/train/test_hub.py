@@ -17,6 +17,7 @@ from tests.reference.make_golden import weights
 from train import hub
 from train.config import DataConfig, TrainConfig
 from train.errors import UsageError
+from train.explain.__main__ import main as explain_main
 from train.hub import Card, download, is_hub_name, read_card
 from train.presets import PRESETS
 from train.pretrained import from_pretrained
@@ -77,6 +78,19 @@ def test_two_lines_by_name(cache, tiny):
     check("hf:someone/tiny", tiny)
     assert find_weights(cache) == cache / "model.safetensors"
     assert download("hf:someone/tiny@" + "0" * 40, "config.json") == cache / "config.json"
+
+
+@pytest.mark.slow
+def test_explanation_by_name(cache, tmp_path, capsys):
+    """`hf:` and the folder that it stands for are explained alike."""
+    pytest.importorskip("matplotlib", reason="needs the extra plot")
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50, 3), np.uint8)).save(tmp_path / "image.png")
+    for out, source in (("a", "hf:someone/tiny"), ("b", str(cache))):
+        flags = ["--out", str(tmp_path / out), "--methods", "grad_cam", "--target", "2"]
+        explain_main([source, str(tmp_path / "image.png"), *flags])
+    first, second = map(json.loads, capsys.readouterr().out.splitlines())
+    assert first["methods"] == second["methods"] and first["images"] == second["images"]
+    assert first["images"][0]["explained"] == "2" and first["layer"] == "stage1_block1"
 
 
 def test_a_folder_needs_no_huggingface_hub(tiny, tmp_path, monkeypatch):

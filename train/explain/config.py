@@ -40,6 +40,9 @@ class ExplainConfig:
     `predicted`, or `neighbour` for encoders."""
     count: int = 8
     """Images to take if none is named, half of them mistakes; also the most to take from a folder."""
+    cascade: bool = False
+    """Also show how each method's maps change while layers get random weights one after the other, from the head down,
+    with `guided_backprop` as the method that hardly notices. Takes each method's time once per layer."""
     features: bool = False
     """Also show filters, feature maps, and images that the network is made to see."""
     dataset: tuple[str, ...] | None = None

@@ -1,13 +1,16 @@
 """Embeddings of images: their nearest neighbours, and their places in a plane."""
 
 import warnings
+from threading import Timer
 from typing import Any, Literal, get_args
 
 import numpy as np
 
 from train.errors import UsageError, unknown
+from train.runtime import say
 
 Projection = Literal["pca", "tsne", "umap"]
+PATIENCE = 5.0  # seconds before a reader is told why nothing happens
 
 
 def neighbours(queries: np.ndarray, bank: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -39,7 +42,14 @@ def project(features: np.ndarray, method: Projection, seed: int = 0) -> np.ndarr
         raise unknown("projection", method, get_args(Projection))
     if len(features) < 4:
         raise UsageError(f"{method} needs 4 images or more, got {len(features)}")
-    return np.asarray(_reducer(method, len(features), seed).fit_transform(features), np.float32)
+    slow = Timer(PATIENCE, say, ["note: umap compiles its code at its first use in a process, which may take a minute"])
+    slow.daemon = True
+    if method == "umap":
+        slow.start()
+    try:
+        return np.asarray(_reducer(method, len(features), seed).fit_transform(features), np.float32)
+    finally:
+        slow.cancel()
 
 
 def _reducer(method: Projection, count: int, seed: int) -> Any:

@@ -1,14 +1,15 @@
 """Figures of a whole image set: functions from data to a matplotlib figure. They need the extra `plot`."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from train.explain.images import evenly
 from train.explain.mistakes import Calibration
-from train.report import new_figure
+from train.report import charts, new_figure
 
-NAMED = 20  # most classes that a legend names
+NAMED = 20  # most classes that a legend names, and layers that an axis names
 THUMBNAIL = 16  # points
 APART = 0.06  # least distance of two thumbnails, as a share of the picture
 
@@ -90,6 +91,24 @@ def landscape_figure(places: np.ndarray, losses: np.ndarray) -> Any:
     return figure
 
 
+def cascade_figure(curves: Mapping[str, Mapping[str, float]], thick: str) -> Any:
+    """Draw mean rank correlations by layer, a line per method from that of the trained network, which is 1."""
+    figure = new_figure(charts.WIDTH, 1.2 * charts.HEIGHT)
+    axes = figure.subplots()
+    layers = ["trained", *next(iter(curves.values()))]
+    for at, (name, values) in enumerate(curves.items()):
+        width = 3 if name == thick else 1.5
+        axes.plot([1, *values.values()], marker="o", ms=width + 1.5, lw=width, color=charts.colour(at))
+    axes.axhline(0, color="#b0b0b0", lw=1, zorder=0)
+    named = evenly(len(layers), NAMED)
+    turn: Any = {"rotation": 60, "ha": "right", "rotation_mode": "anchor", "fontsize": 8}
+    axes.set_xticks(named, [layers[at] for at in named], **turn)
+    axes.set(title="similarity to the trained network's map", xlabel="random weights from the head to")
+    ends = [(at, name, [*values.values()][-1]) for at, (name, values) in enumerate(curves.items())]
+    charts.label_ends(axes, ends, most=20)
+    return figure
+
+
 def _range(losses: np.ndarray) -> tuple[float, float]:
     low = max(float(losses.min()), 1e-6)
     return low, max(float(losses.max()), low * 1.01)
@@ -116,14 +135,16 @@ def in_colour(image: np.ndarray) -> np.ndarray:
 def overlay(image: np.ndarray, heat: np.ndarray) -> np.ndarray:
     """Lay a heat map [H, W] over an image uint8 [H, W, C]: uint8 [H, W, 3], on the image in grey.
 
-    A map without negative values goes from black over red to yellow; in others red supports and blue opposes. Values
-    above the 99th percentile have the same colour.
+    A map of one sign goes from black at its lowest value over red to yellow; in others red supports and blue opposes.
+    Values above the 99th percentile have the same colour.
     """
     from matplotlib import colormaps
 
-    top = max(float(np.quantile(np.abs(heat), 0.99)), float(np.abs(heat).max()) * 1e-3, 1e-12)
-    scaled = np.clip(heat / top, -1, 1)
-    signed = bool((heat < 0).any())
+    largest = float(np.abs(heat).max())
+    signed = bool(heat.min() < 0 < heat.max())
+    low = 0.0 if signed else float(heat.min())
+    top = float(np.quantile(np.abs(heat) if signed else heat - low, 0.99))
+    scaled = np.clip((heat - low) / max(top, 1e-3 * largest, 1e-12), -1, 1)
     colours = colormaps["RdBu_r"]((scaled + 1) / 2) if signed else colormaps["inferno"](scaled)
     grey = in_colour(image).mean(-1, keepdims=True) / 255
     return np.rint(255 * (0.4 * grey + 0.6 * colours[..., :3])).astype(np.uint8)

@@ -13,25 +13,29 @@ from PIL import Image
 from train import page
 from train.errors import RunError, UsageError
 from train.explain import figures
-from train.explain.attributions import REFERENCE, SCORES, Aim, Attribution
+from train.explain.attributions import COMPLETE, COUNTEREXAMPLE, REFERENCE, SCORES, Aim, Attribution
 from train.explain.dataset import View
-from train.explain.images import Images
+from train.explain.images import Images, evenly
 from train.explain.outputs import Outputs
 from train.json_text import to_json
 from train.page import Html
 from train.paths import local_path
-from train.report import save_figure
+from train.report import charts, save_figure
 
 RESULT, PAGE, PICTURES = "scores.json", "index.html", "pictures"
 WIDTH = 200  # of a picture in the page, in pixels
+STEPS = 8  # most layers of the cascade to show maps of
 LEAST = 640  # least width of a PNG file, to which small pictures are enlarged
 ABOUT = (
     "Bright or red parts speak for what is explained, blue ones against it. "
     "Deletion removes the hottest pixels first: with a good map the probability falls at once (low). "
     "Insertion starts from a blurred image and shows the hottest pixels first (high). "
+    "ROAD fills removed pixels from their neighbours: half of what the hottest cost more than the coldest (high). "
     "Infidelity is the error of predicting from the map what hiding squares does (low). "
     "Randomization is the rank correlation with the map of the same network with random weights: "
     "a map that hardly changes (near 1) does not show what was learned. "
+    "The completeness error of integrated gradients is the distance of their sum from the score minus that of an image "
+    "of mean colour (0). "
     f"Do not trust a method that is not clearly better than {REFERENCE}."
 )
 
@@ -46,10 +50,11 @@ def attribution_view(
 ) -> View:
     """Show each image, uint8 [N, H, W, C], with the heat map and the scores of each method."""
     means = {name: {score: float(x.mean()) for score, x in one.scores.items()} for name, one in found.items()}
-    best: Any = {"deletion": "min", "insertion": "max", "infidelity": "min"}
-    rows: list[list[page.Cell]] = [[name, *scores.values()] for name, scores in means.items()]
+    best: Any = {"deletion": "min", "insertion": "max", "road": "max", "infidelity": "min"}
+    columns = (*SCORES, *(COMPLETE[name] for name in found if name in COMPLETE))
+    rows: list[list[page.Cell]] = [[name, *map(scores.get, columns)] for name, scores in means.items()]
     caption = f"mean scores over {len(images.names)} images"
-    table = page.table(("method", *SCORES), rows, best=best, caption=caption)
+    table = page.table(("method", *columns), rows, best=best, caption=caption)
     pieces = [table, page.details("What the scores say", page.paragraph(ABOUT))]
     drawings, numbers = {}, []
     for at, name in enumerate(images.names):
@@ -76,10 +81,44 @@ def attribution_view(
     return View(drawings, tuple(pieces), {"methods": means, "images": numbers})
 
 
+def cascade_view(shown: np.ndarray, name: str, found: Mapping[str, Attribution]) -> View:
+    """Show how maps change while layers get random weights, as curves and as maps of the first image, [H, W, C]."""
+    curves = {method: {layer: float(x.mean()) for layer, x in one.cascade.items()} for method, one in found.items()}
+    del curves[REFERENCE]  # it does not depend on the network: 1 everywhere
+    means = {method: float(np.mean([*values.values()])) for method, values in curves.items()}
+    methods = sorted(means, key=lambda method: -means[method])
+    with charts.styled():
+        drawing = figures.cascade_figure({method: curves[method] for method in methods}, COUNTEREXAMPLE)
+    text = (
+        "Mean rank correlation. A method that explains the network falls to 0 with the first layers; the longer its "
+        "line stays up, the less its map says about what was learned. Highest on average: "
+        f"{methods[0]} ({means[methods[0]]:.2f})."
+    )
+    layers = [*curves[methods[0]]]
+    steps = evenly(len(layers), STEPS)
+    texts = ["trained", *(layers[step] for step in steps)]
+    rows, maps = [], []
+    for method in methods:
+        heats = [found[method].heat[0], *found[method].randomized[steps]]
+        rows.append([figures.overlay(shown, heat) for heat in heats])
+        tiles = [page.photograph(x, f"{method}, {at}", width=WIDTH) for x, at in zip(rows[-1], texts, strict=True)]
+        grid = page.image_grid([*zip(tiles, map(_breakable, texts), strict=True)], smallest=80)
+        maps += [Html(f"<h3>{page.escape(method)}</h3>"), grid]
+    summary = f"Maps of {name}, with random weights from the head to each layer"
+    pieces = page.figure(drawing, text), page.details(summary, *maps, shown=True)
+    captions = [[f"{method}\n{at}" for at in texts] for method in methods]
+    drawings = {"cascade": drawing, "cascade_maps": figures.gallery(rows, captions)}
+    return View(drawings, pieces, {"cascade": curves})
+
+
 def _caption(text: str) -> Html:
-    """The name of a picture, which may be broken after an underscore, and its scores below."""
+    """The name of a picture, and its scores below."""
     name, *scores = text.split("\n")
-    return page.join(page.strong(Html(page.escape(name).replace("_", "_<wbr>"))), *scores, by="<br>")
+    return page.join(page.strong(_breakable(name)), *scores, by="<br>")
+
+
+def _breakable(name: str) -> Html:
+    return Html(page.escape(name).replace("_", "_<wbr>"))
 
 
 def _title(said: Mapping[str, Any]) -> str:

@@ -10,12 +10,12 @@ import numpy as np
 from resnet_jax.explain import Network
 from train.data.decode import silence_pillow
 from train.errors import UsageError
-from train.explain.attributions import REFERENCE, explain_images
+from train.explain.attributions import COUNTEREXAMPLE, REFERENCE, explain_images
 from train.explain.config import ExplainConfig
 from train.explain.dataset import VIEWS, View, check_views
 from train.explain.images import pixels_of
 from train.explain.inside import inside_view
-from train.explain.pages import attribution_view, open_out, write_report
+from train.explain.pages import attribution_view, cascade_view, open_out, write_report
 from train.explain.subject import Subject
 from train.report import new_figure
 from train.run_folder import environment
@@ -53,14 +53,18 @@ def explain(source: str, paths: Sequence[str], config: ExplainConfig) -> dict[st
     if config.methods:
         seen = subject.outputs_of(images.pixels)
         aim, network = subject.aim(images, seen)
-        methods = tuple(dict.fromkeys((*config.methods, REFERENCE)))
+        exposed = (COUNTEREXAMPLE,) if config.cascade else ()
+        methods = tuple(dict.fromkeys((*config.methods, *exposed, REFERENCE)))
         options = {"layer": layer, "batch": config.batch, "seed": config.seed, "dtype": trained.dtype}
         say(f"explaining {len(images.names)} images by {', '.join(methods)}")
         found = {}
-        for name, attribution in explain_images(network, shown, aim, methods, **options):
+        for name, attribution in explain_images(network, shown, aim, methods, every_layer=config.cascade, **options):
             found[name] = attribution
             say(f"{name}: " + ", ".join(f"{score} {x.mean():.3f}" for score, x in attribution.scores.items()))
-        sections["Images"] = attribution_view(images, pixels.show(shown), trained.classes, seen, aim, found)
+        visible = pixels.show(shown)
+        sections["Images"] = attribution_view(images, visible, trained.classes, seen, aim, found)
+        if config.cascade:
+            sections["Random weights, layer by layer"] = cascade_view(visible[0], images.names[0], found)
     if config.features:
         say("filters, feature maps, and images that excite the network")
         sections["Inside the network"] = inside_view(trained, pixels, jnp.asarray(shown[:1]), layer, config.seed)

@@ -104,8 +104,11 @@ def draw_curves(
     return figure
 
 
-def label_ends(axes: Any, ends: Sequence[tuple[int, str, float]]) -> None:
-    """Write (rank, name, last value) of lines to the right of the axes, in their colours, without overlap."""
+def label_ends(axes: Any, ends: Sequence[tuple[int, str, float]], most: int = 18) -> None:
+    """Write (rank, name, last value) of lines to the right of the axes, in their colours, without overlap.
+
+    Names longer than `most` characters are shortened.
+    """
     bottom, top = axes.get_ylim()
     wanted = sorted(((value - bottom) / (top - bottom), at, title) for at, title, value in ends)
     gap = 0.075
@@ -119,7 +122,7 @@ def label_ends(axes: Any, ends: Sequence[tuple[int, str, float]]) -> None:
         limit = places[index] - gap
     for place, (_, at, title) in zip(places, wanted, strict=True):
         axes.annotate(
-            f" {short(title, 18)}", (1, place), xycoords="axes fraction", va="center", color=colour(at), fontsize=9
+            f" {short(title, most)}", (1, place), xycoords="axes fraction", va="center", color=colour(at), fontsize=9
         )
 
 

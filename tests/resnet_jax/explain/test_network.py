@@ -1,5 +1,7 @@
 """Layers of networks, filters, feature maps, and images that maximize a goal."""
 
+from functools import partial
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -19,6 +21,8 @@ from resnet_jax.explain import (
     upsample,
     visualize,
 )
+from resnet_jax.layers import ZeroPad
+from resnet_jax.resnet import BasicBlock
 from tests.resnet_jax.explain.nets import IMAGES, KEY, corner_network, linear_network
 
 
@@ -77,6 +81,32 @@ def test_a_tap_perturbs_each_call_of_a_module():
     np.testing.assert_allclose(moved, maps + 1, rtol=1e-6, atol=1e-6)
     shift = network.variables["params"]["shared"]["kernel"].sum(0)
     np.testing.assert_allclose(tapped, plain + shift[None], rtol=1e-5, atol=1e-5)
+
+
+def test_blocks_that_are_computed_again_in_the_backward_pass():
+    """With `nn.remat` in its blocks, a ResNet has the same maps and gradients, in a block and at its end."""
+
+    class Remat(BasicBlock):
+        @nn.compact
+        def __call__(self, x, *, train=False):
+            return nn.remat(lambda block, x: BasicBlock.__call__(block, x, train=train))(self, x)
+
+    plain = MODELS["resnet8"](num_classes=3, width=4)
+    model, variables = plain.clone(block=partial(Remat, shortcut=ZeroPad)), jax.jit(plain.init)(KEY, IMAGES)
+
+    @partial(jax.jit, static_argnums=1)
+    def gradients(network, layers):
+        maps = [network.forward(IMAGES, layer) for layer in layers]
+        taps = [jnp.zeros_like(y) for _, y in maps]
+        score = [
+            jax.grad(lambda tap, at=at: network.forward(IMAGES, at, tap)[0].sum())(tap)
+            for at, tap in zip(layers, taps, strict=True)
+        ]
+        return maps, score
+
+    layers = ("stage2_block1/conv1", "stage2", None)
+    again, once = (gradients(Network(m, variables), layers) for m in (model, plain))
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), again, once)
 
 
 def test_filters_and_feature_maps(preact):

@@ -63,6 +63,25 @@ def test_images_and_views_of_a_run(runs, tmp_path, capsys):
 
 
 @pytest.mark.slow
+def test_cascade_and_completeness_of_a_run(runs, image, tmp_path, capsys):
+    """Guided backprop is added; the last step of the cascade is the score; only integrated gradients are complete."""
+    arguments = [str(runs["train"]), image, "--out", str(tmp_path), "--methods", "integrated_gradients", "--cascade"]
+    main(arguments)
+    result = result_of(capsys)
+    means = result["methods"]
+    assert list(means) == ["integrated_gradients", "guided_backprop", "random"]
+    assert set(means["integrated_gradients"]) - set(means["random"]) == {"completeness_error"}
+    assert means["integrated_gradients"]["completeness_error"] < 0.1
+    assert list(result["cascade"]) == ["integrated_gradients", "guided_backprop"]
+    for name, values in result["cascade"].items():
+        assert (next(iter(values)), [*values][-1]) == ("head", "stem")
+        assert values["stem"] == pytest.approx(means[name]["randomization"], abs=1e-5)
+    page = (tmp_path / "index.html").read_text()
+    assert "Random weights, layer by layer" in page and "completeness_error" in page
+    assert {file.name for file in (tmp_path / "pictures").iterdir()} > {"cascade.png", "cascade_maps.png"}
+
+
+@pytest.mark.slow
 def test_inside_of_a_network_in_place_of_an_earlier_explanation(runs, image, tmp_path, capsys):
     arguments = [str(runs["train"]), image, "--out", str(tmp_path), "--methods"]
     main([*arguments, "random"])

@@ -2,6 +2,7 @@
 
 import io
 import math
+import time
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,8 @@ import pytest
 
 from train.data.sources import Arrays
 from train.errors import UsageError
-from train.explain import figures
+from train.explain import embeddings, figures
+from train.explain.attributions import Attribution
 from train.explain.config import VIEWS as NAMES
 from train.explain.dataset import VIEWS
 from train.explain.embeddings import neighbours, project
@@ -18,6 +20,7 @@ from train.explain.images import choose, evenly
 from train.explain.landscape import filter_direction, loss_surface
 from train.explain.mistakes import calibration, confusion, worst
 from train.explain.outputs import Outputs, sample
+from train.explain.pages import STEPS, cascade_view
 from train.steps import confusion_matrix, most_confused
 
 
@@ -58,6 +61,19 @@ def test_projections_that_cannot_be_made(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "umap", None)
     with pytest.raises(UsageError, match=r'pip install -e "\.\[umap\]"'):
         project(np.zeros((9, 2)), "umap")
+
+
+def test_a_slow_first_call_of_umap_says_why(monkeypatch, capsys):
+    class Slow:
+        def fit_transform(self, features):
+            time.sleep(0.2)
+            return features[:, :2]
+
+    monkeypatch.setattr(embeddings, "_reducer", lambda *args: Slow())
+    for patience, method, said in ((0.01, "umap", True), (0.01, "pca", False), (9, "umap", False)):
+        monkeypatch.setattr(embeddings, "PATIENCE", patience)
+        assert project(np.zeros((9, 3)), method).shape == (9, 2)
+        assert ("note: umap compiles its code" in capsys.readouterr().err) == said
 
 
 def test_confusion_counts_true_by_row():
@@ -147,6 +163,28 @@ def test_figures_are_drawn():
         drawing.savefig(io.BytesIO())
 
 
+def test_cascade_shows_who_does_not_notice():
+    """A line per method, the thick one of guided backprop; maps of at most eight layers; the reference is left out."""
+    pytest.importorskip("matplotlib", reason="needs the extra plot")
+    layers = ["head", *(f"stage{at}_block1" for at in range(9, 0, -1)), "stem"]
+    values = {"grad_cam": 0.1, "guided_backprop": 0.8, "random": 1.0}
+    heat = np.random.default_rng(0).normal(size=(2, 4, 4)).astype(np.float32)
+    found = {
+        name: Attribution(heat, {}, {at: np.full(2, value) for at in layers}, np.repeat(heat[:1], len(layers), 0))
+        for name, value in values.items()
+    }
+    view = cascade_view(np.full((4, 4, 3), 128, np.uint8), "a cat", found)
+    assert list(view.numbers["cascade"]) == ["grad_cam", "guided_backprop"]
+    assert view.numbers["cascade"]["guided_backprop"] == dict.fromkeys(layers, pytest.approx(0.8))
+    lines = view.drawings["cascade"].axes[0].lines
+    widths = {float(line.get_ydata()[-1]): line.get_linewidth() for line in lines}
+    assert widths[0.8] > widths[0.1] and [line.get_ydata()[0] for line in lines[:2]] == [1, 1]
+    text = "".join(view.pieces)
+    assert "Highest on average: guided_backprop (0.80)" in text and "Maps of a cat" in text
+    assert text.count("<img") == 2 * (STEPS + 1)
+    view.drawings["cascade_maps"].savefig(io.BytesIO())
+
+
 def test_overlay_marks_the_hottest_pixel():
     pytest.importorskip("matplotlib", reason="needs the extra plot")
     image, heat = np.full((4, 4, 1), 128, np.uint8), np.zeros((4, 4), np.float32)
@@ -155,6 +193,8 @@ def test_overlay_marks_the_hottest_pixel():
     assert laid.shape == (4, 4, 3) and laid.dtype == np.uint8
     brightness = laid.astype(int).sum(-1)
     assert np.unravel_index(brightness.argmax(), (4, 4)) == (1, 2)
+    np.testing.assert_array_equal(figures.overlay(image, heat - 9), laid)  # of one sign: the level does not matter
+    np.testing.assert_array_equal(figures.overlay(image, heat + 9), laid)
     heat[0, 0] = -3
     red, _, blue = figures.overlay(image, heat).astype(int)[[1, 0], [2, 0]].T
     assert red[0] > blue[0] and blue[1] > red[1]  # supports, opposes
