@@ -196,21 +196,27 @@ def search_digits() -> Iterator[str]:
         yield f"{cells} | {best}{accuracy}{best}"
 
 
-def explanations() -> Iterator[str]:
-    measured = run("explanations/cifar10_resnet20")
+def explanations(of: str = "cifar10_resnet20") -> Iterator[str]:
+    measured = run(f"explanations/{of}")
+    seconds = measured.get("seconds_of_16", {})
     scores = "deletion (low is good) | insertion (high is good) | their difference, over a random map"
-    yield f"method | {scores} | infidelity (low) | randomization (near 0) | seconds for 16 images"
+    yield f"method | {scores} | infidelity (low) | randomization (near 0)" + " | seconds for 16 images" * bool(seconds)
     for name, one in sorted(measured["methods"].items(), key=lambda item: -item[1]["gain"]):
         figures = " | ".join(f"{one[score]:.2f}" for score in ("deletion", "insertion"))
         over = "" if name == "random" else f"{one['over_random']:+.2f} ({1.96 * one['over_random_se']:.2f})"
-        rest = f"{one['infidelity']:.3f} | {one['randomization']:.2f} | {measured['seconds_of_16'][name]:.2g}"
-        yield f"`{name}` | {figures} | {over} | {rest}"
+        rest = f"{one['infidelity']:.3f} | {one['randomization']:.2f}"
+        yield f"`{name}` | {figures} | {over} | {rest}" + (f" | {seconds[name]:.2g}" if seconds else "")
+
+
+def explanations_of_photographs() -> Iterator[str]:
+    return explanations("imagenette_resnet18")
 
 
 TABLES: dict[str, Callable[[], Iterator[str]]] = {
     **{table.__name__: table for table in (presets, pretraining, torch_cpu, on_two_cores, feeding, loop)},
     **{table.__name__: table for table in (resnet18_50ep, against_torch, digits, simclr, prune, prune_digits)},
-    **{table.__name__: table for table in (half_of_channels, nt_xent, search_digits, explanations)},
+    **{table.__name__: table for table in (half_of_channels, nt_xent, search_digits)},
+    **{table.__name__: table for table in (explanations, explanations_of_photographs)},
 }
 
 
