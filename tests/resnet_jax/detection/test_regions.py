@@ -93,14 +93,17 @@ def test_every_method(name):
 def test_map_of_the_level_that_a_box_is_read_from():
     layers = region_layers(region(jnp.array([[0.0, 0, 20, 20], [0, 0, 100, 50]])), IMAGES)
     assert layers == ["detector/pyramid/output1", "detector/pyramid/output2"]
-    gradient = jax.grad(lambda tap, layer: region().forward(IMAGES, layer, tap)[0].sum(), 0)
+    gradient = jax.jit(
+        jax.grad(lambda tap, layer: region().forward(IMAGES, layer, tap)[0].sum()), static_argnames="layer"
+    )
     used = [
         jnp.abs(gradient(jnp.zeros((2, 64 // s, 128 // s, 4)), f"detector/pyramid/output{s}")).max() for s in (1, 2)
     ]
     want = region_layers(region(), IMAGES)
     assert {*want} == {f"detector/pyramid/output{s}" for s in (1, 2) if used[s - 1] > 0}
     # A box lights up in the map where it is in the image: in HiResCAM nowhere else.
-    heat = METHODS["hires_cam"](region(), IMAGES, class_score(1), layer=want[0])
+    method = jax.jit(METHODS["hires_cam"], static_argnames="layer")
+    heat = method(region(), IMAGES, class_score(1), layer=want[0])
     assert heat[0, 8:36, 4:30].sum() > 0.8 * heat[0].sum() > 0
 
 
