@@ -96,8 +96,8 @@ def lower_run(run, config, dataset, platform, backend=None):
     """Lower all programs that a run hands to the compiler on this backend, the train step first."""
     found = []
 
-    def capture(pool, step, *arguments, **options):
-        found.append(lower(step, arguments, platform))
+    def capture(pool, step, state, batches, **options):
+        found.extend(lower(step, (state, batch), platform) for batch in batches)
         return lambda: (step, 0.0)
 
     def stop(session, state):

@@ -109,7 +109,8 @@ def replaced(config: Any, values: dict[str, Any]) -> Any:
 def field_kinds(kind: type, prefix: str = "") -> dict[str, Any]:
     """Annotated types of a config's fields by name: {"optim.weight_decay": float}."""
     kinds: dict[str, Any] = {}
-    for name, hint in get_type_hints(kind).items():
+    hints = get_type_hints(kind)
+    for name, hint in ((field.name, hints[field.name]) for field in dataclasses.fields(kind)):
         inner = dataclasses.is_dataclass(hint)
         kinds |= field_kinds(hint, f"{prefix}{name}.") if inner else {prefix + name: hint}
     return kinds

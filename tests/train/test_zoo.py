@@ -123,6 +123,7 @@ def config(kind, out, **options):
     return kind(init=NAME, model="resnet20", out=str(out), augment=augment, optim=optim, batch=8, **options)
 
 
+@pytest.mark.slow
 def test_training_starts_from_it(images, tmp_path):
     """A rate of 0 keeps the weights."""
     run(config(TrainConfig, tmp_path, steps=1), dataset=images)

@@ -28,7 +28,7 @@ from train.detect.from_config import (
 from train.detect.metrics import Detections, Truth, coco_metrics, voc_ap
 from train.detect.objects import Objects
 from train.detect.outputs import DETECTIONS, write_detections
-from train.detect.sets import ObjectSet, load
+from train.detect.sets import ObjectSet, has_objects, load
 from train.detect.steps import detect_step, detection
 from train.errors import UsageError
 from train.from_config import make_tx
@@ -50,6 +50,8 @@ class DetectSession(Session[DetectConfig]):
     def open_set(self, dataset: ObjectSet | None) -> None:
         """Load the set, and record the sizes of its buckets in the config."""
         self.dataset = dataset or open_objects(self.config.data)
+        if not has_objects(self.dataset.validation):
+            raise UsageError(f"{self.dataset.name} validation holds no objects to measure: raise --data.validation")
         buckets = tuple(f"{height}x{width}" for height, width in self.dataset.layout.buckets)
         data = dataclasses.replace(self.config.data, buckets=buckets)
         self.config = dataclasses.replace(self.config, data=data)

@@ -154,9 +154,13 @@ def _check(name: str, splits: dict[str, Objects]) -> None:
     for split, source in splits.items():
         if len(source) == 0:
             raise UsageError(f"{name} {split} holds no images")
-        # Without objects, there is nothing to learn, and no AP of the validation split.
-        if split != "test" and not any((~one.crowd).any() for one in source.examples):
-            raise UsageError(f"{name} {split} holds no objects: none of its images has a box")
+    if not has_objects(splits["train"]):
+        raise UsageError(f"{name} train holds no objects: none of its images has a box")
+
+
+def has_objects(source: Objects) -> bool:
+    """Whether a split has an object that counts."""
+    return any((~one.crowd).any() for one in source.examples)
 
 
 def _fingerprint(source: Objects) -> dict[str, Any]:

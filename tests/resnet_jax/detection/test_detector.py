@@ -176,6 +176,7 @@ def test_pyramid_has_equal_widths_at_all_levels(coarser, sides):
     assert [x.shape for x in pyramid] == [(2, side, side, 16) for side in sides]
 
 
+@pytest.mark.slow
 def test_default_anchors_are_those_of_the_papers():
     """32 to 512 pixels on strides 4 to 64, and three sizes from 32 pixels on strides 8 to 128."""
     backbone = MODELS["resnet18"](num_classes=None, width=8).clone(stage_sizes=(1, 1, 1, 1))

@@ -107,6 +107,7 @@ def test_map_of_the_level_that_a_box_is_read_from():
     assert heat[0, 8:36, 4:30].sum() > 0.8 * heat[0].sum() > 0
 
 
+@pytest.mark.slow
 def test_random_weights_for_comparison():
     """Cascading randomization starts from new weights for the whole detector, and keeps the boxes."""
     (name, fresh), *others = cascade(region(), IMAGES, key=jax.random.key(2))

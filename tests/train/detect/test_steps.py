@@ -90,6 +90,7 @@ def test_eight_devices_equal_one(mode):
     assert_equal_runs(trained(mode, 8), trained("jit", 1))
 
 
+@pytest.mark.slow
 def test_eight_devices_equal_one_for_retinanet():
     assert_equal_runs(trained("shard_map", 8, "retinanet"), trained("jit", 1, "retinanet"))
 

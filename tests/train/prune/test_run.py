@@ -180,6 +180,7 @@ def smallest_go(weights, masks, before):
     return np.concatenate(gone).max() <= np.concatenate(kept).min()
 
 
+@pytest.mark.slow
 def test_levels_that_rewind(small, tmp_path):
     """Each level starts from the dense run's weights of step 3, and goes on in the data from there."""
     keep = ["--save-steps", "3", "--keep-last", "9", "--prune.rewind-epochs", "0.15"]
