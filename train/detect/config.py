@@ -117,6 +117,9 @@ def check(config: DetectConfig) -> None:
     """
     check_run(config, RANGES)
     parse_buckets(config.data.buckets)
+    for name in ("mean", "std"):
+        if len(getattr(config.augment, name) or ()) != 3:
+            raise UsageError(f"--augment.{name} needs 3 values, one for each channel")
     low, high = config.augment.scale
     if low > high:
         raise UsageError(f"--augment.scale needs the smaller factor first, got {low} {high}")

@@ -13,7 +13,7 @@ import optax
 from resnet_jax.detection.augment import BoxAugment
 from resnet_jax.masks import sparsity_of
 from resnet_jax.tree import PyTree, count, leaves
-from train.data.batches import Batch, Batches
+from train.data.batches import Batches
 from train.detect.batches import BucketBatches, EvalBatches, batch_like
 from train.detect.config import DetectConfig, ObjectDataConfig, check, parse_buckets
 from train.detect.from_config import (
@@ -66,9 +66,6 @@ class DetectSession(Session[DetectConfig]):
     def open_stream(self) -> Batches:
         config = self.config
         return BucketBatches(self.dataset.train, batch=config.batch, seed=config.seed, mesh=self.mesh, mode=config.mode)
-
-    def first_examples(self, count: int) -> Batch:
-        raise NotImplementedError("detection shows no images to trackers")
 
 
 def open_objects(data: ObjectDataConfig) -> ObjectSet:

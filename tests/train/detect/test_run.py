@@ -153,6 +153,7 @@ def test_a_frozen_backbone_of_a_trained_run(tmp_path):
         ("--augment.scale 0 1", "--augment.scale"),
         ("--augment.color-jitter 2", "--augment.color-jitter"),
         ("--augment.std 0 1 1", "--augment.std"),
+        ("--augment.mean 0.5", "--augment.mean needs 3 values, one for each channel"),
         ("--dense", "--dense frees the pruned weights of a sparse run: pass that run with --init"),
         ("--sparsity 0.5 --select best", "--select best may choose a checkpoint from before the pruning"),
         ("--select best --keep-best 0", "--select best needs --keep-best 1 or more"),
