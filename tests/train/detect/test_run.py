@@ -61,7 +61,7 @@ def test_different_settings_in_the_same_folder(finished, fails):
     line = fails(2, main, quick(out, "--features", "32"))
     assert "different settings (features 16 -> 32); choose a different --out" in line
     config, _ = read_config(out, DetectConfig)
-    assert config.data.buckets == ("128x128",) and config.metric == "validation_ap"
+    assert config.data.buckets == ("64x64",) and config.metric == "validation_ap"
 
 
 @pytest.mark.slow
@@ -161,7 +161,7 @@ def test_a_frozen_backbone_of_a_trained_run(tmp_path):
         ("--data.buckets 128", "--data.buckets '128' is not of the form HEIGHTxWIDTH, such as 800x1344"),
         ("--data.buckets 100x128", "bucket 100x128: the sides of a bucket must be multiples of 32"),
         ("--data.buckets 0x128", "bucket 0x128: the sides of a bucket must be multiples of 32"),
-        ("--data.buckets 64x64", "images are larger than every bucket (64x64)"),
+        ("--data.buckets 32x64", "images are larger than every bucket (32x64)"),
         ("--data.min-size 0", "--data.min-size"),
         ("--data.name nothing", "nothing"),
         ("--levels stage2 stage7", "--levels stage7: resnet18 has stage1, stage2, stage3, stage4"),
