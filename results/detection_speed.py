@@ -7,7 +7,7 @@ the ratio of their times has its 95 % interval. Times are those of a call, of th
 
 Both sides do equal work: the same weights, images, objects, numbers of proposals, samples and detections, without
 augmentation and padding. Steps include scaling to [0, 1], normalisation, gradients, and SGD with momentum, at a rate so
-low that the weights stay. Predictions suppress about as many candidates as ours takes at most; trained detectors have
+low that the weights stay. Predictions suppress about the most candidates that ours takes; trained detectors have
 fewer, which only torchvision gains from. Float32 on CPU, bfloat16 (autocast there) on GPU. Ours are the steps of
 `train.detect`, compiled as it does; torchvision runs eagerly, in its usual memory format. Both keep the memory that
 they free (`train.runtime.keep_memory`), and use N cores (all by default). Needs torchvision; takes about six minutes on
@@ -53,7 +53,7 @@ class Torchvision:
 
 
 def timed(runner: Callable[[], Any]) -> Timed:
-    """Make a function that times so many calls."""
+    """Make a function that times a number of calls."""
     import jax
 
     def run(calls: int) -> list[float]:
@@ -217,7 +217,7 @@ def measure(arguments: argparse.Namespace, folder: str) -> list[dict[str, Any]]:
 
 
 def limit(threads: int | None) -> int:
-    """Let this process and its children use so many cores; before anything that starts threads is imported."""
+    """Limit this process and its children to this number of cores; call it before threads start."""
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [*range(os.cpu_count() or 1)]
     count = min(threads or len(cores), len(cores))
     if hasattr(os, "sched_setaffinity"):

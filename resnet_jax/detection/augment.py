@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from resnet_jax.augment import Augment, masked_color_jitter
+from resnet_jax.detection.padding import inside
 from resnet_jax.keys import Key
 
 Example = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
@@ -70,16 +71,11 @@ def augment_batch(augment: BoxAugment, keys: Key, batch: dict[str, Any]) -> dict
     return {**batch, **dict(zip(names, results, strict=True))}
 
 
-def inside(shape: tuple[int, ...], size: jax.Array) -> jax.Array:
-    """Return which pixels of [H, W, ...] are the image's and not padding, bool [H, W]."""
-    return (jnp.arange(shape[0])[:, None] < size[0]) & (jnp.arange(shape[1])[None] < size[1])
-
-
 def on_pixels(augment: Augment) -> BoxAugment:
     """Lift an augmentation of pixels that moves none, such as `normalize`; the padding is 0 afterwards."""
 
     def augment_pixels(key: Key, image: jax.Array, size: jax.Array, boxes: jax.Array, labels: jax.Array) -> Example:
-        return jnp.where(inside(image.shape, size)[..., None], augment(key, image), 0), size, boxes, labels
+        return jnp.where(inside(image.shape[:2], 1, size)[..., None], augment(key, image), 0), size, boxes, labels
 
     return augment_pixels
 
@@ -91,7 +87,7 @@ def color_jitter(
     jitter = masked_color_jitter(brightness, contrast, saturation, hue)
 
     def augment(key: Key, image: jax.Array, size: jax.Array, boxes: jax.Array, labels: jax.Array) -> Example:
-        mask = inside(image.shape, size)
+        mask = inside(image.shape[:2], 1, size)
         return jnp.where(mask[..., None], jitter(key, image, mask), 0), size, boxes, labels
 
     return augment

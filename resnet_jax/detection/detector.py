@@ -210,8 +210,8 @@ class FasterRCNN(ProposalNetwork):
             sampling=self.sampling,
             canonical_size=self.canonical_size,
         )
-        one = lambda maps, boxes, size: read(maps, boxes, image_size=size)  # noqa: E731
-        return jax.vmap(one)(maps, boxes, true_size(images, size))
+        each = jax.vmap(lambda maps, boxes, size: read(maps, boxes, image_size=size))
+        return each(maps, boxes, true_size(images, size))
 
     def losses(
         self,

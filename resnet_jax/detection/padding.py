@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 
-def inside(shape: tuple[int, int], stride: int, size: jax.Array) -> jax.Array:
+def inside(shape: tuple[int, ...], stride: int, size: jax.Array) -> jax.Array:
     """Whether the cells of a map (h, w) of this stride lie in an image of `size` int [..., 2]: bool [..., h, w]."""
     rows, columns = (jnp.arange(n).reshape((1,) * (size.ndim - 1) + (n,)) * stride for n in shape)
     height, width = size[..., :1], size[..., 1:]

@@ -35,8 +35,8 @@ ALIGN = ("roi_align", "roi_align_gradient")
 class Case:
     """A detector and its inputs: a batch of images of one size (height, width), without padding.
 
-    `sharpness` is a factor of the random weights of the classes, so that an image has about as many candidates for
-    detections as ours takes at most.
+    `sharpness` is a factor of the random weights of the classes, so that an image has about the number of candidates
+    for detections that ours takes at most.
     """
 
     config: DetectConfig

@@ -48,7 +48,7 @@ def test_eager_jit_and_vmap_agree():
 
 
 def test_many_boxes_and_a_long_chain():
-    # Each box overlaps the next alone, so every second one stays, and rounds are as many as a block has boxes.
+    # Each box overlaps only the next one, so every second one stays, and a block takes one round per box.
     start = np.arange(1000, dtype=np.float32)[:, None] * 10
     chain = np.concatenate([start, start * 0, start + 16, start * 0 + 16], 1)
     scores = np.linspace(1, 0, 1000, dtype=np.float32)

@@ -190,7 +190,7 @@ def test_full_detectors_of_torchvision(kind):
 
 
 def test_every_tensor_is_used_once():
-    """Variables here, without the box of the background, are as many numbers as torchvision's tensors hold."""
+    """The variables hold as many numbers as torchvision's tensors, except for the box of the background."""
     for kind in KINDS:
         state, _ = golden(kind)
         loaded = from_torchvision(state, shapes_here(small(kind), SIZES[kind]))

@@ -46,7 +46,7 @@ def start(kind="faster_rcnn"):
 
 @cache
 def trained(mode, devices, kind="faster_rcnn", accumulate=1):
-    """(final state, metrics of each step, traces, rows of an evaluation) of a batch on so many devices."""
+    """(final state, metrics of each step, traces, rows of an evaluation) of a batch on this number of devices."""
     mesh = make_mesh(jax.devices()[:devices])
     model, traces = detector(mode, kind), []
 
