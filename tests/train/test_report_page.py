@@ -253,7 +253,7 @@ def test_all_kinds_meet_on_one_page(tmp_path, monkeypatch, capsys):
         linear_accuracy=0.8654,
         knn_accuracy=0.8543,
         random_knn_accuracy=0.3,
-        random_linear_accuracy=0.4321,
+        random_linear_accuracy=0.4320,
         health={"effective_rank": 38.04},
         verdict="representations are healthy",
     )
@@ -269,16 +269,27 @@ def test_all_kinds_meet_on_one_page(tmp_path, monkeypatch, capsys):
         dense_bytes=1000,
         pruned_bytes=123,
     )
+    detected = make_run(
+        tmp_path / "detected",
+        config={"detector": "faster_rcnn"},
+        validation_ap=0.4321,
+        validation_ap50=0.7654,
+        test_ap=0.4109,
+        test_per_class={"cat": {"ap": 0.61, "ap50": 0.9}, "cow": {"ap": 0.21, "ap50": 0.5}, "rare": {"ap": None}},
+    )
+    (detected / "confusion.json").unlink()
     # The network of a real run is measured in tests/train/prune.
     row = {"path": "stem/conv/kernel", "parameters": 100, "kept": 10, "sparsity": 0.9}
     monkeypatch.setattr(blocks, "layers_of", lambda run: [row])
     monkeypatch.chdir(tmp_path)
-    main([str(make_run(tmp_path / "plain")), str(pretrained), str(pruned)])
+    main([str(make_run(tmp_path / "plain")), str(pretrained), str(pruned), str(detected)])
     assert capsys.readouterr().out.startswith("report.html\n")
     parsed = Parsed((tmp_path / "report.html").read_text())
-    for text in ("Training on digits", "Pruning on digits", "Pretraining on digits", "representations are healthy"):
+    for text in ("Training on digits", "Pruning on digits", "Pretraining on digits", "Detection on digits"):
         assert text in parsed.text
-    assert {"87.65", "86.54", "85.43", "43.21", "38.04", "90.00", "123"} <= {*parsed.cells}
+    assert "representations are healthy" in parsed.text and "test AP of the class (%)" in parsed.text
+    assert {"43.21", "76.54", "41.09"} <= {*parsed.cells}
+    assert {"87.65", "86.54", "85.43", "43.20", "38.04", "90.00", "123"} <= {*parsed.cells}
     assert (
         "Effective rank of the features" in parsed.text
         and "sparsity (%)" in parsed.text

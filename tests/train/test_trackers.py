@@ -11,10 +11,12 @@ import pytest
 from pretrain.config import ObjectiveConfig, PretrainConfig, ViewConfig
 from pretrain.run import run as pretrain_run
 from tests.reference.nets import CLASSES, Mlp
+from tests.train.detect.quick_run import CONFIG as DETECT
 from train import trackers as module
 from train.__main__ import main
 from train.config import AugmentConfig, OptimConfig, TrainConfig
 from train.data import from_arrays
+from train.detect.run import run as detect_run
 from train.errors import UsageError
 from train.loop import read_rows
 from train.prune.config import PruneConfig, PruningConfig
@@ -271,10 +273,14 @@ def test_the_same_for_all_pipelines(fake, dataset, tmp_path):
     prune_run(
         PruneConfig(**vars(config(tmp_path / "pruned", log=("fake",))), prune=pruning), model=Mlp(), dataset=dataset
     )
-    pretrained, dense, pruned = fake.made
-    assert [one.run.out.name for one in fake.made] == ["pretrained", "dense", "pruned"]
+    detect_run(
+        dataclasses.replace(DETECT, out=str(tmp_path / "detected"), steps=1, log_every=1, log=("fake",)), test=False
+    )
+    pretrained, dense, pruned, detected = fake.made
+    assert [one.run.out.name for one in fake.made] == ["pretrained", "dense", "pruned", "detected"]
     assert any(call[1] == "views" for call in pretrained.calls)
-    assert all(any(call[1] == "images" for call in one.calls) for one in (dense, pruned))
+    assert all(any(call[1] == "images" for call in one.calls) for one in (dense, pruned, detected))
+    assert "validation/ap50" in "".join(str(call) for call in detected.calls)
     assert "effective_rank" in "".join(str(call) for call in pretrained.calls)
     assert pruned.closed[0]["sparsity"] == pytest.approx(0.5, abs=0.01)
 

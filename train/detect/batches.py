@@ -53,7 +53,7 @@ class BucketBatches(Batches):
 
     def restore(self, state: dict[str, Any]) -> None:
         super().restore(state)
-        self.iterator = iter(decoded_ahead(self._example, self.batch, self.threads, start=self.position))
+        self.iterator = iter(decoded_ahead(self.example, self.batch, self.threads, start=self.position))
 
     def start(self, step: int) -> tuple[int, int]:
         """(bucket, position in that bucket's own stream) at which batch number `step` begins."""
@@ -62,7 +62,7 @@ class BucketBatches(Batches):
         # In a round of N batches, a bucket of n images is drawn from n times.
         return bucket, (rounds * len(self.members[bucket]) + int(self.before[place])) * self.batch
 
-    def _example(self, position: int) -> Example:
+    def example(self, position: int) -> Example:
         """Decode the example at a position of the stream: a pure function of it, so any thread may call it."""
         step, row = divmod(position, self.batch)
         bucket, start = self.start(step)

@@ -13,7 +13,8 @@ import optax
 from resnet_jax.detection.augment import BoxAugment
 from resnet_jax.masks import sparsity_of
 from resnet_jax.tree import PyTree, count, leaves
-from train.data.batches import Batches
+from train.data.batches import Batch
+from train.data.sources import collate
 from train.detect.batches import BucketBatches, EvalBatches, batch_like
 from train.detect.config import DetectConfig, ObjectDataConfig, check, parse_buckets
 from train.detect.from_config import (
@@ -29,7 +30,7 @@ from train.detect.metrics import Detections, Truth, coco_metrics, voc_ap
 from train.detect.objects import Objects
 from train.detect.outputs import DETECTIONS, write_detections
 from train.detect.sets import ObjectSet, has_objects, load
-from train.detect.steps import detect_step, detection
+from train.detect.steps import detect_step, detection, seen_images
 from train.errors import UsageError
 from train.from_config import make_tx
 from train.loop import Hook
@@ -47,6 +48,8 @@ LOSSES = {
 class DetectSession(Session[DetectConfig]):
     """A run in progress, on images with boxes, in buckets of a few sizes."""
 
+    stream: BucketBatches
+
     def open_set(self, dataset: ObjectSet | None) -> None:
         """Load the set, and record the sizes of its buckets in the config."""
         self.dataset = dataset or open_objects(self.config.data)
@@ -63,9 +66,12 @@ class DetectSession(Session[DetectConfig]):
         layout = self.dataset.layout
         return [batch_like(layout, bucket, batch, valid=valid) for bucket in range(len(layout.buckets))]
 
-    def open_stream(self) -> Batches:
+    def open_stream(self) -> BucketBatches:
         config = self.config
         return BucketBatches(self.dataset.train, batch=config.batch, seed=config.seed, mesh=self.mesh, mode=config.mode)
+
+    def first_examples(self, count: int) -> Batch:
+        return collate([self.stream.example(self.stream.position + row) for row in range(count)])
 
 
 def open_objects(data: ObjectDataConfig) -> ObjectSet:
@@ -115,7 +121,8 @@ def run(
     model = model or make_detector(config, len(dataset.classes), session.kernels)
     described, schedule = make_tx(config.optim, session.steps, session.epoch_steps, trainable=is_trained(config))
     tx = tx or described
-    objective = objective or detection(augment=augment or train_augment(config.augment))
+    augment = augment or train_augment(config.augment)
+    objective = objective or detection(augment=augment)
     state = session.place(make_state(config, model, tx))
     session.announce(f"{config.detector} on {session.model_name}: {count(state.params):,} parameters")
 
@@ -145,12 +152,16 @@ def run(
         row = {f"validation_{name}": figures[name] for name in ("ap", "ap50", "ap75")}
         return row, f"validation AP {figures['ap']:.4f}, AP50 {figures['ap50']:.4f}"
 
+    def see(state: TrainState, batch: Batch) -> dict[str, jax.Array]:
+        return {"images": seen_images(state, batch, augment=augment)}
+
     state = session.fit(
         step,
         session.resume(state),
         validate=validate,
         schedule=schedule,
         hooks=hooks,
+        see=None if "objective" in session.own else see,
         shown=("loss",) if "objective" in session.own else ("loss", *LOSSES[config.detector]),
         validated=validated,
     )

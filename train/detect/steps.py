@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 
 from resnet_jax.detection.augment import BoxAugment, augment_batch, identity
-from resnet_jax.keys import example_keys
+from resnet_jax.keys import Key, example_index, example_keys, step_key
 from resnet_jax.parallel import all_rows
 from resnet_jax.tree import PyTree
-from train.state import forward
+from train.state import TrainState, forward
 from train.steps import Batch, Metrics, Objective
 
 
@@ -33,8 +33,7 @@ def detection(*, augment: BoxAugment = identity) -> Objective:
     def objective(
         variables: PyTree, batch: Batch, *, model: nn.Module, rngs: dict[str, jax.Array], axis_name: str | None = None
     ) -> tuple[jax.Array, tuple[PyTree, Metrics]]:
-        keys = jax.vmap(partial(jax.random.split, num=2))(example_keys(rngs["mix"], batch["index"]))
-        batch = augment_batch(augment, keys[:, 0], batch)
+        batch, keys = augmented(augment, rngs["mix"], batch)
         # Crowds are not trained on: their boxes hold several objects.
         labels = jnp.where(batch["crowd"], -1, batch["labels"])
         losses, stats = forward(
@@ -46,13 +45,44 @@ def detection(*, augment: BoxAugment = identity) -> Objective:
             size=batch["size"],
             boxes=batch["boxes"],
             labels=labels,
-            keys=keys[:, 1],
+            keys=keys,
             axis_name=axis_name,
             method="losses",
         )
         return sum(losses.values(), jnp.zeros(())), (stats, losses)
 
     return objective
+
+
+def augmented(augment: BoxAugment, key: Key, batch: Batch) -> tuple[Batch, Key]:
+    """Augment each example of a batch under its own key; return (the batch, keys for the detector to sample with)."""
+    keys = jax.vmap(partial(jax.random.split, num=2))(example_keys(key, batch["index"]))
+    return augment_batch(augment, keys[:, 0], batch), keys[:, 1]
+
+
+def seen_images(state: TrainState, batch: Batch, *, augment: BoxAugment) -> jax.Array:
+    """The images, float [B, H, W, 3], that the next `train_step` trains on for the first B examples of its batch.
+
+    Their boxes are outlined, in values that stand for yellow whatever the normalisation: infinite ones. With
+    `accumulate`, this only holds for the examples of the first part.
+    """
+    _, key, _ = jax.random.split(step_key(state.key, state.step), 3)
+    rows = {**batch, "index": example_index(len(batch["image"]))}
+    seen, _ = augmented(augment, jax.random.fold_in(key, 0), rows)
+    return jax.vmap(outlined)(seen["image"], seen["boxes"], seen["labels"] >= 0)
+
+
+def outlined(image: jax.Array, boxes: jax.Array, valid: jax.Array, *, width: float = 2) -> jax.Array:
+    """Outline boxes [M, 4], where `valid`, on an image [H, W, 3]: see `seen_images`."""
+    rows, columns = jnp.arange(image.shape[0])[:, None], jnp.arange(image.shape[1])[None]
+
+    def line(box: jax.Array) -> jax.Array:
+        (left, top, right, bottom) = jnp.round(box)
+        edge = jnp.minimum(jnp.minimum(rows - top, bottom - 1 - rows), jnp.minimum(columns - left, right - 1 - columns))
+        return (edge >= 0) & (edge < width)
+
+    lines = (jax.vmap(line)(boxes) & valid[:, None, None]).any(0)
+    return jnp.where(lines[..., None], jnp.array([jnp.inf, jnp.inf, -jnp.inf], image.dtype), image)
 
 
 def detect_step(

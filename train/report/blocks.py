@@ -70,9 +70,10 @@ class Block:
             drawing = charts.draw_scores(scored, self.score)
             caption = f"One point per run{self.verdicts[0].where}; the bar and the number are the mean of a setting."
             shown.append(self.show("scores", drawing, caption, f"{self.score} by setting"))
-        name, title = {"pretraining": ("validation_knn_accuracy", "kNN, validation (%)")}.get(
-            self.kind, ("validation_accuracy", "Validation accuracy (%)")
-        )
+        name, title = {
+            "pretraining": ("validation_knn_accuracy", "kNN, validation (%)"),
+            "detection": ("validation_ap", "AP, validation (%)"),
+        }.get(self.kind, ("validation_accuracy", "Validation accuracy (%)"))
         over_time = self.curve(name, title, 100, zoom=True, dots=True)
         shown += [over_time] if over_time else []
         pieces += [figures(*shown)] if shown else []
@@ -92,6 +93,8 @@ class Block:
         test = "linear_accuracy" if self.kind == "pretraining" else "test_accuracy"
         for key, form, label in (
             (test, percent, "test accuracy, measured once"),
+            ("test_ap", percent, "test AP, measured once"),
+            ("test_ap50", percent, "test AP50"),
             ("sparsity", lambda x: f"{100 * x:.3g} %", "weights removed"),
             ("random_linear_accuracy", percent, "random weights, test"),
             ("images_per_second", lambda x: f"{x:,.0f}", "images per second"),
@@ -146,6 +149,9 @@ class Block:
             ("loss", "Training loss (nats)", 1, {}),
             ("accuracy", "Training accuracy (%)", 100, {"zoom": True}),
             ("validation_loss", "Validation loss (nats)", 1, {"zoom": True, "dots": True}),
+            ("class_loss", "Loss of the classes (nats)", 1, {}),
+            ("box_loss", "Loss of the boxes", 1, {}),
+            ("validation_ap50", "AP50, validation (%)", 100, {"zoom": True, "dots": True}),
         ]
         shown = [self.curve(name, title, scale, **options) for name, title, scale, options in named]
         more = [
@@ -173,18 +179,16 @@ class Block:
 
     def errors(self) -> list[Html]:
         """Accuracy by class, the confusion matrix of the best run, and its most frequent errors."""
-        with_classes = [g for g in self.groups if g.scores and "test_per_class_accuracy" in g.runs[0].record]
-        pieces: list[Html] = []
-        if not with_classes or not self.verdicts:
-            return pieces
-        best = self.verdicts[0].best.runs[0]
-        count = len(best.record["test_per_class_accuracy"])
-        classes = best.record.get("classes") or [str(at) for at in range(count)]
-        if count <= 30:
-            pair = [g for g in (self.verdicts[0].best, self.verdicts[0].second) if g in with_classes]
-            drawing = charts.draw_classes(pair, [self.groups.index(g) for g in pair], classes)
-            caption = "Test accuracy by class, the hardest class on top."
-            pieces.append(self.show("classes", drawing, caption, "test accuracy by class"))
+        if not self.verdicts or (scores := self.verdicts[0].best.runs[0].class_scores) is None:
+            return []
+        best, pieces = self.verdicts[0].best.runs[0], list[Html]()
+        count, classes = len(scores), list(scores)
+        if 1 < count <= 30:
+            pair = [g for g in (self.verdicts[0].best, self.verdicts[0].second) if g and g.runs[0].class_scores]
+            score = "AP" if self.kind == "detection" else "accuracy"
+            drawing = charts.draw_classes(pair, [self.groups.index(g) for g in pair], f"test {score} of the class (%)")
+            caption = f"Test {score} by class, the hardest class on top."
+            pieces.append(self.show("classes", drawing, caption, f"test {score} by class"))
         confusion = best.record.get("confusion", {})
         if count <= 20 and "confusion" in confusion:
             matrix = np.array(confusion["confusion"])

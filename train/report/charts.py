@@ -195,11 +195,13 @@ def draw_bars(
     return figure
 
 
-def draw_classes(groups: Sequence[Group], ranks: Sequence[int], classes: Sequence[str]) -> Any:
-    """Mean test accuracy of each class, a row per class, a point per setting; the hardest classes are on top."""
+def draw_classes(groups: Sequence[Group], ranks: Sequence[int], label: str) -> Any:
+    """Mean score of each class, a row per class, a point per setting; the hardest classes are on top."""
+    scores = [[run.class_scores for run in group.runs if run.class_scores] for group in groups]
+    classes = list(scores[0][0])  # files of runs know only the numbers of classes
     means = [
-        (at, group, 100 * np.mean([r.record["test_per_class_accuracy"] for r in group.runs if r.finished], axis=0))
-        for at, group in zip(ranks, groups, strict=True)
+        (at, group, 100 * np.mean([list(run.values()) for run in runs], axis=0))
+        for at, group, runs in zip(ranks, groups, scores, strict=True)
     ]
     order = np.argsort(np.mean([mean for *_, mean in means], axis=0), kind="stable")
     figure = new_figure(WIDTH, 1.1 + 0.24 * len(order))
@@ -208,7 +210,7 @@ def draw_classes(groups: Sequence[Group], ranks: Sequence[int], classes: Sequenc
         axes.plot(mean[order], range(len(order)), MARKERS[at % 7], color=colour(at), ms=6, label=short(group.name))
     axes.set_yticks(range(len(order)), [short(str(classes[at]), 20) for at in order])
     axes.set_ylim(len(order) - 0.4, -0.6)
-    axes.set(xlabel="test accuracy of the class (%)")
+    axes.set(xlabel=label)
     if len(groups) > 1:
         figure.legend(loc="outside upper left", ncols=2, fontsize=9, frameon=False)
     return figure

@@ -56,7 +56,7 @@ def lead(block: Block) -> Html:
     if unfinished:
         states = ", ".join(f"{run.name} is {progress(run)}" for run in unfinished)
         return join(f"No run is finished yet: {states}.")
-    return join("These runs have no validation accuracy that could rank them.")
+    return join("These runs have no score on validation that could rank them.")
 
 
 def write(runs: Sequence[Run], html: Path) -> list[Path]:

@@ -21,7 +21,10 @@ SCORES = {
     "training": ("validation_accuracy", "validation accuracy"),
     "pruning": ("validation_accuracy", "validation accuracy"),
     "pretraining": ("validation_linear_accuracy", "validation accuracy of a linear probe"),
+    "detection": ("validation_ap", "validation AP"),
 }
+# Fields of the configuration that only runs of one kind have.
+FIELDS = {"objective": "pretraining", "prune": "pruning", "detector": "detection"}
 # What runs of one setting may differ in: their seed, and what changes no result.
 SEEDS = {"seed", "primitives", *FREE_FIELDS}
 MISSING = "-"
@@ -39,9 +42,7 @@ class Run:
     @property
     def kind(self) -> str:
         """A key of `SCORES`."""
-        if "objective" in self.record["config"]:
-            return "pretraining"
-        return "pruning" if "prune" in self.record["config"] else "training"
+        return next((kind for field, kind in FIELDS.items() if field in self.record["config"]), "training")
 
     @property
     def dataset(self) -> str:
@@ -49,8 +50,17 @@ class Run:
 
     @property
     def score(self) -> float | None:
-        """Validation accuracy in [0, 1] of the result; None if it is unfinished or has no labels."""
+        """The result's figure of `SCORES`, in [0, 1]; None if it is unfinished or has no labels."""
         return self.record.get(SCORES[self.kind][0]) if self.finished else None
+
+    @property
+    def class_scores(self) -> dict[str, float] | None:
+        """Test accuracy in [0, 1] by class, or AP for detection; None where the result has none."""
+        if (found := self.record.get("test_per_class")) is not None:
+            return {name: scores["ap"] for name, scores in found.items() if scores["ap"] is not None}
+        if (values := self.record.get("test_per_class_accuracy")) is None:
+            return None
+        return dict(zip(self.record.get("classes") or map(str, range(len(values))), values, strict=True))
 
     def _rates(self) -> list[tuple[float, float]]:
         batch, rates, before = self.settings.get("batch", 0), [], None
@@ -70,7 +80,9 @@ class Run:
 
     @property
     def validation_images(self) -> int | None:
-        """Number of validation images, where the run's folder tells."""
+        """Number of validation images that the score is a share of, where the run's folder tells."""
+        if self.kind == "detection":  # AP is not a share of the images
+            return None
         return self.record.get("images", {}).get("validation", {}).get("count")
 
     def curve(self, figure: str) -> list[tuple[float, float]]:

@@ -57,6 +57,14 @@ COLUMNS: dict[str, tuple[Column, ...]] = {
         ("effective rank", "health.effective_rank", brief, None),
         *COST,
     ),
+    "detection": (
+        ("AP, validation, %", "validation_ap", share, "max"),
+        ("AP50, validation, %", "validation_ap50", share, None),
+        ("AP, test, once, %", "test_ap", share, None),
+        ("AP50, test, once, %", "test_ap50", share, None),
+        ("sparsity, %", "sparsity", share, None),
+        *COST,
+    ),
 }
 
 

@@ -4,6 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cache, partial
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,7 +22,7 @@ from train.detect.config import DetectConfig
 from train.detect.from_config import is_trained
 from train.detect.metrics import Detections
 from train.detect.run import detect
-from train.detect.steps import detect_step, detection
+from train.detect.steps import detect_step, detection, outlined, seen_images
 from train.from_config import make_tx
 from train.runtime import compile_in
 from train.state import init_state
@@ -112,6 +113,40 @@ def test_losses_are_metrics_and_add_up():
     assert not np.array_equal(
         state.batch_stats["backbone"]["stem"]["norm"]["mean"], before["batch_stats"]["backbone"]["stem"]["norm"]["mean"]
     )
+
+
+class Probe(nn.Module):
+    """Its loss tells which images it received."""
+
+    @nn.compact
+    def losses(self, images, size, boxes, labels, keys, *, axis_name=None):
+        weights = jax.random.normal(jax.random.key(3), images.shape)
+        return {"seen": (images * weights).sum() * self.param("one", nn.initializers.ones, ())}
+
+
+def test_trackers_see_the_images_of_the_next_step():
+    batch = tiny_batch(COUNT)
+    batch = {**batch, "labels": np.full_like(batch["labels"], -1)}  # without outlines
+    still = optax.sgd(0.0)
+    state = init_state({"params": {"one": jnp.ones(())}, "batch_stats": {}}, still, jax.random.key(1))
+    step = jax.jit(partial(train_step, model=Probe(), tx=still, objective=detection(augment=AUGMENT)))
+    for _ in range(2):
+        seen = seen_images(state, batch, augment=AUGMENT)
+        state, metrics = step(state, batch)
+        weights = jax.random.normal(jax.random.key(3), seen.shape)
+        assert float(metrics["seen"]) == pytest.approx(float((seen * weights).sum()), rel=1e-4)
+
+
+def test_outlines_lie_inside_the_boxes():
+    boxes = jnp.array([[2.0, 1.0, 9.0, 7.0], [0.0, 0.0, 12.0, 10.0], [4.0, 3.0, 5.0, 4.0]])
+    image = outlined(jnp.zeros((10, 12, 3)), boxes, jnp.array([True, False, True]), width=1)
+    want = np.zeros((10, 12), bool)
+    want[1:7, 2:9] = True
+    want[2:6, 3:8] = False
+    want[3, 4] = True
+    np.testing.assert_array_equal(np.isposinf(image[..., 0]), want)
+    np.testing.assert_array_equal(np.isneginf(image[..., 2]), want)
+    assert np.all(np.asarray(image)[~want] == 0)
 
 
 @pytest.fixture(scope="module")
