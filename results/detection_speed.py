@@ -1,7 +1,7 @@
 """Time our detectors and torchvision's: `python results/detection_speed.py OUT.json [--threads N] [--small]`.
 
 A training step and a predicted batch of Faster R-CNN, with a ResNet-50 on one image of 480x640, and with the ResNet-18
-of bccd_fasterrcnn on 8 images of 256x352; NMS and ROIAlign alone. torchvision runs in a process of its own, and each of
+of bccd_fasterrcnn on 8 images of 192x256; NMS and ROIAlign alone. torchvision runs in a process of its own, and each of
 the two waits while the other runs. In every round each runs for a quarter of a second, or once if a call takes longer;
 the ratio of their times has its 95 % interval. Times are those of a call, of the whole batch.
 

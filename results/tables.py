@@ -196,6 +196,11 @@ def search_digits() -> Iterator[str]:
         yield f"{cells} | {best}{accuracy}{best}"
 
 
+def rounded(seconds: float) -> str:
+    """Two digits, or all whole seconds."""
+    return f"{seconds:.2g}" if seconds < 99.5 else f"{seconds:.0f}"
+
+
 def explanations(of: str = "cifar10_resnet20") -> Iterator[str]:
     measured = run(f"explanations/{of}")
     seconds = measured.get("seconds_of_16", {})
@@ -204,8 +209,8 @@ def explanations(of: str = "cifar10_resnet20") -> Iterator[str]:
     for name, one in sorted(measured["methods"].items(), key=lambda item: -item[1]["gain"]):
         figures = " | ".join(f"{one[score]:.2f}" for score in ("deletion", "insertion"))
         over = "" if name == "random" else f"{one['over_random']:+.2f} ({1.96 * one['over_random_se']:.2f})"
-        rest = f"{one['infidelity']:.3f} | {one['randomization']:.2f}"
-        yield f"`{name}` | {figures} | {over} | {rest}" + (f" | {seconds[name]:.2g}" if seconds else "")
+        rest = f"{one['infidelity']:.3f} | {one['randomization']:z.2f}"
+        yield f"`{name}` | {figures} | {over} | {rest}" + (f" | {rounded(seconds[name])}" if seconds else "")
 
 
 def explanations_of_photographs() -> Iterator[str]:

@@ -64,7 +64,7 @@ def cases(small: bool) -> dict[str, Case]:
         }
     return {
         "resnet50": Case(config=r50, classes=80, size=(480, 640), batch=1, sharpness=12.0),
-        "bccd": Case(config=bccd, classes=3, size=(256, 352), batch=8),
+        "bccd": Case(config=bccd, classes=3, size=(192, 256), batch=8),
     }
 
 

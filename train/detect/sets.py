@@ -180,6 +180,9 @@ def _tfds(
     opened = open_prepared(name, data_dir, reader="coco:, voc: or yolo")
     classes, crowd_key = _features(opened.features, name)
 
+    # VOC counts pixels from 1 and includes both ends (see `train.detect.voc`); TFDS keeps that.
+    first_pixel = np.array([1, 1, 0, 0]) if name.split("/")[0].split(":")[0] == "voc" else np.zeros(4)
+
     def parsed(record: bytes) -> Any:
         return tf_example_pb2.Example.FromString(bytes(record)).features.feature
 
@@ -198,6 +201,7 @@ def _tfds(
             raise UsageError(f"image {where} has labels out of range: there are {len(classes)} classes")
         crowd = np.array(values[crowd_key].int64_list.value if crowd_key else np.zeros(len(labels)), bool)
         boxes = relative[:, [1, 0, 3, 2]] * [width, height, width, height]
+        boxes -= first_pixel
         boxes, keep = cleaned(where, boxes, header[0], passed)
         records = opened.records[split]
         return Annotated(

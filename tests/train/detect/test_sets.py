@@ -63,6 +63,7 @@ def data_dir(tmp_path_factory):
     hard = {"is_difficult": np.bool_}
     prepare(root, "plain", {"train": list(examples(12)), "test": list(examples(6, 100))}, objects())
     prepare(root, "hard", {"train": list(examples(9, **hard))}, objects(**hard))
+    prepare(root, "voc", {"train": list(examples(9)), "test": list(examples(6, 100))}, objects())
     prepare(root, "faulty", {"train": list(examples(9, bad=(1,)))}, objects())
     unlabelled = [{"image": io.BytesIO(encoded((8, 8))), "objects": []}]
     prepare(
@@ -72,6 +73,13 @@ def data_dir(tmp_path_factory):
     labels = {"image": tfds.features.Image(shape=(8, 8, 3)), "label": tfds.features.ClassLabel(num_classes=2)}
     prepare(root, "labels", {"train": [{"image": io.BytesIO(encoded((8, 8))), "label": 0}]}, labels)
     return root
+
+
+def test_coordinates_of_voc_count_from_one(data_dir):
+    plain, voc = (load(name, dir=data_dir) for name in ("plain", "voc"))
+    for one, other in zip(plain.test.examples, voc.test.examples, strict=True):
+        np.testing.assert_allclose(other.boxes[:, 2:], one.boxes[:, 2:])
+        np.testing.assert_allclose(other.boxes[:, :2], np.maximum(one.boxes[:, :2] - 1, 0))
 
 
 def counts(data):
