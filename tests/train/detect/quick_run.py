@@ -27,7 +27,7 @@ CONFIG = DetectConfig(
 QUICK = (
     "--model resnet18 --width 8 --levels stage2 stage3 --features 16 --hidden 32 --canonical-size 64 --kernels plain"
 )
-QUICK += " --data.max-size 64 --data.buckets 64x64"
+QUICK += " --init None --freeze 0 --no-frozen-stats --data.max-size 64 --data.buckets 64x64"
 QUICK += " --proposals.before 60 40 --proposals.after 40 20 --proposals.samples 32"
 QUICK += " --regions.samples 16 --regions.candidates 40 --regions.detections 10"
 QUICK += " --steps 6 --batch 8 --eval-batch 40 --log-every 2 --eval-every 100"

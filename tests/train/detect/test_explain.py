@@ -55,7 +55,8 @@ def tiny(tmp_path_factory):
     """A run of one step on shapes, and one of its images as a file."""
     folder = tmp_path_factory.mktemp("detect")
     preset = PRESETS["shapes_fasterrcnn"]()
-    config = replace(preset, out=str(folder / "run"), width=4, features=8, hidden=(8,), steps=1, batch=8)
+    config = replace(preset, init=None, freeze=0, width=4, features=8, hidden=(8,), steps=1, batch=8)
+    config = replace(config, frozen_stats=False, out=str(folder / "run"))
     run(config, "shapes_fasterrcnn", test=False)
     image = read()[1]["test"][1].read()[:90]
     Image.fromarray(image).save(folder / "a.png")
