@@ -65,7 +65,7 @@ def raccoon_fasterrcnn() -> DetectConfig:
     Command: python -m train.detect raccoon_fasterrcnn --data.dir DIR --init RUN
     Hardware: 2 CPU cores, about 20 minutes.
     """
-    return small_set("raccoon", epochs=40)
+    return small_set("raccoon", epochs=20)
 
 
 def bccd_fasterrcnn() -> DetectConfig:

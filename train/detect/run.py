@@ -186,7 +186,7 @@ def run(
             "validation_ap": row["validation_ap"],
             "validation_ap50": row["validation_ap50"],
             "parameters": count(state.params),
-            "sparsity": pruned_share(config, state.masks),
+            **({"sparsity": pruned} if (pruned := pruned_share(config, state.masks)) else {}),
             "params_digest": digest(state),
         }
     )

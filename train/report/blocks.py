@@ -10,7 +10,7 @@ from train.errors import UsageError
 from train.page import Html, KeyFigure, details, figure, figures, key_figures, note, paragraph, table
 from train.report import charts
 from train.report.records import SCORES, Group, Run, differences, group_runs
-from train.report.tables import configuration, differences_table, progress, runs_table, settings_table, text, whole
+from train.report.tables import configuration, differences_table, per_second, progress, runs_table, settings_table, text
 from train.report.verdict import Verdict, comparable, judge, percent, sentence, spread_of
 
 Part = tuple[str, Html]  # title, content
@@ -97,7 +97,7 @@ class Block:
             ("test_ap50", percent, "test AP50"),
             ("sparsity", lambda x: f"{100 * x:.3g} %", "weights removed"),
             ("random_linear_accuracy", percent, "random weights, test"),
-            ("images_per_second", lambda x: f"{x:,.0f}", "images per second"),
+            ("images_per_second", per_second, "images per second"),
         ):
             if (value := best.mean(key)) is not None:
                 cards.append(KeyFigure(form(value), label))
@@ -207,7 +207,7 @@ class Block:
         if not rates:
             return []
         ranks, groups, values = zip(*rates, strict=True)
-        drawing = charts.draw_bars([g.name for g in groups], values, "images per second", whole, ranks)
+        drawing = charts.draw_bars([g.name for g in groups], values, "images per second", per_second, ranks)
         runs = [run.record for group in groups for run in group.runs if run.finished]
         machines = dict.fromkeys(f"{run.get('devices')}, {run.get('host')}" for run in runs)
         caption = f"Mean rate of training without compilation, on {' and on '.join(machines)}."

@@ -20,6 +20,11 @@ def whole(value: float) -> str:
     return f"{value:,.0f}"
 
 
+def per_second(value: float) -> str:
+    """A number without decimals, or with one below 10."""
+    return f"{value:,.0f}" if value >= 9.95 else f"{value:.1f}"
+
+
 def brief(value: float) -> str:
     """A number with at most four digits."""
     return f"{value:.4g}"
@@ -27,7 +32,7 @@ def brief(value: float) -> str:
 
 COST: tuple[Column, ...] = (
     ("epochs", "epochs", brief, None),
-    ("images/s", "images_per_second", whole, None),
+    ("images/s", "images_per_second", per_second, None),
     ("seconds", "seconds", whole, None),
     ("parameters", "parameters", whole, None),
     ("seed", "seed", whole, None),
