@@ -25,7 +25,7 @@ from train.data.sets import Dataset, fits_in_memory, in_memory, load
 from train.data.sources import Arrays
 from train.errors import UsageError, unknown
 from train.optim import Schedule, make_optimizer, make_schedule
-from train.runtime import decoded_folder, say
+from train.runtime import decoded_folder, run_once, say
 from train.state import TrainState, init_state, init_variables
 from train.steps import Objective, classify
 from train.weights import classes_of, load_masks, load_weights
@@ -239,7 +239,7 @@ def draw_variables(
     narrow = f"{config.model} is too narrow with {f'--width {config.width}' if config.width else widths}"
     too_narrow = UsageError(f"{narrow}: a layer would have no channels")
     try:
-        variables = init_variables(model, key, image_shape)
+        variables = run_once(partial(init_variables, model, image_shape=image_shape), key)
     except ZeroDivisionError:  # an initializer's scale for a layer without channels, on some versions of JAX
         raise too_narrow from None
     except ValueError as error:

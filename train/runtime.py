@@ -211,10 +211,14 @@ def compiler_options(dtype: Any, *, plain: bool = True) -> dict[str, Any]:
     return known_options({"xla_cpu_opt_preset": "CPU_OPT_PRESET_FAST_COMPILE", YNN: YNN_FOR_FLOAT32}) if plain else {}
 
 
-def quick_options() -> dict[str, Any]:
-    """XLA options for a program that runs once: on CPU it compiles several times as fast, and computes the same."""
-    slow = jax.default_backend() == "cpu" and not jax.config.read("jax_disable_most_optimizations")
-    return known_options({"xla_backend_optimization_level": 1}) if slow else {}
+def run_once(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Compile and call a function that is called only once, not inside of `jax.jit` and the like.
+
+    On CPU, the program is optimized less: that of random weights compiles several times as fast, and draws the same.
+    """
+    optimized = jax.default_backend() == "cpu" and not jax.config.read("jax_disable_most_optimizations")
+    options = known_options({"xla_backend_optimization_level": 1}) if optimized else {}
+    return jax.jit(function, compiler_options=options or None)(*arguments)
 
 
 def xla_options(given: tuple[str, ...]) -> dict[str, str | bool]:

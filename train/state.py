@@ -1,7 +1,6 @@
 """The state of training: arrays only, so that one pytree is compiled, donated, saved and compared."""
 
 import hashlib
-from functools import partial
 from inspect import signature
 from typing import Any
 
@@ -14,7 +13,6 @@ from flax import struct
 
 from resnet_jax.masks import no_masks
 from resnet_jax.tree import PyTree, leaves
-from train.runtime import quick_options
 
 
 class TrainState(struct.PyTreeNode):
@@ -47,12 +45,7 @@ class TrainState(struct.PyTreeNode):
 def init_variables(model: nn.Module, key: jax.Array, image_shape: tuple[int, int, int]) -> dict[str, PyTree]:
     """Initialise variables {"params", "batch_stats"} of `model` for images (H, W, C), in one compiled call."""
     images = jnp.zeros((1, *image_shape), jnp.float32)
-
-    @partial(jax.jit, compiler_options=quick_options())
-    def draw(key: jax.Array) -> dict[str, PyTree]:
-        return single_precision(model.init(key, images, **train_argument(model, False)))
-
-    variables = draw(key)
+    variables = jax.jit(lambda k: single_precision(model.init(k, images, **train_argument(model, False))))(key)
     return {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})}
 
 

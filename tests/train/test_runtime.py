@@ -4,10 +4,13 @@ import subprocess
 import sys
 
 import jax
+import numpy as np
 import pytest
 
+from tests.reference.nets import Mlp
 from train.errors import UsageError, one_line
-from train.runtime import cpu_only, keep_compiled, use_own_precision
+from train.runtime import cpu_only, keep_compiled, run_once, use_own_precision
+from train.state import init_variables
 
 
 @pytest.fixture
@@ -121,3 +124,18 @@ def test_memory_stays_with_the_process(monkeypatch):
 def test_cpu_alone(settings, platforms, expected):
     jax.config.update("jax_platforms", platforms)
     assert cpu_only() == expected
+
+
+def test_less_optimized_programs_draw_the_same_weights():
+    def draw(key):
+        return init_variables(Mlp(), key, (8, 8, 1))
+
+    key = jax.random.key(0)
+    jax.config.update("jax_disable_most_optimizations", False)
+    try:
+        once, whole = run_once(draw, key), draw(key)
+    finally:
+        jax.config.update("jax_disable_most_optimizations", True)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), once, whole)
+    several = jax.vmap(draw)(jax.random.split(key, 2))  # it may be traced, as `run_once` may not
+    assert jax.tree.map(np.shape, several) == jax.tree.map(lambda x: (2, *x.shape), whole)

@@ -23,6 +23,7 @@ from train.bench.config import BenchConfig
 from train.config import AugmentConfig
 from train.data.batches import batch_like
 from train.optim import make_optimizer, make_schedule
+from train.runtime import run_once
 from train.state import TrainState, init_state, init_variables
 from train.steps import eval_step, train_step
 
@@ -132,7 +133,7 @@ def train(config: BenchConfig, *, augment: aug.Augment | None = None, prune_ever
     """
     model, tx = make_model(config), sgd()
     augment = augment or train_augment(config.image_size)
-    variables = init_variables(model, jax.random.key(0), image_shape(config))
+    variables = run_once(partial(init_variables, model, image_shape=image_shape(config)), jax.random.key(0))
     masks, remask = None, None
     if prune_every is not None:
 
@@ -187,7 +188,7 @@ def inference(
     config: BenchConfig, model: nn.Module, step: Step, batch: dict[str, jax.ShapeDtypeStruct], *, rows: bool = False
 ) -> Workload:
     """The workload of a forward pass."""
-    variables = init_variables(model, jax.random.key(0), image_shape(config))
+    variables = run_once(partial(init_variables, model, image_shape=image_shape(config)), jax.random.key(0))
     return Workload(
         step=step,
         state=variables,

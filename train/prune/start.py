@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from train.prune.scoring import (
 from train.prune.sparse_file import is_sparse_file
 from train.run import Training
 from train.run_folder import load_state, write_json
+from train.runtime import run_once
 from train.session import Session
 from train.state import TrainState, init_variables
 from train.weights import load_masks
@@ -273,7 +275,7 @@ def restarted(session: Session[Any], state: TrainState, last: TrainState, model:
     else:
         # A fresh seed; rewinding to step 0 would reuse the dense run's initial weights.
         key = jax.random.fold_in(jax.random.key(config.seed), 1)
-        fresh = init_variables(model, key, session.dataset.image_shape)
+        fresh = run_once(partial(init_variables, model, image_shape=session.dataset.image_shape), key)
         state = state.replace(**session.place(fresh))
         if state.ema is not None:
             state = state.replace(ema=session.place(fresh))
