@@ -129,7 +129,8 @@ def stop(state):
     raise Interrupted
 
 
-@pytest.mark.parametrize("most", [pytest.param(1, marks=pytest.mark.slow), 3, pytest.param(8, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("most", [1, 3, 8])
 def test_stopped_twice_with_several_steps_in_a_call(most, tmp_path, tfds_dir, one_device):
     """Its checkpoints lie inside chunks, and so do the stops: bit-equal. The run keeps its number."""
     config = short_config(tmp_path / "whole", kernels="plain", steps_per_call=most)

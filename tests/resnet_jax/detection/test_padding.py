@@ -165,7 +165,7 @@ def outputs(kind):
     return model, [jax.device_get(run(*in_bucket(IMAGE, bucket))) for bucket in (SMALL, LARGE)]
 
 
-@pytest.mark.parametrize("kind", ["faster_rcnn", "retinanet"])
+@pytest.mark.parametrize("kind", [pytest.param("faster_rcnn", marks=pytest.mark.slow), "retinanet"])
 def test_detectors_do_not_depend_on_the_bucket(kind):
     """Maps and scored anchors are equal, cell by cell, and so are proposals and objects."""
     _, (small, large) = outputs(kind)

@@ -116,6 +116,7 @@ def test_random_weights_for_comparison():
     assert jnp.abs(fresh.outputs(IMAGES) - region().outputs(IMAGES)).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_whole_images_without_sizes():
     model, variables = detector()
     whole = region_network(model, variables, jnp.array([[0.0, 0, 128, 64]] * 2))

@@ -145,7 +145,10 @@ def test_pictures():
     np.testing.assert_allclose(upsample(line, (1, 4), first=0)[0, 0], [0, 2, 4, 4])
 
 
-@pytest.mark.parametrize(("name", "layer", "stride"), [("resnet18", "stage2", 8), ("resnet20", "stage3", 4)])
+@pytest.mark.parametrize(
+    ("name", "layer", "stride"),
+    [pytest.param("resnet18", "stage2", 8, marks=pytest.mark.slow), ("resnet20", "stage3", 4)],
+)
 def test_positions_see_the_pixels_where_they_are_placed(name, layer, stride):
     """With equal weights, the centre of what a position depends on is a multiple of the stride."""
     images = jax.random.uniform(KEY, (16, 96, 96, 3))
