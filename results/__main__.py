@@ -12,7 +12,7 @@ from results.tables import markdown
 from train.errors import RunError, one_line
 
 ROOT = Path(__file__).parents[1]
-GUIDES = ("explanation", "pretraining", "pruning", "search", "speed")
+GUIDES = ("detection", "explanation", "pretraining", "pruning", "search", "speed")
 PAGES = ("README.md", "results/README.md", *(f"docs/{name}.md" for name in GUIDES))
 REGION = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.S)
 

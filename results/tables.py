@@ -196,9 +196,9 @@ def search_digits() -> Iterator[str]:
         yield f"{cells} | {best}{accuracy}{best}"
 
 
-def rounded(seconds: float) -> str:
-    """Two digits, or all whole seconds."""
-    return f"{seconds:.2g}" if seconds < 99.5 else f"{seconds:.0f}"
+def two_digits(number: float) -> str:
+    """At least two digits, and all whole ones."""
+    return f"{number:.2g}" if number < 99.5 else f"{number:,.0f}"
 
 
 def explanations(of: str = "cifar10_resnet20") -> Iterator[str]:
@@ -210,11 +210,37 @@ def explanations(of: str = "cifar10_resnet20") -> Iterator[str]:
         figures = " | ".join(f"{one[score]:.2f}" for score in ("deletion", "insertion"))
         over = "" if name == "random" else f"{one['over_random']:+.2f} ({1.96 * one['over_random_se']:.2f})"
         rest = f"{one['infidelity']:.3f} | {one['randomization']:z.2f}"
-        yield f"`{name}` | {figures} | {over} | {rest}" + (f" | {rounded(seconds[name])}" if seconds else "")
+        yield f"`{name}` | {figures} | {over} | {rest}" + (f" | {two_digits(seconds[name])}" if seconds else "")
 
 
 def explanations_of_photographs() -> Iterator[str]:
     return explanations("imagenette_resnet18")
+
+
+def detection() -> Iterator[str]:
+    scores = "AP50, validation | AP | AP50, test | AP"
+    yield f"set | trained by | backbone | {scores} | seconds of training | epochs"
+    starts = {"shapes": "ResNet-20, CIFAR-10", "raccoon_random": "ResNet-18, random weights"}
+    for name in ("shapes", "bccd", "raccoon", "raccoon_random", "raccoon_torchvision"):
+        one = run(f"detection/{name}")
+        who = "torchvision" if "torchvision" in name else f"`{one['preset']}`"
+        start = starts.get(name, "ResNet-18, imagenette")
+        figures = (
+            f"{100 * one[f'{split}_{score}']:.1f}" for split in ("validation", "test") for score in ("ap50", "ap")
+        )
+        cost = f"{one['seconds']:.0f} | {one['epochs']:.0f}"
+        yield f"`{one['dataset']}` | {who} | {start} | {' | '.join(figures)} | {cost}"
+
+
+def detection_speed() -> Iterator[str]:
+    yield "what | ours | torchvision | ours / torchvision"
+    for row in run("speed/detection")["rows"]:
+        what = row["task"].replace("_", " ")
+        if "case" in row:
+            size = "x".join(map(str, row["size"]))
+            what = f"{what}, {row['model']}, {row['batch']} image{'s'[: row['batch'] - 1]} of {size}"
+        times = " | ".join(f"{two_digits(row[who]['step_ms'])} ms" for who in ("ours", "torchvision"))
+        yield f"{what} | {times} | {interval(row['time_over_torchvision'])}"
 
 
 TABLES: dict[str, Callable[[], Iterator[str]]] = {
@@ -222,6 +248,7 @@ TABLES: dict[str, Callable[[], Iterator[str]]] = {
     **{table.__name__: table for table in (resnet18_50ep, against_torch, digits, simclr, prune, prune_digits)},
     **{table.__name__: table for table in (half_of_channels, nt_xent, search_digits)},
     **{table.__name__: table for table in (explanations, explanations_of_photographs)},
+    **{table.__name__: table for table in (detection, detection_speed)},
 }
 
 
