@@ -113,7 +113,7 @@ def run(
     if session.main:
         save_encoder(session.out / ENCODER, variables, flax_names=model is not None)
     rows = read_rows(session.out / "metrics.jsonl") if session.main else []
-    last = session.last_row or monitor(state)[0]
+    last = session.last_validation(state, monitor)
     last = {name: value for name, value in last.items() if not name.startswith("validation_")}
     sentence = verdict(rows, last)
     accuracies: dict[str, Any] = {}

@@ -6,7 +6,19 @@ Figures come from the run files. Those that others published are literals, in a 
 from collections.abc import Callable, Iterator
 from statistics import fmean
 
-from results.figures import AGAINST_TORCH, PRUNE, SIMCLR, interval, mean, milliseconds, minutes, percent, run, runs
+from results.figures import (
+    AGAINST_TORCH,
+    PRUNE,
+    SIMCLR,
+    interval,
+    mean,
+    milliseconds,
+    minutes,
+    percent,
+    rounded,
+    run,
+    runs,
+)
 from train.errors import UsageError
 
 
@@ -196,11 +208,6 @@ def search_digits() -> Iterator[str]:
         yield f"{cells} | {best}{accuracy}{best}"
 
 
-def two_digits(number: float) -> str:
-    """At least two digits, and all whole ones."""
-    return f"{number:.2g}" if number < 99.5 else f"{number:,.0f}"
-
-
 def explanations(of: str = "cifar10_resnet20") -> Iterator[str]:
     measured = run(f"explanations/{of}")
     seconds = measured.get("seconds_of_16", {})
@@ -210,7 +217,8 @@ def explanations(of: str = "cifar10_resnet20") -> Iterator[str]:
         figures = " | ".join(f"{one[score]:.2f}" for score in ("deletion", "insertion"))
         over = "" if name == "random" else f"{one['over_random']:+.2f} ({1.96 * one['over_random_se']:.2f})"
         rest = f"{one['infidelity']:.3f} | {one['randomization']:z.2f}"
-        yield f"`{name}` | {figures} | {over} | {rest}" + (f" | {two_digits(seconds[name])}" if seconds else "")
+        cost = f" | {seconds[name]:{'.2g' if seconds[name] < 99.5 else '.0f'}}" if seconds else ""
+        yield f"`{name}` | {figures} | {over} | {rest}{cost}"
 
 
 def explanations_of_photographs() -> Iterator[str]:
@@ -225,9 +233,8 @@ def detection() -> Iterator[str]:
         one = run(f"detection/{name}")
         who = "torchvision" if "torchvision" in name else f"`{one['preset']}`"
         start = starts.get(name, "ResNet-18, imagenette")
-        figures = (
-            f"{100 * one[f'{split}_{score}']:.1f}" for split in ("validation", "test") for score in ("ap50", "ap")
-        )
+        names = [f"{split}_{score}" for split in ("validation", "test") for score in ("ap50", "ap")]
+        figures = [rounded(100 * one[name], ".1f") for name in names]
         cost = f"{one['seconds']:.0f} | {one['epochs']:.0f}"
         yield f"`{one['dataset']}` | {who} | {start} | {' | '.join(figures)} | {cost}"
 
@@ -239,7 +246,7 @@ def detection_speed() -> Iterator[str]:
         if "case" in row:
             size = "x".join(map(str, row["size"]))
             what = f"{what}, {row['model']}, {row['batch']} image{'s'[: row['batch'] - 1]} of {size}"
-        times = " | ".join(f"{two_digits(row[who]['step_ms'])} ms" for who in ("ours", "torchvision"))
+        times = " | ".join(milliseconds(row[who]["step_ms"]) for who in ("ours", "torchvision"))
         yield f"{what} | {times} | {interval(row['time_over_torchvision'])}"
 
 

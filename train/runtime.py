@@ -212,9 +212,9 @@ def compiler_options(dtype: Any, *, plain: bool = True) -> dict[str, Any]:
 
 
 def run_once(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Compile and call a function that is called only once, not inside of `jax.jit` and the like.
+    """Compile and call a function that a run calls only once, outside `jax.jit` and other transformations.
 
-    On CPU, the program is optimized less: that of random weights compiles several times as fast, and draws the same.
+    On CPU, XLA optimizes it less: drawing random weights then compiles several times as fast, with the same result.
     """
     optimized = jax.default_backend() == "cpu" and not jax.config.read("jax_disable_most_optimizations")
     options = known_options({"xla_backend_optimization_level": 1}) if optimized else {}

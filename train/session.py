@@ -28,7 +28,6 @@ from train.data.batches import (
     check_batch,
     eval_batch_size,
     padded,
-    stream_example,
     train_batches,
 )
 from train.data.sources import collate
@@ -167,8 +166,7 @@ class Session(Generic[Config]):
 
     def first_examples(self, count: int) -> Batch:
         """The next `count` examples of the training stream, for trackers to show."""
-        positions = range(self.stream.position, self.stream.position + count)
-        return collate([stream_example(self.dataset.train, self.config.seed, p) for p in positions])
+        return collate([self.stream.example(self.stream.position + row) for row in range(count)])
 
     # ---- the run ----
 
@@ -387,6 +385,11 @@ class Session(Generic[Config]):
         self.seconds = time.perf_counter() - began
         self.images_per_second = progress.images_per_second
         return state
+
+    def last_validation(self, state: Any, validate: Validate) -> dict[str, float]:
+        """The row of `validate(state)`: that of the loop's end if it ended with this state, otherwise measured now."""
+        ended = self.last_row and int(state.step) == self.steps
+        return self.last_row if ended else validate(state)[0]
 
     def start_trackers(self, state: Any, see: See | None) -> None:
         """Start the trackers of `--log`, and show them the first images as the network receives them."""

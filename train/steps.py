@@ -6,7 +6,7 @@ static with `functools.partial`; only `state` and `batch` are arrays.
 """
 
 from collections.abc import Callable
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import flax.linen as nn
 import jax
@@ -15,7 +15,7 @@ import numpy as np
 import optax
 
 from resnet_jax.augment import Augment, augment_batch, identity, preprocess_batch
-from resnet_jax.keys import example_index, example_keys, step_key
+from resnet_jax.keys import Key, example_index, example_keys, step_key
 from resnet_jax.losses import smooth_labels, softmax_cross_entropy
 from resnet_jax.mask_schedules import MaskSchedule
 from resnet_jax.masks import apply_masks, sparsity_of
@@ -102,6 +102,22 @@ def classify(
     return objective
 
 
+class StepKeys(NamedTuple):
+    """The keys that one step draws its numbers with."""
+
+    augment: Key
+    mix: Key
+    drop: Key
+    remask: Key
+
+
+def step_keys(state: TrainState) -> StepKeys:
+    """Derive the next step's keys from the run's key and the step, so that a resumed run draws the same numbers."""
+    key = step_key(state.key, state.step)
+    augment, mix, drop = jax.random.split(key, 3)
+    return StepKeys(augment, mix, drop, jax.random.fold_in(key, 3))
+
+
 def train_step(
     state: TrainState,
     batch: Batch,
@@ -130,17 +146,15 @@ def train_step(
     Raises:
       ValueError: `accumulate` does not divide the shard's batch.
     """
-    # Every key is derived from the run's key and the step, so that a resumed run draws the same numbers.
-    key = step_key(state.key, state.step)
-    augment_key, mix_key, drop_key = jax.random.split(key, 3)
+    keys = step_keys(state)
     count = len(batch["image"])
     if count % accumulate:
         raise ValueError(f"a shard's batch of {count} is not divisible into {accumulate} parts")
 
     def loss_of(params: PyTree, stats: PyTree, part: Batch, number: jax.Array) -> tuple[jax.Array, Any]:
-        images = augment_batch(augment, example_keys(augment_key, part["index"]), part["image"])
-        drop = jax.random.fold_in(drop_key, number)
-        rngs = {"mix": jax.random.fold_in(mix_key, number), "drop_path": drop, "dropout": jax.random.fold_in(drop, 1)}
+        images = augment_batch(augment, example_keys(keys.augment, part["index"]), part["image"])
+        drop = jax.random.fold_in(keys.drop, number)
+        rngs = {"mix": jax.random.fold_in(keys.mix, number), "drop_path": drop, "dropout": jax.random.fold_in(drop, 1)}
         variables = {"params": params, "batch_stats": stats}
         value, (stats, metrics) = objective(
             variables, {**part, "image": images}, model=model, rngs=rngs, axis_name=axis_name
@@ -156,15 +170,14 @@ def train_step(
     else:
         grads, (stats, metrics) = _accumulated(gradient, params, stats, rows, accumulate)
     grads, stats, metrics = mean_over((grads, stats, metrics), axis_name)
-    remask_key = jax.random.fold_in(key, 3)
-    state, figures = update(state, grads, stats, tx=tx, ema_decay=ema_decay, remask=remask, key=remask_key)
+    state, figures = update(state, grads, stats, tx=tx, ema_decay=ema_decay, remask=remask, key=keys.remask)
     return state, metrics | figures
 
 
-def augmented_images(state: TrainState, batch: Batch, *, augment: Augment) -> jax.Array:
+def augmented_images(state: TrainState, batch: Batch, *, augment: Augment, axis_name: str | None = None) -> jax.Array:
     """The images, float [B, H, W, C], that the next `train_step` passes to its objective for the first B examples."""
-    key, _, _ = jax.random.split(step_key(state.key, state.step), 3)
-    return augment_batch(augment, example_keys(key, example_index(len(batch["image"]))), batch["image"])
+    index = example_index(len(batch["image"]), axis_name)
+    return augment_batch(augment, example_keys(step_keys(state).augment, index), batch["image"])
 
 
 def update(

@@ -10,7 +10,6 @@ import jax
 import optax
 
 from resnet_jax import augment as aug
-from resnet_jax.keys import example_index, example_keys, step_key
 from resnet_jax.mask_schedules import gradual
 from resnet_jax.masks import apply_masks, make_masks
 from resnet_jax.parallel import axis_of
@@ -25,7 +24,7 @@ from train.data.batches import batch_like
 from train.optim import make_optimizer, make_schedule
 from train.runtime import run_once
 from train.state import TrainState, init_state, init_variables
-from train.steps import eval_step, train_step
+from train.steps import augmented_images, eval_step, train_step
 
 Step = Callable[..., Any]  # (state, batch, *, axis_name)
 Parts = dict[str, Step | None]
@@ -144,12 +143,6 @@ def train(config: BenchConfig, *, augment: aug.Augment | None = None, prune_ever
         masks = jax.jit(lambda params: make_masks(magnitude(params), 0.5))(variables["params"])
         variables["params"] = apply_masks(variables["params"], masks)
     step = partial(train_step, model=model, tx=tx, augment=augment, remask=remask)
-
-    def augmented(state: TrainState, batch: Any, *, axis_name: str | None = None) -> jax.Array:
-        key = jax.random.split(step_key(state.key, state.step), 3)[0]
-        index = example_index(len(batch["label"]), axis_name)
-        return aug.augment_batch(augment, example_keys(key, index), batch["image"])
-
     return Workload(
         step=step,
         state=init_state(variables, tx, jax.random.key(1), masks=masks),
@@ -157,7 +150,7 @@ def train(config: BenchConfig, *, augment: aug.Augment | None = None, prune_ever
         flops=work.training(forward_work(config)),
         parameters=count(variables["params"]),
         carried=True,
-        parts=training_parts(augmented, step),
+        parts=training_parts(partial(augmented_images, augment=augment), step),
     )
 
 

@@ -34,6 +34,10 @@ class Batches(Protocol):
 
     def __next__(self) -> Batch: ...
 
+    def example(self, position: int) -> Example:
+        """Decode the example at a position of the stream: a pure function of it, so any thread may call it."""
+        ...
+
     def state(self) -> dict[str, Any]:
         """Return the position in the stream, for a checkpoint."""
         return {"position": self.position}
@@ -119,7 +123,7 @@ class ResidentBatches(Batches):
     """Batches gathered on the device from a split stored there as uint8: the host only draws indices."""
 
     def __init__(self, source: Arrays, *, batch: int, seed: int, mesh: Mesh, mode: Mode) -> None:
-        self.count, self.batch, self.seed = len(source), batch, seed
+        self.source, self.batch, self.seed = source, batch, seed
         self.position = 0
         # pmap takes this host's devices only, and needs a device axis before the example axis.
         self.local = mode == "pmap"
@@ -135,6 +139,9 @@ class ResidentBatches(Batches):
             indices = _own_part(indices).reshape(self.devices, -1)
         return self.take(self.arrays, place(indices, self.sharding))
 
+    def example(self, position: int) -> Example:
+        return stream_example(self.source, self.seed, position)
+
     def chunk(self, count: int, most: int) -> Chunk:
         """The next `count` batches, for `train.chunks.many_steps` with up to `most` steps."""
         rows = np.zeros((most, self.batch), np.int32)
@@ -143,7 +150,7 @@ class ResidentBatches(Batches):
         return {"arrays": self.arrays, "indices": indices, "count": np.int32(count)}
 
     def _indices(self, batches: int) -> np.ndarray:
-        indices = stream_indices(self.count, self.seed, self.position, batches * self.batch).astype(np.int32)
+        indices = stream_indices(len(self.source), self.seed, self.position, batches * self.batch).astype(np.int32)
         self.position += batches * self.batch
         return indices
 
@@ -165,10 +172,9 @@ class StreamedBatches(Batches):
 
     def restore(self, state: dict[str, Any]) -> None:
         super().restore(state)
-        self.iterator = iter(decoded_ahead(self._example, self.batch, self.threads, start=self.position))
+        self.iterator = iter(decoded_ahead(self.example, self.batch, self.threads, start=self.position))
 
-    def _example(self, position: int) -> Example:
-        """Decode the example at a position of the stream: a pure function of it, so any thread may call it."""
+    def example(self, position: int) -> Example:
         return stream_example(self.source, self.seed, position)
 
     def __next__(self) -> Batch:

@@ -63,7 +63,6 @@ class BucketBatches(Batches):
         return bucket, (rounds * len(self.members[bucket]) + int(self.before[place])) * self.batch
 
     def example(self, position: int) -> Example:
-        """Decode the example at a position of the stream: a pure function of it, so any thread may call it."""
         step, row = divmod(position, self.batch)
         bucket, start = self.start(step)
         members = self.members[bucket]

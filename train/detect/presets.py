@@ -72,7 +72,7 @@ def bccd_fasterrcnn() -> DetectConfig:
     """Blood cells of three kinds in 364 microscope images, some twelve objects in each.
 
     Command: python -m train.detect bccd_fasterrcnn --data.dir DIR --init RUN
-    Hardware: 2 CPU cores, about 20 minutes. Measured: 93.1 % AP50 on test.
+    Hardware: 2 CPU cores, about half an hour. Measured: 93.1 % AP50 on test.
     """
     # Cells have no upright side and hardly differ in size.
     return small_set("bccd", augment=BoxAugmentConfig(flip=True, scale=(0.9, 1.1)), anchor_scale=4.0)

@@ -13,8 +13,7 @@ import optax
 from resnet_jax.detection.augment import BoxAugment
 from resnet_jax.masks import sparsity_of
 from resnet_jax.tree import PyTree, count, leaves
-from train.data.batches import Batch
-from train.data.sources import collate
+from train.data.batches import Batch, Batches
 from train.detect.batches import BucketBatches, EvalBatches, batch_like
 from train.detect.config import DetectConfig, ObjectDataConfig, check, parse_buckets
 from train.detect.from_config import (
@@ -48,8 +47,6 @@ LOSSES = {
 class DetectSession(Session[DetectConfig]):
     """A run in progress, on images with boxes, in buckets of a few sizes."""
 
-    stream: BucketBatches
-
     def open_set(self, dataset: ObjectSet | None) -> None:
         """Load the set, and record the sizes of its buckets in the config."""
         self.dataset = dataset or open_objects(self.config.data)
@@ -66,12 +63,9 @@ class DetectSession(Session[DetectConfig]):
         layout = self.dataset.layout
         return [batch_like(layout, bucket, batch, valid=valid) for bucket in range(len(layout.buckets))]
 
-    def open_stream(self) -> BucketBatches:
+    def open_stream(self) -> Batches:
         config = self.config
         return BucketBatches(self.dataset.train, batch=config.batch, seed=config.seed, mesh=self.mesh, mode=config.mode)
-
-    def first_examples(self, count: int) -> Batch:
-        return collate([self.stream.example(self.stream.position + row) for row in range(count)])
 
 
 def open_objects(data: ObjectDataConfig) -> ObjectSet:
@@ -170,9 +164,7 @@ def run(
     checkpoints = session.checkpoints
     if config.select == "best" and checkpoints.best is not None:
         state, _ = checkpoints.restore(state, step=checkpoints.best) or (state, {})
-    # The loop ended with a validation of the last state, except where all steps were done before.
-    validated_now = session.last_row and int(state.step) == session.steps
-    row = session.last_row if validated_now else validate(state)[0]
+    row = session.last_validation(state, validate)
     figures = {"detector": config.detector, "selected_step": int(state.step)}
     if test:
         tested, found = measure(state.variables, "test")

@@ -181,7 +181,7 @@ def _tfds(
     classes, crowd_key = _features(opened.features, name)
 
     # VOC counts pixels from 1 and includes both ends (see `train.detect.voc`); TFDS keeps that.
-    first_pixel = np.array([1, 1, 0, 0]) if name.split("/")[0].split(":")[0] == "voc" else np.zeros(4)
+    first_pixel = np.array([1, 1, 0, 0]) if name.split("/")[0] == "voc" else np.zeros(4)
 
     def parsed(record: bytes) -> Any:
         return tf_example_pb2.Example.FromString(bytes(record)).features.feature

@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 
 from resnet_jax.detection.augment import BoxAugment, augment_batch, identity
-from resnet_jax.keys import Key, example_index, example_keys, step_key
+from resnet_jax.keys import Key, example_index, example_keys
 from resnet_jax.parallel import all_rows
 from resnet_jax.tree import PyTree
 from train.state import TrainState, forward
-from train.steps import Batch, Metrics, Objective
+from train.steps import Batch, Metrics, Objective, step_keys
 
 
 def detection(*, augment: BoxAugment = identity) -> Objective:
@@ -66,9 +66,8 @@ def seen_images(state: TrainState, batch: Batch, *, augment: BoxAugment) -> jax.
     Their boxes are outlined, in values that stand for yellow whatever the normalisation: infinite ones. With
     `accumulate`, this only holds for the examples of the first part.
     """
-    _, key, _ = jax.random.split(step_key(state.key, state.step), 3)
     rows = {**batch, "index": example_index(len(batch["image"]))}
-    seen, _ = augmented(augment, jax.random.fold_in(key, 0), rows)
+    seen, _ = augmented(augment, jax.random.fold_in(step_keys(state).mix, 0), rows)
     return jax.vmap(outlined)(seen["image"], seen["boxes"], seen["labels"] >= 0)
 
 
@@ -77,7 +76,7 @@ def outlined(image: jax.Array, boxes: jax.Array, valid: jax.Array, *, width: flo
     rows, columns = jnp.arange(image.shape[0])[:, None], jnp.arange(image.shape[1])[None]
 
     def line(box: jax.Array) -> jax.Array:
-        (left, top, right, bottom) = jnp.round(box)
+        left, top, right, bottom = jnp.round(box)
         edge = jnp.minimum(jnp.minimum(rows - top, bottom - 1 - rows), jnp.minimum(columns - left, right - 1 - columns))
         return (edge >= 0) & (edge < width)
 

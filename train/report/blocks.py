@@ -179,10 +179,11 @@ class Block:
 
     def errors(self) -> list[Html]:
         """Accuracy by class, the confusion matrix of the best run, and its most frequent errors."""
-        if not self.verdicts or (scores := self.verdicts[0].best.runs[0].class_scores) is None:
+        best = self.verdicts[0].best.runs[0] if self.verdicts else None
+        if best is None or not best.class_scores:
             return []
-        best, pieces = self.verdicts[0].best.runs[0], list[Html]()
-        count, classes = len(scores), list(scores)
+        pieces: list[Html] = []
+        count, classes = len(best.class_scores), [name for name, _ in best.class_scores]
         if 1 < count <= 30:
             pair = [g for g in (self.verdicts[0].best, self.verdicts[0].second) if g and g.runs[0].class_scores]
             score = "AP" if self.kind == "detection" else "accuracy"

@@ -198,9 +198,9 @@ def draw_bars(
 def draw_classes(groups: Sequence[Group], ranks: Sequence[int], label: str) -> Any:
     """Mean score of each class, a row per class, a point per setting; the hardest classes are on top."""
     scores = [[run.class_scores for run in group.runs if run.class_scores] for group in groups]
-    classes = list(scores[0][0])  # files of runs know only the numbers of classes
+    classes = [name for name, _ in scores[0][0]]
     means = [
-        (at, group, 100 * np.mean([list(run.values()) for run in runs], axis=0))
+        (at, group, 100 * np.mean([[score for _, score in run] for run in runs], axis=0))
         for at, group, runs in zip(ranks, groups, scores, strict=True)
     ]
     order = np.argsort(np.mean([mean for *_, mean in means], axis=0), kind="stable")

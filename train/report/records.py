@@ -54,13 +54,15 @@ class Run:
         return self.record.get(SCORES[self.kind][0]) if self.finished else None
 
     @property
-    def class_scores(self) -> dict[str, float] | None:
-        """Test accuracy in [0, 1] by class, or AP for detection; None where the result has none."""
+    def class_scores(self) -> list[tuple[str, float]]:
+        """(class, test accuracy in [0, 1], or AP for detection); empty where the result has none.
+
+        Names may repeat, and files of runs know only the numbers of classes.
+        """
         if (found := self.record.get("test_per_class")) is not None:
-            return {name: scores["ap"] for name, scores in found.items() if scores["ap"] is not None}
-        if (values := self.record.get("test_per_class_accuracy")) is None:
-            return None
-        return dict(zip(self.record.get("classes") or map(str, range(len(values))), values, strict=True))
+            return [(name, scores["ap"]) for name, scores in found.items() if scores["ap"] is not None]
+        values = self.record.get("test_per_class_accuracy", [])
+        return list(zip(self.record.get("classes") or map(str, range(len(values))), values, strict=False))
 
     def _rates(self) -> list[tuple[float, float]]:
         batch, rates, before = self.settings.get("batch", 0), [], None
