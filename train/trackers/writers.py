@@ -122,7 +122,7 @@ class WandB:
             dir=str(run.out),
             project=PROJECT,
             name=run.out.resolve().name,
-            id=old[-1].name.rpartition("-")[2] if old else None,
+            id=next((file.stem.removeprefix("run-") for folder in old for file in folder.glob("run-*.wandb")), None),
             config=run.settings,
             settings=self.wandb.Settings(reinit="create_new", **quiet),
         )
