@@ -2,9 +2,9 @@
 # The runs of results/cifar10_jpeg_*, again on the real CIFAR-10 with the same budgets on two CPU cores.
 #   bash results/cifar10_cpu.sh DATA_DIR [PART...]
 # Parts, the most visible first, with the minutes that the old run files give (their machines were not idle):
-#   ten_epochs      28  ResNet-20, the curve of README; pruning starts from it (17 on a second machine, with oneDNN)
+#   ten_epochs      28  ResNet-20 (17 on a second machine, with oneDNN)
 #   simclr          61  SimCLR 31, supervised training with as many passes 30
-#   prune          107  12 runs of 3.5, dense 3.4, six epochs 15 and 17, rewinding 9 and its dense run some 9, fresh weights 10
+#   prune           98  12 runs of 3.5, dense 3.4, six epochs 15 and 17, rewinding 9, fresh weights 10
 #   against_torch   54  three epochs, seeds 0 to 2: JAX 8, 9, 7, PyTorch 5, 10, 15 (extra parity)
 #   latency          ?  a ResNet-18 with half of its channels: speed only, on an idle machine (not in the old files)
 #   switch           0  only when named, after all of the above: the pages take the new runs, and the old ones are deleted
@@ -15,7 +15,7 @@ cd "$(dirname "$0")/.."
 data=$1
 shift
 runs=runs/cifar10_cpu torch=results/cifar10_resnet20_against_torch simclr=results/cifar10_simclr_resnet20
-prune=results/cifar10_prune ten=$runs/jax_10_epochs_seed0
+prune=results/cifar10_prune
 set=(--data.name cifar10 --data.dir "$data")
 
 # keep RUN FOLDER [NAME]: publish a finished run.
@@ -25,10 +25,10 @@ keep() {
 }
 
 ten_epochs() {
-  python -m train cifar10_resnet20 "${set[@]}" --epochs 10 --seed 0 --out "$ten"
-  keep "$ten" "$torch"
-  keep "$ten" "$prune" dense
-  python -m train.report "$ten" --picture "$torch/curve.png"
+  local run=$runs/jax_10_epochs_seed0
+  python -m train cifar10_resnet20 "${set[@]}" --epochs 10 --seed 0 --out "$run"
+  keep "$run" "$torch"
+  python -m train.report "$run" --picture "$torch/curve.png"
 }
 
 simclr() {
@@ -41,7 +41,7 @@ simclr() {
 
 prune() {
   local name run
-  bash results/prune.sh "$data" cifar10 "$runs/prune" "$ten"
+  bash results/prune.sh "$data" cifar10 "$runs/prune"
   for run in "$runs"/prune/*/; do
     name=$(basename "$run")
     keep "$runs/prune/$name" "$prune"

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Pruning on a GPU: ResNet-20 to 50-95 % by all ways of results/prune.sh, ResNet-56 without 30 % of its
 # channels, and the latency of a ResNet-18 with half of its channels.
-# Usage: bash results/gpu_prune.sh DATA_DIR [SET]; SET is cifar10 (prepared) unless given. EPOCHS=20 and DENSE_EPOCHS=182
-# are whole recipes; the defaults of results/prune.sh are minutes.
+# Usage: bash results/gpu_prune.sh DATA_DIR [SET]; SET is cifar10 (prepared) unless given. EPOCHS=20 trains as long as
+# published recipes after pruning; the defaults of results/prune.sh are minutes.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 data=$1 set=${2:-cifar10}
@@ -11,7 +11,7 @@ mkdir -p "$kept"
 bash results/prune.sh "$data" "$set" runs/prune
 for run in runs/prune/*/; do
   name=$(basename "$run")
-  [ "$name" = dense ] || python -m train.report "$run" --json "$kept/$name.json"
+  python -m train.report "$run" --json "$kept/$name.json"
 done
 python -m train.prune curve "$kept"/gradual_*.json "$kept"/one_shot_*.json --picture "$kept/curve.png"
 python -m train.prune cifar10_resnet56_channels --data.name "$set" --data.dir "$data" --out runs/prune/resnet56_channels

@@ -1,18 +1,19 @@
 #!/usr/bin/env bash
 # Pruning of ResNet-20 on images of 32 pixels: how much can go, when, by which score; rewinding against fresh weights.
-#   bash results/prune.sh DATA_DIR SET FOLDER [DENSE_RUN]
-# FOLDER gets a run each; `python -m train.prune report` and results/README.md read them. Without DENSE_RUN a ResNet-20 is
-# trained first. EPOCHS (2) is the budget of each training after pruning, LONG_EPOCHS (6) that of the longer ones,
-# DENSE_EPOCHS (10) that of the dense run, TICKET_EPOCHS (4) that of rewinding.
+#   bash results/prune.sh DATA_DIR SET FOLDER
+# FOLDER gets a run each; `python -m train.prune report` and results/README.md read them. All start from the ResNet-20 that
+# comes with the project, trained on CIFAR-10. EPOCHS (2) is the budget of each training after pruning, LONG_EPOCHS (6)
+# that of the longer ones, TICKET_EPOCHS (4) that of rewinding.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 data=(--data.dir "$1" --data.name "$2")
 out=$3
-dense=${4:-$out/dense}
-[ -n "${4:-}" ] || python -m train cifar10_resnet20 "${data[@]}" --epochs "${DENSE_EPOCHS:-10}" --out "$dense"
 
-# Each starts from the dense run and has the same training after, or while, pruning: budget, learning rate, batches.
-prune() { python -m train.prune "$dense" --prune.lr 0.02 --prune.epochs "$epochs" "$@"; }
+# Each has the same training after, or while, pruning: budget, learning rate, batches.
+prune() {
+  python -m train.prune cifar10_resnet20_prune "${data[@]}" --init cifar10_resnet20 --prune.lr 0.02 \
+    --prune.epochs "$epochs" "$@"
+}
 at_once=(--prune.schedule one_shot)
 # In a training this short gradual pruning ends early, while the learning rate can still repair what it did.
 gradual=(--prune.every 25 --prune.end "${END:-0.4}")

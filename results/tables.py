@@ -31,8 +31,9 @@ def presets() -> Iterator[str]:
     yield f"`digits` | resnet8, 40 epochs, 8x8 grey | {test('digits/seed?', 1)} | "
     yield f"`cifar10_resnet20` | He et al. 2015, 64,000 updates | {test('cifar10_resnet20/seed?')} | 91.25 % (paper)"
     yield "`cifar10_resnet18` | 3x3 stem, 200 epochs | | 95.3 % (peers)"
-    headline = test("cifar10_resnet18_50ep/preset_seed?")
+    headline, more_images = (test(f"cifar10_resnet18_50ep/lr0.4_wd1e-3{name}_seed?") for name in ("", "_49900_images"))
     yield f"`cifar10_resnet18_50ep` | 50 epochs, cutout, averaged parameters | {headline} | "
+    yield f" | the same, `--data.validation 0.002`: 49,900 images | {more_images} | "
     yield "`cifar100_resnet18` | 3x3 stem, 200 epochs | | 75.6 % (peer)"
     photographs = test("imagenette_resnet18/seed?", 1)
     yield f"`imagenette_resnet18` | 2,700 photographs, 25 epochs, 128 px | {photographs} | "
@@ -107,10 +108,10 @@ def loop() -> Iterator[str]:
 def resnet18_50ep() -> Iterator[str]:
     yield "recipe | images | seed | validation | test | run"
     for name, recipe in {
-        "preset": "preset `cifar10_resnet18_50ep` as it is (lr 0.2, decay 5e-4)",
-        "lr0.4": "lr 0.4",
-        "lr0.4_wd1e-3": "lr 0.4, decay 1e-3: chosen on validation",
-        "lr0.4_wd1e-3_49900_images": "the chosen recipe",
+        "lr0.2": "lr 0.2, decay 5e-4",
+        "lr0.4": "lr 0.4, decay 5e-4",
+        "lr0.4_wd1e-3": "lr 0.4, decay 1e-3: chosen on validation, preset `cifar10_resnet18_50ep`",
+        "lr0.4_wd1e-3_49900_images": "the preset with `--data.validation 0.002`",
     }.items():
         group = runs(f"cifar10_resnet18_50ep/{name}_seed?")
         held_back = group[0]["config"]["data"]["validation"]
@@ -156,7 +157,8 @@ def simclr() -> Iterator[str]:
 def prune() -> Iterator[str]:
     shares = ("0.5", "0.8", "0.9", "0.95")
     yield " | ".join(["pruned", *(f"{100 * float(share):.0f} %" for share in shares)])
-    yield " | ".join(["not at all", *[percent(run(f"{PRUNE}/dense"), "test")] * len(shares)])
+    yield " | ".join(["not at all", *[percent(run(f"{PRUNE}/dense_trained_on"), "dense")] * len(shares)])
+    yield " | ".join(["trained on, dense", *[percent(run(f"{PRUNE}/dense_trained_on"), "pruned")] * len(shares)])
     for method in ("gradual_magnitude", "one_shot_magnitude", "one_shot_random"):
         figures = [percent(run(f"{PRUNE}/{method}_{share}"), "pruned") for share in shares]
         yield " | ".join([method.replace("one_shot", "one-shot").replace("_", " "), *figures])

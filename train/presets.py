@@ -76,16 +76,16 @@ def cifar10_resnet18_50ep() -> TrainConfig:
     """The headline: more than 94.57 % validation accuracy in 50 epochs, without test-time augmentation.
 
     Short schedule with linear decay, reflected translations, cutout (https://arxiv.org/abs/1708.04552), label
-    smoothing and averaged parameters.
+    smoothing and averaged parameters. Rate and decay were chosen on validation.
     Command: python -m train.data prepare cifar10 && python -m train cifar10_resnet18_50ep
-    Hardware: one GPU. 94.66 % on validation and 94.36 % on test, means of two seeds, in about a minute on an H200
-    (measured).
+    Hardware: one GPU. 95.14 % on validation and 94.66 % on test, means of two seeds, in about a minute on an H200
+    (measured). Trained on 49,900 images, with `--data.validation 0.002`: 94.98 % on test, mean of three seeds.
     """
     return TrainConfig(
         model="resnet18_cifar",
         data=DataConfig(name="cifar10"),
         augment=replace(CIFAR10_AUGMENT, crop_mode="reflect", cutout=8),
-        optim=OptimConfig(lr=0.2, nesterov=True, weight_decay=5e-4, schedule="linear", warmup_epochs=8),
+        optim=OptimConfig(lr=0.4, nesterov=True, weight_decay=1e-3, schedule="linear", warmup_epochs=8),
         epochs=50,
         batch=512,
         label_smoothing=0.1,
