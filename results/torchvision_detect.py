@@ -41,10 +41,10 @@ from resnet_jax.torch_weights import to_torch
 from tests.reference.torchvision_detectors import faster_rcnn
 from train.cli import parse, start
 from train.detect.config import DetectConfig, check
-from train.detect.metrics import Detections, coco_metrics, voc_ap
+from train.detect.from_config import open_objects
+from train.detect.metrics import Detections, coco_metrics, truths_of, voc_ap
 from train.detect.objects import Objects
 from train.detect.presets import PRESETS
-from train.detect.run import open_objects, truths_of
 from train.errors import RunError, UsageError
 from train.from_config import draw_variables, make_model
 from train.run_folder import environment, write_json

@@ -1,5 +1,6 @@
 """Build the pieces of a run of detection from its config."""
 
+import dataclasses
 from functools import partial
 from typing import Any
 
@@ -18,13 +19,20 @@ from resnet_jax.masks import full_masks, kernels_except, make_masks, no_masks
 from resnet_jax.parallel import Mode, axis_of
 from resnet_jax.scores import magnitude
 from resnet_jax.tree import Predicate, PyTree
-from train.detect.config import BoxAugmentConfig, DetectConfig, NormalizeConfig
+from train.detect.config import BoxAugmentConfig, DetectConfig, NormalizeConfig, ObjectDataConfig, parse_buckets
+from train.detect.sets import ObjectSet, load
 from train.errors import UsageError
 from train.from_config import draw_variables, make_model
 from train.state import TrainState, init_state
 from train.weights import load_masks, load_weights
 
 SIDE = 64  # of the images that variables are initialised with; it does not change their shapes
+
+
+def open_objects(data: ObjectDataConfig) -> ObjectSet:
+    """Load the object set of a config."""
+    fields = dataclasses.asdict(data)
+    return load(fields.pop("name"), **{**fields, "buckets": parse_buckets(data.buckets)})
 
 
 def train_augment(config: BoxAugmentConfig) -> BoxAugment:

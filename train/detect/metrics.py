@@ -7,6 +7,8 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 
+from train.detect.objects import Objects
+
 STATS = (
     *("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large"),
     *("ar_1", "ar_10", "ar_100", "ar_small", "ar_medium", "ar_large"),
@@ -56,6 +58,11 @@ class Truth(NamedTuple):
         """Leave out rows with label -1, and divide boxes by `scale`, the pixels per pixel of the original image."""
         real = np.asarray(labels) >= 0
         return cls(np.asarray(boxes)[real] / scale, np.asarray(labels)[real], np.asarray(crowd)[real])
+
+
+def truths_of(source: Objects) -> list[Truth]:
+    """The objects of each image of a split, in pixels of the original."""
+    return [Truth(one.boxes, one.labels, one.crowd) for one in source.examples]
 
 
 def overlaps(boxes: np.ndarray, others: np.ndarray, crowd: np.ndarray | None = None) -> np.ndarray:

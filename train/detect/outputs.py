@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from train.detect.config import DetectConfig
-from train.detect.metrics import Detections
+from train.detect.metrics import Detections, truths_of
 from train.errors import UsageError
 from train.json_text import to_json
 from train.paths import local_path
@@ -78,8 +78,8 @@ def report(run: Path, *, out: Path | None = None, dir: str | None = None, least:
     Raises:
       UsageError: not a finished run of detection, or its images cannot be read or have changed.
     """
+    from train.detect.from_config import open_objects
     from train.detect.page import write_page
-    from train.detect.run import open_objects, truths_of
 
     config, saved = read_config(run, DetectConfig)
     found, result = read_detections(run / DETECTIONS), read_result(run) or {}

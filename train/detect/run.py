@@ -15,7 +15,7 @@ from resnet_jax.masks import sparsity_of
 from resnet_jax.tree import PyTree, count, leaves
 from train.data.batches import Batch, Batches
 from train.detect.batches import BucketBatches, EvalBatches, batch_like
-from train.detect.config import DetectConfig, ObjectDataConfig, check, parse_buckets
+from train.detect.config import DetectConfig, check
 from train.detect.from_config import (
     eval_augment,
     is_prunable,
@@ -23,12 +23,12 @@ from train.detect.from_config import (
     make_detector,
     make_remask,
     make_state,
+    open_objects,
     train_augment,
 )
-from train.detect.metrics import Detections, Truth, coco_metrics, voc_ap
-from train.detect.objects import Objects
+from train.detect.metrics import Detections, coco_metrics, truths_of, voc_ap
 from train.detect.outputs import DETECTIONS, write_detections
-from train.detect.sets import ObjectSet, has_objects, load
+from train.detect.sets import ObjectSet, has_objects
 from train.detect.steps import detect_step, detection, seen_images
 from train.errors import UsageError
 from train.from_config import make_tx
@@ -66,12 +66,6 @@ class DetectSession(Session[DetectConfig]):
     def open_stream(self) -> Batches:
         config = self.config
         return BucketBatches(self.dataset.train, batch=config.batch, seed=config.seed, mesh=self.mesh, mode=config.mode)
-
-
-def open_objects(data: ObjectDataConfig) -> ObjectSet:
-    """Load the object set of a config."""
-    fields = dataclasses.asdict(data)
-    return load(fields.pop("name"), **{**fields, "buckets": parse_buckets(data.buckets)})
 
 
 @unlocked()
@@ -217,8 +211,3 @@ def detect(program: Any, variables: PyTree, batches: EvalBatches) -> list[Detect
                 boxes, scores, labels = (found[name][row] for name in ("boxes", "scores", "labels"))
                 rows[image] = Detections.unpadded(boxes, scores, labels)
     return [rows[image] for image in sorted(rows)]
-
-
-def truths_of(source: Objects) -> list[Truth]:
-    """The objects of each image of a split, in pixels of the original."""
-    return [Truth(one.boxes, one.labels, one.crowd) for one in source.examples]

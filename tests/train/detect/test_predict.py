@@ -13,10 +13,10 @@ from tests.train.detect.quick_run import CONFIG
 from train import predict
 from train.config import TrainConfig
 from train.data import from_arrays
-from train.detect.from_config import is_prunable
+from train.detect.from_config import is_prunable, open_objects
 from train.detect.outputs import DETECTIONS, read_detections, report_main
 from train.detect.predict import load
-from train.detect.run import open_objects, run
+from train.detect.run import run
 from train.errors import UsageError
 from train.prune.config import PruneConfig, PruningConfig
 from train.prune.run import run as prune_run
