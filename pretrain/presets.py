@@ -113,7 +113,7 @@ CIFAR10_RECIPES = {
     ),
     "cifar10_simclr_resnet20": cifar10(
         "SimCLR with the smallest ResNet of He et al. for half an hour of CPU: to see that it learns, not to compare.",
-        "2 CPU cores. results/ has its accuracy on `cifar10_jpeg` (measured).",
+        "one CPU core, 35 minutes: 57.5 % by kNN and 60.4 % by a linear probe on test (measured).",
         model="resnet20",
         objective=ObjectiveConfig(name="simclr", projector=(128, 128), temperature=0.2),
         optim=OptimConfig(lr=0.12, nesterov=True, weight_decay=5e-4, warmup_epochs=1),

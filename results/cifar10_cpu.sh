@@ -1,15 +1,14 @@
 #!/usr/bin/env bash
-# The runs of results/cifar10_jpeg_*, again on the real CIFAR-10 with the same budgets on two CPU cores.
+# The runs of ResNet-20 on CIFAR-10 that results/README.md shows, on two CPU cores.
 #   bash results/cifar10_cpu.sh DATA_DIR [PART...]
-# Parts, the most visible first, with the minutes that the old run files give (their machines were not idle):
-#   ten_epochs      28  ResNet-20 (17 on a second machine, with oneDNN)
-#   simclr          61  SimCLR 31, supervised training with as many passes 30
-#   prune           98  12 runs of 3.5, dense 3.4, six epochs 15 and 17, rewinding 9, fresh weights 10
-#   against_torch   54  three epochs, seeds 0 to 2: JAX 8, 9, 7, PyTorch 5, 10, 15 (extra parity)
-#   latency          ?  a ResNet-18 with half of its channels: speed only, on an idle machine (not in the old files)
-#   switch           0  only when named, after all of the above: the pages take the new runs, and the old ones are deleted
-# Without PART all but `switch` run. If it is stopped, the same command continues. Files name DATA_DIR as it is given here:
-# a path relative to the repository, such as `data`, says nothing about this machine.
+# Parts, with rough minutes:
+#   ten_epochs      14  on two cores of an AMD EPYC; the following on one
+#   simclr          80  SimCLR, and supervised training with as many passes
+#   prune          100  each score and schedule at four sparsities, longer training, rewinding
+#   against_torch   50  three epochs, seeds 0 to 2, by JAX and by PyTorch (extra parity)
+#   latency          2  a ResNet-18 with half of its channels: speed only, on an idle machine
+# Without PART all run. If it is stopped, the same command continues. Files name DATA_DIR as it is given here: a path relative
+# to the repository, such as `data`, says nothing about this machine.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 data=$1
@@ -18,10 +17,10 @@ runs=runs/cifar10_cpu torch=results/cifar10_resnet20_against_torch simclr=result
 prune=results/cifar10_prune
 set=(--data.name cifar10 --data.dir "$data")
 
-# keep RUN FOLDER [NAME]: publish a finished run.
+# keep RUN FOLDER: publish a finished run.
 keep() {
   mkdir -p "$2"
-  python -m train.report "$1" --json "$2/${3:-$(basename "$1")}.json"
+  python -m train.report "$1" --json "$2/$(basename "$1").json"
 }
 
 ten_epochs() {
@@ -63,20 +62,10 @@ latency() {
   bash results/prune_latency.sh "$data" cifar10 "$runs/half" results/speed/prune_resnet18_cifar_half_channels.json
 }
 
-# What remains to do by hand: the sentences about JPEG, and the machines that the pages name.
-switch() {
-  sed -i -E 's/"cifar10_jpeg_[a-z0-9_]+"  # ([a-z0-9_]+)/"\1"/' results/figures.py
-  local pages=(README.md results/README.md train/prune/presets.py pretrain/presets.py)
-  sed -i 's/cifar10_jpeg_resnet20/cifar10_resnet20_against_torch/g; s/cifar10_jpeg/cifar10/g' "${pages[@]}"
-  rm -r results/cifar10_jpeg_*
-  python -m results
-  grep -n -i -E 'jpeg|re-encoded|AMD EPYC|Xeon' "${pages[@]}" || true
-}
-
 [ $# -gt 0 ] || set -- ten_epochs simclr prune against_torch latency
 for part in "$@"; do
   case $part in
-    ten_epochs | simclr | prune | against_torch | latency | switch) "$part" ;;
-    *) echo "error: $part is not one of ten_epochs simclr prune against_torch latency switch" >&2 && exit 2 ;;
+    ten_epochs | simclr | prune | against_torch | latency) "$part" ;;
+    *) echo "error: $part is not one of ten_epochs simclr prune against_torch latency" >&2 && exit 2 ;;
   esac
 done

@@ -10,11 +10,6 @@ from train.errors import UsageError
 
 RESULTS = Path(__file__).parent
 
-# Folders of the runs on two CPU cores. results/cifar10_cpu.sh makes those that replace them, named behind each.
-AGAINST_TORCH = "cifar10_jpeg_resnet20"  # cifar10_resnet20_against_torch
-SIMCLR = "cifar10_jpeg_simclr_resnet20"  # cifar10_simclr_resnet20
-PRUNE = "cifar10_jpeg_prune"  # cifar10_prune
-
 Run = dict[str, Any]
 
 

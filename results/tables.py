@@ -6,19 +6,7 @@ Figures come from the run files. Those that others published are literals, in a 
 from collections.abc import Callable, Iterator
 from statistics import fmean
 
-from results.figures import (
-    AGAINST_TORCH,
-    PRUNE,
-    SIMCLR,
-    interval,
-    mean,
-    milliseconds,
-    minutes,
-    percent,
-    rounded,
-    run,
-    runs,
-)
+from results.figures import interval, mean, milliseconds, minutes, percent, rounded, run, runs
 from train.errors import UsageError
 
 
@@ -128,13 +116,13 @@ def resnet18_50ep() -> Iterator[str]:
 
 def against_torch() -> Iterator[str]:
     yield "epochs | seed | resnet-jax validation | test | PyTorch validation | test"
-    ours, theirs = (runs(f"{AGAINST_TORCH}/{name}_seed?") for name in ("jax", "torch"))
+    ours, theirs = (runs(f"cifar10_jpeg_resnet20/{name}_seed?") for name in ("jax", "torch"))
     for pair in zip(ours, theirs, strict=True):
         figures = " | ".join(percent(one, split, 2) for one in pair for split in ("validation", "test"))
         yield f"{pair[0]['epochs']:.0f} | {pair[0]['seed']} | {figures}"
     figures = " | ".join(f"**{mean(group, split)}**" for group in (ours, theirs) for split in ("validation", "test"))
     yield f"**{ours[0]['epochs']:.0f}** | mean (sd) | {figures}"
-    for one in runs(f"{AGAINST_TORCH}/jax_10_epochs_seed?"):
+    for one in runs("cifar10_jpeg_resnet20/jax_10_epochs_seed?"):
         figures = f"{percent(one, 'validation', 2)} | {percent(one, 'test', 2)} | not run | not run"
         yield f"{one['epochs']:.0f} | {one['seed']} | {figures}"
 
@@ -147,7 +135,7 @@ def digits() -> Iterator[str]:
 
 def simclr() -> Iterator[str]:
     yield " | kNN | linear, offline | linear, online | minutes of training"
-    one, supervised = run(f"{SIMCLR}/simclr"), run(f"{SIMCLR}/supervised")
+    one, supervised = run("cifar10_simclr_resnet20/simclr"), run("cifar10_simclr_resnet20/supervised")
     yield f"random weights | {percent(one, 'random_knn')} | {percent(one, 'random_linear')} | | "
     figures = " | ".join(percent(one, figure) for figure in ("knn", "linear", "online_linear"))
     yield f"SimCLR | {figures} | {minutes(one):.1f}"
@@ -157,10 +145,10 @@ def simclr() -> Iterator[str]:
 def prune() -> Iterator[str]:
     shares = ("0.5", "0.8", "0.9", "0.95")
     yield " | ".join(["pruned", *(f"{100 * float(share):.0f} %" for share in shares)])
-    yield " | ".join(["not at all", *[percent(run(f"{PRUNE}/dense_trained_on"), "dense")] * len(shares)])
-    yield " | ".join(["trained on, dense", *[percent(run(f"{PRUNE}/dense_trained_on"), "pruned")] * len(shares)])
+    yield " | ".join(["not at all", *[percent(run("cifar10_prune/dense_trained_on"), "dense")] * len(shares)])
+    yield " | ".join(["trained on, dense", *[percent(run("cifar10_prune/dense_trained_on"), "pruned")] * len(shares)])
     for method in ("gradual_magnitude", "one_shot_magnitude", "one_shot_random"):
-        figures = [percent(run(f"{PRUNE}/{method}_{share}"), "pruned") for share in shares]
+        figures = [percent(run(f"cifar10_prune/{method}_{share}"), "pruned") for share in shares]
         yield " | ".join([method.replace("one_shot", "one-shot").replace("_", " "), *figures])
 
 
