@@ -3,11 +3,11 @@
 `jax.vmap` maps the operators over a batch. Boxes are float32 [..., 4]: (x1, y1, x2, y2) in pixels of the padded image,
 continuous. Sizes are (height, width). Augmentations of images with boxes are in `resnet_jax.detection.augment`.
 
-backbone = MODELS["resnet50"](num_classes=None)
-model = FasterRCNN(backbone, classes=20)
-variables = model.init(key, images)  # float [B, H, W, 3], H and W multiples of 32
-found = model.apply(variables, images, size)  # Detections: boxes [B, 100, 4], scores, labels, valid
-losses = model.apply(variables, images, size, boxes, labels, keys, method="losses")
+    backbone = MODELS["resnet50"](num_classes=None)
+    model = FasterRCNN(backbone, classes=20)
+    variables = model.init(key, images)  # float [B, H, W, 3], H and W multiples of 32
+    found = model.apply(variables, images, size)  # Detections: boxes [B, 100, 4], scores, labels, valid
+    losses = model.apply(variables, images, size, boxes, labels, keys, method="losses")
 """
 
 # fmt: off

@@ -1,9 +1,11 @@
 """Explanations of any network as pure functions: heat maps, features, and scores of how far to trust them.
 
-network = Network(model, variables)
-method = jax.jit(METHODS["grad_cam"], static_argnames="layer")
-heat = method(network, images, class_score(labels), key=key, layer="stage4")  # float32 [B, H, W]
-scores = area(deletion(network, images, class_probability(labels), heat))
+A heat map of each image, and how fast the class goes when its hottest pixels are deleted first:
+
+    network = Network(model, variables)
+    method = jax.jit(METHODS["grad_cam"], static_argnames="layer")
+    heat = method(network, images, class_score(labels), key=key, layer="stage4")  # float32 [B, H, W]
+    scores = area(deletion(network, images, class_probability(labels), heat))
 """
 
 # fmt: off
