@@ -116,13 +116,13 @@ def resnet18_50ep() -> Iterator[str]:
 
 def against_torch() -> Iterator[str]:
     yield "epochs | seed | resnet-jax validation | test | PyTorch validation | test"
-    ours, theirs = (runs(f"cifar10_jpeg_resnet20/{name}_seed?") for name in ("jax", "torch"))
+    ours, theirs = (runs(f"cifar10_resnet20_against_torch/{name}_seed?") for name in ("jax", "torch"))
     for pair in zip(ours, theirs, strict=True):
         figures = " | ".join(percent(one, split, 2) for one in pair for split in ("validation", "test"))
         yield f"{pair[0]['epochs']:.0f} | {pair[0]['seed']} | {figures}"
     figures = " | ".join(f"**{mean(group, split)}**" for group in (ours, theirs) for split in ("validation", "test"))
     yield f"**{ours[0]['epochs']:.0f}** | mean (sd) | {figures}"
-    for one in runs("cifar10_jpeg_resnet20/jax_10_epochs_seed?"):
+    for one in runs("cifar10_resnet20_against_torch/jax_10_epochs_seed?"):
         figures = f"{percent(one, 'validation', 2)} | {percent(one, 'test', 2)} | not run | not run"
         yield f"{one['epochs']:.0f} | {one['seed']} | {figures}"
 
