@@ -6,7 +6,7 @@
 #   simclr          80  SimCLR, and supervised training with as many passes
 #   prune          100  each score and schedule at four sparsities, longer training, rewinding
 #   against_torch   50  three epochs, seeds 0 to 2, by JAX and by PyTorch (extra parity)
-#   latency          2  a ResNet-18 with half of its channels: speed only, on an idle machine
+#   latency          ?  a ResNet-18 with half of its channels: speed only, on an idle machine
 # Without PART all run. If it is stopped, the same command continues. Files name DATA_DIR as it is given here: a path relative
 # to the repository, such as `data`, says nothing about this machine.
 set -euo pipefail
@@ -39,11 +39,10 @@ simclr() {
 }
 
 prune() {
-  local name run
+  local run
   bash results/prune.sh "$data" cifar10 "$runs/prune"
   for run in "$runs"/prune/*/; do
-    name=$(basename "$run")
-    keep "$runs/prune/$name" "$prune"
+    keep "${run%/}" "$prune"
   done
   python -m train.prune curve "$prune"/gradual_*.json "$prune"/one_shot_*.json --picture "$prune/curve.png"
 }

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Pruning on a GPU: ResNet-20 to 50-95 % by all ways of results/prune.sh, ResNet-56 without 30 % of its
 # channels, and the latency of a ResNet-18 with half of its channels.
-# Usage: bash results/gpu_prune.sh DATA_DIR [SET]; SET is cifar10 (prepared) unless given. EPOCHS=20 trains as long as
-# published recipes after pruning; the defaults of results/prune.sh are minutes.
+# Usage: bash results/gpu_prune.sh DATA_DIR [SET]; SET is cifar10 (prepared) unless given. EPOCHS, LONG_EPOCHS and
+# TICKET_EPOCHS make the trainings of results/prune.sh longer than a few minutes.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 data=$1 set=${2:-cifar10}

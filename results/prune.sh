@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Pruning of ResNet-20 on images of 32 pixels: how much can go, when, by which score; rewinding against fresh weights.
 #   bash results/prune.sh DATA_DIR SET FOLDER
-# FOLDER gets a run each; `python -m train.prune report` and results/README.md read them. All start from the ResNet-20 that
-# comes with the project, trained on CIFAR-10. EPOCHS (2) is the budget of each training after pruning, LONG_EPOCHS (6)
+# FOLDER gets a run each; `python -m train.prune report` and results/README.md read them. All but the last two start from the
+# ResNet-20 that comes with the project, trained on CIFAR-10. EPOCHS (2) is the budget of each training after pruning, LONG_EPOCHS (6)
 # that of the longer ones, TICKET_EPOCHS (4) that of rewinding.
 set -euo pipefail
 cd "$(dirname "$0")/.."

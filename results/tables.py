@@ -145,8 +145,8 @@ def simclr() -> Iterator[str]:
 def prune() -> Iterator[str]:
     shares = ("0.5", "0.8", "0.9", "0.95")
     yield " | ".join(["pruned", *(f"{100 * float(share):.0f} %" for share in shares)])
-    yield " | ".join(["not at all", *[percent(run("cifar10_prune/dense_trained_on"), "dense")] * len(shares)])
-    yield " | ".join(["trained on, dense", *[percent(run("cifar10_prune/dense_trained_on"), "pruned")] * len(shares)])
+    for label, figure in (("not at all", "dense"), ("not at all, two more epochs", "pruned")):
+        yield " | ".join([label, *[percent(run("cifar10_prune/dense_trained_on"), figure)] * len(shares)])
     for method in ("gradual_magnitude", "one_shot_magnitude", "one_shot_random"):
         figures = [percent(run(f"cifar10_prune/{method}_{share}"), "pruned") for share in shares]
         yield " | ".join([method.replace("one_shot", "one-shot").replace("_", " "), *figures])

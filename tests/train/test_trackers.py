@@ -366,6 +366,7 @@ def test_wandb_offline_files(tmp_path, capfd):
     found, deadline = [], time.monotonic() + 60
     while not any(record.HasField("exit") for record in found):
         assert time.monotonic() < deadline, "the file was not closed"
+        time.sleep(0.05)
         found = [pb.Record.FromString(data) for data in records(file, 7)]
     history = [
         {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
