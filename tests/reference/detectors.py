@@ -14,6 +14,7 @@ from resnet_jax.detection.rpn import ProposalRules
 from resnet_jax.resnet import MODELS, ResNet
 
 CLASSES, FEATURES = 3, 16
+PRIOR_LOGIT = -4.6  # RetinaNet starts with 0.01 for every anchor
 PROPOSALS = ProposalRules(before=(40, 30), after=(30, 20), samples=32)
 REGIONS = BoxRules(samples=16, candidates=30, detections=10, score=0.0)
 
@@ -79,7 +80,11 @@ def init(model: Detector, size: tuple[int, int] = (64, 64), seed: int = 0) -> An
             values = rng.uniform(0.5, 1.5, leaf.shape)
         else:
             values = 0.1 * rng.normal(size=leaf.shape) + (1.0 if name == "scale" else 0.0)
-        last = {"deltas", "logits", "objectness"} & {key.key for key in path}
-        return (values * (0.1 if last else 1)).astype(np.float32)
+        keys = {key.key for key in path}
+        values *= 0.1 if {"deltas", "logits", "objectness"} & keys else 1
+        # Without its prior, the focal loss of thousands of anchors is so steep that two steps magnify the last digit.
+        if {"dense_head", "logits", "bias"} <= keys:
+            values += PRIOR_LOGIT
+        return values.astype(np.float32)
 
     return jax.tree_util.tree_map_with_path(draw, dict(shapes))
