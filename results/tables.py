@@ -53,6 +53,22 @@ def torch_cpu() -> Iterator[str]:
         yield f"{row['model']}, {row['batch']}, {row['side']} px | {times} | **{ratio}** | {plain}"
 
 
+def gpu() -> Iterator[str]:
+    yield "ResNet-50, 224 px, bfloat16 | batch | step (quartiles) | images/s, each step waited for | one step ahead"
+    for batch in (256, 512):
+        one = run(f"speed/gpu_resnet50_{batch}")["steady"]
+        step = f"{one['step_ms']:.1f} ms ({one['step_ms_q1']:.1f}-{one['step_ms_q3']:.1f})"
+        rates = f"{one['images_per_second']:,.0f} | {one['pipelined_images_per_second']:,.0f}"
+        yield f"ours, augmentation in the step | {batch} | {step} | {rates}"
+    torch = run("speed/gpu_torch_resnet50_256")
+    for key, name in (("eager", "eager"), ("compiled", "`torch.compile`")):
+        one = torch[key]
+        low, high = one["step_ms_quartiles"]
+        step = f"{one['step_ms_median']:.1f} ms ({low:.1f}-{high:.1f})"
+        what = f"PyTorch {one['torch'].split('+')[0]}, {name}, no augmentation"
+        yield f"{what} | 256 | {step} | {one['images_per_second']:,.0f} | "
+
+
 def on_two_cores() -> Iterator[str]:
     step, jpeg = run("speed/train-resnet20-128x32"), run("speed/input-resnet18-16x224")["pipelines"]
     start, share = step["start"], {name: 100 * share for name, share in step["shares"].items()}
@@ -241,7 +257,7 @@ def detection_speed() -> Iterator[str]:
 
 
 TABLES: dict[str, Callable[[], Iterator[str]]] = {
-    **{table.__name__: table for table in (presets, pretraining, torch_cpu, on_two_cores, feeding, loop)},
+    **{table.__name__: table for table in (presets, pretraining, torch_cpu, gpu, on_two_cores, feeding, loop)},
     **{table.__name__: table for table in (resnet18_50ep, against_torch, digits, simclr, prune, prune_digits)},
     **{table.__name__: table for table in (half_of_channels, nt_xent, search_digits)},
     **{table.__name__: table for table in (explanations, explanations_of_photographs)},
