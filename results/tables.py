@@ -106,7 +106,8 @@ def loop() -> Iterator[str]:
     for bench in runs("speed/loop_*"):
         figures = (bench["over_single_step"][name] for name in ("run", "run_one_step_per_call"))
         cells = " | ".join(f"{one['median']:.2f} ({one['min']:.2f}-{one['max']:.2f})" for one in figures)
-        yield f"`{bench['preset']}`, batch {bench['batch']}, {bench['epochs']:g} epochs | {cells}"
+        epochs = f"{bench['epochs']:g} epoch{'s'[: bench['epochs'] != 1]}"
+        yield f"`{bench['preset']}`, batch {bench['batch']}, {epochs} | {cells}"
 
 
 def resnet18_50ep() -> Iterator[str]:

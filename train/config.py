@@ -211,6 +211,11 @@ class TrainConfig(RunConfig):
     """Number of checkpoints to keep with the best validation accuracy."""
 
 
+def pipeline(kind: type) -> str:
+    """The program that a kind of config belongs to: `train` (with pruning), `pretrain`, `train.detect`."""
+    return "train" if issubclass(kind, TrainConfig) else kind.__module__.rpartition(".")[0]
+
+
 def flat(config: Any, prefix: str = "") -> dict[str, Any]:
     """Flatten a config to {flag's name: value}, nested fields as `optim.lr`."""
     fields: dict[str, Any] = {}

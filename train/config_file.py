@@ -7,6 +7,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from train.config import pipeline
 from train.errors import UsageError, suggestion
 from train.json_text import to_json
 from train.paths import FOLDERS, PATHS, local_path, located
@@ -73,7 +74,7 @@ def with_fields(config: Any, file: ConfigFile) -> Any:
     Raises:
       UsageError: an unknown field, a value of the wrong type, or a run of a different pipeline.
     """
-    ours = type(config).__module__.split(".")[0]
+    ours = pipeline(type(config))
     theirs = file.record.get("pipeline", ours)
     if theirs != ours:
         raise UsageError(f"--config {file.path} describes a run of {theirs}, not of {ours}")

@@ -19,7 +19,7 @@ import numpy as np
 
 from resnet_jax.tree import abbreviate
 from train.checkpoint import Checkpoints
-from train.config import RunConfig, TrainConfig, flat, from_dict
+from train.config import RunConfig, TrainConfig, flat, from_dict, pipeline
 from train.data.sets import ImageSet
 from train.errors import RunError, UsageError
 from train.json_text import to_json
@@ -122,11 +122,6 @@ def _paths(config: dict[str, Any]) -> dict[str, str]:
 def _set(config: dict[str, Any], name: str, text: str) -> None:
     group, _, last = name.rpartition(".")
     (config[group] if group else config)[last] = text
-
-
-def pipeline(kind: type[RunConfig]) -> str:
-    """The program that a kind of config belongs to: `train` (with pruning), `pretrain`, `train.detect`."""
-    return "train" if issubclass(kind, TrainConfig) else kind.__module__.rpartition(".")[0]
 
 
 def pipeline_of(out: Path) -> str:

@@ -10,8 +10,9 @@ from pretrain import presets as pretrain_presets
 from pretrain.__main__ import main as pretrain
 from train.__main__ import main
 from train.cli import parse, read_command
-from train.config import TrainConfig, check_changes, flat
+from train.config import TrainConfig, check_changes, flat, pipeline
 from train.config_file import as_kind, field_kinds, read_config_file, with_fields
+from train.detect import presets as detect_presets
 from train.presets import PRESETS
 from train.prune import presets as prune_presets
 from train.run_folder import environment, write_json
@@ -60,12 +61,12 @@ def test_preset_of_a_file_is_used_unless_one_is_named(written):
         (["imagenet_resnet50_rsb", "--optim.lr", "1e-3", "--widths", "8", "16"], PRESETS, "digits"),
         (["digits_dino", "--augment.jitter", "0,0,0,0"], pretrain_presets.PRESETS, "digits_simclr"),
         (["--prune.structure", "2:4", "--xla", "a=b"], prune_presets.PRESETS, "digits_prune"),
+        (["--proposals.before", "50", "40", "--data.buckets", "64x64"], detect_presets.PRESETS, "shapes_fasterrcnn"),
     ],
 )
 def test_every_pipeline_repeats_a_run_from_its_record(words, presets, default, tmp_path):
     preset, config = parse("train", presets, words, default=default)
-    pipeline = type(config).__module__.split(".")[0]
-    record = {"pipeline": pipeline, "preset": preset, "config": dataclasses.asdict(config), **environment()}
+    record = {"pipeline": pipeline(type(config)), "preset": preset, "config": dataclasses.asdict(config), **environment()}
     write_json(tmp_path / "config.json", record)
     for name in (tmp_path, tmp_path / "config.json"):
         command = read_command("train", presets, ["--config", str(name)], default=default)
