@@ -6,7 +6,7 @@ A reader is a function `(where, passed, faults) -> (classes, {split: [Found, ...
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -144,6 +144,34 @@ def split_named(text: str) -> str | None:
     """The split that a name such as `instances_val2017.json` or `valid` speaks of, if any."""
     words = re.split(r"[^a-z]+", text.lower().replace("trainval", "train"))
     return next((split for split, names in SPLITS.items() if set(names) & set(words)), None)
+
+
+def split_folders(folders: Iterable[Path]) -> dict[str, Path]:
+    """{split: its folder} of the folders that are named after a split.
+
+    Raises:
+      UsageError: two are named after the same one.
+    """
+    found: dict[str, Path] = {}
+    for path in folders:
+        split = split_named(path.name)
+        if split in found:
+            raise UsageError(f"{path.parent} holds {found[split].name} and {path.name}: merge them, both are for {split}")
+        if split is not None:
+            found[split] = path
+    return found
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a text file that are not blank, without the spaces around them.
+
+    Raises:
+      UsageError: it cannot be read, or is not text in UTF-8.
+    """
+    try:
+        return [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} cannot be read: {error}") from None
 
 
 def check_names(names: Sequence[str], where: Path) -> tuple[str, ...]:

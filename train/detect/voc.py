@@ -5,7 +5,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 from train.data.folder import PassedOver, own_images, subfolders
-from train.detect.annotations import Found, Splits, check_names, existing, split_named
+from train.detect.annotations import Found, Splits, check_names, existing, read_lines, split_folders, split_named
 from train.errors import UsageError
 
 IMAGES = ("JPEGImages", "images", "Images")
@@ -19,16 +19,21 @@ def read(where: str, passed: PassedOver, faults: list[str]) -> tuple[tuple[str, 
     passed over, unless ImageSets/Main lists them.
 
     Raises:
-      UsageError: no such folder, no annotations, several years of VOC.
+      UsageError: no such folder, no annotations, several years of VOC, two folders of a split, lists that cannot be
+        read.
     """
     root = _root(existing(where, "voc:"))
     if (root / "Annotations").is_dir() and (listed := _lists(root)):
-        splits = {split: _listed(root, names, passed, faults) for split, names in listed.items()}
+        splits = {split: _listed(root, names, faults) for split, names in listed.items()}
     else:
-        folders = {split_named(path.name): path for path in subfolders(root) if _holds_annotations(path)}
-        if "train" not in folders:
+        inside = [path for path in subfolders(root) if _holds_annotations(path)]
+        folders = split_folders(inside)
+        if "train" in folders:
+            others = [path for path in inside if path not in folders.values()]
+            passed += [(str(path), "annotations in a folder that is not named after a split") for path in others]
+        else:
             folders = {"train": root}
-        splits = {str(split): _flat(folder, passed, faults) for split, folder in folders.items() if split}
+        splits = {split: _flat(folder, passed, faults) for split, folder in folders.items()}
     classes = check_names(sorted({label for one in splits["train"] for label in one.labels}), root)
     return classes, splits
 
@@ -57,7 +62,7 @@ def _lists(root: Path) -> dict[str, list[str]]:
     lists = {}
     for file, split in (("trainval", "train"), ("train", "train"), ("val", "validation"), ("test", "test")):
         path = root / "ImageSets" / "Main" / f"{file}.txt"
-        if path.is_file() and (lines := [line for line in path.read_text().splitlines() if line.strip()]):
+        if path.is_file() and (lines := read_lines(path)):
             lists[split] = [line.split()[0] for line in lines]
     return lists if "train" in lists else {}
 
@@ -68,7 +73,7 @@ def _images(folder: Path) -> dict[str, str]:
     return {os.path.splitext(os.path.basename(path))[0]: path for place in places for path in own_images(place)}
 
 
-def _listed(root: Path, names: list[str], passed: PassedOver, faults: list[str]) -> list[Found]:
+def _listed(root: Path, names: list[str], faults: list[str]) -> list[Found]:
     images = _images(root)
     found = []
     for name in names:

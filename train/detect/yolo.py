@@ -8,8 +8,9 @@ import numpy as np
 
 from train.data.folder import SPLITS, PassedOver, subfolders, walk
 from train.data.sources import shortened
-from train.detect.annotations import Found, Splits, check_names, existing, split_named
+from train.detect.annotations import Found, Splits, check_names, existing, read_lines, split_folders
 from train.errors import UsageError
+from train.json_text import to_json
 
 NAMES = ("classes.txt", "labels/classes.txt", "obj.names", "classes.names")
 
@@ -21,7 +22,7 @@ def read(where: str, passed: PassedOver, faults: list[str]) -> tuple[tuple[str, 
     line is a class number and a relative centre, width and height, or a polygon, which becomes its box.
 
     Raises:
-      UsageError: no such folder, no class names, no labels at all.
+      UsageError: no such folder, no class names, no labels at all, two folders of a split, a list that cannot be read.
     """
     root = existing(where, "yolo:")
     settings = _settings(root)
@@ -73,7 +74,7 @@ def _classes(root: Path, settings: dict[str, Any]) -> tuple[str, ...]:
             raise UsageError(
                 f"{root} does not name its classes: add data.yaml, or classes.txt with a name in each line"
             )
-        names = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        names = read_lines(file)
     return check_names([str(name) for name in names], root)
 
 
@@ -82,17 +83,20 @@ def _from_settings(root: Path, settings: dict[str, Any], passed: PassedOver) -> 
     folders: dict[str, list[str]] = {}
     base = root / str(settings.get("path") or "")
     for key, names in {"train": ("train",), "validation": ("val", "valid"), "test": ("test",)}.items():
-        places = next((settings[name] for name in names if settings.get(name)), None)
-        for place in [places] if isinstance(places, str) else places or []:
+        places = next((settings[name] for name in names if settings.get(name)), [])
+        places = [places] if isinstance(places, str) else places
+        if not (isinstance(places, list) and all(isinstance(place, str) for place in places)):
+            raise UsageError(f"{root}: data.yaml must name folders or files for {key}, got {to_json(places)}")
+        for place in places:
             # Many exports write a path that is relative to some other folder.
-            options = [base / place, root / place, root / str(place).removeprefix("../")]
+            options = [base / place, root / place, root / place.removeprefix("../")]
             path = next((option for option in options if os.path.exists(option)), None)
             if path is not None:
                 folders.setdefault(key, []).extend(_images(path, root))
             elif key == "train":
                 raise UsageError(f"{root}: data.yaml names {place} for {key}, which is not there")
             else:
-                passed.append((str(place), f"images for {key} that are not there"))
+                passed.append((place, f"images for {key} that are not there"))
     return folders if "train" in folders else {}
 
 
@@ -101,8 +105,7 @@ def _images(path: Path, root: Path) -> list[str]:
     if path.is_dir():
         images = list(walk(path, [], set()))
     else:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-        images = [os.path.normpath(root / line) for line in lines]
+        images = [os.path.normpath(root / line) for line in read_lines(path)]
     if not images:
         raise UsageError(f"{path} holds no images")
     return images
@@ -113,11 +116,10 @@ def _from_layout(root: Path) -> dict[str, list[str]]:
     images = root / "images"
     for above, below in ((images, ""), (root, "images")):
         inside = subfolders(above) if above.is_dir() else []
-        folders = {split_named(p.name): p / below for p in inside if p.name.lower() in sum(SPLITS.values(), ())}
+        folders = split_folders(path for path in inside if path.name.lower() in sum(SPLITS.values(), ()))
         if "train" in folders:
-            return {
-                str(split): _images(path if path.is_dir() else path.parent, root) for split, path in folders.items()
-            }
+            places = {split: path / below for split, path in folders.items()}
+            return {split: _images(place if place.is_dir() else place.parent, root) for split, place in places.items()}
     return {"train": _images(images if images.is_dir() else root, root)}
 
 

@@ -169,6 +169,9 @@ def test_voc_in_split_folders(tmp_path):
         "validation": 5,
         "test": 5,
     }
+    voc(tmp_path / "more", ".", ".")
+    passed = load(f"voc:{tmp_path}").passed_over
+    assert passed == (f"{tmp_path}/more: annotations in a folder that is not named after a split",)
 
 
 @pytest.mark.parametrize(
@@ -315,6 +318,11 @@ def test_what_is_broken_is_refused_or_skipped(tmp_path, name, capsys):
     assert sum(map(len, data.splits.values())) == 4
 
 
+def utf16(path):
+    """As PowerShell writes it."""
+    path.write_text("cat\ndog\n", encoding="utf-16")
+
+
 def unlisted_category(content):
     content["annotations"][0]["category_id"] = content["annotations"][1]["category_id"] = 90
 
@@ -342,6 +350,36 @@ REFUSED = {
         lambda r: (voc(r / "VOC2007"), voc(r / "VOC2012")),
         "voc",
         r"VOC2007 and VOC2012: pass one, as",
+    ),
+    "two_splits": (
+        lambda r: [voc(r / name, ".", ".") for name in ("train", "val", "valid")],
+        "voc",
+        "holds val and valid: merge them, both are for validation",
+    ),
+    "list_in_utf16": (
+        lambda r: (voc(r), lists(r, train=[1]), utf16(r / "ImageSets" / "Main" / "train.txt")),
+        "voc",
+        r"train\.txt cannot be read: 'utf-8' codec",
+    ),
+    "two_yolo_splits": (
+        lambda r: [yolo(r, images=f"{name}/images", labels=f"{name}/labels") for name in ("train", "val", "valid")],
+        "yolo",
+        "holds val and valid: merge them",
+    ),
+    "classes_in_utf16": (
+        lambda r: (yolo(r, names=None), utf16(r / "classes.txt")),
+        "yolo",
+        r"classes\.txt cannot be read: 'utf-8' codec",
+    ),
+    "number_as_place": (
+        lambda r: yolo(r, names="train: 5\nnames: [cat, dog]"),
+        "yolo",
+        r"data\.yaml must name folders or files for train, got 5",
+    ),
+    "nothing_as_place": (
+        lambda r: yolo(r, names="train: [null]\nnames: [cat, dog]"),
+        "yolo",
+        r"data\.yaml must name folders or files for train, got \[null\]",
     ),
     "no_names": (lambda r: yolo(r, names=None), "yolo", "does not name its classes: add data.yaml, or classes.txt"),
     "numbers": (lambda r: yolo(r, names="names: {1: cat, 2: dog}"), "yolo", "not numbered from 0 to 1"),
