@@ -66,7 +66,8 @@ def test_preset_of_a_file_is_used_unless_one_is_named(written):
 )
 def test_every_pipeline_repeats_a_run_from_its_record(words, presets, default, tmp_path):
     preset, config = parse("train", presets, words, default=default)
-    record = {"pipeline": pipeline(type(config)), "preset": preset, "config": dataclasses.asdict(config), **environment()}
+    fields = dataclasses.asdict(config)
+    record = {"pipeline": pipeline(type(config)), "preset": preset, "config": fields, **environment()}
     write_json(tmp_path / "config.json", record)
     for name in (tmp_path, tmp_path / "config.json"):
         command = read_command("train", presets, ["--config", str(name)], default=default)

@@ -156,7 +156,8 @@ def split_folders(folders: Iterable[Path]) -> dict[str, Path]:
     for path in folders:
         split = split_named(path.name)
         if split in found:
-            raise UsageError(f"{path.parent} holds {found[split].name} and {path.name}: merge them, both are for {split}")
+            names = f"{found[split].name} and {path.name}"
+            raise UsageError(f"{path.parent} holds {names}: merge them, both are for {split}")
         if split is not None:
             found[split] = path
     return found
