@@ -34,7 +34,7 @@ Run = TypeVar("Run", bound=RunConfig)
 
 STEPS_PER_CALL = 8  # enough that the time between two calls is short even for the smallest networks
 
-# The layers that oneDNN can replace.
+# Of the fields of `ResNet`: a kernel only replaces one of these, never a layer of the user's own.
 DEFAULTS: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(ResNet)}
 
 
@@ -227,10 +227,16 @@ def make_tx(
     return tx, schedule
 
 
+def network_shape(config: Any, image_shape: Sequence[int]) -> tuple[int, int, int]:
+    """Shape of the network's inputs, for images (H, W, C) that are augmented as a config says."""
+    crop, (height, width, channels) = getattr(config.augment, "resized_crop", None), image_shape
+    return crop or height, crop or width, channels
+
+
 def draw_variables(
-    config: RunConfig, model: nn.Module, key: jax.Array, image_shape: tuple[int, int, int]
+    config: RunConfig, model: nn.Module, key: jax.Array, image_shape: Sequence[int]
 ) -> dict[str, PyTree]:
-    """Draw a model's random variables, see `train.state.init_variables`.
+    """Draw a model's random variables for images (H, W, C), see `train.state.init_variables`.
 
     Raises:
       UsageError: a model that is too narrow, or `widths` that do not fit it.
@@ -239,7 +245,8 @@ def draw_variables(
     narrow = f"{config.model} is too narrow with {f'--width {config.width}' if config.width else widths}"
     too_narrow = UsageError(f"{narrow}: a layer would have no channels")
     try:
-        variables = run_once(partial(init_variables, model, image_shape=image_shape), key)
+        shape = network_shape(config, image_shape)
+        variables = run_once(partial(init_variables, model, image_shape=shape), key)
     except ZeroDivisionError:  # an initializer's scale for a layer without channels, on some versions of JAX
         raise too_narrow from None
     except ValueError as error:
@@ -255,7 +262,7 @@ def make_state(
     config: TrainConfig,
     model: nn.Module,
     tx: optax.GradientTransformation,
-    image_shape: tuple[int, int, int],
+    image_shape: Sequence[int],
     source: str | Path | None = None,
     masks: Callable[[PyTree, PyTree | None], PyTree | None] = lambda params, given: given,
     classes: Sequence[str] = (),
@@ -265,6 +272,9 @@ def make_state(
     If `source` is a run with other classes than `classes`, the head stays random.
 
     `masks(params, given)` makes the masks of the parameters; `given` are those of `source`, if it is pruned.
+
+    Raises:
+      UsageError: a model that is too narrow, or weights or masks that cannot be read or do not fit it.
     """
     init_key, run_key = jax.random.split(jax.random.key(config.seed))
     variables, given = draw_variables(config, model, init_key, image_shape), None

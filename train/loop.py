@@ -15,6 +15,7 @@ import numpy as np
 
 from train.errors import DivergedError, RunError
 from train.json_text import to_json
+from train.paths import replacing
 from train.state import TrainState
 from train.steps import summarize
 from train.tracing import Trace
@@ -119,7 +120,11 @@ def _all_finite(fields: dict[str, Any]) -> dict[str, Any]:
 def evaluate(
     step: Callable[[Any, Any], dict[str, jax.Array]], variables: Any, batches: Iterable[Any]
 ) -> dict[str, Any]:
-    """Sum `step(variables, batch)` over all batches in float64 and summarise; see `train.steps.summarize`."""
+    """Sum `step(variables, batch)` over all batches in float64 and summarise; see `train.steps.summarize`.
+
+    Raises:
+      ValueError: there are no batches.
+    """
     parts: list[dict[str, Any]] = []
     for batch in batches:
         parts.append(step(variables, batch))
@@ -138,8 +143,8 @@ class Progress:
 
     A terminal gets one line that is updated in place; a log file gets a line every few seconds. A JSONL row is written
     every `every` steps, with means over those steps, the values of `extra(step)`, and the `seconds` of training since
-    this process's first call, without pauses. `send` also receives each row; `shown` names the metrics to print;
-    `silent` prints nothing.
+    this process's first call, without pauses. `send` also receives each row; `shown` names the metrics to print,
+    if the step has them; `silent` prints nothing.
     """
 
     def __init__(
@@ -162,7 +167,8 @@ class Progress:
         if path is not None:
             # The steps after the checkpoint that a run resumes from are trained again: drop their rows.
             keep = [row for row in read_rows(path) if row["step"] <= start]
-            path.write_text("".join(to_json(row) + "\n" for row in keep))
+            with replacing(path) as temporary:
+                temporary.write_text("".join(to_json(row) + "\n" for row in keep))
             self.file = path.open("a", buffering=1)
         self.terminal = sys.stderr.isatty()
         self.window: list[dict[str, float]] = []
@@ -170,19 +176,19 @@ class Progress:
         self.first: int | None = None
         self.last = start
         self.paused = 0.0  # seconds to exclude from the rate
+        self.elapsed = 0.0  # seconds of training from the first call to the last one
 
     def log(self, number: int, rows: list[dict[str, float]]) -> None:
         now = time.perf_counter()
         if self.first is None:  # exclude compilation from the rate
             self.begun, self.first, self.paused = now, number, 0.0
-        self.last = number
+        self.last, self.elapsed = number, now - self.begun - self.paused
         for step, metrics in enumerate(rows, number - len(rows) + 1):
             self.window.append(metrics)
             if step % self.every == 0 or step == self.steps:
                 means = {name: float(np.mean([m[name] for m in self.window])) for name in metrics}
                 self.window = []
-                seconds = round(now - self.begun - self.paused, 3)
-                place = {"step": step, "epoch": round(step / self.epoch_steps, 4), "seconds": seconds}
+                place = {"step": step, "epoch": round(step / self.epoch_steps, 4), "seconds": round(self.elapsed, 3)}
                 self.row({**place, **means, **self.extra(step)})
                 if self.terminal or now - self.last_shown >= 5 or step == self.steps:
                     self.last_shown = now
@@ -191,7 +197,7 @@ class Progress:
     def line(self, step: int, means: dict[str, float]) -> str:
         rate = self.images_per_second
         left = timedelta(seconds=round((self.steps - step) * self.batch / rate) if rate else 0)
-        values = "  ".join(f"{name.replace('_', ' ')} {means[name]:.4g}" for name in self.shown)
+        values = "  ".join(f"{name.replace('_', ' ')} {means[name]:.4g}" for name in self.shown if name in means)
         epoch = f"epoch {step / self.epoch_steps:.1f}/{math.ceil(self.steps / self.epoch_steps)}"
         return f"step {step}/{self.steps}  {epoch}  {values}  {rate:,.0f} images/s  {left} left"
 
@@ -211,9 +217,8 @@ class Progress:
 
     @property
     def images_per_second(self) -> float:
-        """Rate since the first call, excluding that call (it may compile) and pauses."""
-        seconds = time.perf_counter() - self.begun - self.paused
-        return (self.last - self.first) * self.batch / seconds if self.first is not None else 0.0
+        """Rate from the first call to the last one, excluding the first (it may compile) and pauses."""
+        return (self.last - (self.first or 0)) * self.batch / self.elapsed if self.elapsed else 0.0
 
     def close(self) -> None:
         if self.terminal and not self.silent:

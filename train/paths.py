@@ -2,15 +2,34 @@
 
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from train.errors import UsageError
+from train.errors import RunError, UsageError
 
 # Prefixes of data sets in a folder or file of the user's own.
 FOLDERS = ("folder:", "coco:", "voc:", "yolo:")
 # Fields of a config that hold a path, or a path after one of these prefixes.
 PATHS = ("init", "prune.masks", "data.name")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Write a file atomically: what the block writes to the yielded path takes the place of `path` at its end.
+
+    Raises:
+      RunError: it cannot be written; what was there stays.
+    """
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink()
+        raise RunError(f"cannot write {path}: {error}") from None
 
 
 def local_path(path: str | Path) -> Path:

@@ -348,11 +348,12 @@ class Session(Generic[Config]):
         every = [(max(round(config.eval_every * self.epoch_steps), 1), watch)]
         if config.save_steps:
             every.append((config.save_steps, save))
-        if validate_first and not self.resumed:
-            watch(state)
         # If the run stops, name the newest checkpoint, so that the user knows where it would resume.
-        began, ended = time.perf_counter(), False
+        ended = False
         try:
+            if validate_first and not self.resumed:
+                watch(state)
+            began = time.perf_counter()
             state = fit(
                 step,
                 state,

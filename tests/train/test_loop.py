@@ -10,7 +10,7 @@ import pytest
 from flax import struct
 
 from train.errors import RunError
-from train.loop import Progress, evaluate, fit
+from train.loop import Progress, evaluate, fit, read_rows
 from train.run_folder import write_confusion
 from train.steps import confusion_matrix, summarize
 
@@ -106,6 +106,31 @@ def test_progress_writes_means_and_resumes_without_duplicates(tmp_path, capsys):
     said = capsys.readouterr().err
     assert "step 6/6" in said and "loss 5.5" in said and "images/s" in said
     assert progress.images_per_second > 0
+
+
+def test_rate_is_that_of_the_calls(monkeypatch):
+    """Neither the first call counts, nor what comes after the last one: writing checkpoints and traces."""
+    clock = iter([0.0, 10.0, 11.0, 12.0])
+    monkeypatch.setattr("train.loop.time.perf_counter", lambda: next(clock))
+    progress = Progress(None, start=0, steps=9, epoch_steps=9.0, batch=8, every=9, silent=True)
+    for step in (3, 6, 9):
+        progress.log(step, [{"loss": 0.0}] * 3)
+    assert progress.images_per_second == 6 * 8 / 2.0
+    progress.close()
+
+
+def test_history_survives_a_full_disk(tmp_path, monkeypatch):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 2}\n{"step": 4}\n')
+
+    def full(self, text):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("pathlib.Path.write_text", full)
+        with pytest.raises(RunError, match=r"cannot write .*metrics\.jsonl: .*No space left"):
+            Progress(path, start=2, steps=6, epoch_steps=2.0, batch=8, every=2)
+    assert [row["step"] for row in read_rows(path)] == [2, 4]
 
 
 def test_disk_full_while_logging():

@@ -145,6 +145,20 @@ def test_optimizer_objective_augmentation_and_hooks(dataset, tmp_path):
     assert len({row["validation_loss"] for row in rows if "validation_loss" in row}) == 1
 
 
+def test_objective_without_accuracy_on_crops(dataset, tmp_path):
+    """Only the metrics that an objective has are printed, and weights are drawn for the images that the network gets."""
+
+    def only_loss(variables, batch, **context):
+        loss, (stats, _) = classify()(variables, batch, **context)
+        return loss, (stats, {"loss": loss})
+
+    cropped = dataclasses.replace(PIXELS, resized_crop=6)
+    settings = dataclasses.replace(config(tmp_path, steps=20), augment=cropped)
+    result = run(settings, model=MODELS["mlp"], objective=only_loss, dataset=dataset)
+    assert result["steps"] == 20
+    assert load_state(tmp_path).params["in"]["kernel"].shape[0] == 6 * 6 * 3
+
+
 def test_validations_reach_the_caller_and_the_test_split_stays_unseen(dataset, tmp_path):
     """Each validation's row is passed on, what the callback raises ends the run, and resuming finishes it."""
     pieces = {"model": MODELS["mlp"], "dataset": dataset}

@@ -69,7 +69,7 @@ def default_data_dir() -> Path:
 
 def prepared_folder(name: str, root: Path) -> Path | None:
     """Find the folder of a prepared set's newest version, or of the version that `name` ends with, else None."""
-    if not name:
+    if Path(name).name in ("", ".."):
         return None  # it would match any set
     folder = local_path(root / name)
     paths = (folder, *folder.glob("*"), *folder.glob("*/*"))

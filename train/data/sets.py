@@ -114,7 +114,7 @@ def load(
       random_crop: see `Encoded`; the training split is then decoded again in every epoch.
       broken: `refuse` or `skip` images that cannot be decoded. Of a folder with more than `MANY_FILES` that does not
         fit in memory, `refuse` finds them only when it decodes them; `skip` looks at all files first.
-      memory_limit: see `in_memory`; 0 leaves everything encoded.
+      memory_limit: see `in_memory`; 0 leaves everything encoded, for `in_memory` to read and check later.
       cache: see `in_memory`.
 
     Raises:

@@ -83,7 +83,7 @@ def _from_settings(root: Path, settings: dict[str, Any], passed: PassedOver) -> 
     folders: dict[str, list[str]] = {}
     base = root / str(settings.get("path") or "")
     for key, names in {"train": ("train",), "validation": ("val", "valid"), "test": ("test",)}.items():
-        places = next((settings[name] for name in names if settings.get(name)), [])
+        places: Any = next((settings[name] for name in names if settings.get(name)), [])
         places = [places] if isinstance(places, str) else places
         if not (isinstance(places, list) and all(isinstance(place, str) for place in places)):
             raise UsageError(f"{root}: data.yaml must name folders or files for {key}, got {to_json(places)}")

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -197,11 +196,6 @@ def dates(p: PruningConfig, steps: int) -> tuple[int, int]:
     """Steps of the (first, last) change of the masks in a training of `steps`."""
     end = max(round(p.end * steps), 1)
     return min(round(p.begin * steps), end - 1), end
-
-
-def network_shape(crop: int | None, image_shape: Sequence[int]) -> tuple[int, ...]:
-    """Shape of the network's inputs, for images (H, W, C) cropped to the side `crop`; None means no crop."""
-    return (crop, crop, image_shape[-1]) if crop else tuple(image_shape)
 
 
 def unused(config: PruneConfig) -> dict[str, str]:

@@ -15,10 +15,10 @@ from resnet_jax.masks import no_masks
 from resnet_jax.tree import PyTree, is_kernel, leaves, map_with_path
 from train.data.sources import collate
 from train.errors import UsageError
-from train.from_config import eval_augment, load_data, make_kernels, make_model
+from train.from_config import eval_augment, load_data, make_kernels, make_model, network_shape
 from train.hub import is_hub_name, source_path
 from train.loop import evaluate
-from train.prune.config import CHANNELS, PruneConfig, network_shape
+from train.prune.config import CHANNELS, PruneConfig
 from train.prune.deliver import COMPACT
 from train.prune.layers import layer_table, totals
 from train.report import collect
@@ -65,7 +65,7 @@ def measure(
     result = collect(run)
     kernels, _ = make_kernels(config.kernels)
     model = make_model(config, len(saved["classes"]), None, kernels)
-    shape = network_shape(config.augment.resized_crop, saved["image_shape"])
+    shape = network_shape(config, saved["image_shape"])
 
     # "Before" is the network that the run started from, or trained first.
     state = load_state(run)

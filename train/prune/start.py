@@ -20,9 +20,10 @@ from train.checkpoint import Checkpoints
 from train.data.batches import stream_indices
 from train.data.sources import collate
 from train.errors import UsageError
+from train.from_config import network_shape
 from train.loop import Hook
 from train.paths import local_path
-from train.prune.config import AT_ONCE, CHANNELS, PruningConfig, network_shape
+from train.prune.config import AT_ONCE, CHANNELS, PruningConfig
 from train.prune.scoring import (
     Channels,
     Target,
@@ -189,7 +190,7 @@ def chosen_masks(
         else:
             if p.start == "random" and p.needs_images:  # random weights have no statistics yet
                 stats = recalibrate(params, stats, batches, model=model, preprocess=preprocess)
-            shape = network_shape(config.augment.resized_crop, session.dataset.image_shape)
+            shape = network_shape(config, session.dataset.image_shape)
             score = bind_score(
                 p.score if p.schedule in AT_ONCE else "magnitude",
                 loss=per_example_loss(model, stats, LOSSES[config.loss], preprocess),
@@ -275,7 +276,8 @@ def restarted(session: Session[Any], state: TrainState, last: TrainState, model:
     else:
         # A fresh seed; rewinding to step 0 would reuse the dense run's initial weights.
         key = jax.random.fold_in(jax.random.key(config.seed), 1)
-        fresh = run_once(partial(init_variables, model, image_shape=session.dataset.image_shape), key)
+        shape = network_shape(config, session.dataset.image_shape)
+        fresh = run_once(partial(init_variables, model, image_shape=shape), key)
         state = state.replace(**session.place(fresh))
         if state.ema is not None:
             state = state.replace(ema=session.place(fresh))

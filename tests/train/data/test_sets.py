@@ -469,6 +469,7 @@ def test_versions(plain, tmp_path):
         (folder / "dataset_info.json").touch()
     assert prepared_folder("many", tmp_path).name == "1.10.0"  # the newest, which is not the last by name
     assert prepared_folder("many/1.9.0", tmp_path).name == "1.9.0"
+    assert not any(prepared_folder(name, tmp_path / "many") for name in ("", ".", "..", "1.9.0/.."))
     assert len(load("plain/1.0.0", dir=plain).test) == 6
     with pytest.raises(UsageError, match=r"no prepared set 'plain/2\.0\.0' .*there: plain\)"):
         load("plain/2.0.0", dir=plain)
