@@ -11,6 +11,7 @@ from resnet_jax.parallel import Mode
 from resnet_jax.resnet import MODELS
 from train.errors import UsageError, unknown
 from train.optim import OPTIMIZERS, make_optimizer, make_schedule
+from train.paths import FOLDERS
 from train.ranges import check_ranges
 from train.tracing import traced_steps
 from train.trackers import check_trackers
@@ -344,7 +345,7 @@ def unused(config: RunConfig) -> dict[str, str]:
     """Fields that other settings leave without effect, each with the reason: {"optim.factor": "with ..."}."""
     optim, augment = config.optim, config.augment
     optimizer, schedule = f"with --optim.name {optim.name}", f"with --optim.schedule {optim.schedule}"
-    generated = config.data.name == "synthetic" or config.data.name.startswith("folder:")
+    generated = config.data.name == "synthetic" or config.data.name.startswith(FOLDERS)
     reasons = {
         "epochs": config.steps is not None and "with --steps",
         "optim.momentum": optim.name not in OPTIMIZERS and optimizer,

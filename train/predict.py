@@ -18,7 +18,7 @@ import numpy as np
 
 from resnet_jax.augment import preprocess_batch
 from resnet_jax.tree import PyTree
-from train.data.decode import Unreadable, any_to_pixels, is_many, silence_pillow
+from train.data.decode import is_many, read_pixels, silence_pillow
 from train.errors import UsageError, one_line
 from train.hub import source_path
 from train.json_text import to_json
@@ -61,14 +61,14 @@ def load(run: str | Path, *, model: nn.Module | None = None, top: int = 5) -> Ca
 
     def predict(images: Any) -> Prediction | list[Prediction]:
         if not is_many(images):
-            return chunk([images], [_name(images)])[0]
+            return chunk([images], [""])[0]
         images = list(images)
-        names = [_name(image, f"number {number}") for number, image in enumerate(images)]
+        names = [f"number {number}" for number in range(len(images))]
         starts = range(0, len(images), CHUNK)
         return [found for at in starts for found in chunk(images[at : at + CHUNK], names[at : at + CHUNK])]
 
     def chunk(images: Sequence[Any], names: Sequence[str]) -> list[Prediction]:
-        pixels = [_pixels(image, name, shape) for image, name in zip(images, names, strict=True)]
+        pixels = [read_pixels(image, shape, name) for image, name in zip(images, names, strict=True)]
         # Pad to a power of two: then all lists share a few compiled programs, whatever their lengths.
         padding = [pixels[0]] * (2 ** (len(pixels) - 1).bit_length() - len(pixels))
         found = []
@@ -80,18 +80,6 @@ def load(run: str | Path, *, model: nn.Module | None = None, top: int = 5) -> Ca
     return predict
 
 
-def _name(image: Any, otherwise: str = "") -> str:
-    """The name of an image in messages: its path, or where it stands in a list (from 0)."""
-    return str(image) if isinstance(image, str | Path) else otherwise
-
-
-def _pixels(image: Any, name: str, shape: Sequence[int]) -> np.ndarray:
-    try:
-        return any_to_pixels(image, (shape[0], shape[1], shape[2]))
-    except Unreadable as error:
-        raise UsageError(f"cannot read image{name and f' {name}'}: {error}") from None
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """`python -m train.predict RUN IMAGE...`: print each image's top classes on stderr, and as JSON on stdout.
 
@@ -101,11 +89,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m train.predict", description=main.__doc__)
     parser.add_argument("run", help="run folder, or a model by name: cifar10_resnet20, hf:OWNER/NAME")
     parser.add_argument("images", nargs="+", help="image files")
-    parser.add_argument("--top", type=int, default=5, help="number of classes to print")
-    parser.add_argument("--least", type=float, default=0.5, help="lowest score of a detected object to print")
-    parser.add_argument("--draw", help="folder to write images with their detected objects to")
+    parser.add_argument("--top", type=int, help="number of classes to print (5); not for detectors")
+    parser.add_argument("--least", type=float, help="lowest score of a detected object to print (0.5)")
+    parser.add_argument("--draw", help="folder to write images with their detected objects to, as NAME.png")
     args = parser.parse_args(argv)
-    check_ranges({"top": args.top, "least": args.least}, {"[1, inf)": "top", "[0, 1]": "least"})
     key, predict = predictor(args)
 
     def attempt(paths: Sequence[str]) -> list[dict[str, Any]]:
@@ -134,24 +121,25 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def predictor(args: argparse.Namespace) -> tuple[str, Callable[[Sequence[str]], Any]]:
-    """Load the network of a command line: (what it gives for an image, the function of several images)."""
+    """Load the network of a command line: (what it gives for an image, the function of several images).
+
+    Raises:
+      UsageError: no such network, an option that does not apply to it, a number out of range, or a folder for `--draw`
+        that cannot be written to.
+    """
     run = source_path(args.run)
     if pipeline_of(run) != "train.detect":
-        if args.draw:
-            raise UsageError(f"--draw shows objects, and {args.run} does not detect any")
-        return "top", load(args.run, top=args.top)
-    from train.detect.predict import load as load_detector
-    from train.detect.predict import write_drawn
+        for name in ("least", "draw"):
+            if getattr(args, name) is not None:
+                raise UsageError(f"--{name} is for objects, and {args.run} does not detect any")
+        return "top", load(args.run, top=5 if args.top is None else args.top)
+    from train.detect.predict import object_finder
 
-    detect = load_detector(run)
-
-    def objects(paths: Sequence[str]) -> Any:
-        found = detect(paths, least=args.least)
-        if args.draw:
-            write_drawn(Path(args.draw), detect, paths, least=args.least)
-        return [[one._asdict() for one in image] for image in found]
-
-    return "objects", objects
+    if args.top is not None:
+        raise UsageError(f"--top is for classes, and {args.run} detects objects: pass --least")
+    least = 0.5 if args.least is None else args.least
+    check_ranges({"least": least}, {"[0, 1]": "least"})
+    return "objects", object_finder(run, args.images, least=least, draw=args.draw)
 
 
 if __name__ == "__main__":

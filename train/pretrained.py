@@ -12,7 +12,7 @@ import numpy as np
 from resnet_jax.augment import IMAGENET_MEAN, IMAGENET_STD, Augment, center_crop, compose, normalize, preprocess_batch
 from resnet_jax.resnet import MODELS, ResNet
 from resnet_jax.tree import PyTree
-from train.data.decode import Unreadable, any_to_pixels, is_many
+from train.data.decode import is_many, read_pixels
 from train.errors import UsageError, unknown
 from train.hub import Card, read_card
 from train.weights import find_weights, load_weights
@@ -39,7 +39,7 @@ def from_pretrained(source: str | Path, **fields: Any) -> tuple[ResNet, dict[str
     crop = jax.jit(partial(preprocess_batch, augment))
 
     def preprocess(images: Any) -> jax.Array:
-        pixels = np.stack([_pixels(image, side) for image in (images if is_many(images) else [images])])
+        pixels = np.stack([read_pixels(image, (side, side, 3)) for image in (images if is_many(images) else [images])])
         return crop(pixels)
 
     return model, variables, preprocess
@@ -61,10 +61,3 @@ def load_card(source: str | Path, card: Card, **fields: Any) -> tuple[ResNet, di
         raise UsageError(f"{source} has no head for {model.num_classes} classes: pass num_classes=None for features")
     normal = normalize(card.mean or IMAGENET_MEAN, card.std or IMAGENET_STD)
     return model, variables, compose(center_crop(size), normal), card.resize or 256
-
-
-def _pixels(image: Any, side: int) -> np.ndarray:
-    try:
-        return any_to_pixels(image, (side, side, 3))
-    except Unreadable as error:
-        raise UsageError(f"cannot read image: {error}") from None

@@ -146,7 +146,7 @@ def test_optimizer_objective_augmentation_and_hooks(dataset, tmp_path):
 
 
 def test_objective_without_accuracy_on_crops(dataset, tmp_path):
-    """Only the metrics that an objective has are printed, and weights are drawn for the images that the network gets."""
+    """Only metrics that an objective has are printed, and weights are drawn for the images that the network gets."""
 
     def only_loss(variables, batch, **context):
         loss, (stats, _) = classify()(variables, batch, **context)

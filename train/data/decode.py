@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
 
+from train.errors import UsageError
+
 Record = tuple[bytes | str, int]  # an encoded image, or the reason why it cannot be read, and its label
 Size = int | tuple[int, int] | None  # side of a square, (height, width), or None for the image's own
 
@@ -200,6 +202,19 @@ def any_to_pixels(image: Any, shape: tuple[int | None, int | None, int]) -> np.n
         return to_pixels(image, size, channels)
     except Exception as error:  # Pillow images load lazily, so they may turn out to be damaged
         raise Unreadable(fault(error)) from None
+
+
+def read_pixels(image: Any, shape: tuple[int | None, int | None, int], name: str = "") -> np.ndarray:
+    """Bring an image that a user passes to uint8, see `any_to_pixels`.
+
+    Raises:
+      UsageError: it cannot be read; the message has its path, or without one its `name`.
+    """
+    try:
+        return any_to_pixels(image, shape)
+    except Unreadable as error:
+        name = str(image) if isinstance(image, str | os.PathLike) else name
+        raise UsageError(f"cannot read image{name and f' {name}'}: {error}") from None
 
 
 def is_many(images: Any) -> bool:

@@ -11,7 +11,6 @@ A batch holds images of one bucket, as a dict of
 and in evaluation `valid` bool [B], False on rows that pad the last batch of a bucket.
 """
 
-import math
 from collections.abc import Iterator
 from functools import cached_property
 from typing import Any
@@ -21,7 +20,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from resnet_jax.parallel import Mode, shard_batch
-from train.data.batches import PART, Batch, Batches, check_batch, decoded_ahead, padded, stream_indices
+from train.data.batches import Batch, Batches, check_batch, decoded_ahead, padded, stream_indices
 from train.data.sources import Example, decode_threads
 from train.detect.layout import Layout
 from train.detect.objects import Objects
@@ -48,7 +47,6 @@ class BucketBatches(Batches):
         words = [np.random.SeedSequence([seed, bucket]).generate_state(1) for bucket in range(len(self.members))]
         self.seeds = [int(word[0]) for word in words]
         self.threads = threads_for(source)
-        self.ahead = max(2, -(-self.threads * math.gcd(batch, PART) // batch))
         self.restore({"position": 0})
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -150,8 +148,3 @@ class EvalBatches:
 
         for part in decoded_ahead(example, self.batch, threads_for(self.source), steps=len(self)):
             yield shard_batch(part, self.mesh, mode=self.mode)
-
-
-def eval_batches(source: Objects, *, batch: int, mesh: Mesh, mode: Mode = "jit") -> EvalBatches:
-    """The batches of `EvalBatches`."""
-    return EvalBatches(source, batch=batch, mesh=mesh, mode=mode)

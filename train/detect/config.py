@@ -127,6 +127,8 @@ def check(config: DetectConfig) -> None:
         rules, flag = getattr(config, name), name.replace("_", "-")
         if rules.low > rules.high:
             raise UsageError(f"--{flag}.low {rules.low} is above --{flag}.high {rules.high}")
+    if config.init is None and config.freeze:
+        raise UsageError(f"--freeze {config.freeze} needs a pretrained backbone: pass --init, or --freeze 0")
     if config.init is None and config.dense:
         raise UsageError("--dense frees the pruned weights of a sparse run: pass that run with --init")
     if config.sparsity is not None and config.select == "best":
@@ -160,6 +162,8 @@ def unused(config: DetectConfig) -> dict[str, str]:
     first += ["hidden", "shared_boxes", "canonical_size"]
     dense = [f"one_stage.{name}" for name in vars(config.one_stage)]
     reasons = unused_in_runs(config) | dict.fromkeys(dense if two_stages else first, reason)
+    if config.data.name == "shapes":
+        reasons["data.dir"] = "with --data.name shapes: it is for prepared sets"
     if config.init is not None:
         reasons["zero_init"] = "with --init, which sets all weights of the backbone"
     return reasons

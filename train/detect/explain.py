@@ -17,9 +17,10 @@ from resnet_jax.detection.augment import augment_batch
 from resnet_jax.explain import METHODS, class_score
 from resnet_jax.keys import example_keys
 from train import page
+from train.data.decode import read_pixels
 from train.detect.draw import Drawn, contact_sheet, draw_box, draw_objects, encode
 from train.detect.metrics import Detections
-from train.detect.predict import Detector, load, read
+from train.detect.predict import SHAPE, Detector, load
 from train.errors import UsageError, unknown
 from train.explain.attributions import options_of
 from train.explain.dataset import View
@@ -82,7 +83,7 @@ def explain(
     detector = load(run)
     if not isinstance(detector.model, FasterRCNN):
         raise UsageError(f"{run} is a {type(detector.model).__name__}: only boxes of faster_rcnn can be explained")
-    pixels = [read(path) for path in images]
+    pixels = [read_pixels(path, SHAPE) for path in images]
     folder = open_out(out)
 
     compiled = compiled_methods(detector, methods)

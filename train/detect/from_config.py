@@ -98,7 +98,8 @@ def is_trained(config: DetectConfig) -> Predicate:
         module, _, rest = path.partition("/")
         if module != "backbone":
             return True
-        part, is_norm = rest.split("/")[0].split("_block")[0], path.endswith(("/scale", "/bias"))
+        part = rest.split("/")[0].split("_block")[0]
+        is_norm = path.endswith(("/scale", "/bias")) and "/attention/" not in path
         return part not in frozen and not (config.frozen_stats and is_norm)
 
     return trained

@@ -53,12 +53,6 @@ class Truth(NamedTuple):
     labels: np.ndarray
     crowd: np.ndarray
 
-    @classmethod
-    def unpadded(cls, boxes: np.ndarray, labels: np.ndarray, crowd: np.ndarray, scale: float = 1.0) -> Self:
-        """Leave out rows with label -1, and divide boxes by `scale`, the pixels per pixel of the original image."""
-        real = np.asarray(labels) >= 0
-        return cls(np.asarray(boxes)[real] / scale, np.asarray(labels)[real], np.asarray(crowd)[real])
-
 
 def truths_of(source: Objects) -> list[Truth]:
     """The objects of each image of a split, in pixels of the original."""

@@ -7,6 +7,7 @@ detect("photo.jpg")  # [Found(label="star", score=0.97, box=(12.1, 30.5, 40.2, 6
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import chain, count
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ import numpy as np
 
 from resnet_jax.detection.augment import BoxAugment
 from train.data.batches import Batch
-from train.data.decode import Unreadable, any_to_pixels, is_many, silence_pillow
+from train.data.decode import is_many, read_pixels, silence_pillow
 from train.detect.config import DetectConfig, parse_buckets
 from train.detect.draw import draw_objects, encode
 from train.detect.from_config import eval_augment, make_detector
@@ -27,8 +28,11 @@ from train.detect.objects import decode_scaled
 from train.detect.steps import detect_step
 from train.errors import UsageError
 from train.from_config import compute_dtype, make_kernels
+from train.paths import local_path, replacing
 from train.run_folder import load_state, read_config
 from train.runtime import compiler_options, keep_compiled
+
+SHAPE = (None, None, 3)  # images are read in their own size, as RGB
 
 
 class Found(NamedTuple):
@@ -67,7 +71,7 @@ class Detector(NamedTuple):
         """
         if is_many(images):
             return [self(image, least=least) for image in images]
-        return self.named(self.detect(read(images)).above(least))
+        return self.named(self.detect(read_pixels(images, SHAPE)).above(least))
 
     def detect(self, pixels: np.ndarray) -> Detections:
         """Detect the objects of an image uint8 [H, W, 3]."""
@@ -104,35 +108,47 @@ class Detector(NamedTuple):
 
     def draw(self, image: Any, *, least: float = 0.5) -> np.ndarray:
         """Draw the objects of an image with a score of at least `least`: uint8 [h, w, 3]."""
-        pixels = read(image)
+        pixels = read_pixels(image, SHAPE)
         return draw_objects(pixels, self.detect(pixels), self.classes, least=least)
 
 
-def write_drawn(folder: Path, detector: Detector, paths: Sequence[str], *, least: float) -> None:
-    """Write each image with its objects to a folder, as NAME.png.
+def object_finder(
+    run: str | Path, paths: Sequence[str], *, least: float, draw: str | None = None
+) -> Callable[[Sequence[str]], list[list[dict[str, Any]]]]:
+    """Load a detector as a function of some of the image files `paths`: the fields of each one's `Found`, best first.
+
+    It also writes each image with its objects to the folder `draw`, if one is given, as NAME.png.
 
     Raises:
-      UsageError: an image cannot be read, or the folder cannot be written to.
+      UsageError: see `load`, or the folder cannot be written to.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for path in paths:
-            (folder / f"{Path(path).stem}.png").write_bytes(encode(detector.draw(path, least=least)))
-    except OSError as error:
-        raise UsageError(f"cannot write to {folder}: {error.strerror}") from None
+    folder, files = None if draw is None else local_path(draw), picture_names(paths)
+    if folder is not None:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"cannot write to {folder}: {error.strerror}") from None
+    detector = load(run)
+
+    def objects(path: str) -> list[dict[str, Any]]:
+        pixels = read_pixels(path, SHAPE)
+        found = detector.detect(pixels).above(least)
+        if folder is not None:
+            with replacing(folder / files[path]) as picture:
+                picture.write_bytes(encode(draw_objects(pixels, found, detector.classes, least=least)))
+        return [one._asdict() for one in detector.named(found)]
+
+    return lambda chosen: [objects(path) for path in chosen]
 
 
-def read(image: Any) -> np.ndarray:
-    """Decode an image to uint8 [H, W, 3], upright.
-
-    Raises:
-      UsageError: it cannot be read.
-    """
-    try:
-        return any_to_pixels(image, (None, None, 3))
-    except Unreadable as error:
-        name = f" {image}" if isinstance(image, str | Path) else ""
-        raise UsageError(f"cannot read image{name}: {error}") from None
+def picture_names(paths: Sequence[str]) -> dict[str, str]:
+    """NAME.png of each image file; files of one name in different folders get numbers: NAME-2.png."""
+    names: dict[str, str] = {}
+    for path in dict.fromkeys(paths):
+        stem = Path(path).stem
+        options = chain([stem], (f"{stem}-{number}" for number in count(2)))
+        names[path] = next(f"{name}.png" for name in options if f"{name}.png" not in names.values())
+    return names
 
 
 def load(run: str | Path, *, model: nn.Module | None = None) -> Detector:

@@ -162,6 +162,8 @@ def run(
     figures = {"detector": config.detector, "selected_step": int(state.step)}
     if test:
         tested, found = measure(state.variables, "test")
+        voc = voc_ap(found, truths_of(dataset.test), dataset.classes)
+        tested |= {"voc_ap": voc["all_points"], "voc07_ap": voc["eleven_points"]}
         figures |= {f"test_{name}": value for name, value in tested.items()}
         figures["test_images"] = len(found)
         if session.main:
@@ -187,18 +189,11 @@ def pruned_share(config: DetectConfig, masks: PyTree) -> float:
 def measure_split(
     session: DetectSession, program: Any, variables: PyTree, split: str
 ) -> tuple[dict[str, Any], list[Detections]]:
-    """Compute (COCO's metrics and VOC's, the detections of each image) of a split; of test only at the end."""
+    """Compute (COCO's metrics, the detections of each image) of a split; of test only at the end."""
     source = session.dataset.splits[split]
     batches = EvalBatches(source, batch=session.eval_batch, mesh=session.mesh, mode=session.config.mode)
     found = detect(program, variables, batches)
-    truths = truths_of(source)
-    classes = session.dataset.classes
-    voc = voc_ap(found, truths, classes)
-    return {
-        **coco_metrics(found, truths, classes),
-        "voc_ap": voc["all_points"],
-        "voc07_ap": voc["eleven_points"],
-    }, found
+    return coco_metrics(found, truths_of(source), session.dataset.classes), found
 
 
 def detect(program: Any, variables: PyTree, batches: EvalBatches) -> list[Detections]:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from resnet_jax.parallel import make_mesh
-from train.detect.batches import BucketBatches, batch_like, bucket_members, bucket_schedule, eval_batches
+from train.detect.batches import BucketBatches, EvalBatches, batch_like, bucket_members, bucket_schedule
 from train.detect.layout import Layout
 from train.detect.objects import Annotated, Objects
 from train.errors import UsageError
@@ -94,14 +94,14 @@ def test_shapes_to_compile_for(stream):
     for batch in stream[:6]:
         like = batch_like(layout, layout.buckets.index(batch["image"].shape[1:3]), 4)
         assert {n: (x.shape, x.dtype) for n, x in batch.items()} == {n: (x.shape, x.dtype) for n, x in like.items()}
-    first = next(iter(eval_batches(split(), batch=4, mesh=one())))
+    first = next(iter(EvalBatches(split(), batch=4, mesh=one())))
     like = batch_like(layout, 0, 4, valid=True)
     assert {n: (x.shape, x.dtype) for n, x in first.items()} == {n: (x.shape, x.dtype) for n, x in like.items()}
 
 
 @pytest.mark.parametrize(("batch", "devices", "steps"), [(4, 1, 6), (5, 2, 5), (100, 1, 2)])
 def test_evaluation_sees_each_image_once(batch, devices, steps):
-    batches = eval_batches(split(), batch=batch, mesh=make_mesh(jax.devices()[:devices]))
+    batches = EvalBatches(split(), batch=batch, mesh=make_mesh(jax.devices()[:devices]))
     assert len(batches) == steps
     for _ in range(2):
         seen = [
@@ -116,7 +116,7 @@ def test_evaluation_sees_each_image_once(batch, devices, steps):
 
 def test_a_split_without_images_of_some_bucket():
     source = split(1)
-    assert [ids(batch) for batch in eval_batches(source, batch=2, mesh=one())] == [[0, 0]]
+    assert [ids(batch) for batch in EvalBatches(source, batch=2, mesh=one())] == [[0, 0]]
     wide = replace(source, layout=replace(source.layout, buckets=((32, 64), (64, 32), (64, 64))))
     batches = BucketBatches(wide, batch=1, seed=0, mesh=one())
     assert [ids(next(batches)) for _ in range(3)] == [[0]] * 3
@@ -138,4 +138,4 @@ def test_bad_batches():
     with pytest.raises(UsageError, match="a batch of 23 is larger than the 22 training images"):
         BucketBatches(split(), batch=23, seed=0, mesh=one())
     with pytest.raises(UsageError, match="a batch must hold at least one image, got 0"):
-        eval_batches(split(), batch=0, mesh=one())
+        EvalBatches(split(), batch=0, mesh=one())

@@ -181,8 +181,6 @@ def test_padding_is_left_out_and_boxes_return_to_the_original():
     boxes, labels = np.array([[0, 0, 20, 10], [0, 0, 0, 0]], np.float32), np.array([1, -1])
     seen = Detections.unpadded(boxes, np.array([0.5, 0]), labels, scale=2)
     assert seen.boxes.tolist() == [[0, 0, 10, 5]] and seen.scores.tolist() == [0.5] and seen.labels.tolist() == [1]
-    objects = Truth.unpadded(boxes, labels, np.array([True, False]), scale=0.5)
-    assert objects.boxes.tolist() == [[0, 0, 40, 20]] and objects.crowd.tolist() == [True]
     with pytest.raises(ValueError, match="detections of 1 images, and truths of 0"):
         coco_metrics([seen], [], ["a", "b"])
 

@@ -15,7 +15,7 @@ from train.config import TrainConfig
 from train.data import from_arrays
 from train.detect.from_config import is_prunable, open_objects
 from train.detect.outputs import DETECTIONS, read_detections, report_main
-from train.detect.predict import load
+from train.detect.predict import load, picture_names
 from train.detect.run import run
 from train.errors import UsageError
 from train.prune.config import PruneConfig, PruningConfig
@@ -77,6 +77,18 @@ def test_prediction_from_the_command_line(finished, images, fails, capsys, tmp_p
     rows = json.loads(capsys.readouterr().out)
     assert [sorted(row) for row in rows] == [["error", "image"], ["image", "objects"], ["image", "objects"]]
     assert "--least must be" in fails(2, predict.main, [*line, "--least", "2"])
+    assert "--top is for classes" in fails(2, predict.main, [*line, "--top", "2"])
+    assert "cannot write to" in fails(2, predict.main, [*line[:-1], str(paths[0])])
+
+
+def test_pictures_of_images_with_the_same_name():
+    paths = ["a/1.jpg", "b/1.jpg", "2.png", "a/1.jpg", "c/1-2.jpg"]
+    assert picture_names(paths) == {
+        "a/1.jpg": "1.png",
+        "b/1.jpg": "1-2.png",
+        "2.png": "2.png",
+        "c/1-2.jpg": "1-2-2.png",
+    }
 
 
 def test_page_of_a_run(finished, fails, capsys, tmp_path):

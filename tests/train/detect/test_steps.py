@@ -231,6 +231,12 @@ def test_frozen_parts_do_not_move(freeze, frozen_stats):
     assert still
 
 
+def test_attention_is_trained_beside_frozen_norms():
+    trained = is_trained(DetectConfig(model="seresnet50", frozen_stats=True))
+    assert trained("backbone/stage1_block1/attention/fc1/bias", jnp.zeros(4))
+    assert not trained("backbone/stage1_block1/norm1/bias", jnp.zeros(4))
+
+
 # ---- shapes ---------------------------------------------------------------------------------------------------------
 
 
