@@ -222,6 +222,13 @@ def test_page_shows_the_figures_of_the_runs(tmp_path, capsys):
         assert image.width > 500
 
 
+def test_class_without_test_images_comes_last(tmp_path):
+    run = make_run(tmp_path / "run", test_per_class_accuracy=[None, 0.75, 0.5])  # JSON has no nan
+    main([str(run)])
+    axes = charts.draw_classes(group_runs(read(run)), [0], "").axes[0]
+    assert [text.get_text() for text in axes.get_yticklabels()] == ["dog", 'a "cat"', "<b>"]
+
+
 @pytest.mark.slow
 def test_confusion_shows_counts_of_the_classes_with_the_most_errors():
     counts = np.array([[0, 0, 90], [0, 1, 10], [1, 1, 1200], [2, 0, 7]])
