@@ -155,6 +155,7 @@ def test_classes_by_name_and_number():
         (["--out", "OUT", "nowhere.png"], "cannot read image nowhere.png: No such file or directory"),
         (["--out", "OUT", "EMPTY"], "EMPTY holds no images"),
         (["--out", "OUT", "IMAGE", "--layer", "stage9"], "--layer: no layer 'stage9'; layers: stem, stage1_block1"),
+        (["--out", "OUT", "IMAGE", "--layer", "head"], "--layer head: its output is not a map [B, h, w, K]"),
         (["--out", "OUT", "IMAGE", "--target", "10"], "unknown class '10': choose one of 0, 1, 2"),
         (["--out", "OUT", "IMAGE", "--target", "1:x"], "unknown class 'x'"),
         (["--out", "OUT", "IMAGE", "--target", "image:nowhere.png"], "cannot read image nowhere.png"),
