@@ -180,6 +180,8 @@ def write_report(
     parts = [page.section(title, *view.pieces) for title, view in sections.items()]
     command = page.details("How this was made", page.code(about["command"]))
     try:
+        # First, so that `open_out` takes the folder again if this is interrupted.
+        (out / RESULT).write_text(to_json(result, indent=1) + "\n")
         shutil.rmtree(out / PICTURES, ignore_errors=True)
         (out / PICTURES).mkdir()
         for view in sections.values():
@@ -192,7 +194,6 @@ def write_report(
                     save_figure(drawing, file)
         text = page.page(f"Explanation of {about['run']}", first or lead(numbers, about["run"]), *parts, command)
         (out / PAGE).write_text(text, encoding="utf-8")
-        (out / RESULT).write_text(to_json(result, indent=1) + "\n")
     except OSError as error:
         raise RunError(f"cannot write to {out}: {error.strerror}") from None
     return result

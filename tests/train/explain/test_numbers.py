@@ -11,16 +11,16 @@ import pytest
 
 from train.data.sources import Arrays
 from train.errors import UsageError
-from train.explain import embeddings, figures
+from train.explain import embeddings, figures, pages
 from train.explain.attributions import Attribution
 from train.explain.config import VIEWS as NAMES
-from train.explain.dataset import VIEWS
+from train.explain.dataset import VIEWS, View
 from train.explain.embeddings import neighbours, project
 from train.explain.images import choose, evenly
 from train.explain.landscape import filter_direction, loss_surface
 from train.explain.mistakes import calibration, confusion, worst
 from train.explain.outputs import Outputs, sample
-from train.explain.pages import STEPS, cascade_view
+from train.explain.pages import STEPS, cascade_view, open_out, write_report
 from train.steps import confusion_matrix, most_confused
 
 
@@ -183,6 +183,17 @@ def test_cascade_shows_who_does_not_notice():
     assert "Highest on average: guided_backprop (0.80)" in text and "Maps of a cat" in text
     assert text.count("<img") == 2 * (STEPS + 1)
     view.drawings["cascade_maps"].savefig(io.BytesIO())
+
+
+def test_interrupted_report_can_be_written_again(tmp_path, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pages, "save_figure", interrupt)
+    out = str(tmp_path / "out")
+    with pytest.raises(KeyboardInterrupt):
+        write_report(open_out(out), {"One": View({"figure": None}, (), {})}, {"run": "run", "command": "python"})
+    assert open_out(out).joinpath("pictures").is_dir()
 
 
 def test_overlay_marks_the_hottest_pixel():
