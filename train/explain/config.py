@@ -54,7 +54,7 @@ class ExplainConfig:
     batch: int = 16
     """Images to explain at once; memory grows with it."""
     seed: int = 0
-    """Seed of all that is random."""
+    """Seed of all that is random, except of which images of a large split are looked at: they are always the same."""
 
 
 RANGES = {"[1, inf)": "count batch", "[4, inf)": "most", SEEDS: "seed"}

@@ -48,7 +48,6 @@ def run_name(path: Path, among: Sequence[Path]) -> str:
     return Path(*parts[-depth:]).as_posix()
 
 
-
 def new_figure(width: float, height: float) -> Any:
     """Make an empty matplotlib figure; sizes are in inches.
 
