@@ -7,7 +7,6 @@ was interrupted, and the next process takes it over, in its own run folder.
 import json
 import os
 import sqlite3
-import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -115,7 +114,6 @@ def open_study(out: Path, settings: dict[str, Any], pruner: Any) -> Any:
                 check_settings(out, saved or settings, settings)
                 if saved is None:
                     study.set_user_attr("settings", settings)
-                study.set_user_attr("starts", [*study.user_attrs.get("starts", []), round(time.time(), 1)])
     except OSError as error:
         raise UsageError(f"cannot use the folder {out}: {error.strerror}") from None
     return study
