@@ -162,6 +162,8 @@ def test_classes_by_name_and_number():
         (["--out", "OUT", "--methods", "gradcam"], "unknown method 'gradcam': did you mean grad_cam?"),
         (["--out", "OUT", "--dataset", "confusions"], "unknown view 'confusions': did you mean confusion?"),
         (["--out", "OUT", "--methods"], "nothing to do: name --methods, or pass --features or --dataset"),
+        (["--out", "OUT", "--methods", "--features", "--target", "7"], "--target has no effect without --methods"),
+        (["--out", "OUT", "--methods", "--features", "--cascade"], "--cascade has no effect without --methods"),
         (["--out", "OUT", "--count", "0"], "--count must be at least 1"),
         (["--out", "FULL"], "FULL holds other things than an explanation: choose a different --out"),
         (["--out", "FULL/notes.txt/out"], "cannot write to FULL/notes.txt/out: Not a directory"),
