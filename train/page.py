@@ -54,6 +54,16 @@ def join(*pieces: object, by: str = "\n") -> Html:
     return Html(by.join(map(escape, pieces)))
 
 
+def breakable(text: object) -> Html:
+    """A long name, which may break after its signs."""
+    return Html(re.sub(r"([_/-])", r"\1<wbr>", escape(text)))
+
+
+def heading(text: object) -> Html:
+    """A heading inside of a section."""
+    return Html(f"<h3>{escape(text)}</h3>")
+
+
 def paragraph(*pieces: object) -> Html:
     """A paragraph of text."""
     return Html(f"<p>{join(*pieces, by=' ')}</p>")
@@ -113,8 +123,8 @@ def table(
         attribute = f' class="{" ".join(classes)}"' if classes else ""
         tag = "th scope=row" if at == 0 and not numeric[0] else "td"
         shown = _shown(content)
-        if at == 0 and not numeric[0]:  # long names may break after their signs
-            shown = Html(re.sub(r"([_/-])", r"\1<wbr>", shown))
+        if at == 0 and not numeric[0]:
+            shown = breakable(shown)
         return f"<{tag}{attribute}>{shown}</{tag.split()[0]}>"
 
     top = "".join(f"<th scope=col{' class=num' * numeric[at]}>{escape(name)}</th>" for at, name in enumerate(head))
