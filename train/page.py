@@ -85,11 +85,6 @@ def note(*pieces: object) -> Html:
     return Html(f'<p class="note">{join(*pieces, by=" ")}</p>')
 
 
-def swatch(index: int) -> Html:
-    """A small square in the colour of a series (`C0` to `C7` of matplotlib), to mark it outside its figure."""
-    return Html(f'<span class="swatch" style="background:var(--c{index % len(LIGHT)})"></span>')
-
-
 def key_figures(figures: Sequence[KeyFigure]) -> Html:
     """A row of large figures."""
     cards = ""
@@ -204,7 +199,7 @@ def section(title: str, *pieces: object) -> Section:
     return Section(title, join(*pieces))
 
 
-def page(title: str, lead: object, *pieces: object, navigation: bool = True) -> str:
+def page(title: str, lead: object, *pieces: object) -> str:
     """The whole page: the answer in one sentence first, then pieces.
 
     Sections are linked at the top if there are several.
@@ -221,7 +216,7 @@ def page(title: str, lead: object, *pieces: object, navigation: bool = True) -> 
         else:
             parts.append(escape(piece))
     listed = "".join(f'<a href="#{name}">{escape(text)}</a>' for name, text in links)
-    nav = f'<nav aria-label="sections">{listed}</nav>\n' if navigation and len(links) > 1 else ""
+    nav = f'<nav aria-label="sections">{listed}</nav>\n' if len(links) > 1 else ""
     body = "\n".join(parts)
     return f"""<!DOCTYPE html>
 <html lang="en">
@@ -321,5 +316,4 @@ summary{{cursor:pointer;color:var(--c0)}}
 code,pre{{font:.88em ui-monospace,Menlo,Consolas,monospace;background:var(--card);
 border-radius:.3rem;padding:.1em .3em}}
 pre{{overflow-x:auto;padding:.6rem}}
-.swatch{{display:inline-block;width:.75em;height:.75em;border-radius:.15em;margin-right:.45em}}
 """
