@@ -16,6 +16,7 @@ from urllib.parse import quote
 
 from train.config import TrainConfig
 from train.errors import RunError, UsageError
+from train.paths import sqlite_url
 from train.spaces import Space
 
 try:
@@ -106,7 +107,8 @@ def open_study(out: Path, settings: dict[str, Any], pruner: Any) -> Any:
                 from sqlalchemy.pool import NullPool  # closes each connection after its use; comes with Optuna
 
                 options = {"connect_args": {"timeout": LOCK_SECONDS}, "poolclass": NullPool}
-                storage = optuna.storages.RDBStorage(f"sqlite:///{out.absolute() / DATABASE}", options)
+                url = sqlite_url(out / DATABASE).replace("{", "{{").replace("}", "}}")  # Optuna takes a template
+                storage = optuna.storages.RDBStorage(url, options)
                 study = optuna.create_study(
                     storage=storage, study_name="search", direction="maximize", load_if_exists=True, pruner=pruner
                 )
