@@ -70,6 +70,11 @@ def test_help_lists_fields_and_presets(capsys):
     assert "--optim.lr" in shown and "cifar10_resnet18_50ep" in shown
 
 
+def test_only_one_module_makes_markup():
+    page = ROOT / "train" / "page.py"
+    assert [path for path in FILES if "Html(" in path.read_text()] == [page]
+
+
 def test_public_functions_say_what_they_do():
     """Every module, public class and public function has a docstring."""
     for path in FILES:

@@ -54,6 +54,16 @@ def join(*pieces: object, by: str = "\n") -> Html:
     return Html(by.join(map(escape, pieces)))
 
 
+def breakable(text: object) -> Html:
+    """A long name, which may break after its signs."""
+    return Html(re.sub(r"([_/-])", r"\1<wbr>", escape(text)))
+
+
+def heading(text: object) -> Html:
+    """A heading inside of a section."""
+    return Html(f"<h3>{escape(text)}</h3>")
+
+
 def paragraph(*pieces: object) -> Html:
     """A paragraph of text."""
     return Html(f"<p>{join(*pieces, by=' ')}</p>")
@@ -73,11 +83,6 @@ def code(text: object) -> Html:
 def note(*pieces: object) -> Html:
     """A remark that must not be overlooked, with a bar in the colour of warnings."""
     return Html(f'<p class="note">{join(*pieces, by=" ")}</p>')
-
-
-def swatch(index: int) -> Html:
-    """A small square in the colour of a series (`C0` to `C7` of matplotlib), to mark it outside its figure."""
-    return Html(f'<span class="swatch" style="background:var(--c{index % len(LIGHT)})"></span>')
 
 
 def key_figures(figures: Sequence[KeyFigure]) -> Html:
@@ -113,8 +118,8 @@ def table(
         attribute = f' class="{" ".join(classes)}"' if classes else ""
         tag = "th scope=row" if at == 0 and not numeric[0] else "td"
         shown = _shown(content)
-        if at == 0 and not numeric[0]:  # long names may break after their signs
-            shown = Html(re.sub(r"([_/-])", r"\1<wbr>", shown))
+        if at == 0 and not numeric[0]:
+            shown = breakable(shown)
         return f"<{tag}{attribute}>{shown}</{tag.split()[0]}>"
 
     top = "".join(f"<th scope=col{' class=num' * numeric[at]}>{escape(name)}</th>" for at, name in enumerate(head))
@@ -194,7 +199,7 @@ def section(title: str, *pieces: object) -> Section:
     return Section(title, join(*pieces))
 
 
-def page(title: str, lead: object, *pieces: object, navigation: bool = True) -> str:
+def page(title: str, lead: object, *pieces: object) -> str:
     """The whole page: the answer in one sentence first, then pieces.
 
     Sections are linked at the top if there are several.
@@ -211,7 +216,7 @@ def page(title: str, lead: object, *pieces: object, navigation: bool = True) -> 
         else:
             parts.append(escape(piece))
     listed = "".join(f'<a href="#{name}">{escape(text)}</a>' for name, text in links)
-    nav = f'<nav aria-label="sections">{listed}</nav>\n' if navigation and len(links) > 1 else ""
+    nav = f'<nav aria-label="sections">{listed}</nav>\n' if len(links) > 1 else ""
     body = "\n".join(parts)
     return f"""<!DOCTYPE html>
 <html lang="en">
@@ -311,5 +316,4 @@ summary{{cursor:pointer;color:var(--c0)}}
 code,pre{{font:.88em ui-monospace,Menlo,Consolas,monospace;background:var(--card);
 border-radius:.3rem;padding:.1em .3em}}
 pre{{overflow-x:auto;padding:.6rem}}
-.swatch{{display:inline-block;width:.75em;height:.75em;border-radius:.15em;margin-right:.45em}}
 """

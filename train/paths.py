@@ -61,6 +61,16 @@ def is_folder(text: str) -> bool:
         return False
 
 
+def sqlite_url(path: Path) -> str:
+    """The address of an SQLite file for SQLAlchemy, which comes with Optuna and MLflow."""
+    from sqlalchemy.engine import URL, make_url
+
+    name = str(path.absolute())
+    plain = f"sqlite:///{name}"
+    # Quoted only where it has to be: MLflow creates the folders in an address as they are spelt there.
+    return plain if make_url(plain).database == name else URL.create("sqlite", database=name).render_as_string()
+
+
 def split_prefix(text: str) -> tuple[str, str]:
     """Split `folder:PATH` and the like into ("folder:", "PATH"); without a prefix, the first is empty."""
     prefix = next((prefix for prefix in FOLDERS if text.startswith(prefix)), "")

@@ -37,12 +37,16 @@ def test_json_and_picture(finished, tmp_path):
     assert {(31, 119, 180), (255, 127, 14)} <= colours  # both runs' curves are there
 
 
-def test_runs_of_one_name_are_told_apart(monkeypatch):
+@pytest.mark.parametrize("paths, names", [
+    (("a/run", "b/run/", "c/net.v2", "kept.json", "/d/other/."), ["a/run", "b/run", "net.v2", "kept", "other"]),
+    (("a/run", "/a/run"), ["run", "run"]),
+    (("1/digits/seed0", "2/digits/seed0", "seed0"), ["1/digits/seed0", "2/digits/seed0", "/seed0"]),
+    (("a/x.json", "b/x", "c/x.json"), ["a/x", "b/x", "c/x"]),
+    (("a/x.json", "a/x"), ["x.json", "x"]),
+])  # fmt: skip
+def test_runs_of_one_name_are_told_apart(paths, names, monkeypatch):
     monkeypatch.chdir("/")
-    paths = [Path(p) for p in ("a/run", "b/run/", "c/net.v2", "kept.json", "/d/other/.")]
-    assert [run_name(path, paths) for path in paths] == ["a/run", "b/run", "net.v2", "kept", "other"]
-    monkeypatch.chdir("/usr/lib")
-    assert run_name(Path("."), [Path(".")]) == "lib"
+    assert [run_name(Path(path), [*map(Path, paths)]) for path in paths] == names
 
 
 def test_without_matplotlib(finished, tmp_path, monkeypatch, fails):

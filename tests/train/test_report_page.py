@@ -114,13 +114,14 @@ def test_page_is_well_formed_escaped_and_always_the_same():
                 "One <x>", page.table(["<h>", "n"], [["<r>", 1.5], ["s", None]]), page.figure(drawing, "<cap>")
             ),
             page.section("Two", page.image_grid([(page.photograph(image, '"alt"', width=90), "<c>")])),
-            page.section("Two", page.details("<more>", page.code("a\n<b>"), page.note("<n>")), page.swatch(9)),
+            page.section("Two", page.details("<more>", page.code("a\n<b>"), page.note("<n>")), page.heading("<t>")),
         )
 
     markup = build()
     assert markup == build()
     parsed = Parsed(markup)
-    for text in ('A "<b>"', "<lead>", "<1><3>", "<h>", "<r>", "<cap>", "a <i> & b", "<c>", "<more>", "a\n<b>", "<n>"):
+    texts = ('A "<b>"', "<lead>", "<1><3>", "<h>", "<r>", "<cap>", "a <i> & b", "<c>", "<more>", "a\n<b>", "<n>", "<t>")
+    for text in texts:
         assert text in parsed.text, text
     assert not {"i", "lead", "r", "x", "script"} & {tag for tag, _ in parsed.tags}
     ids = [found["id"] for _, found in parsed.tags if "id" in found]
@@ -220,6 +221,13 @@ def test_page_shows_the_figures_of_the_runs(tmp_path, capsys):
     } <= pictures
     with Image.open(tmp_path / "page" / "scores.png") as image:
         assert image.width > 500
+
+
+def test_class_without_test_images_comes_last(tmp_path):
+    run = make_run(tmp_path / "run", test_per_class_accuracy=[None, 0.75, 0.5])  # JSON has no nan
+    main([str(run)])
+    axes = charts.draw_classes(group_runs(read(run)), [0], "").axes[0]
+    assert [text.get_text() for text in axes.get_yticklabels()] == ["dog", 'a "cat"', "<b>"]
 
 
 @pytest.mark.slow

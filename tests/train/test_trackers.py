@@ -20,6 +20,7 @@ from train.data import from_arrays
 from train.detect.run import run as detect_run
 from train.errors import UsageError
 from train.loop import read_rows
+from train.paths import sqlite_url
 from train.prune.config import PruneConfig, PruningConfig
 from train.prune.run import run as prune_run
 from train.run import run
@@ -393,7 +394,8 @@ def test_mlflow_local_store(tmp_path, capfd):
     tracked(tmp_path / "a run", "mlflow", start=2, rows=ROWS[3:], result={"test_accuracy": 0.5}, say=lines.append)
     assert lines == []
     folder = tmp_path / "a run" / "mlflow"
-    client = tracking.MlflowClient(tracking_uri=f"sqlite:///{folder / 'mlflow.db'}")
+    assert [*tmp_path.iterdir()] == [tmp_path / "a run"]  # and no a%20run
+    client = tracking.MlflowClient(tracking_uri=sqlite_url(folder / "mlflow.db"))
     experiment = client.get_experiment_by_name("resnet-jax")
     (one,) = client.search_runs([experiment.experiment_id])
     assert one.info.status == "FINISHED" and one.info.run_name == "a run"

@@ -27,7 +27,6 @@ from train.explain.dataset import View
 from train.explain.figures import overlay
 from train.explain.pages import open_out, write_report
 from train.json_text import to_json
-from train.page import Html
 from train.report import new_figure
 from train.run_folder import environment
 from train.runtime import compiler_options, say
@@ -90,7 +89,7 @@ def explain(
     drawings, pieces, numbers = {}, [page.details("How to read the maps", page.paragraph(ABOUT))], []
     for at, (path, image) in enumerate(zip(images, pixels, strict=True)):
         found = best(detector.detect(image), count, least)
-        pieces.append(Html(f"<h3>{page.escape(path)}</h3>"))
+        pieces.append(page.heading(path))
         if len(found.labels) == 0:
             say(f"{path}: no object with a score of at least {least:g}")
             pieces.append(page.paragraph(f"No object with a score of at least {least:g}."))

@@ -54,7 +54,7 @@ class ExplainConfig:
     batch: int = 16
     """Images to explain at once; memory grows with it."""
     seed: int = 0
-    """Seed of all that is random."""
+    """Seed of all that is random, except of which images of a large split are looked at: they are always the same."""
 
 
 RANGES = {"[1, inf)": "count batch", "[4, inf)": "most", SEEDS: "seed"}
@@ -64,7 +64,7 @@ def check(config: ExplainConfig) -> None:
     """Refuse a config that cannot work, before anything is loaded.
 
     Raises:
-      UsageError: an unknown method or view, a number out of range, a missing `--out`.
+      UsageError: an unknown method or view, a number out of range, a missing `--out`, a flag without effect.
     """
     if config.out is None:
         raise UsageError("name the folder to write to: --out DIR")
@@ -76,4 +76,7 @@ def check(config: ExplainConfig) -> None:
             raise unknown("view", name, VIEWS)
     if not (config.methods or config.features or config.dataset is not None):
         raise UsageError("nothing to do: name --methods, or pass --features or --dataset")
+    for name in ("target", "cascade"):
+        if getattr(config, name) and not config.methods:
+            raise UsageError(f"--{name} has no effect without --methods")
     check_ranges(flat(config), RANGES)

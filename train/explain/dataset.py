@@ -111,7 +111,7 @@ def neighbours_view(subject: Subject, images: Images) -> View:
 def projection_view(subject: Subject, images: Images, *, method: Projection) -> View:
     """The embeddings in a plane."""
     chosen = evenly(len(subject.split), PROJECTED)
-    points = project(subject.seen.features[chosen], method)
+    points = project(subject.seen.features[chosen], method, subject.config.seed)
     shown = figures.spread(points, THUMBNAILS)
     classes = subject.dataset.classes
     drawing = figures.scatter(
@@ -140,7 +140,7 @@ def landscape_view(subject: Subject, images: Images) -> View:
 
     source = sample(subject.dataset.train, SURFACE_IMAGES)
     batches = eval_batches(source, batch=min(subject.config.batch * FORWARD, len(source)), mesh=make_mesh())
-    places, total = loss_surface(loss, params, batches, key=jax.random.key(0))
+    places, total = loss_surface(loss, params, batches, key=jax.random.key(subject.config.seed))
     losses = total / len(source)
     middle = float(losses[len(places) // 2, len(places) // 2])
     drawing = figures.landscape_figure(places, losses)

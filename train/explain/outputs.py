@@ -75,8 +75,8 @@ def make_outputs(trained: Trained, batch: int) -> Callable[[Arrays | Encoded], O
     return outputs
 
 
-def sample(source: Arrays | Encoded, most: int, seed: int = 0) -> Arrays | Encoded:
+def sample(source: Arrays | Encoded, most: int) -> Arrays | Encoded:
     """At most `most` images of a split, the same ones in every call, in their order in the split."""
     if len(source) <= most:
         return source
-    return source.subset(np.sort(np.random.default_rng(seed).permutation(len(source))[:most]))
+    return source.subset(np.sort(np.random.default_rng(0).permutation(len(source))[:most]))

@@ -72,7 +72,7 @@ def attribution_view(
             (page.photograph(tile, text.partition("\n")[0], width=WIDTH), _caption(text))
             for tile, text in zip(tiles, texts, strict=True)
         ]
-        pieces += [Html(f"<h3>{page.escape(_title(said))}</h3>"), page.image_grid(grid, smallest=150)]
+        pieces += [page.heading(_title(said)), page.image_grid(grid, smallest=150)]
         lines = [slice(start, start + 6) for start in range(0, len(tiles), 6)]
         drawings[f"{at:03}_{re.sub(r'[^A-Za-z0-9]+', '_', Path(name).stem)}"] = figures.gallery(
             [tiles[line] for line in lines], [texts[line] for line in lines], side=2.2
@@ -102,8 +102,8 @@ def cascade_view(shown: np.ndarray, name: str, found: Mapping[str, Attribution])
         heats = [found[method].heat[0], *found[method].randomized[steps]]
         rows.append([figures.overlay(shown, heat) for heat in heats])
         tiles = [page.photograph(x, f"{method}, {at}", width=WIDTH) for x, at in zip(rows[-1], texts, strict=True)]
-        grid = page.image_grid([*zip(tiles, map(_breakable, texts), strict=True)], smallest=80)
-        maps += [Html(f"<h3>{page.escape(method)}</h3>"), grid]
+        grid = page.image_grid([*zip(tiles, map(page.breakable, texts), strict=True)], smallest=80)
+        maps += [page.heading(method), grid]
     summary = f"Maps of {name}, with random weights from the head to each layer"
     pieces = page.figure(drawing, text), page.details(summary, *maps, shown=True)
     captions = [[f"{method}\n{at}" for at in texts] for method in methods]
@@ -114,11 +114,7 @@ def cascade_view(shown: np.ndarray, name: str, found: Mapping[str, Attribution])
 def _caption(text: str) -> Html:
     """The name of a picture, and its scores below."""
     name, *scores = text.split("\n")
-    return page.join(page.strong(_breakable(name)), *scores, by="<br>")
-
-
-def _breakable(name: str) -> Html:
-    return Html(page.escape(name).replace("_", "_<wbr>"))
+    return page.join(page.strong(page.breakable(name)), *scores, by="<br>")
 
 
 def _title(said: Mapping[str, Any]) -> str:
@@ -180,6 +176,8 @@ def write_report(
     parts = [page.section(title, *view.pieces) for title, view in sections.items()]
     command = page.details("How this was made", page.code(about["command"]))
     try:
+        # First, so that `open_out` takes the folder again if this is interrupted.
+        (out / RESULT).write_text(to_json(result, indent=1) + "\n")
         shutil.rmtree(out / PICTURES, ignore_errors=True)
         (out / PICTURES).mkdir()
         for view in sections.values():
@@ -192,7 +190,6 @@ def write_report(
                     save_figure(drawing, file)
         text = page.page(f"Explanation of {about['run']}", first or lead(numbers, about["run"]), *parts, command)
         (out / PAGE).write_text(text, encoding="utf-8")
-        (out / RESULT).write_text(to_json(result, indent=1) + "\n")
     except OSError as error:
         raise RunError(f"cannot write to {out}: {error.strerror}") from None
     return result

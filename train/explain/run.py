@@ -81,9 +81,12 @@ def layer_of(network: Network, image: np.ndarray, layer: str | None) -> str:
     """The path of a layer, or of the last map.
 
     Raises:
-      UsageError: there is no such layer; the message lists them.
+      UsageError: there is no such layer (the message lists them), or its output is not a map.
     """
     try:
-        return network.resolve(layer, jnp.asarray(image))
+        path, output = network.find(layer, jnp.asarray(image))
     except ValueError as error:
         raise UsageError(f"--layer: {error}") from None
+    if len(output.shape) != 4:
+        raise UsageError(f"--layer {path}: its output is not a map [B, h, w, K]")
+    return path

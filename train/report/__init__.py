@@ -34,10 +34,18 @@ def collect(run: Path) -> dict[str, Any]:
 
 
 def run_name(path: Path, among: Sequence[Path]) -> str:
-    """Name of a run in a picture: its folder or file, with the parent folder where two of the paths end alike."""
-    path, *others = (Path(os.path.abspath(p)) for p in (path, *among))
-    name = path.stem if path.suffix == ".json" else path.name
-    return name if [other.name for other in others].count(path.name) < 2 else f"{path.parent.name}/{name}"
+    """Name of a run in a picture: its folder or file, with as many parent folders as tell it from the other paths."""
+    paths = {Path(os.path.abspath(p)) for p in (path, *among)}
+
+    def shown(path: Path) -> Path:
+        short = path.with_suffix("") if path.suffix == ".json" else path
+        return path if short in paths else short
+
+    parts = shown(Path(os.path.abspath(path))).parts
+    others = [other for p in paths if (other := shown(p).parts) != parts]
+    depths = range(1, len(parts) + 1)
+    depth = next(depth for depth in depths if all(other[-depth:] != parts[-depth:] for other in others))
+    return Path(*parts[-depth:]).as_posix()
 
 
 def new_figure(width: float, height: float) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from train.errors import UsageError
-from train.page import Html, KeyFigure, details, figure, figures, key_figures, note, paragraph, table
+from train.page import Html, KeyFigure, details, figure, figures, join, key_figures, note, paragraph, table
 from train.report import charts
 from train.report.records import SCORES, Group, Run, differences, group_runs
 from train.report.tables import configuration, differences_table, per_second, progress, runs_table, settings_table, text
@@ -56,7 +56,7 @@ class Block:
             ("Speed", self.speed),
         ]
         found = [(title, maker()) for title, maker in makers]
-        return [(title, Html("\n".join(pieces))) for title, pieces in found if pieces]
+        return [(title, join(*pieces)) for title, pieces in found if pieces]
 
     def result(self) -> list[Html]:
         """The other verdicts, the figures of the first one, reasons, and a chart of all scores."""

@@ -49,12 +49,12 @@ def short(name: str, most: int = 24) -> str:
     return cut.replace("$", r"\$")
 
 
-def draw_scores(groups: Sequence[Group], label: str, *, colours: Sequence[int] | None = None) -> Any:
+def draw_scores(groups: Sequence[Group], label: str) -> Any:
     """Scores in percent, a row per setting, best on top: a point per seed and a bar at the mean."""
     figure = new_figure(WIDTH, 0.9 + 0.34 * len(groups))
     axes = figure.subplots()
     for row, group in enumerate(groups):
-        tint = colour(colours[row] if colours else row)
+        tint = colour(row)
         values = [100 * score for score in group.scores]
         axes.plot(values, [row] * len(values), MARKERS[row % 7] if row < MOST else "o", color=tint, ms=7, alpha=0.75)
         axes.plot([100 * group.score] * 2, [row - 0.3, row + 0.3], color=tint, lw=2.5)

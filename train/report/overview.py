@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from train.errors import UsageError
-from train.page import Html, Section, join, page, paragraph, section
+from train.page import Html, Section, heading, join, page, paragraph, section
 from train.report import charts, check_file, new_figure, save_figure
 from train.report.blocks import Block
 from train.report.records import Run
@@ -34,13 +34,13 @@ def build(runs: Sequence[Run]) -> tuple[str, dict[str, Any]]:
         for block in blocks:
             parts = block.parts()
             if several:
-                inside = [join(Html(f"<h3>{name}</h3>"), body) for name, body in parts]
+                inside = [join(heading(name), body) for name, body in parts]
                 sections.append(section(capital(block.title), paragraph(lead(block)), *inside))
             else:
                 sections += [Section(*part) for part in parts]
         answers = [join(f"{capital(block.title)}: " if several else "", lead(block), by="") for block in blocks]
         title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs: {', '.join(block.title for block in blocks)}"
-        return page(title, Html("<br>".join(answers)), *sections), pictures
+        return page(title, join(*answers, by="<br>"), *sections), pictures
 
 
 def capital(text: str) -> str:

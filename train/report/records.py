@@ -1,6 +1,7 @@
 """Runs of all three kinds as they are read for a page, finished or not, and their grouping by configuration."""
 
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -57,11 +58,11 @@ class Run:
     def class_scores(self) -> list[tuple[str, float]]:
         """(class, test accuracy in [0, 1], or AP for detection); empty where the result has none.
 
-        Names may repeat, and files of runs know only the numbers of classes.
+        Names may repeat, files of runs know only the numbers of classes, and accuracy is nan without test images.
         """
         if (found := self.record.get("test_per_class")) is not None:
             return [(name, scores["ap"]) for name, scores in found.items() if scores["ap"] is not None]
-        values = self.record.get("test_per_class_accuracy", [])
+        values = [math.nan if x is None else x for x in self.record.get("test_per_class_accuracy", [])]
         return list(zip(self.record.get("classes") or map(str, range(len(values))), values, strict=False))
 
     def _rates(self) -> list[tuple[float, float]]:

@@ -41,6 +41,8 @@ def run(config: SearchConfig, preset: str = "custom") -> dict[str, Any]:
     """
     began = time.perf_counter()
     search = open_search(config, preset)
+    with storage_error(search.out), one_at_a_time(search.out):
+        search.study.set_user_attr("starts", [*search.study.user_attrs.get("starts", []), round(time.time(), 1)])
     with storage_error(search.out), helpers(config, preset):
         work(search)
     with storage_error(search.out), one_at_a_time(search.out):
@@ -182,7 +184,10 @@ def run_trial(search: Search, trial: Any, train: Train) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     config = trial_config(search.base, trial.params, out=str(folder))
     reported = {*search.study.get_trials(deepcopy=False)[trial.number].intermediate_values}
-    began = time.perf_counter()
+    before, began = trial.user_attrs.get("seconds", 0.0), time.perf_counter()
+
+    def count_seconds() -> None:
+        trial.set_user_attr("seconds", round(before + time.perf_counter() - began, 1))
 
     def validated(row: dict[str, Any]) -> None:
         number = max(round(row["epoch"] / config.eval_every), 1)
@@ -193,6 +198,7 @@ def run_trial(search: Search, trial: Any, train: Train) -> None:
             if trial.user_attrs.get("lost"):
                 trial.set_user_attr("lost", 0)
             trial.set_user_attr("epochs", row["epoch"])
+            count_seconds()
             stops = trial.should_prune()
         if stops:
             raise _Stopped
@@ -212,8 +218,7 @@ def run_trial(search: Search, trial: Any, train: Train) -> None:
         raise type(error)(f"trial {trial.number} ({values}): {error}") from None
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     with one_at_a_time(search.out):
-        before = trial.user_attrs.get("seconds", 0.0)
-        trial.set_user_attr("seconds", round(before + time.perf_counter() - began, 1))
+        count_seconds()
         trial.set_user_attr("outcome", outcome)
         search.study.tell(trial.number, value, state)
         say(progress_line(search, trial.number))

@@ -7,7 +7,6 @@ was interrupted, and the next process takes it over, in its own run folder.
 import json
 import os
 import sqlite3
-import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from urllib.parse import quote
 
 from train.config import TrainConfig
 from train.errors import RunError, UsageError
+from train.paths import sqlite_url
 from train.spaces import Space
 
 try:
@@ -107,7 +107,8 @@ def open_study(out: Path, settings: dict[str, Any], pruner: Any) -> Any:
                 from sqlalchemy.pool import NullPool  # closes each connection after its use; comes with Optuna
 
                 options = {"connect_args": {"timeout": LOCK_SECONDS}, "poolclass": NullPool}
-                storage = optuna.storages.RDBStorage(f"sqlite:///{out.absolute() / DATABASE}", options)
+                url = sqlite_url(out / DATABASE).replace("{", "{{").replace("}", "}}")  # Optuna takes a template
+                storage = optuna.storages.RDBStorage(url, options)
                 study = optuna.create_study(
                     storage=storage, study_name="search", direction="maximize", load_if_exists=True, pruner=pruner
                 )
@@ -115,7 +116,6 @@ def open_study(out: Path, settings: dict[str, Any], pruner: Any) -> Any:
                 check_settings(out, saved or settings, settings)
                 if saved is None:
                     study.set_user_attr("settings", settings)
-                study.set_user_attr("starts", [*study.user_attrs.get("starts", []), round(time.time(), 1)])
     except OSError as error:
         raise UsageError(f"cannot use the folder {out}: {error.strerror}") from None
     return study

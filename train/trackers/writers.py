@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
-from urllib.parse import quote
 
 import numpy as np
+
+from train.paths import sqlite_url
 
 Row = dict[str, Any]
 PROJECT = "resnet-jax"  # name of W&B's project, and of MLflow's experiment
@@ -159,8 +160,7 @@ class MLflow:
         folder.mkdir(exist_ok=True)
         self.entities = import_module("mlflow.entities")
         logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)  # it reports every table
-        store = f"sqlite:///{quote(str(folder / 'mlflow.db'))}"
-        self.client = import_module("mlflow.tracking").MlflowClient(tracking_uri=store)
+        self.client = import_module("mlflow.tracking").MlflowClient(tracking_uri=sqlite_url(folder / "mlflow.db"))
         if experiment := self.client.get_experiment_by_name(PROJECT):
             number = experiment.experiment_id
         else:

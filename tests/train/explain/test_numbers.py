@@ -3,6 +3,7 @@
 import io
 import math
 import time
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -11,16 +12,16 @@ import pytest
 
 from train.data.sources import Arrays
 from train.errors import UsageError
-from train.explain import embeddings, figures
+from train.explain import dataset, embeddings, figures, pages
 from train.explain.attributions import Attribution
 from train.explain.config import VIEWS as NAMES
-from train.explain.dataset import VIEWS
+from train.explain.dataset import VIEWS, View
 from train.explain.embeddings import neighbours, project
 from train.explain.images import choose, evenly
 from train.explain.landscape import filter_direction, loss_surface
 from train.explain.mistakes import calibration, confusion, worst
 from train.explain.outputs import Outputs, sample
-from train.explain.pages import STEPS, cascade_view
+from train.explain.pages import STEPS, cascade_view, open_out, write_report
 from train.steps import confusion_matrix, most_confused
 
 
@@ -185,6 +186,17 @@ def test_cascade_shows_who_does_not_notice():
     view.drawings["cascade_maps"].savefig(io.BytesIO())
 
 
+def test_interrupted_report_can_be_written_again(tmp_path, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pages, "save_figure", interrupt)
+    out = str(tmp_path / "out")
+    with pytest.raises(KeyboardInterrupt):
+        write_report(open_out(out), {"One": View({"figure": None}, (), {})}, {"run": "run", "command": "python"})
+    assert open_out(out).joinpath("pictures").is_dir()
+
+
 def test_overlay_marks_the_hottest_pixel():
     pytest.importorskip("matplotlib", reason="needs the extra plot")
     image, heat = np.full((4, 4, 1), 128, np.uint8), np.zeros((4, 4), np.float32)
@@ -202,3 +214,30 @@ def test_overlay_marks_the_hottest_pixel():
 
 def test_views_are_the_ones_that_flags_name():
     assert tuple(VIEWS) == NAMES
+
+
+def test_views_draw_from_the_seed(monkeypatch):
+    seeds = []
+
+    def projected(features, method, seed=0):
+        seeds.append(seed)
+        return features
+
+    def surface(*_, key):
+        seeds.append(int(jax.random.key_data(key)[-1]))
+        return np.arange(3), np.ones((3, 3))
+
+    monkeypatch.setattr(dataset, "project", projected)
+    monkeypatch.setattr(dataset, "loss_surface", surface)
+    split = Arrays(images=np.zeros((4, 8, 8, 1), np.uint8), labels=np.zeros(4, np.int32))
+    points = np.random.default_rng(0).normal(size=(4, 2)).astype(np.float32)
+    subject = SimpleNamespace(
+        config=SimpleNamespace(seed=5, batch=1, data=SimpleNamespace(split="test")),
+        trained=SimpleNamespace(model=None, preprocess=None, variables={"params": {}}),
+        dataset=SimpleNamespace(classes=["0"], train=split),
+        split=split,
+        seen=Outputs(points, split.labels, split.labels, np.ones(4)),
+    )
+    for name in ("tsne", "landscape"):
+        VIEWS[name][1](subject, None)
+    assert seeds == [5, 5]

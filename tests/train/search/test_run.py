@@ -1,9 +1,12 @@
 """A search with a stand-in for training: its trials, interruptions, several processes, and what it leaves."""
 
 import dataclasses
+import itertools
 import json
 import math
+import time
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import pytest
 
@@ -87,6 +90,8 @@ def test_search_improves_on_a_bad_start(search, tmp_path):
 
 
 def test_interrupted_search_goes_on_as_if_it_had_not_been(search, tmp_path, monkeypatch):
+    # A second passes from one look at the clock to the next.
+    monkeypatch.setattr(search_run, "time", SimpleNamespace(perf_counter=itertools.count().__next__, time=time.time))
     whole, _ = search(trials=6, stop="none")
     (tmp_path / "s").rename(tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
@@ -99,6 +104,7 @@ def test_interrupted_search_goes_on_as_if_it_had_not_been(search, tmp_path, monk
     assert result["best"]["values"] == whole["best"]["values"] and result["starts"] == 2
     rows = json.loads((tmp_path / "s" / "search.json").read_text())["rows"]
     assert [row["restarts"] for row in rows] == [0, 0, 0, 1, 0, 0]
+    assert rows[3]["seconds"] == rows[2]["seconds"] + 2  # the two validations before the interruption
     search(trials=5, stop="none")  # fewer than are finished: nothing is trained
     assert search.configs == []
 
@@ -136,11 +142,11 @@ def test_two_processes_share_the_trials_and_do_not_overshoot(search, tmp_path, m
             config = dataclasses.replace(search_config.PRESETS["digits"](), out=str(tmp_path / "s"), trials=4, **FIELDS)
             with monkeypatch.context() as patch, pytest.raises(Waits):
                 patch.setattr(search_run.time, "sleep", wait)
-                search_run.work(search_run.open_search(config, "digits"), second)
+                search_run.work(search_run.open_search(config, "digits"), second)  # as a helper does
 
     first = Training(interrupt)
     result, _ = search(first, trials=4)
-    assert [len(first.configs), len(second.configs)] == [1, 3]
+    assert [len(first.configs), len(second.configs)] == [1, 3] and result["starts"] == 1
     assert sum(result["trials"].values()) == 4
 
 

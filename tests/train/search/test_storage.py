@@ -22,12 +22,13 @@ def words(tmp_path):
     return ["digits", "--out", str(tmp_path / "s")]
 
 
-def test_study_keeps_its_settings(tmp_path):
-    open_study(tmp_path / "s", SETTINGS, None)
-    again = open_study(tmp_path / "s", SETTINGS, None)
-    assert len(again.user_attrs["starts"]) == 2
+@pytest.mark.parametrize("name", ["s", "a b", "a%20b", "a#b", "\N{LATIN SMALL LETTER U WITH DIAERESIS}", "a{b}"])
+def test_study_keeps_its_settings(name, tmp_path):
+    open_study(tmp_path / name, SETTINGS, None)
+    assert {path.name for path in (tmp_path / name).iterdir()} == {DATABASE, ".lock"}
+    assert open_study(tmp_path / name, SETTINGS, None).user_attrs["settings"]["stop"] == "none"
     with pytest.raises(UsageError, match=r"different settings \(epochs 4 -> 5\); choose a different --out"):
-        open_study(tmp_path / "s", SETTINGS | {"config": {"epochs": 5, "widths": (8,)}}, None)
+        open_study(tmp_path / name, SETTINGS | {"config": {"epochs": 5, "widths": (8,)}}, None)
 
 
 @pytest.mark.parametrize(
