@@ -4,6 +4,7 @@ Lowering needs no such device. It does not show that a step compiles there, or t
 """
 
 import re
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -22,9 +23,11 @@ from resnet_jax.parallel import compile_step, make_mesh, sum_over
 from resnet_jax.resnet import MODELS, BasicBlock, ResNet
 from tests.reference.nets import CLASSES, Mlp, tiny_state, tiny_tx
 from tests.test_architecture import FILES
+from tests.train.detect.quick_run import CONFIG
 from train.config import AugmentConfig, OptimConfig, TrainConfig
 from train.data import from_arrays
 from train.data.batches import batch_like
+from train.detect.run import run as detect_run
 from train.from_config import compute_dtype, make_kernels
 from train.prune.config import PruneConfig, PruningConfig
 from train.prune.run import run as prune_run
@@ -193,6 +196,14 @@ def test_pruning(case, mode, platform, dataset, weights, tmp_path):
     assert convolutions(step) == 3 * convolutions(evaluation) - 1
     # Masks change in some steps only: see `resnet_jax.mask_schedules`.
     assert ("stablehlo.case" in step) == (case != "one_shot")
+
+
+@everywhere(["faster_rcnn", "retinanet"], faster_rcnn=[JIT_TPU], retinanet=[SHARD_MAP_CUDA])
+def test_detection(case, mode, platform, tmp_path):
+    config = replace(CONFIG, out=str(tmp_path / "run"), mode=mode, kernels="auto", detector=case)
+    step, evaluation = lower_run(detect_run, config, None, platform)
+    assert convolutions(step) > convolutions(evaluation)
+    assert "stablehlo.while" in evaluation  # the rounds of NMS
 
 
 def test_only_the_default_backend_decides():
