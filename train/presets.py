@@ -42,7 +42,7 @@ def cifar10_resnet20() -> TrainConfig:
     """He et al. 2015 (https://arxiv.org/abs/1512.03385), section 4.2: 64,000 updates on 45,000 training images.
 
     Command: python -m train.data prepare cifar10 && python -m train cifar10_resnet20
-    Hardware: any GPU, minutes; some 10 hours on 2 CPU cores. 91.21 % on test with seed 0 (measured); the paper reports
+    Hardware: any GPU, minutes; some 4 hours on 2 CPU cores. 91.21 % on test with seed 0 (measured); the paper reports
     91.25 %. The paper subtracts the mean image and decays all parameters; here the means are per channel, and only
     kernels decay.
     """
