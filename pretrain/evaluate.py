@@ -73,7 +73,8 @@ def evaluate(
         pretraining did so; 300 updates or more. The batch is at most the number of labelled images.
 
     Raises:
-      UsageError: an unknown protocol, a run that is not finished, a set that does not fit the encoder.
+      UsageError: an unknown protocol, a run that is not finished or whose encoder was passed to `run`, a set that does
+        not fit the encoder.
     """
     for protocol in protocols:
         if protocol not in (*FROZEN, *TRAINED):
@@ -86,6 +87,9 @@ def evaluate(
     config, saved = read_config(run, PretrainConfig)
     if not (run / ENCODER).is_file():
         raise UsageError(f"{run} is not finished: it has no {ENCODER}")
+    if "model" in saved.get("replaced", []):
+        way_out = "fine-tune it in a script, train.run.run(TrainConfig(init=...), model=...)"
+        raise UsageError(f"{run} pretrained an encoder that was passed to run() and is not in its config: {way_out}")
     writable = os.access(run, os.W_OK)
     if not writable and set(protocols) & set(TRAINED):
         raise UsageError(f"{run} cannot be written to, and fine-tuning keeps its runs there: copy it first")
@@ -137,7 +141,7 @@ def evaluate(
         settings = "-".join(f"{name}{value:g}" for name, value in tuning.items())
         a = config.augment
         crop = a.resized_crop or min(dataset.image_shape[:2])
-        shared = ("model", "width", "zero_init", "eval_batch", "dtype", "kernels", "cache")
+        shared = ("model", "width", "widths", "zero_init", "eval_batch", "dtype", "kernels", "cache")
         tuned = train_run(
             TrainConfig(
                 **{name: getattr(config, name) for name in shared},

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import shutil
 from dataclasses import replace
 
 import flax.linen as nn
@@ -210,6 +211,40 @@ def test_evaluation_of_a_run_that_only_may_be_read(finished, tfds_dir, capsys, m
 )
 def test_evaluation_refuses(finished, fails, arguments, message):
     assert message in fails(2, evaluate_main, [str(finished[-1]), *arguments])
+
+
+@pytest.fixture
+def edited(finished, tmp_path):
+    """`edited(width=4)` copies the finished run, with these fields in its config and without its evaluations."""
+
+    def copy(replaced=(), **fields):
+        for name in ("encoder.safetensors", "result.json"):
+            shutil.copy(finished[-1] / name, tmp_path)
+        saved = json.loads((finished[-1] / "config.json").read_text())
+        saved["config"] |= fields
+        (tmp_path / "config.json").write_text(json.dumps(saved | {"replaced": replaced}))
+        return tmp_path
+
+    return copy
+
+
+@pytest.fixture
+def trainings(monkeypatch):
+    """The configs that evaluation trains, in order; nothing is trained."""
+    configs, result = [], {"test_accuracy": 0.5}
+    monkeypatch.setattr(evaluate_module, "train_run", lambda config, preset: configs.append(config) or result)
+    return configs
+
+
+def test_evaluation_trains_the_network_that_was_pretrained(edited, trainings):
+    widths = (8, 8, 8, 16, 16, 32, 32)
+    evaluate(edited(width=None, widths=widths), ["finetune_10", "scratch_10"])
+    assert [config.widths for config in trainings] == [widths, widths]
+
+
+def test_evaluation_refuses_an_encoder_that_was_passed_to_run(edited, fails):
+    line = fails(2, evaluate_main, [str(edited(replaced=["model"])), "--protocol", "scratch_10"])
+    assert "pretrained an encoder that was passed to run()" in line
 
 
 def test_evaluation_needs_a_finished_run(tmp_path, finished, fails):
