@@ -262,6 +262,10 @@ def test_report(finished, tmp_path, capsys, fails):
     result = json.loads((out / "result.json").read_text())
     assert random.startswith(f"| random weights | {100 * result['random_knn_accuracy']:.1f} |")
     assert row.startswith(f"| simclr | {100 * result['knn_accuracy']:.1f} (0.0) |") and row.endswith("| 2 |")
+    kept = json.loads((tmp_path / "kept.json").read_text())
+    (tmp_path / "wider.json").write_text(json.dumps(kept | {"config": kept["config"] | {"widths": [16] * 7}}))
+    line = fails(2, report_main, [str(out), str(tmp_path / "wider.json"), "--table"])
+    assert "a table needs runs of the same network on the same set" in line
     (tmp_path / "other.json").write_text('{"history": []}')
     assert "is not a run of pretraining" in fails(2, report_main, [str(tmp_path / "other.json"), "--table"])
     assert "nothing to do" in fails(2, report_main, [str(out)])

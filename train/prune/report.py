@@ -13,7 +13,7 @@ from train.prune.layers import Row, aligned, short
 from train.prune.layers import text as layers_text
 from train.prune.measure import Report, measure
 from train.ranges import check_ranges
-from train.report import check_file, check_picture, collect, new_figure, save_figure
+from train.report import check_comparable, check_file, check_picture, collect, new_figure, save_figure
 from train.run_folder import environment, write_json
 
 Curves = dict[str, dict[float, list[float]]]  # name -> sparsity -> pruned accuracies
@@ -66,6 +66,7 @@ def curve_main(argv: Sequence[str] | None = None) -> None:
     for path, run in zip(args.runs, runs, strict=True):
         if "pruned_accuracy" not in run:
             raise UsageError(f"{path} is not a run of pruning")
+    check_comparable(runs)
     dense, curves = float(np.mean([run["dense_accuracy"] for run in runs])), curves_of(runs)
     print(table(curves, dense))
     if args.picture:
