@@ -85,8 +85,9 @@ def evaluate(
         {"[1, inf)": "batch", "[1, 65536]": "image_size", "(0, 1000000000]": "epochs", "[0, inf)": "lr", SEEDS: "seed"},
     )
     config, saved = read_config(run, PretrainConfig)
-    if not (run / ENCODER).is_file():
-        raise UsageError(f"{run} is not finished: it has no {ENCODER}")
+    # A run that is continued for longer still has the encoder of before, but no result.
+    if missing := [name for name in (ENCODER, "result.json") if not (run / name).is_file()]:
+        raise UsageError(f"{run} is not finished: it has no {missing[0]}")
     if "model" in saved.get("replaced", []):
         way_out = "fine-tune it in a script, train.run.run(TrainConfig(init=...), model=...)"
         raise UsageError(f"{run} pretrained an encoder that was passed to run() and is not in its config: {way_out}")

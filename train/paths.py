@@ -1,11 +1,12 @@
-"""Paths as users write them, and paths in the config of a run that has moved."""
+"""Paths as users write them, paths in the config of a run that has moved, and files that are replaced whole."""
 
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from train.errors import UsageError
+from train.errors import RunError, UsageError
 
 # Prefixes of data sets in a folder or file of the user's own.
 FOLDERS = ("folder:", "coco:", "voc:", "yolo:")
@@ -32,6 +33,22 @@ def local_path(path: str | Path) -> Path:
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror}") from None
     return local
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file atomically: readers see the old file or the new one.
+
+    Raises:
+      RunError: the file cannot be written.
+    """
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink()
+        raise RunError(f"cannot write {path}: {error}") from None
 
 
 def is_folder(text: str) -> bool:

@@ -9,14 +9,14 @@ from typing import Any
 
 import jax
 import numpy as np
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from resnet_jax.torch_weights import canonical, from_torch, same_shape, to_array, to_torch
 from resnet_jax.tree import PyTree, abbreviate, leaves, map_with_path
 from train.config import TrainConfig
 from train.errors import UsageError
 from train.hub import WEIGHTS, download, is_hub_name, read_card, source_path
-from train.paths import local_path
+from train.paths import local_path, replace_file
 from train.prune.sparse_file import is_sparse_file, load_sparse
 from train.run_folder import load_state, pipeline_of, read_config
 from train.runtime import say
@@ -121,9 +121,13 @@ def load_weights(source: str | Path, variables: dict[str, PyTree]) -> dict[str, 
 
 
 def save_encoder(path: Path, variables: dict[str, PyTree], *, flax_names: bool = False) -> None:
-    """Write an encoder's variables as safetensors, by torchvision's names, or by their paths with `flax_names`."""
+    """Write an encoder's variables as safetensors, by torchvision's names, or by their paths with `flax_names`.
+
+    Raises:
+      RunError: the file cannot be written.
+    """
     named = leaves(variables) if flax_names else to_torch(variables)
-    save_file({name: np.asarray(x) for name, x in named.items()}, path)
+    replace_file(path, save({name: np.asarray(x) for name, x in named.items()}))
 
 
 def load_masks(source: str | Path, params: PyTree) -> PyTree | None:

@@ -252,6 +252,8 @@ def test_evaluation_needs_a_finished_run(tmp_path, finished, fails):
     assert "is not finished: it has no encoder.safetensors" in fails(2, evaluate_main, [str(tmp_path)])
     with pytest.raises(UsageError, match="is a run of pretraining that is not finished"):
         load_weights(tmp_path, {})
+    shutil.copy(finished[-1] / "encoder.safetensors", tmp_path)  # as while a finished run is continued for longer
+    assert "is not finished: it has no result.json" in fails(2, evaluate_main, [str(tmp_path)])
 
 
 def test_report(finished, tmp_path, capsys, fails):

@@ -17,10 +17,8 @@ tensors. Equal networks give equal files with the same zlib.
 import hashlib
 import json
 import math
-import os
 import zlib
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,7 +28,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from resnet_jax.tree import PyTree
-from train.errors import RunError, UsageError
+from train.errors import UsageError
+from train.paths import replace_file
 
 NAME = "resnet-jax sparse"
 FORMAT = f"{NAME} 1"
@@ -52,7 +51,7 @@ def save_sparse(
     values: Literal["float32", "int8"] = "float32",
     metadata: Mapping[str, str] = {},
 ) -> None:
-    """Write a pruned network atomically: readers see the old file or the new one.
+    """Write a pruned network atomically, see `replace_file`.
 
     Args:
       variables: {"params": ..., "batch_stats": ...}, nested dicts of float32 arrays.
@@ -70,15 +69,7 @@ def save_sparse(
     tensors = _encode(variables, masks, values)
     head = {"metadata": dict(metadata), "sha256": _digest(metadata, tensors)}
     # safetensors writes several entries in random order (https://github.com/safetensors/safetensors/issues/584).
-    content = save(tensors, {FORMAT: json.dumps(head, sort_keys=True)})
-    temporary = path.with_name(f"{path.name}.tmp")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    except OSError as error:
-        with suppress(OSError):
-            temporary.unlink()
-        raise RunError(f"cannot write {path}: {error}") from None
+    replace_file(path, save(tensors, {FORMAT: json.dumps(head, sort_keys=True)}))
 
 
 def load_sparse(path: Path) -> tuple[dict[str, PyTree], PyTree, dict[str, str]]:
