@@ -79,16 +79,22 @@ def run(
 
 
 def train_dense(config: PruneConfig, session: Session[Any], hooks: Sequence[Hook]) -> None:
-    """Train the dense run, which saves its early weights if pruning will rewind to them."""
+    """Train the dense run, which saves its early weights if pruning will rewind to them.
+
+    Raises:
+      UsageError: what cannot be pruned is refused before the time is spent.
+    """
     if session.finished is not None:
         return
-    check_dates(config, session.epoch_steps)  # before the time is spent
+    p = config.prune
+    check_dates(config, session.epoch_steps)
     pieces = make_pieces(session)
     state = session.place(start_state(session, pieces))
+    start_masks(p, make_target(p, pieces.model, state.params), state.params, None)
     training = Training(session, pieces, state)
     state = session.resume(state)
-    if config.prune.schedule == "iterative" and config.prune.restart == "rewind":
-        hooks = [*hooks, *keep_early_weights(session, state, config.prune.rewind_epochs)]
+    if p.schedule == "iterative" and p.restart == "rewind":
+        hooks = [*hooks, *keep_early_weights(session, state, p.rewind_epochs)]
     state = training.fit(state, hooks)
     session.finish(training.figures(training.selected(state)))
 
