@@ -183,8 +183,10 @@ def widths_of(source: Path) -> tuple[str, tuple[int, ...]]:
 
 
 def classes_of(source: str | Path) -> list[str]:
-    """The classes of a training run or on a model's card, in the order of the head; empty if neither names them."""
+    """The classes of a training run, of a sparse file or on a model's card, in the head's order; empty if unknown."""
     folder = source_path(source)
+    if folder.is_file() and is_sparse_file(folder):
+        return list(json.loads(load_sparse(folder)[2].get("classes", "[]")))
     if not is_run(folder):
         card = read_card(source)
         return list(card.labels) if card else []
