@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from train.errors import UsageError
+from train.hub import source_path
 from train.paths import local_path
 from train.prune.layers import Row, aligned, short
 from train.prune.layers import text as layers_text
@@ -26,7 +27,7 @@ def report_main(argv: Sequence[str] | None = None) -> None:
     about = "Compare a pruned run with the network that it started from."
     parser = argparse.ArgumentParser(prog="python -m train.prune report", description=about)
     parser.add_argument("run", type=local_path, help="a finished run of pruning")
-    parser.add_argument("--before", type=local_path, help="the run that it started from, if that has moved alone")
+    parser.add_argument("--before", type=source_path, help="the run that it started from, if that has moved alone")
     parser.add_argument("--json", type=local_path, help="write the report to this file")
     parser.add_argument("--picture", type=local_path, help="draw it to this file: .png, .svg or .pdf")
     parser.add_argument(

@@ -14,8 +14,8 @@ from resnet_jax.tree import PyTree
 from train.config import TrainConfig
 from train.errors import RunError
 from train.from_config import make_model, make_state
+from train.hub import source_path
 from train.loop import Hook
-from train.paths import local_path
 from train.prune.config import PruneConfig, PruningConfig, check, check_dates, dates, dense_config, retraining
 from train.prune.deliver import SPARSE, deliver
 from train.prune.scoring import Channels, Target, in_step
@@ -63,7 +63,7 @@ def run(
     def opened(config: Any) -> Session[Any]:
         return open_session(config, preset, **own)
 
-    dense = out / DENSE if config.init is None else local_path(config.init)
+    dense = out / DENSE if config.init is None else source_path(config.init)
     if config.freeze:
         say("only the head is trained after pruning (--freeze)")
     elif is_run(dense) and read_config(dense, TrainConfig)[0].freeze:
