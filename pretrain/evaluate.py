@@ -74,7 +74,7 @@ def evaluate(
 
     Raises:
       UsageError: an unknown protocol, a run that is not finished or whose encoder was passed to `run`, a set that does
-        not fit the encoder.
+        not fit the encoder, a damaged evaluation-SET.json.
     """
     for protocol in protocols:
         if protocol not in (*FROZEN, *TRAINED):
@@ -113,7 +113,10 @@ def evaluate(
     source = saved["config"]["data"]["name"]
     kept: dict[str, Any] = {"pretrained_on": source, "dataset": dataset.name, "run": str(run), "figures": {}}
     if path.is_file():
-        kept["figures"] = json.loads(path.read_text())["figures"]
+        try:
+            kept["figures"] = {**json.loads(path.read_text())["figures"]}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UsageError(f"{path} cannot be read ({error!r}): delete it, and evaluate again") from None
     accuracies = {}
 
     def keep(protocol: str, accuracy: float, **how: Any) -> None:
@@ -137,7 +140,8 @@ def evaluate(
         devices = jax.device_count()
         size = max(min(batch, labelled) // devices, 1) * devices
         steps = max(round(epochs * labelled / size), UPDATES)
-        tuning = {"epochs": epochs, "lr": lr, "batch": size, "seed": seed}
+        side = config.data.image_size
+        tuning = {"epochs": epochs, "lr": lr, "batch": size, "seed": seed, **({"image_size": side} if side else {})}
         say(f"{protocol}: {dataset.name}, {labelled:,} labelled images, {steps} updates")
         settings = "-".join(f"{name}{value:g}" for name, value in tuning.items())
         a = config.augment

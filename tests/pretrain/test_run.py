@@ -242,6 +242,21 @@ def test_evaluation_trains_the_network_that_was_pretrained(edited, trainings):
     assert [config.widths for config in trainings] == [widths, widths]
 
 
+def test_evaluation_trains_again_on_images_of_a_different_size(edited, trainings):
+    for side in (None, 8, 9):
+        evaluate(edited(), ["scratch_10"], data=DataConfig(name="digits", image_size=side))
+    assert len({config.out for config in trainings}) == 3
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"figures": 1}'])
+def test_evaluation_refuses_a_damaged_file(edited, trainings, fails, content):
+    run = edited()
+    (run / "evaluation-digits.json").write_text(content)
+    line = fails(2, evaluate_main, [str(run), "--protocol", "scratch_10"])
+    assert "evaluation-digits.json cannot be read" in line and "delete it, and evaluate again" in line
+    assert not trainings
+
+
 def test_evaluation_refuses_an_encoder_that_was_passed_to_run(edited, fails):
     line = fails(2, evaluate_main, [str(edited(replaced=["model"])), "--protocol", "scratch_10"])
     assert "pretrained an encoder that was passed to run()" in line
