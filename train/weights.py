@@ -120,13 +120,17 @@ def load_weights(source: str | Path, variables: dict[str, PyTree]) -> dict[str, 
     return found
 
 
-def save_encoder(path: Path, variables: dict[str, PyTree], *, flax_names: bool = False) -> None:
+def save_encoder(
+    path: Path, variables: dict[str, PyTree], *, flax_names: bool = False, pooled: bool | None = None
+) -> None:
     """Write an encoder's variables as safetensors, by torchvision's names, or by their paths with `flax_names`.
+
+    For `pooled` see `resnet_jax.torch_weights.to_torch`.
 
     Raises:
       RunError: the file cannot be written.
     """
-    named = leaves(variables) if flax_names else to_torch(variables)
+    named = leaves(variables) if flax_names else to_torch(variables, pooled=pooled)
     replace_file(path, save({name: np.asarray(x) for name, x in named.items()}))
 
 

@@ -20,8 +20,9 @@ from pretrain.from_config import init_network, make_network
 from pretrain.objectives import OBJECTIVES
 from pretrain.presets import PRESETS
 from pretrain.report import main as report_main
-from pretrain.run import run
+from pretrain.run import pools_first, run
 from resnet_jax.parallel import make_mesh
+from resnet_jax.resnet import MODELS
 from resnet_jax.tree import leaves
 from tests.pretrain.test_steps import Encoder
 from train import session as session_module
@@ -33,7 +34,7 @@ from train.errors import UsageError
 from train.predict import main as predict_main
 from train.report.__main__ import main as train_report
 from train.run import run as train_run
-from train.weights import load_weights, read_state_dict
+from train.weights import load_weights, read_state_dict, save_encoder
 
 pytestmark = pytest.mark.usefixtures("one_device")
 
@@ -211,6 +212,17 @@ def test_evaluation_of_a_run_that_only_may_be_read(finished, tfds_dir, capsys, m
 )
 def test_evaluation_refuses(finished, fails, arguments, message):
     assert message in fails(2, evaluate_main, [str(finished[-1]), *arguments])
+
+
+@pytest.mark.parametrize(("name", "convolution"), [("resnet50c", 0), ("resnet50d", 1)])
+def test_encoder_has_the_names_of_its_family(name, convolution, tmp_path):
+    """ResNet-C and ResNet-D have the same parameters, but only in the latter a pool comes before the convolution."""
+    encoder = MODELS[name](num_classes=None, width=8).clone(stage_sizes=(1,))
+    shapes = jax.eval_shape(encoder.init, jax.random.key(0), np.zeros((1, 32, 32, 3), np.float32))
+    zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), dict(shapes))
+    save_encoder(tmp_path / "encoder.safetensors", zeros, pooled=pools_first(encoder))
+    tensors = read_state_dict(tmp_path / "encoder.safetensors")
+    assert tensors[f"layer1.0.downsample.{convolution}.weight"].ndim == 4
 
 
 @pytest.fixture
