@@ -73,7 +73,8 @@ def evaluate(
         pretraining did so; 300 updates or more. The batch is at most the number of labelled images.
 
     Raises:
-      UsageError: an unknown protocol, a run that is not finished, a set that does not fit the encoder.
+      UsageError: an unknown protocol, a run that is not finished or whose encoder was passed to `run`, a set that does
+        not fit the encoder, a damaged evaluation-SET.json.
     """
     for protocol in protocols:
         if protocol not in (*FROZEN, *TRAINED):
@@ -84,8 +85,12 @@ def evaluate(
         {"[1, inf)": "batch", "[1, 65536]": "image_size", "(0, 1000000000]": "epochs", "[0, inf)": "lr", SEEDS: "seed"},
     )
     config, saved = read_config(run, PretrainConfig)
-    if not (run / ENCODER).is_file():
-        raise UsageError(f"{run} is not finished: it has no {ENCODER}")
+    # A run that is continued for longer still has the encoder of before, but no result.
+    if missing := [name for name in (ENCODER, "result.json") if not (run / name).is_file()]:
+        raise UsageError(f"{run} is not finished: it has no {missing[0]}")
+    if "model" in saved.get("replaced", []):
+        way_out = "fine-tune it in a script, train.run.run(TrainConfig(init=...), model=...)"
+        raise UsageError(f"{run} pretrained an encoder that was passed to run() and is not in its config: {way_out}")
     writable = os.access(run, os.W_OK)
     if not writable and set(protocols) & set(TRAINED):
         raise UsageError(f"{run} cannot be written to, and fine-tuning keeps its runs there: copy it first")
@@ -108,7 +113,10 @@ def evaluate(
     source = saved["config"]["data"]["name"]
     kept: dict[str, Any] = {"pretrained_on": source, "dataset": dataset.name, "run": str(run), "figures": {}}
     if path.is_file():
-        kept["figures"] = json.loads(path.read_text())["figures"]
+        try:
+            kept["figures"] = {**json.loads(path.read_text())["figures"]}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UsageError(f"{path} cannot be read ({error!r}): delete it, and evaluate again") from None
     accuracies = {}
 
     def keep(protocol: str, accuracy: float, **how: Any) -> None:
@@ -132,12 +140,13 @@ def evaluate(
         devices = jax.device_count()
         size = max(min(batch, labelled) // devices, 1) * devices
         steps = max(round(epochs * labelled / size), UPDATES)
-        tuning = {"epochs": epochs, "lr": lr, "batch": size, "seed": seed}
+        side = config.data.image_size
+        tuning = {"epochs": epochs, "lr": lr, "batch": size, "seed": seed, **({"image_size": side} if side else {})}
         say(f"{protocol}: {dataset.name}, {labelled:,} labelled images, {steps} updates")
         settings = "-".join(f"{name}{value:g}" for name, value in tuning.items())
         a = config.augment
         crop = a.resized_crop or min(dataset.image_shape[:2])
-        shared = ("model", "width", "zero_init", "eval_batch", "dtype", "kernels", "cache")
+        shared = ("model", "width", "widths", "zero_init", "eval_batch", "dtype", "kernels", "cache")
         tuned = train_run(
             TrainConfig(
                 **{name: getattr(config, name) for name in shared},

@@ -12,7 +12,7 @@ import numpy as np
 
 from train.errors import UsageError
 from train.paths import local_path
-from train.report import collect, new_figure, run_name, save_figure
+from train.report import check_comparable, collect, new_figure, run_name, save_figure
 
 Run = dict[str, Any]
 
@@ -58,9 +58,7 @@ def table(runs: Sequence[Run]) -> str:
     Raises:
       UsageError: runs on different sets or of different networks, which cannot be compared in one table.
     """
-    kinds = {(run["dataset"], run["model"], run["config"]["width"]) for run in runs}
-    if len(kinds) > 1:
-        raise UsageError(f"a table needs runs of the same network on the same set, got {sorted(map(str, kinds))}")
+    check_comparable(runs)
 
     def cell(values: Sequence[float], digits: int = 1) -> str:
         spread = f" ({np.std(values, ddof=1):.{digits}f})" if len(values) > 1 else ""

@@ -21,6 +21,7 @@ from pretrain.objectives import Objective
 from pretrain.state import PretrainState, encoder_of, pretrain_digest, probe_logits
 from pretrain.steps import augmented_views, contrastive_step, feature_step, view_step
 from resnet_jax.augment import Augment
+from resnet_jax.layers import PooledProjection
 from resnet_jax.parallel import axis_of
 from resnet_jax.tree import PyTree, count
 from train.data.sets import Dataset
@@ -111,7 +112,8 @@ def run(
     # ---- the end: one look at the test split ----
     variables = state.encoder(target=objective.evaluate_target)
     if session.main:
-        save_encoder(session.out / ENCODER, variables, flax_names=model is not None)
+        pooled = pools_first(network.encoder)
+        save_encoder(session.out / ENCODER, variables, flax_names=model is not None, pooled=pooled)
     rows = read_rows(session.out / "metrics.jsonl") if session.main else []
     last = session.last_validation(state, monitor)
     last = {name: value for name, value in last.items() if not name.startswith("validation_")}
@@ -133,6 +135,11 @@ def run(
             "params_digest": pretrain_digest(state),
         }
     )
+
+
+def pools_first(encoder: nn.Module) -> bool:
+    """Whether the shortcuts pool first, as in ResNet-D; ResNet-C has the same stem and parameters."""
+    return getattr(getattr(encoder, "block", None), "keywords", {}).get("shortcut") is PooledProjection
 
 
 def make_monitor(

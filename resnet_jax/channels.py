@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from resnet_jax.layers import GroupNorm
+from resnet_jax.layers import GroupNorm, StandardizedConv
 from resnet_jax.masks import check_masks, largest, sortable
 from resnet_jax.resnet import PreActBlock, ResNet
 from resnet_jax.tree import PyTree, leaves, map_with_path
@@ -79,11 +79,12 @@ def channel_groups(model: ResNet, params: PyTree) -> tuple[ChannelGroup, ...]:
     The model has blocks from `resnet_jax.resnet` and may be compacted already; `params` may be shapes.
 
     Raises:
-      ValueError: the parameters lack the stem or a block of the model, or its norms are group norms, whose statistics
-        depend on all channels of a group.
+      ValueError: the parameters lack the stem or a block of the model, or the model has group norms or standardised
+        convolutions, whose statistics depend on other channels.
     """
-    if model.norm is GroupNorm:
-        raise ValueError("channels of networks with group norm cannot be removed: prune single weights")
+    for layer, name in ((model.norm, "group norm"), (model.conv, "standardised convolutions")):
+        if getattr(layer, "func", layer) in (GroupNorm, StandardizedConv):
+            raise ValueError(f"channels of networks with {name} cannot be removed: prune single weights")
     # Walk the network from input to output and collect the members of each group by name. `stream` names the groups
     # that make up the current residual stream, from first channel to last; groups in `fixed` cannot be pruned.
     flat = leaves(params)

@@ -64,11 +64,15 @@ def is_hub_name(source: str | Path) -> bool:
 def source_path(source: str | Path) -> Path:
     """Make the path of a source of weights: what is there, else the folder of the model of that name in `ZOO`.
 
+    A name on the hub stays one, which `is_hub_name` knows.
+
     Raises:
       UsageError: see `local_path`; or nothing is there, and the name of a model in `ZOO` is similar.
     """
+    if is_hub_name(source):
+        return Path(source)
     path, name = local_path(source), str(source)
-    if path.exists() or path.name != name or is_hub_name(name):
+    if path.exists() or path.name != name:
         return path
     names = [folder.name for folder in ZOO.iterdir()]
     if name not in names and (hint := suggestion(name, names)):

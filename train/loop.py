@@ -15,7 +15,7 @@ import numpy as np
 
 from train.errors import DivergedError, RunError
 from train.json_text import to_json
-from train.paths import replacing
+from train.paths import replace_file
 from train.state import TrainState
 from train.steps import summarize
 from train.tracing import Trace
@@ -167,8 +167,7 @@ class Progress:
         if path is not None:
             # The steps after the checkpoint that a run resumes from are trained again: drop their rows.
             keep = [row for row in read_rows(path) if row["step"] <= start]
-            with replacing(path) as temporary:
-                temporary.write_text("".join(to_json(row) + "\n" for row in keep))
+            replace_file(path, "".join(to_json(row) + "\n" for row in keep).encode())
             self.file = path.open("a", buffering=1)
         self.terminal = sys.stderr.isatty()
         self.window: list[dict[str, float]] = []

@@ -2,8 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,23 +12,6 @@ from train.errors import RunError, UsageError
 FOLDERS = ("folder:", "coco:", "voc:", "yolo:")
 # Fields of a config that hold a path, or a path after one of these prefixes.
 PATHS = ("init", "prune.masks", "data.name")
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Write a file atomically: what the block writes to the yielded path takes the place of `path` at its end.
-
-    Raises:
-      RunError: it cannot be written; what was there stays.
-    """
-    temporary = path.with_name(f"{path.name}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    except OSError as error:
-        with suppress(OSError):
-            temporary.unlink()
-        raise RunError(f"cannot write {path}: {error}") from None
 
 
 def local_path(path: str | Path) -> Path:
@@ -51,6 +33,22 @@ def local_path(path: str | Path) -> Path:
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror}") from None
     return local
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file atomically: readers see the old file or the new one.
+
+    Raises:
+      RunError: the file cannot be written.
+    """
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink()
+        raise RunError(f"cannot write {path}: {error}") from None
 
 
 def is_folder(text: str) -> bool:

@@ -23,7 +23,7 @@ from train.config import RunConfig, TrainConfig, flat, from_dict, pipeline
 from train.data.sets import ImageSet
 from train.errors import RunError, UsageError
 from train.json_text import to_json
-from train.paths import FOLDERS, PATHS, local_path, located, replacing, same_place
+from train.paths import FOLDERS, PATHS, local_path, located, replace_file, same_place
 from train.runtime import cpu_line
 from train.state import TrainState, single_precision
 from train.steps import confusion_matrix, most_confused
@@ -292,9 +292,8 @@ def check_continues(out: Path, config: RunConfig, replaced: Sequence[str] = (), 
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write JSON, see `replacing`."""
-    with replacing(path) as temporary:
-        temporary.write_text(to_json(content, indent=1) + "\n")
+    """Write JSON atomically, see `replace_file`."""
+    replace_file(path, f"{to_json(content, indent=1)}\n".encode())
 
 
 def write_confusion(out: Path, confusion: np.ndarray, classes: Sequence[str]) -> None:

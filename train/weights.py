@@ -9,14 +9,14 @@ from typing import Any
 
 import jax
 import numpy as np
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from resnet_jax.torch_weights import canonical, from_torch, same_shape, to_array, to_torch
 from resnet_jax.tree import PyTree, abbreviate, leaves, map_with_path
 from train.config import TrainConfig
 from train.errors import UsageError
 from train.hub import WEIGHTS, download, is_hub_name, read_card, source_path
-from train.paths import local_path
+from train.paths import local_path, replace_file
 from train.prune.sparse_file import is_sparse_file, load_sparse
 from train.run_folder import load_state, pipeline_of, read_config
 from train.runtime import say
@@ -120,10 +120,18 @@ def load_weights(source: str | Path, variables: dict[str, PyTree]) -> dict[str, 
     return found
 
 
-def save_encoder(path: Path, variables: dict[str, PyTree], *, flax_names: bool = False) -> None:
-    """Write an encoder's variables as safetensors, by torchvision's names, or by their paths with `flax_names`."""
-    named = leaves(variables) if flax_names else to_torch(variables)
-    save_file({name: np.asarray(x) for name, x in named.items()}, path)
+def save_encoder(
+    path: Path, variables: dict[str, PyTree], *, flax_names: bool = False, pooled: bool | None = None
+) -> None:
+    """Write an encoder's variables as safetensors, by torchvision's names, or by their paths with `flax_names`.
+
+    For `pooled` see `resnet_jax.torch_weights.to_torch`.
+
+    Raises:
+      RunError: the file cannot be written.
+    """
+    named = leaves(variables) if flax_names else to_torch(variables, pooled=pooled)
+    replace_file(path, save({name: np.asarray(x) for name, x in named.items()}))
 
 
 def load_masks(source: str | Path, params: PyTree) -> PyTree | None:
@@ -179,8 +187,10 @@ def widths_of(source: Path) -> tuple[str, tuple[int, ...]]:
 
 
 def classes_of(source: str | Path) -> list[str]:
-    """The classes of a training run or on a model's card, in the order of the head; empty if neither names them."""
+    """The classes of a training run, of a sparse file or on a model's card, in the head's order; empty if unknown."""
     folder = source_path(source)
+    if folder.is_file() and is_sparse_file(folder):
+        return list(json.loads(load_sparse(folder)[2].get("classes", "[]")))
     if not is_run(folder):
         card = read_card(source)
         return list(card.labels) if card else []

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import shutil
 from dataclasses import replace
 
 import flax.linen as nn
@@ -19,8 +20,9 @@ from pretrain.from_config import init_network, make_network
 from pretrain.objectives import OBJECTIVES
 from pretrain.presets import PRESETS
 from pretrain.report import main as report_main
-from pretrain.run import run
+from pretrain.run import pools_first, run
 from resnet_jax.parallel import make_mesh
+from resnet_jax.resnet import MODELS
 from resnet_jax.tree import leaves
 from tests.pretrain.test_steps import Encoder
 from train import session as session_module
@@ -32,7 +34,7 @@ from train.errors import UsageError
 from train.predict import main as predict_main
 from train.report.__main__ import main as train_report
 from train.run import run as train_run
-from train.weights import load_weights, read_state_dict
+from train.weights import load_weights, read_state_dict, save_encoder
 
 pytestmark = pytest.mark.usefixtures("one_device")
 
@@ -212,11 +214,73 @@ def test_evaluation_refuses(finished, fails, arguments, message):
     assert message in fails(2, evaluate_main, [str(finished[-1]), *arguments])
 
 
+@pytest.mark.parametrize(("name", "convolution"), [("resnet50c", 0), ("resnet50d", 1)])
+def test_encoder_has_the_names_of_its_family(name, convolution, tmp_path):
+    """ResNet-C and ResNet-D have the same parameters, but only in the latter a pool comes before the convolution."""
+    encoder = MODELS[name](num_classes=None, width=8).clone(stage_sizes=(1,))
+    shapes = jax.eval_shape(encoder.init, jax.random.key(0), np.zeros((1, 32, 32, 3), np.float32))
+    zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), dict(shapes))
+    save_encoder(tmp_path / "encoder.safetensors", zeros, pooled=pools_first(encoder))
+    tensors = read_state_dict(tmp_path / "encoder.safetensors")
+    assert tensors[f"layer1.0.downsample.{convolution}.weight"].ndim == 4
+
+
+@pytest.fixture
+def edited(finished, tmp_path):
+    """`edited(width=4)` copies the finished run, with these fields in its config and without its evaluations."""
+
+    def copy(replaced=(), **fields):
+        for name in ("encoder.safetensors", "result.json"):
+            shutil.copy(finished[-1] / name, tmp_path)
+        saved = json.loads((finished[-1] / "config.json").read_text())
+        saved["config"] |= fields
+        (tmp_path / "config.json").write_text(json.dumps(saved | {"replaced": replaced}))
+        return tmp_path
+
+    return copy
+
+
+@pytest.fixture
+def trainings(monkeypatch):
+    """The configs that evaluation trains, in order; nothing is trained."""
+    configs, result = [], {"test_accuracy": 0.5}
+    monkeypatch.setattr(evaluate_module, "train_run", lambda config, preset: configs.append(config) or result)
+    return configs
+
+
+def test_evaluation_trains_the_network_that_was_pretrained(edited, trainings):
+    widths = (8, 8, 8, 16, 16, 32, 32)
+    evaluate(edited(width=None, widths=widths), ["finetune_10", "scratch_10"])
+    assert [config.widths for config in trainings] == [widths, widths]
+
+
+def test_evaluation_trains_again_on_images_of_a_different_size(edited, trainings):
+    for side in (None, 8, 9):
+        evaluate(edited(), ["scratch_10"], data=DataConfig(name="digits", image_size=side))
+    assert len({config.out for config in trainings}) == 3
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"figures": 1}'])
+def test_evaluation_refuses_a_damaged_file(edited, trainings, fails, content):
+    run = edited()
+    (run / "evaluation-digits.json").write_text(content)
+    line = fails(2, evaluate_main, [str(run), "--protocol", "scratch_10"])
+    assert "evaluation-digits.json cannot be read" in line and "delete it, and evaluate again" in line
+    assert not trainings
+
+
+def test_evaluation_refuses_an_encoder_that_was_passed_to_run(edited, fails):
+    line = fails(2, evaluate_main, [str(edited(replaced=["model"])), "--protocol", "scratch_10"])
+    assert "pretrained an encoder that was passed to run()" in line
+
+
 def test_evaluation_needs_a_finished_run(tmp_path, finished, fails):
     (tmp_path / "config.json").write_text((finished[-1] / "config.json").read_text())
     assert "is not finished: it has no encoder.safetensors" in fails(2, evaluate_main, [str(tmp_path)])
     with pytest.raises(UsageError, match="is a run of pretraining that is not finished"):
         load_weights(tmp_path, {})
+    shutil.copy(finished[-1] / "encoder.safetensors", tmp_path)  # as while a finished run is continued for longer
+    assert "is not finished: it has no result.json" in fails(2, evaluate_main, [str(tmp_path)])
 
 
 def test_report(finished, tmp_path, capsys, fails):
@@ -227,6 +291,10 @@ def test_report(finished, tmp_path, capsys, fails):
     result = json.loads((out / "result.json").read_text())
     assert random.startswith(f"| random weights | {100 * result['random_knn_accuracy']:.1f} |")
     assert row.startswith(f"| simclr | {100 * result['knn_accuracy']:.1f} (0.0) |") and row.endswith("| 2 |")
+    kept = json.loads((tmp_path / "kept.json").read_text())
+    (tmp_path / "wider.json").write_text(json.dumps(kept | {"config": kept["config"] | {"widths": [16] * 7}}))
+    line = fails(2, report_main, [str(out), str(tmp_path / "wider.json"), "--table"])
+    assert "a table needs runs of the same network on the same set" in line
     (tmp_path / "other.json").write_text('{"history": []}')
     assert "is not a run of pretraining" in fails(2, report_main, [str(tmp_path / "other.json"), "--table"])
     assert "nothing to do" in fails(2, report_main, [str(out)])

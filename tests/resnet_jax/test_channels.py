@@ -11,7 +11,17 @@ import pytest
 
 from resnet_jax import channels
 from resnet_jax.channels import ChannelGroup, Member, channel_groups, channel_masks, channel_scores, compact, widths_of
-from resnet_jax.layers import CifarPreActStem, CifarStem, DeepStem, NormAct, PooledProjection, SqueezeExcite, ZeroPad
+from resnet_jax.layers import (
+    CifarPreActStem,
+    CifarStem,
+    DeepStem,
+    GroupNorm,
+    NormAct,
+    PooledProjection,
+    SqueezeExcite,
+    StandardizedConv,
+    ZeroPad,
+)
 from resnet_jax.masks import apply_masks, no_masks
 from resnet_jax.resnet import MODELS, BasicBlock, Bottleneck, PreActBlock, PreActBottleneck, ResNet
 from resnet_jax.scores import magnitude, norm_scale
@@ -341,7 +351,15 @@ def test_wrong_widths(widths: tuple[int, ...], message: str) -> None:
         shapes_of(model)
 
 
-def test_group_norm_is_refused():
-    model = MODELS["resnet50_gn"](width=16).clone(stage_sizes=(1, 1, 1, 1))
-    with pytest.raises(ValueError, match="group norm cannot be removed: prune single weights"):
-        channel_groups(model, {})
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        ({"norm": GroupNorm}, "group norm"),
+        ({"norm": partial(GroupNorm, groups=16)}, "group norm"),
+        ({"conv": StandardizedConv}, "standardised convolutions"),
+        ({"conv": partial(StandardizedConv, epsilon=1e-5)}, "standardised convolutions"),
+    ],
+)
+def test_statistics_of_other_channels_are_refused(layers: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"{message} cannot be removed: prune single weights"):
+        channel_groups(net(BasicBlock, **layers), {})

@@ -21,6 +21,9 @@ from train.explain.__main__ import main as explain_main
 from train.hub import Card, download, is_hub_name, read_card
 from train.presets import PRESETS
 from train.pretrained import from_pretrained
+from train.prune.config import PruneConfig
+from train.prune.report import report_main
+from train.prune.run import run as prune_run
 from train.run import with_card
 from train.weights import find_weights
 
@@ -75,9 +78,26 @@ def check(source, tiny):
 
 
 def test_two_lines_by_name(cache, tiny):
-    check("hf:someone/tiny", tiny)
+    for name in ("hf:someone/tiny", "hf://someone/tiny"):
+        check(name, tiny)
     assert find_weights(cache) == cache / "model.safetensors"
     assert download("hf:someone/tiny@" + "0" * 40, "config.json") == cache / "config.json"
+
+
+def test_pruning_by_name(cache, tmp_path, monkeypatch):
+    """From a name, and reported against one."""
+
+    def named(*arguments, **options):
+        source = options.get("before") or arguments[1]
+        assert find_weights(source) == cache / "model.safetensors"
+        raise InterruptedError
+
+    monkeypatch.setattr("train.prune.run.train_levels", named)
+    monkeypatch.setattr("train.prune.report.measure", named)
+    with pytest.raises(InterruptedError):
+        prune_run(PruneConfig(init="hf://someone/tiny", out=str(tmp_path / "run")))
+    with pytest.raises(InterruptedError):
+        report_main([str(tmp_path), "--before", "hf://someone/tiny"])
 
 
 @pytest.mark.slow

@@ -123,11 +123,11 @@ def test_history_survives_a_full_disk(tmp_path, monkeypatch):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 2}\n{"step": 4}\n')
 
-    def full(self, text):
+    def full(self, content):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr("pathlib.Path.write_text", full)
+        patched.setattr("pathlib.Path.write_bytes", full)
         with pytest.raises(RunError, match=r"cannot write .*metrics\.jsonl: .*No space left"):
             Progress(path, start=2, steps=6, epoch_steps=2.0, batch=8, every=2)
     assert [row["step"] for row in read_rows(path)] == [2, 4]

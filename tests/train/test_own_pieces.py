@@ -20,6 +20,7 @@ from train.loop import read_rows
 from train.optim import make_optimizer
 from train.predict import load
 from train.prune.config import PruneConfig, PruningConfig
+from train.prune.measure import measure
 from train.prune.run import run as prune_run
 from train.run import run
 from train.run_folder import load_state
@@ -94,6 +95,8 @@ def test_pruned(trained, dataset, tmp_path):
     assert result["pruned_accuracy"] > 0.5
     state = load_state(tmp_path)
     jax.tree.map(np.testing.assert_array_equal, apply_masks(state.params, state.masks), state.params)
+    with pytest.raises(UsageError, match=r"pruned a model that was passed to run\(\)"):
+        measure(tmp_path)
 
 
 class Encoder(nn.Module):

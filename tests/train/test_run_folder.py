@@ -25,9 +25,10 @@ from train.loop import evaluate, read_rows
 from train.paths import local_path, same_place
 from train.predict import load as predict
 from train.prune.config import PruneConfig, of_run
+from train.prune.sparse_file import save_sparse
 from train.report import collect, run_name
 from train.run import run
-from train.run_folder import LOCK, load_state, lock, read_config, settle, unlocked, write_json
+from train.run_folder import LOCK, lock, read_config, settle, unlocked, write_json
 from train.runtime import all_hosts
 
 pytestmark = pytest.mark.usefixtures("one_device")
@@ -101,19 +102,24 @@ def test_resumes_where_its_images_have_moved_in_another_form_of_their_names(phot
     assert "resuming from step 2" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("source", ["run", "file"])
 @pytest.mark.parametrize("other", [CLASSES, CLASSES[::-1]])
-def test_head_of_other_classes_is_not_taken(tmp_path, capsys, other):
+def test_head_of_other_classes_is_not_taken(tmp_path, capsys, other, source):
     """As many of them, in the right shapes."""
     tx = tiny_tx()
+    before = tiny_state(tx)
     config = TrainConfig(init=str(tmp_path))
     write_json(tmp_path / "config.json", {"config": dataclasses.asdict(config), "classes": CLASSES})
     checkpoints = Checkpoints(tmp_path / "checkpoints")
-    checkpoints.save(tiny_state(tx), {})
+    checkpoints.save(before, {})
     checkpoints.close()
-    state = make_state(TrainConfig(seed=5), tiny(), tx, (8, 8, 3), tmp_path, classes=other)
+    file = tmp_path / "sparse.safetensors"
+    save_sparse(file, before.variables, before.masks, metadata={"classes": json.dumps(CLASSES)})
+    given = tmp_path if source == "run" else file
+    state = make_state(TrainConfig(seed=5), tiny(), tx, (8, 8, 3), given, classes=other)
     message = "has other classes (4: apple, pear, plum, ...): the head starts from random weights"
     assert (message in capsys.readouterr().err) == (other != CLASSES)
-    before, after = load_state(tmp_path).params, state.params
+    before, after = before.params, state.params
     np.testing.assert_array_equal(before["stem"]["conv"]["kernel"], after["stem"]["conv"]["kernel"])
     assert np.array_equal(before["head"]["kernel"], after["head"]["kernel"]) == (other == CLASSES)
 

@@ -28,7 +28,7 @@ from train.detect.objects import decode_scaled
 from train.detect.steps import detect_step
 from train.errors import UsageError
 from train.from_config import compute_dtype, make_kernels
-from train.paths import local_path, replacing
+from train.paths import local_path, replace_file
 from train.run_folder import load_state, read_config
 from train.runtime import compiler_options, keep_compiled
 
@@ -134,8 +134,8 @@ def object_finder(
         pixels = read_pixels(path, SHAPE)
         found = detector.detect(pixels).above(least)
         if folder is not None:
-            with replacing(folder / files[path]) as picture:
-                picture.write_bytes(encode(draw_objects(pixels, found, detector.classes, least=least)))
+            picture = encode(draw_objects(pixels, found, detector.classes, least=least))
+            replace_file(folder / files[path], picture)
         return [one._asdict() for one in detector.named(found)]
 
     return lambda chosen: [objects(path) for path in chosen]

@@ -57,11 +57,14 @@ def measure(
       by batch. `layers`: those of `compare`. `latency` and `sensitivity`: None if they were not measured.
 
     Raises:
-      UsageError: `run` is not a finished run of pruning.
+      UsageError: `run` is not a finished run of pruning, or its model was passed to `run`.
     """
     config, saved = read_config(run, PruneConfig)
     if "prune" not in saved["config"]:
         raise UsageError(f"{run} is a run of training, not of pruning: python -m train.prune {run}")
+    if "model" in saved.get("replaced", []):
+        reason = "a report needs a model that its config describes; result.json has the figures"
+        raise UsageError(f"{run} pruned a model that was passed to run(): {reason}")
     result = collect(run)
     kernels, _ = make_kernels(config.kernels)
     model = make_model(config, len(saved["classes"]), None, kernels)

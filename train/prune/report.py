@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 
 from train.errors import UsageError
+from train.hub import source_path
 from train.paths import local_path
 from train.prune.layers import Row, aligned, short
 from train.prune.layers import text as layers_text
 from train.prune.measure import Report, measure
 from train.ranges import check_ranges
-from train.report import check_file, check_picture, collect, new_figure, save_figure
+from train.report import check_comparable, check_file, check_picture, collect, new_figure, save_figure
 from train.run_folder import environment, write_json
 
 Curves = dict[str, dict[float, list[float]]]  # name -> sparsity -> pruned accuracies
@@ -26,7 +27,7 @@ def report_main(argv: Sequence[str] | None = None) -> None:
     about = "Compare a pruned run with the network that it started from."
     parser = argparse.ArgumentParser(prog="python -m train.prune report", description=about)
     parser.add_argument("run", type=local_path, help="a finished run of pruning")
-    parser.add_argument("--before", type=local_path, help="the run that it started from, if that has moved alone")
+    parser.add_argument("--before", type=source_path, help="the run that it started from, if that has moved alone")
     parser.add_argument("--json", type=local_path, help="write the report to this file")
     parser.add_argument("--picture", type=local_path, help="draw it to this file: .png, .svg or .pdf")
     parser.add_argument(
@@ -66,6 +67,7 @@ def curve_main(argv: Sequence[str] | None = None) -> None:
     for path, run in zip(args.runs, runs, strict=True):
         if "pruned_accuracy" not in run:
             raise UsageError(f"{path} is not a run of pruning")
+    check_comparable(runs)
     dense, curves = float(np.mean([run["dense_accuracy"] for run in runs])), curves_of(runs)
     print(table(curves, dense))
     if args.picture:

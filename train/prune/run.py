@@ -14,8 +14,8 @@ from resnet_jax.tree import PyTree
 from train.config import TrainConfig
 from train.errors import RunError
 from train.from_config import make_model, make_state
+from train.hub import source_path
 from train.loop import Hook
-from train.paths import local_path
 from train.prune.config import PruneConfig, PruningConfig, check, check_dates, dates, dense_config, retraining
 from train.prune.deliver import SPARSE, deliver
 from train.prune.scoring import Channels, Target, in_step
@@ -63,7 +63,7 @@ def run(
     def opened(config: Any) -> Session[Any]:
         return open_session(config, preset, **own)
 
-    dense = out / DENSE if config.init is None else local_path(config.init)
+    dense = out / DENSE if config.init is None else source_path(config.init)
     if config.freeze:
         say("only the head is trained after pruning (--freeze)")
     elif is_run(dense) and read_config(dense, TrainConfig)[0].freeze:
@@ -79,16 +79,22 @@ def run(
 
 
 def train_dense(config: PruneConfig, session: Session[Any], hooks: Sequence[Hook]) -> None:
-    """Train the dense run, which saves its early weights if pruning will rewind to them."""
+    """Train the dense run, which saves its early weights if pruning will rewind to them.
+
+    Raises:
+      UsageError: what cannot be pruned is refused before the time is spent.
+    """
     if session.finished is not None:
         return
-    check_dates(config, session.epoch_steps)  # before the time is spent
+    p = config.prune
+    check_dates(config, session.epoch_steps)
     pieces = make_pieces(session)
     state = session.place(start_state(session, pieces))
+    start_masks(p, make_target(p, pieces.model, state.params), state.params, None)
     training = Training(session, pieces, state)
     state = session.resume(state)
-    if config.prune.schedule == "iterative" and config.prune.restart == "rewind":
-        hooks = [*hooks, *keep_early_weights(session, state, config.prune.rewind_epochs)]
+    if p.schedule == "iterative" and p.restart == "rewind":
+        hooks = [*hooks, *keep_early_weights(session, state, p.rewind_epochs)]
     state = training.fit(state, hooks)
     session.finish(training.figures(training.selected(state)))
 

@@ -13,13 +13,14 @@ import jax.numpy as jnp
 from resnet_jax import scores
 from resnet_jax.augment import Augment, preprocess_batch
 from resnet_jax.channels import ChannelGroup, channel_masks, channel_scores, kept_channels
-from resnet_jax.layers import BatchNorm
 from resnet_jax.mask_schedules import MaskFn
 from resnet_jax.masks import Scope, apply_masks, make_masks, sparsity_of
 from resnet_jax.tree import Predicate, PyTree, is_kernel, leaves, map_with_path
 from train.runtime import compiler_options
 from train.state import forward
 from train.steps import Loss
+
+LARGE = 2.0**20
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -165,12 +166,12 @@ def recalibrate(
     """
 
     @partial(jax.jit, compiler_options=compiler_options(getattr(model, "dtype", jnp.float32)))
-    def updated(params: PyTree, stats: PyTree, batch: Any) -> PyTree:
+    def updated(params: PyTree, starts: Sequence[PyTree], batch: Any) -> list[PyTree]:
         images = preprocess_batch(preprocess, batch["image"])
-        return forward(model, {"params": params, "batch_stats": stats}, images, train=True)[1]
+        return [forward(model, {"params": params, "batch_stats": stats}, images, train=True)[1] for stats in starts]
 
-    start, count = jax.tree.map(jnp.zeros_like, stats), 0
+    # What remains of the second start, too large for the images to round it, is the decay of norms of any momentum.
+    found = [jax.tree.map(partial(jnp.full_like, fill_value=start), stats) for start in (0, LARGE)]
     for batch in batches:
-        start, count = updated(params, start, batch), count + 1
-    share = 1 - BatchNorm.keywords["momentum"] ** count
-    return jax.tree.map(lambda x: x / share, start)
+        found = updated(params, found, batch)
+    return jax.tree.map(lambda low, high: low / (1 - (high - low) / LARGE), *found)

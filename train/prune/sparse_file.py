@@ -29,7 +29,7 @@ from safetensors.numpy import save
 
 from resnet_jax.tree import PyTree
 from train.errors import UsageError
-from train.paths import replacing
+from train.paths import replace_file
 
 NAME = "resnet-jax sparse"
 FORMAT = f"{NAME} 1"
@@ -51,7 +51,7 @@ def save_sparse(
     values: Literal["float32", "int8"] = "float32",
     metadata: Mapping[str, str] = {},
 ) -> None:
-    """Write a pruned network, see `replacing`.
+    """Write a pruned network atomically, see `replace_file`.
 
     Args:
       variables: {"params": ..., "batch_stats": ...}, nested dicts of float32 arrays.
@@ -69,9 +69,7 @@ def save_sparse(
     tensors = _encode(variables, masks, values)
     head = {"metadata": dict(metadata), "sha256": _digest(metadata, tensors)}
     # safetensors writes several entries in random order (https://github.com/safetensors/safetensors/issues/584).
-    content = save(tensors, {FORMAT: json.dumps(head, sort_keys=True)})
-    with replacing(path) as temporary:
-        temporary.write_bytes(content)
+    replace_file(path, save(tensors, {FORMAT: json.dumps(head, sort_keys=True)}))
 
 
 def load_sparse(path: Path) -> tuple[dict[str, PyTree], PyTree, dict[str, str]]:

@@ -15,6 +15,7 @@ import numpy as np
 from resnet_jax.channels import channel_groups
 from resnet_jax.losses import LOSSES
 from resnet_jax.masks import apply_masks, check_masks, kernels_except, sparsity_of
+from resnet_jax.resnet import ResNet
 from resnet_jax.tree import PyTree, is_kernel, leaves
 from train.checkpoint import Checkpoints
 from train.data.batches import stream_indices
@@ -60,9 +61,11 @@ def make_target(p: PruningConfig, model: Any, params: PyTree) -> Target:
 
     Raises:
       UsageError: a pattern that matches nothing (the message lists some of the names), or channels that cannot be
-        removed.
+        removed, because the model is not a `ResNet` or none are left.
     """
     channels = p.structure == CHANNELS
+    if channels and not isinstance(model, ResNet):
+        raise UsageError(f"--prune.structure channels needs a ResNet, not {type(model).__name__}: prune single weights")
     try:
         groups = channel_groups(model, params) if channels else ()
     except ValueError as error:
@@ -72,6 +75,8 @@ def make_target(p: PruningConfig, model: Any, params: PyTree) -> Target:
         if pattern not in PruningConfig().exclude and not any(re.search(pattern, name) for name in names):
             raise UsageError(f"--prune.exclude {pattern} matches none of the names {', '.join(names[:3])}, ...")
     names = [name for name in names if not any(re.search(pattern, name) for pattern in p.exclude)]
+    if channels and not names:
+        raise UsageError("no channels to prune: none can be removed, or --prune.exclude matches all of them")
     if channels:
         return Channels(
             groups=[g for g in groups if g.name in names],

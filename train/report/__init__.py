@@ -33,6 +33,18 @@ def collect(run: Path) -> dict[str, Any]:
     return {**result, "config": config, "history": history}
 
 
+def check_comparable(runs: Sequence[dict[str, Any]]) -> None:
+    """Refuse to compare runs on different sets or of different networks in one table.
+
+    Raises:
+      UsageError: the sets, models or widths differ; the message lists them.
+    """
+    # Records of older runs have no `widths`.
+    kinds = {(r["dataset"], r["model"], r["config"]["width"], *r["config"].get("widths", ())) for r in runs}
+    if len(kinds) > 1:
+        raise UsageError(f"a table needs runs of the same network on the same set, got {sorted(map(str, kinds))}")
+
+
 def run_name(path: Path, among: Sequence[Path]) -> str:
     """Name of a run in a picture: its folder or file, with as many parent folders as tell it from the other paths."""
     paths = {Path(os.path.abspath(p)) for p in (path, *among)}

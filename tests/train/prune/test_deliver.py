@@ -40,6 +40,7 @@ from train.predict import load as load_predict
 from train.prune.__main__ import main
 from train.prune.sparse_file import load_sparse, save_sparse
 from train.prune.start import named_masks
+from train.report import collect
 from train.report.__main__ import main as report_main
 from train.run_folder import read_config
 from train.state import init_variables
@@ -325,6 +326,8 @@ def test_curve(pruned, capsys, tmp_path):
 
 def test_report_and_curve_refuse(pruned, dense, fails, tmp_path):
     of_training = "is a run of training, not of pruning"
+    gradual, wider = pruned(*GRADUAL).out, tmp_path / "wider.json"
+    wider.write_text(json.dumps((record := collect(gradual)) | {"config": record["config"] | {"widths": [32] * 5}}))
     for message, *arguments in (
         (of_training, "report", dense),
         (of_training, "report", pruned(*CHANNELS).out / "compact"),
@@ -332,6 +335,7 @@ def test_report_and_curve_refuse(pruned, dense, fails, tmp_path):
         ("--sensitivity must be at least 0 and below 1, got 1.5", "report", dense, "--sensitivity", 1.5),
         (f"{dense} is not a run of pruning", "curve", dense),
         ("holds no finished run", "curve", tmp_path),
+        ("a table needs runs of the same network on the same set, got", "curve", gradual, wider),
     ):
         assert message in fails(2, main, [str(a) for a in arguments])
 

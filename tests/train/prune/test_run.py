@@ -11,6 +11,7 @@ import pytest
 
 from resnet_jax.parallel import make_mesh
 from resnet_jax.tree import is_kernel, leaves
+from tests.reference.nets import Mlp
 from tests.train.prune.runs import (
     ALIKE,
     AT_ONCE,
@@ -352,10 +353,19 @@ def test_masks_are_bits_on_disk(pruned):
 # ---- refusals --------------------------------------------------------------------------------------------------------
 
 
-def test_early_weights_that_come_too_late(fails, tmp_path):
-    late = [*NETWORK, *ALIKE, *SCRATCH, "--prune.schedule", "iterative", "--prune.rewind-epochs", "9"]
-    line = fails(2, main, [*late, "--out", str(tmp_path / "run")])
-    assert line == "error: --prune.rewind-epochs 9 is not before the end of the dense run"
+BEFORE_THE_DENSE_RUN = {
+    "--prune.schedule iterative --prune.rewind-epochs 9": "--prune.rewind-epochs 9 is not before the end of the dense",
+    "--prune.schedule one_shot --prune.exclude stage7": "--prune.exclude stage7 matches none of the names ",
+    "--prune.schedule one_shot --prune.layers stage7=0.5": "--prune.layers stage7 matches no prunable kernel: ",
+    "--prune.schedule one_shot --prune.structure 5x1": "5x1 does not divide ",
+    "--prune.schedule one_shot --prune.masks nowhere": "--prune.masks nowhere: no such run or file",
+}
+
+
+@pytest.mark.parametrize("arguments", BEFORE_THE_DENSE_RUN)
+def test_what_is_refused_before_the_dense_run(arguments, fails, tmp_path):
+    line = fails(2, main, [*NETWORK, *ALIKE, *SCRATCH, *arguments.split(), "--out", str(tmp_path / "run")])
+    assert BEFORE_THE_DENSE_RUN[arguments] in line
     assert not any(path.is_file() for path in (tmp_path / "run").rglob("*"))
 
 
@@ -370,6 +380,10 @@ BAD_FOR_THE_NETWORK = {
 OF_TRAINING = " has no effect on this pruning: the training after pruning is set by --prune.epochs"
 REFUSED = {
     "undivided": (["--prune.structure", "2:4", "--prune.exclude", "head"], BAD_FOR_THE_NETWORK["undivided"][1]),
+    "no channels left": (
+        [*ITERATIVE, "finetune", "--prune.structure", "channels", "--prune.scope", "uniform", "--prune.exclude", "."],
+        "no channels to prune: none can be removed, or --prune.exclude matches all of them",
+    ),
     "rewinding": (
         ["--prune.schedule", "iterative"],
         "rewinding needs the early weights of a run that it trains itself: leave the run out",
@@ -386,6 +400,11 @@ def test_what_does_not_fit_the_network(case):
     shapes = jax.eval_shape(lambda: init_variables(model, jax.random.key(0), (8, 8, 1)))["params"]
     with pytest.raises(UsageError, match=message):
         start_masks(p, make_target(p, model, shapes), shapes, None)
+
+
+def test_channels_of_a_model_that_is_not_a_resnet():
+    with pytest.raises(UsageError, match="channels needs a ResNet, not Mlp: prune single weights"):
+        make_target(PruningConfig(structure="channels"), Mlp(), {})
 
 
 @pytest.mark.parametrize("case", REFUSED)

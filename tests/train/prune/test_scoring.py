@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -194,23 +195,25 @@ def test_synflow_s_network_does_nothing_but_add(variables):
 # ---- statistics ------------------------------------------------------------------------------------------------------
 
 
-def of_each_batch(variables, batches):
+def of_each_batch(model, variables, batches, momentum):
     """Batch statistics, without any memory of running ones: what an update adds to statistics of zero."""
-    zero, momentum = jax.tree.map(jnp.zeros_like, variables["batch_stats"]), BatchNorm.keywords["momentum"]
+    zero = jax.tree.map(jnp.zeros_like, variables["batch_stats"])
     found, given = [], {"params": variables["params"], "batch_stats": zero}
-    update = jax.jit(partial(tiny().apply, train=True, mutable=["batch_stats"]))
+    update = jax.jit(partial(model.apply, train=True, mutable=["batch_stats"]))
     for batch in batches:
         _, new = update(given, normalised(batch))
         found.append({path: np.float64(x) / (1 - momentum) for path, x in leaves(new["batch_stats"]).items()})
     return found
 
 
-def test_statistics_measured_again(variables, batches):
+@pytest.mark.parametrize(("norm", "momentum"), [(BatchNorm, BatchNorm.keywords["momentum"]), (nn.BatchNorm, 0.99)])
+def test_statistics_measured_again(variables, batches, norm, momentum):
     """A mean over batches in which later ones weigh a little more, and nothing of what was remembered."""
+    model = tiny(norm=norm)
     found = leaves(
-        recalibrate(variables["params"], variables["batch_stats"], batches, model=tiny(), preprocess=PREPROCESS)
+        recalibrate(variables["params"], variables["batch_stats"], batches, model=model, preprocess=PREPROCESS)
     )
-    each, momentum = of_each_batch(variables, batches), BatchNorm.keywords["momentum"]
+    each = of_each_batch(model, variables, batches, momentum)
     weights = momentum ** np.arange(3, -1, -1.0)
     for path, x in found.items():
         want = sum(w * stats[path] for w, stats in zip(weights / weights.sum(), each, strict=True))

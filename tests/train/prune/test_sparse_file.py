@@ -22,6 +22,7 @@ from train.errors import RunError, UsageError
 from train.prune import sparse_file
 from train.prune.deliver import dense_file
 from train.prune.sparse_file import FORMAT, is_sparse_file, load_sparse, save_sparse
+from train.weights import save_encoder
 
 SHAPES = st.lists(st.integers(0, 4), max_size=3).map(tuple)
 LEAVES = st.tuples(SHAPES, st.sampled_from(["never", "all", "none", "some"]), st.integers(0, 2**32 - 1))
@@ -206,6 +207,8 @@ def test_what_int8_and_the_format_cannot_hold(tmp_path, network, monkeypatch):
     for path in (tmp_path / "folder", tmp_path / "none" / "net"):
         with pytest.raises(RunError, match="cannot write"):
             save_sparse(path, *network)
+        with pytest.raises(RunError, match="cannot write"):
+            save_encoder(path, network[0], flax_names=True)
     assert [p.name for p in tmp_path.iterdir()] == ["folder"]
 
 
