@@ -39,7 +39,7 @@ from train.json_text import to_json
 from train.paths import local_path
 from train.ranges import check_ranges
 from train.run import run as train_run
-from train.run_folder import environment, read_config, write_json
+from train.run_folder import environment, read_config, read_result, write_json
 from train.runtime import compiler_options, keep_compiled, say
 from train.state import init_variables
 from train.weights import ENCODER, load_weights
@@ -86,8 +86,8 @@ def evaluate(
     )
     config, saved = read_config(run, PretrainConfig)
     # A run that is continued for longer still has the encoder of before, but no result.
-    if missing := [name for name in (ENCODER, "result.json") if not (run / name).is_file()]:
-        raise UsageError(f"{run} is not finished: it has no {missing[0]}")
+    if (result := read_result(run)) is None or not (run / ENCODER).is_file():
+        raise UsageError(f"{run} is not finished: it has no {ENCODER if result else 'result.json'}")
     if "model" in saved.get("replaced", []):
         way_out = "fine-tune it in a script, train.run.run(TrainConfig(init=...), model=...)"
         raise UsageError(f"{run} pretrained an encoder that was passed to run() and is not in its config: {way_out}")
@@ -140,8 +140,11 @@ def evaluate(
         devices = jax.device_count()
         size = max(min(batch, labelled) // devices, 1) * devices
         steps = max(round(epochs * labelled / size), UPDATES)
-        side = config.data.image_size
-        tuning = {"epochs": epochs, "lr": lr, "batch": size, "seed": seed, **({"image_size": side} if side else {})}
+        tuning: dict[str, Any] = {"epochs": epochs, "lr": lr, "batch": size, "seed": seed}
+        if config.data.image_size:
+            tuning["image_size"] = config.data.image_size
+        if way == "finetune":  # a run that has been continued for longer has a different encoder
+            tuning["pretrained_steps"] = result["steps"]
         say(f"{protocol}: {dataset.name}, {labelled:,} labelled images, {steps} updates")
         settings = "-".join(f"{name}{value:g}" for name, value in tuning.items())
         a = config.augment

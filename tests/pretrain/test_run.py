@@ -176,6 +176,7 @@ def test_evaluation_names_its_protocols(finished, tfds_dir, capsys, monkeypatch)
     (folder,) = out.glob("finetune_10-digits-*")
     config = json.loads((folder / "config.json").read_text())["config"]
     assert config["data"]["fraction"] == 0.1 and config["init"].endswith("encoder.safetensors")
+    assert folder.name.endswith(f"-pretrained_steps{result['steps']}")
 
 
 def test_transfer_says_so(finished, tfds_dir, capsys):
@@ -276,7 +277,7 @@ def test_evaluation_refuses_an_encoder_that_was_passed_to_run(edited, fails):
 
 def test_evaluation_needs_a_finished_run(tmp_path, finished, fails):
     (tmp_path / "config.json").write_text((finished[-1] / "config.json").read_text())
-    assert "is not finished: it has no encoder.safetensors" in fails(2, evaluate_main, [str(tmp_path)])
+    assert "is not finished: it has no result.json" in fails(2, evaluate_main, [str(tmp_path)])
     with pytest.raises(UsageError, match="is a run of pretraining that is not finished"):
         load_weights(tmp_path, {})
     shutil.copy(finished[-1] / "encoder.safetensors", tmp_path)  # as while a finished run is continued for longer
