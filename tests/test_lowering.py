@@ -198,7 +198,7 @@ def test_pruning(case, mode, platform, dataset, weights, tmp_path):
     assert ("stablehlo.case" in step) == (case != "one_shot")
 
 
-@everywhere(["faster_rcnn", "retinanet"], faster_rcnn=[JIT_TPU], retinanet=[SHARD_MAP_CUDA])
+@everywhere(["faster_rcnn", "retinanet"], faster_rcnn=[JIT_TPU])
 def test_detection(case, mode, platform, tmp_path):
     config = replace(CONFIG, out=str(tmp_path / "run"), mode=mode, kernels="auto", detector=case)
     step, evaluation = lower_run(detect_run, config, None, platform)

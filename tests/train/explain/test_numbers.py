@@ -217,6 +217,7 @@ def test_views_are_the_ones_that_flags_name():
 
 
 def test_views_draw_from_the_seed(monkeypatch):
+    pytest.importorskip("matplotlib", reason="needs the extra plot")
     seeds = []
 
     def projected(features, method, seed=0):
