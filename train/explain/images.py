@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from resnet_jax.augment import preprocess_batch
-from train.data.decode import Unreadable, any_to_pixels
+from train.data.decode import read_pixels
 from train.data.folder import suffixes
 from train.data.sources import Arrays, Encoded
 from train.errors import UsageError
@@ -36,19 +36,7 @@ def read_images(paths: Sequence[str], shape: tuple[int, int, int], most: int) ->
       UsageError: a file that cannot be read, or a folder without images.
     """
     files = [file for path in paths for file in _files(path, most)]
-    return Images(np.stack([read_image(file, shape) for file in files]), list(map(str, files)), [None] * len(files))
-
-
-def read_image(path: str | Path, shape: tuple[int, int, int]) -> np.ndarray:
-    """Read an image as uint8 of this shape.
-
-    Raises:
-      UsageError: it cannot be read.
-    """
-    try:
-        return any_to_pixels(path, shape)
-    except Unreadable as error:
-        raise UsageError(f"cannot read image {path}: {error}") from None
+    return Images(np.stack([read_pixels(file, shape) for file in files]), list(map(str, files)), [None] * len(files))
 
 
 def _files(path: str, most: int) -> list[Path]:

@@ -81,7 +81,7 @@ def layer_of(network: Network, image: np.ndarray, layer: str | None) -> str:
     """The path of a layer, or of the last map.
 
     Raises:
-      UsageError: there is no such layer (the message lists them), or its output is not a map.
+      UsageError: an unknown layer (the message lists the known ones), or one whose output is not a map.
     """
     try:
         path, output = network.find(layer, jnp.asarray(image))

@@ -9,13 +9,14 @@ import numpy as np
 
 from resnet_jax.explain import Network
 from train.config import DataConfig, RunConfig
+from train.data.decode import read_pixels
 from train.data.sets import Dataset
 from train.data.sources import Arrays, Encoded
 from train.errors import UsageError, suggestion
 from train.explain.attributions import Aim, class_aim, difference_aim, similarity_aim
 from train.explain.config import ExplainConfig
 from train.explain.embeddings import neighbours
-from train.explain.images import Images, choose, read_image, read_images
+from train.explain.images import Images, choose, read_images
 from train.explain.outputs import Outputs, make_outputs, sample
 from train.from_config import load_data
 from train.runtime import say
@@ -110,7 +111,7 @@ class Subject:
             if target == "neighbour":
                 return self._neighbour_aim(seen), encoder
             path = target.removeprefix("image:")
-            others = np.repeat(read_image(path, self.trained.shape)[None], count, axis=0)
+            others = np.repeat(read_pixels(path, self.trained.shape)[None], count, axis=0)
             embeddings = np.repeat(self.outputs_of(others[:1]).features, count, axis=0)
             return similarity_aim(embeddings, [f"similar to {path}"] * count, others), encoder
         network = Network(self.trained.model, variables)

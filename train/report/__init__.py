@@ -46,7 +46,7 @@ def check_comparable(runs: Sequence[dict[str, Any]]) -> None:
 
 
 def run_name(path: Path, among: Sequence[Path]) -> str:
-    """Name of a run in a picture: its folder or file, with as many parent folders as tell it from the other paths."""
+    """Name of a run in a picture: its folder or file, after the parent folders that tell it apart from other paths."""
     paths = {Path(os.path.abspath(p)) for p in (path, *among)}
 
     def shown(path: Path) -> Path:
