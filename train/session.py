@@ -366,7 +366,8 @@ class Session(Generic[Config]):
             )
             self.checkpoints.wait()
             ended = True
-        except Exception as error:
+        except BaseException as error:
+            # This process may continue the run, after Ctrl-C too: leave no thread behind that writes to its folder.
             if jax.process_count() == 1:
                 with suppress(RunError):
                     self.checkpoints.wait()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import time
 
 import flax.linen as nn
 import jax
@@ -13,6 +14,7 @@ from pretrain.run import run as pretrain_run
 from resnet_jax.augment import normalize
 from resnet_jax.masks import apply_masks
 from tests.reference.nets import CLASSES, Mlp, VisionTransformer
+from train.checkpoint import Checkpoints
 from train.config import AugmentConfig, OptimConfig, TrainConfig
 from train.data import from_arrays
 from train.errors import UsageError
@@ -73,14 +75,22 @@ def test_run_again_needs_the_same_pieces(trained, dataset):
         load(out)
 
 
-def test_resumed_it_ends_bit_equal(trained, dataset, tmp_path):
+def test_resumed_it_ends_bit_equal(trained, dataset, tmp_path, monkeypatch):
+    """In the same process, although a slow disk had not finished the last checkpoint when the run was interrupted."""
     model, _, whole = trained
+    write = Checkpoints._write
+
+    def slow_write(checkpoints, *args):
+        time.sleep(0.3)
+        return write(checkpoints, *args)
 
     def stop(state):
         raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Checkpoints, "_write", slow_write)
         run(config(tmp_path, save_steps=7), model=model, dataset=dataset, hooks=[(20, stop)])
+    assert Checkpoints(tmp_path / "checkpoints", writes=False).steps == [7, 14]
     resumed = run(config(tmp_path, save_steps=7), model=model, dataset=dataset)
     assert resumed["params_digest"] == whole["params_digest"]
 
