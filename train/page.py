@@ -1,4 +1,4 @@
-"""Self-contained HTML pages from typed pieces: no file beside them, no script, light and dark, for desk and phone.
+"""Self-contained HTML pages from typed pieces: no files next to them, no script, light and dark, for desk and phone.
 
 Every text is escaped unless it is `Html`, which only this module's functions make. The same pieces give the same bytes.
 """

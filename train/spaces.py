@@ -1,4 +1,4 @@
-"""Typed ranges of hyper-parameters, declared beside the presets (`train.presets.SPACES`) or written as text."""
+"""Typed ranges of hyper-parameters, declared next to the presets (`train.presets.SPACES`) or written as text."""
 
 from collections.abc import Callable, Mapping
 from contextlib import suppress

@@ -201,7 +201,7 @@ def read_state_dict(path: Path) -> dict[str, np.ndarray]:
     """Read a PyTorch weights file as {name: array}; tensors in nested dicts have names like `state_dict.conv1.weight`.
 
     Raises:
-      UsageError: the file is damaged or of another kind, or it needs PyTorch, which is not installed.
+      UsageError: the file is damaged or not a file of weights, or it needs PyTorch, which is not installed.
     """
     if path.suffix.lower() in FOREIGN:
         known = ".safetensors, .pth, .pt, .bin and .ckpt files, run folders and hf:OWNER/NAME"

@@ -31,7 +31,7 @@ RNG = np.random.default_rng(0)
 PROPERTY = settings(max_examples=30, deadline=None, derandomize=True)
 SCOPES = ("global", "uniform", "erk", "lamp")
 
-# Kernels of 2, 3 and 4 axes, in a dict and in a list, among what is no kernel; in the tree's order.
+# Kernels of 2, 3 and 4 axes, in a dict and in a list, among leaves that are not kernels; in the tree's order.
 SHAPES = {"a/kernel": (4, 6), "layers/0/kernel": (2, 4, 3), "layers/1/kernel": (1, 3, 4, 2)}
 
 

@@ -184,7 +184,7 @@ def test_damaged_newest_falls_back_and_says_so(folder, states, capsys, harm):
     said = capsys.readouterr().err
     assert "checkpoint 4 in" in said and "checkpoint 3 in" in said and "older checkpoint 2" in said
     assert len(said.splitlines()) == 3
-    # The run goes on from there and saves those steps anew.
+    # The run goes on from there and saves those steps again.
     checkpoints.save(states[2], {"position": 48})
     checkpoints.wait()
     assert checkpoints.steps == [2, 3]

@@ -111,8 +111,8 @@ def explain_images(
     """Yield (method, its heat maps and scores) of normalised images [N, H, W, C], `batch` of them at a time.
 
     Scores are `deletion` and `insertion` (areas under the curves), `road` (`Road.combined`), `infidelity`, and
-    `randomization`: the rank correlation with the map of the same network with random weights. The cascade has only
-    this network unless it is of `every_layer`. Integrated gradients also have their `completeness_error`.
+    `randomization`: the rank correlation with the map of the same network with random weights. Without
+    `every_layer` the cascade has only this network. Integrated gradients also have their `completeness_error`.
     """
     count, options = len(images), compiler_options(dtype)
     batch = min(batch, count)

@@ -173,7 +173,7 @@ def latency(
 
 def _runner(model: nn.Module, variables: PyTree, images: jax.Array, plain: bool) -> Callable[[], Any]:
     """Make a compiled forward pass, ready to call."""
-    # Variables are constants, as in train.predict, so XLA can fold what depends only on them.
+    # Variables are constants, as in a deployed program, so XLA can fold what depends only on them.
     options = compiler_options(model.dtype, plain=plain)
     forward = jax.jit(lambda x: model.apply(variables, x, train=False), compiler_options=options)
     return lambda: forward(images)

@@ -44,7 +44,7 @@ def colour(index: int) -> str:
 
 
 def short(name: str, most: int = 24) -> str:
-    """Shorten a name in the middle; dollar signs are no formulas."""
+    """Shorten a name in the middle, and escape dollar signs, which would start a formula."""
     cut = name if len(name) <= most else f"{name[: most // 2]}\N{HORIZONTAL ELLIPSIS}{name[-(most // 2 - 1) :]}"
     return cut.replace("$", r"\$")
 

@@ -1,4 +1,4 @@
-"""Runs of all three kinds as they are read for a page, finished or not, and their grouping by configuration."""
+"""Runs of every pipeline as they are read for a page, finished or not, and their grouping by configuration."""
 
 import json
 import math

@@ -503,7 +503,7 @@ def test_held_out_splits(splits, want, tmp_path):
 
 @pytest.mark.parametrize(("memory_limit", "broken"), [(0, "refuse"), (1 << 20, "skip")])
 def test_label_out_of_range(memory_limit, broken, tmp_path):
-    """A wrong label is no broken image: never skipped."""
+    """A wrong label is not a broken image, and is never skipped."""
     make_set(tmp_path, "wrong", {"train": [*pictures(10), *pictures(1, label=-1)], "test": pictures(3)})
     with pytest.raises(UsageError, match=r"label -1 of image \d+ of wrong train is out of range"):
         data = load("wrong", dir=tmp_path, memory_limit=memory_limit, broken=broken)

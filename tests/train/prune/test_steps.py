@@ -203,7 +203,7 @@ def test_pruned_weights_are_zero_after_every_step(name, batch):
             (old | ~new).all() for old, new in zip(*map(jax.tree.leaves, (before.masks, after.masks)), strict=True)
         )
         assert figures["sparsity"] == pytest.approx(pruned(after.masks) / size, abs=1e-6)
-        # All others moved: the step is no empty one.
+        # All others moved: the step does train.
         for path, mask in arrays(after.masks).items():
             if mask.ndim:
                 moved = arrays(before.params)[path] != arrays(after.params)[path]
