@@ -149,7 +149,7 @@ def random_resized_crop(
 
     def augment(key: Key, image: Image) -> Image:
         rows, columns = image.shape[:2]
-        height, width = min(rows, round(columns / ratio[0])), min(columns, round(rows * ratio[1]))
+        height, width = min(rows, max(round(columns / ratio[0]), 1)), min(columns, max(round(rows * ratio[1]), 1))
         central = height, width, (rows - height) // 2, (columns - width) // 2
         box, fits = _random_box(key, rows, columns, scale, ratio)
         box = [jnp.where(fits, value, fallback) for value, fallback in zip(box, central, strict=True)]

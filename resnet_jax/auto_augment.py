@@ -34,7 +34,7 @@ def trivial_augment() -> Augment:
 
     def augment(key: Key, image: Image) -> Image:
         level_key, key = jax.random.split(key)
-        level = jax.random.randint(level_key, (), 0, BINS) / (BINS - 1)
+        level = jax.random.randint(level_key, (), 0, BINS).astype(jnp.float32) / (BINS - 1)
         return _random_op(key, image, _WIDE, level)
 
     return augment
@@ -44,7 +44,12 @@ def rand_augment(num_ops: int = 2, magnitude: int = 9) -> Augment:
     """Apply `num_ops` of 14 operations, drawn uniformly, at strength `magnitude` in [0, 31) (RandAugment).
 
     https://arxiv.org/abs/1909.13719, with torchvision's ranges. C is 1 or 3. The rest is as in `trivial_augment`.
+
+    Raises:
+      ValueError: the magnitude is out of range.
     """
+    if not 0 <= magnitude < BINS:
+        raise ValueError(f"the magnitude must be in [0, {BINS}), not {magnitude}")
 
     def augment(key: Key, image: Image) -> Image:
         rows, columns = image.shape[:2]

@@ -72,7 +72,8 @@ def info_nce(
     """Return InfoNCE in nats, float32 [B]: classify the key [B, D] of each query [B, D] by cosine / `temperature`.
 
     The negatives are the other keys of the whole batch, as in MoCo v3 (https://arxiv.org/abs/2104.02057), or
-    `negatives` [K, D] alone if given, as in MoCo (https://arxiv.org/abs/1911.05722). See `contrast` for `block`.
+    `negatives` [K, D], at least one, alone if given, as in MoCo (https://arxiv.org/abs/1911.05722). See `contrast` for
+    `block`.
     """
     queries, keys = unit(queries), unit(keys)
     if negatives is None:
@@ -207,8 +208,8 @@ def sinkhorn(
 ) -> jax.Array:
     """Assign examples softly to prototypes so that all are used equally: https://arxiv.org/abs/2006.09882.
 
-    Takes scores [B, K], which are divided by `epsilon`, and returns float32 [B, K] with rows that sum to 1. No gradient
-    flows through it.
+    Takes scores [B, K], which are divided by `epsilon`, and returns float32 [B, K] with rows that sum to 1, after at
+    least one of the `iterations`. No gradient flows through it.
     """
     scores = jax.lax.stop_gradient(scores).astype(jnp.float32) / epsilon
     # In log space: exp(score / 0.05) underflows.

@@ -22,5 +22,10 @@ def example_index(count: int, axis_name: str | None = None) -> jax.Array:
 
 
 def example_keys(key: Key, index: jax.Array) -> Key:
-    """Return one key per global example index, [B]; keys are the same on one device or many."""
+    """Return one key per global example index, [B]; keys are the same on one device or many.
+
+    They are of JAX's default implementation: `vmap` over `rbg` keys draws all numbers by the first key alone.
+    """
+    if str(jax.random.key_impl(key)) in ("rbg", "unsafe_rbg"):  # two threefry keys, of which one is enough
+        key = jax.random.wrap_key_data(jax.random.key_data(key)[:2], impl="threefry2x32")
     return jax.vmap(lambda i: jax.random.fold_in(key, i))(index)

@@ -223,8 +223,8 @@ class ZeroPad(Projection):
 class SqueezeExcite(nn.Module):
     """Scale channels by a gate computed from their means, [B, H, W, C]: https://arxiv.org/abs/1709.01507.
 
-    The gate has `C // reduction` hidden units, or those of the parameters that it is applied with: published weights
-    do not agree on their number where C is small.
+    The gate has `C // reduction` hidden units, at least one, or those of the parameters that it is applied with:
+    published weights do not agree on their number where C is small.
     """
 
     reduction: int = 16
@@ -234,7 +234,7 @@ class SqueezeExcite(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         channels = x.shape[-1]
         gate = x.mean((1, 2), dtype=jnp.float32).astype(self.dtype)
-        units = channels // self.reduction
+        units = max(channels // self.reduction, 1)
         if self.has_variable("params", "fc1"):
             units = self.get_variable("params", "fc1")["kernel"].shape[1]
         gate = nn.relu(nn.Dense(units, dtype=self.dtype, name="fc1")(gate))

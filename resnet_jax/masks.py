@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from resnet_jax.parallel import vary_like
 from resnet_jax.tree import Predicate, PyTree, abbreviate, is_kernel, leaves, map_with_path
 
 Scope = Literal["global", "uniform", "erk", "lamp"]
@@ -159,7 +160,7 @@ def erk_shares(shapes: Sequence[Sequence[int]], sparsity: Share) -> jax.Array:
         return jnp.where(dense, 1.0, raw * (target - jnp.where(dense, sizes, 0).sum()) / jnp.maximum(rest, 1e-9))
 
     # Clamp layers whose density exceeds 1 and redistribute; this converges in at most L rounds.
-    start = jnp.zeros(len(shapes), bool)
+    start = vary_like(jnp.zeros(len(shapes), bool), sparsity)
     dense = jax.lax.fori_loop(0, len(shapes), lambda _, dense: dense | (density(dense) > 1), start)
     return 1 - density(dense)
 
@@ -192,7 +193,8 @@ def largest(keys: Sequence[jax.Array], counts: jax.Array, group: Sequence[int]) 
             higher = value | (jnp.uint32(1) << (jnp.uint32(31) - i.astype(jnp.uint32)))
             return jnp.where(condition(higher), higher, value)
 
-        return jax.lax.fori_loop(0, 32, bit, jnp.zeros(len(counts), jnp.uint32))
+        zeros = vary_like(jnp.zeros(len(counts), jnp.uint32), (*keys, counts))
+        return jax.lax.fori_loop(0, 32, bit, zeros)
 
     # Everything above the threshold is kept; ties at the threshold fill the remaining places.
     threshold = largest_value(lambda t: group_counts([k >= t[g] for k, g in zip(keys, group, strict=True)]) >= counts)

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from resnet_jax.keys import Key
+from resnet_jax.parallel import vary_like
 from resnet_jax.tree import PyTree, count, map_with_path
 
 Batch = Any
@@ -35,7 +36,8 @@ def magnitude(params: PyTree) -> PyTree:
 def random(params: PyTree, *, key: Key) -> PyTree:
     """Score uniformly at random in [0, 1), a baseline for all other scores; leaf i draws from `fold_in(key, i)`."""
     leaves, structure = jax.tree.flatten(params)
-    draws = [jax.random.uniform(jax.random.fold_in(key, i), jnp.shape(leaf)) for i, leaf in enumerate(leaves)]
+    keys = (jax.random.fold_in(key, i) for i in range(len(leaves)))
+    draws = [jax.random.uniform(k, jnp.shape(x), jnp.float32) for k, x in zip(keys, leaves, strict=True)]
     return jax.tree.unflatten(structure, draws)
 
 
@@ -142,7 +144,7 @@ def _fisher(params: PyTree, batch: Batch, loss: Loss) -> PyTree:
     block = next(n for n in range(limit, 0, -1) if size % n == 0)
     blocks = jax.tree.map(lambda x: x.reshape(size // block, block, *x.shape[1:]), batch)
     # Sum inside a scan: `lax.map` would return, and so hold, the scores of all examples.
-    zeros = jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), params)
+    zeros = vary_like(jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), params), (params, batch))
     total, _ = jax.lax.scan(add, zeros, blocks)
     return jax.tree.map(lambda t: t / size, total)
 
@@ -173,7 +175,11 @@ def _mean(f: Callable[..., PyTree], params: PyTree, loss: Loss, batches: Iterabl
 
 
 def _finite(scores: PyTree, name: str, cause: str) -> PyTree:
-    """Return the scores unchanged if all are finite: a NaN would be ranked like a number, which makes masks random."""
-    if not jax.tree.all(jax.tree.map(lambda s: jnp.isfinite(s).all(), scores)):
+    """Return the scores unchanged if all are finite: a NaN would be ranked like a number, which makes masks random.
+
+    Traced scores cannot be checked.
+    """
+    finite = jnp.stack([jnp.isfinite(s).all() for s in jax.tree.leaves(scores)]).all()
+    if not isinstance(finite, jax.core.Tracer) and not finite:
         raise ValueError(f"{name}: scores are not finite: {cause}")
     return scores

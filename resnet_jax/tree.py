@@ -53,8 +53,11 @@ def count(tree: PyTree) -> int:
 
 
 def ema(average: PyTree, new: PyTree, decay: jax.Array | float) -> PyTree:
-    """Update an exponential moving average: `decay * average + (1 - decay) * new`, with `decay` in [0, 1]."""
-    return jax.tree.map(lambda a, b: decay * a + (1 - decay) * b, average, new)
+    """Update an exponential moving average: `decay * average + (1 - decay) * new`, with `decay` in [0, 1].
+
+    Leaves keep the dtype of `average`.
+    """
+    return jax.tree.map(lambda a, b: (decay * a + (1 - decay) * b).astype(a.dtype), average, new)
 
 
 def global_norm(tree: PyTree) -> jax.Array:

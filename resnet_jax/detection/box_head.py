@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from resnet_jax.detection.boxes import clip, decode, encode, iou
 from resnet_jax.detection.losses import smooth_l1
-from resnet_jax.detection.matching import match, sample
+from resnet_jax.detection.matching import match, matched_rows, sample
 from resnet_jax.detection.rpn import Proposals, Sums
 from resnet_jax.detection.suppression import nms
 from resnet_jax.keys import Key
@@ -110,8 +110,8 @@ def sample_regions(proposals: Proposals, truth: jax.Array, labels: jax.Array, ke
     positive, negative = sample(key, valid & (matched >= 0), valid & (matched < 0), rules.samples, rules.fraction)
     drawn = positive | negative
     _, rows = jax.lax.top_k(drawn.astype(jnp.float32), min(rules.samples, len(boxes)))
-    label = jnp.where(positive, labels[matched.clip(0)], -1)
-    return Regions(boxes[rows], label[rows], truth[matched.clip(0)][rows], drawn[rows])
+    label = jnp.where(positive, matched_rows(labels, matched), -1)
+    return Regions(boxes[rows], label[rows], matched_rows(truth, matched)[rows], drawn[rows])
 
 
 def region_loss(logits: jax.Array, deltas: jax.Array, regions: Regions, *, rules: BoxRules) -> Sums:

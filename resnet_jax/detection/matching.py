@@ -35,6 +35,12 @@ def match(overlaps: jax.Array, valid: jax.Array, high: float, low: float, *, low
     return matches
 
 
+def matched_rows(x: jax.Array, matched: jax.Array) -> jax.Array:
+    """Return the row of x [G, ...], of truths, that each box has by `match`, [A, ...]; any row where it has none."""
+    none = jnp.zeros((1, *x.shape[1:]), x.dtype)  # there may be no truths
+    return jnp.concatenate([x, none])[matched.clip(0)]
+
+
 def sample(
     key: jax.Array, positive: jax.Array, negative: jax.Array, count: int, fraction: float
 ) -> tuple[jax.Array, jax.Array]:

@@ -26,7 +26,8 @@ def roi_align(
     Each of the size * size bins of a box is the mean of sampling * sampling bilinear samples. As in torchvision,
     samples more than one cell outside the map are 0, and those nearer snap to its border.
 
-    The result is differentiable with respect to the features; its gradient with respect to the boxes is 0.
+    The result has reverse-mode derivatives of any order with respect to the features, and none in forward mode; its
+    gradient with respect to the boxes is 0.
 
     Args:
       boxes: in pixels of the image.
@@ -108,8 +109,8 @@ def _pool(
     rows, row_weights = _samples(boxes[:, 1], boxes[:, 3], heights, size, sampling, aligned)
     columns, column_weights = _samples(boxes[:, 0], boxes[:, 2], widths, size, sampling, aligned)
 
-    # A bin is a sum of (2 * sampling) ** 2 cells times weights: products of a row's and a column's.
-    terms = (-1, len(boxes), size, size)
+    # A bin is a sum of cells times weights: products of a row's and a column's.
+    terms = ((2 * sampling) ** 2, len(boxes), size, size)
     first = jnp.asarray(starts)[levels][None, None, :, None, None]
     row_length = jnp.asarray(shapes[:, 1])[levels]
     index = first + (rows * row_length[None, :, None])[:, None, :, :, None] + columns[None, :, :, None, :]

@@ -15,7 +15,7 @@ from resnet_jax.detection.box_head import Detections, best_detections
 from resnet_jax.detection.boxes import clip, decode, encode, iou
 from resnet_jax.detection.detector import Detector, Losses, true_size
 from resnet_jax.detection.losses import focal, smooth_l1
-from resnet_jax.detection.matching import NEITHER, match
+from resnet_jax.detection.matching import NEITHER, match, matched_rows
 from resnet_jax.detection.pyramid import BiasedConv, FeaturePyramid
 from resnet_jax.detection.rpn import normal_init
 from resnet_jax.keys import Key
@@ -144,9 +144,9 @@ def dense_loss(
     overlaps = iou(truth, anchors) * present[None]
     matched = match(overlaps, labels >= 0, rules.high, rules.low, low_quality=True)
     positive = present & (matched >= 0)
-    label = jnp.where(positive, labels[matched.clip(0)], -1)
+    label = jnp.where(positive, matched_rows(labels, matched), -1)
     classes = focal(logits, jax.nn.one_hot(label, logits.shape[-1])).sum(1)
-    errors = smooth_l1(deltas - encode(truth[matched.clip(0)], anchors), rules.beta).sum(1)
+    errors = smooth_l1(deltas - encode(matched_rows(truth, matched), anchors), rules.beta).sum(1)
     count = jnp.maximum(positive.sum(), 1)
     counted = present & (matched != NEITHER)
     return jnp.where(counted, classes, 0).sum() / count, jnp.where(positive, errors, 0).sum() / count

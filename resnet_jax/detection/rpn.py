@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from resnet_jax import layers
 from resnet_jax.detection.boxes import clip, decode, encode, iou
 from resnet_jax.detection.losses import binary_cross_entropy, smooth_l1
-from resnet_jax.detection.matching import match, sample
+from resnet_jax.detection.matching import match, matched_rows, sample
 from resnet_jax.detection.pyramid import BiasedConv
 from resnet_jax.detection.suppression import nms
 from resnet_jax.keys import Key
@@ -133,7 +133,7 @@ def proposal_loss(
     overlaps = iou(truth, anchors) * present[None]
     matched = match(overlaps, exists, rules.high, rules.low, low_quality=True)
     positive, negative = sample(key, present & (matched >= 0), present & (matched == -1), rules.samples, rules.fraction)
-    targets = encode(truth[matched.clip(0)], anchors)
+    targets = encode(matched_rows(truth, matched), anchors)
     errors = smooth_l1(deltas - targets, rules.beta).sum(1)
     objectness = binary_cross_entropy(logits, positive.astype(jnp.float32))
     drawn = positive | negative

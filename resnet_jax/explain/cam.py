@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from resnet_jax.explain.maps import rescale, upsample
 from resnet_jax.explain.network import Network
 from resnet_jax.explain.targets import Target
+from resnet_jax.parallel import vary_like
 
 
 def grad_cam(network: Network, images: jax.Array, target: Target, layer: str | None = None) -> jax.Array:
@@ -108,5 +109,7 @@ def _map_and_gradient(
         outputs, maps = network.forward(images, path, tap)
         return target(outputs).sum(), maps.astype(jnp.float32)
 
-    gradients, maps = jax.grad(score, has_aux=True)(jnp.zeros(shape.shape))
+    # A tap that did not vary over shards would receive the sum of their gradients.
+    tap = vary_like(jnp.zeros(shape.shape), (images, network.variables))
+    gradients, maps = jax.grad(score, has_aux=True)(tap)
     return maps, gradients

@@ -59,7 +59,7 @@ def rank_correlation(a: jax.Array, b: jax.Array) -> jax.Array:
         """Ranks whose mean is 0; equal values share the mean of theirs."""
         ordered = jnp.sort(values)
         first, last = (jnp.searchsorted(ordered, values, side=side) for side in ("left", "right"))
-        return (first + last - values.size) / 2.0
+        return (first + last - values.size).astype(jnp.float32) / 2
 
     x, y = (jax.vmap(ranks)(maps.reshape(len(maps), -1)) for maps in (a, b))
     return (x * y).sum(1) * jax.lax.rsqrt(jnp.maximum(jnp.square(x).sum(1) * jnp.square(y).sum(1), 1e-6))
@@ -69,7 +69,12 @@ def ssim(a: jax.Array, b: jax.Array, *, window: int = 7) -> jax.Array:
     """Return the structural similarity of maps in [0, 1], [B, H, W] to [B], https://doi.org/10.1109/TIP.2003.819861.
 
     Means are over squares of `window` pixels inside the maps, as in scikit-image.
+
+    Raises:
+      ValueError: the maps are smaller than a window.
     """
+    if min(a.shape[1:]) < window:
+        raise ValueError(f"maps of shape {a.shape[1:]} are smaller than a window of {window} pixels")
 
     def local(x: jax.Array) -> jax.Array:
         sums = jax.lax.reduce_window(x, 0.0, jax.lax.add, (1, window, window), (1, 1, 1), "VALID")

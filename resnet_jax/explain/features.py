@@ -80,7 +80,7 @@ def visualize(
         return (spectrum - rate * first / (1 - 0.9**count) / size, first, second), None
 
     key_start, key_shift = jax.random.split(key)
-    start = 0.01 * jax.random.normal(key_start, (2, batch, *frequency.shape, channels))
+    start = 0.01 * jax.random.normal(key_start, (2, batch, *frequency.shape, channels), jnp.float32)
     shifts = jax.random.randint(key_shift, (steps, 2), -jitter, jitter + 1)
     counts = jnp.arange(1, steps + 1, dtype=jnp.float32)
     (spectrum, *_), _ = jax.lax.scan(step, (start, jnp.zeros_like(start), jnp.zeros_like(start)), (counts, shifts))

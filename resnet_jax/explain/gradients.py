@@ -115,16 +115,16 @@ def _guide(program: Any) -> Any:
         return program if all(a is b for a, b in zip(parts, program, strict=True)) else parts
     if not isinstance(program, core.Jaxpr):
         return program
-    equations = [_guide_equation(equation) for equation in program.eqns]
+    zeros = _zeros(program)
+    equations = [_guide_equation(equation, zeros) for equation in program.eqns]
     same = all(a is b for a, b in zip(equations, program.eqns, strict=True))
     return program if same else program.replace(eqns=equations)
 
 
-def _guide_equation(equation: core.JaxprEqn) -> core.JaxprEqn:
-    if _is_relu(equation):
-        (x,) = (x for x in equation.invars if not isinstance(x, core.Literal))
-        shape: Any = x.aval
-        rule = jax.make_jaxpr(_guided_relu)(jax.ShapeDtypeStruct(shape.shape, shape.dtype))
+def _guide_equation(equation: core.JaxprEqn, zeros: set[core.Var]) -> core.JaxprEqn:
+    if _is_relu(equation, zeros):
+        (x,) = (x for x in equation.invars if not _is_zero(x, zeros))
+        rule = jax.make_jaxpr(_guided_relu)(x.aval)
         return rule.eqns[0].replace(invars=[x], outvars=equation.outvars)
     if equation.primitive.name.startswith("custom_"):
         return equation  # it has a derivative rule of its own
@@ -133,11 +133,27 @@ def _guide_equation(equation: core.JaxprEqn) -> core.JaxprEqn:
     return equation if same else equation.replace(params=parameters)
 
 
-def _is_relu(equation: core.JaxprEqn) -> bool:
+def _is_relu(equation: core.JaxprEqn, zeros: set[core.Var]) -> bool:
     """Whether it is the maximum of something and 0, or a call of only that, as `jax.nn.relu` is."""
     if equation.primitive.name == "max":
-        zeros = [isinstance(x, core.Literal) and bool(np.all(x.val == 0)) for x in equation.invars]
-        return sum(zeros) == 1
+        return sum(_is_zero(x, zeros) for x in equation.invars) == 1
     name = {"jit": "jaxpr", "pjit": "jaxpr", "custom_jvp_call": "call_jaxpr"}.get(equation.primitive.name, "")
     inner = equation.params.get(name)
-    return inner is not None and len(inner.eqns) == 1 and _is_relu(inner.eqns[0])
+    if inner is None:
+        return False
+    zeros = _zeros(inner)
+    others = [equation for equation in inner.eqns if not zeros.issuperset(equation.outvars)]
+    return len(others) == 1 and _is_relu(others[0], zeros)
+
+
+def _zeros(program: Any) -> set[core.Var]:
+    """Variables that are 0: `shard_map` casts the 0 of a ReLU to an array that varies over shards."""
+    zeros: set[core.Var] = set()
+    for equation in program.eqns:
+        if equation.primitive.name in ("pvary", "pcast", "convert_element_type") and _is_zero(*equation.invars, zeros):
+            zeros.update(equation.outvars)
+    return zeros
+
+
+def _is_zero(x: Any, zeros: set[core.Var]) -> bool:
+    return bool(np.all(x.val == 0)) if isinstance(x, core.Literal) else x in zeros

@@ -12,8 +12,8 @@ def upsample(
 ) -> jax.Array:
     """Enlarge maps [B, h, w] to float32 [B, *size] bilinearly, as OpenCV and PyTorch do.
 
-    `first` is the pixel on which the first position of a map is centred, see `Network.first_center`; None means that
-    positions tile the image.
+    `first` is the pixel on which the first position of a map is centred, see `Network.first_center`; positions are then
+    a power of two of pixels apart. None means that they tile the image.
     """
     sizes = zip(maps.shape[1:], size, strict=True)
     rows, columns = (_interpolation(old, new, align_corners, first) for old, new in sizes)
@@ -22,9 +22,12 @@ def upsample(
 
 def _interpolation(old: int, new: int, align_corners: bool, first: float | None) -> np.ndarray:
     """Weights [new, old] of the two nearest old pixels for each new one; their centres align, or those at the ends."""
-    stride = max(new - 1, 1) / max(old - 1, 1) if align_corners else new / old
-    if first is None:
-        first = 0.0 if align_corners else (stride - 1) / 2
+    if align_corners:
+        first, stride = 0.0, max(new - 1, 1) / max(old - 1, 1)
+    elif first is None:
+        first, stride = (new / old - 1) / 2, new / old
+    else:
+        stride = 1 << (-(-new // old) - 1).bit_length()  # the last position may see less than a stride of the image
     centers = (np.arange(new) - first) / stride
     distance = np.abs(np.clip(centers, 0, old - 1)[:, None] - np.arange(old)[None])
     return np.maximum(1 - distance, 0).astype(np.float32)
@@ -45,12 +48,12 @@ def blur(images: jax.Array, sigma: float) -> jax.Array:
 def rescale(maps: jax.Array) -> jax.Array:
     """Scale each map [B, ...] to [0, 1] by its minimum and maximum; a constant one becomes 0."""
     axes = tuple(range(1, maps.ndim))
-    low = maps.min(axes, keepdims=True)
-    return (maps - low) / (maps.max(axes, keepdims=True) - low + 1e-7)
+    low, high = maps.min(axes, keepdims=True), maps.max(axes, keepdims=True)
+    return (maps - low) / jnp.where(high > low, high - low, 1)
 
 
 def grid(tiles: jax.Array, columns: int | None = None, *, gap: int = 1, fill: float = 1.0) -> jax.Array:
-    """Lay out tiles [N, h, w] or [N, h, w, C] in rows as one picture [H, W] or [H, W, C]; square by default."""
+    """Lay out tiles [N, h, w] or [N, h, w, C], N > 0, in rows as one picture [H, W] or [H, W, C]; square by default."""
     count, height, width, *channels = tiles.shape
     columns = columns or math.ceil(math.sqrt(count))
     rows = math.ceil(count / columns)

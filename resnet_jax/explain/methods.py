@@ -35,7 +35,7 @@ class Method(Protocol):
 
 def random(network: Network, images: jax.Array, target: Target, *, key: Key) -> jax.Array:
     """Return a heat map of uniform noise in [0, 1): what the scores of a method are to be compared with."""
-    return jax.random.uniform(key, images.shape[:3])
+    return jax.random.uniform(key, images.shape[:3], jnp.float32)
 
 
 def _method(

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from resnet_jax.parallel import vary_like
 from resnet_jax.tree import PyTree
 
 
@@ -23,6 +24,6 @@ def total(f: Callable[[Any], PyTree], xs: PyTree, chunk: int) -> PyTree:
 
     chunks = jax.tree.map(lambda x: x[:whole].reshape(-1, chunk, *x.shape[1:]), xs)
     first = jax.tree.map(lambda x: x[:chunk], xs)
-    zeros = jax.tree.map(lambda y: jnp.zeros(y.shape, y.dtype), jax.eval_shape(part, first))
+    zeros = jax.tree.map(lambda y: vary_like(jnp.zeros(y.shape, y.dtype), y), jax.eval_shape(part, first))
     sums, _ = jax.lax.scan(add, zeros, chunks)
     return sums if whole == count else add(sums, jax.tree.map(lambda x: x[whole:], xs))[0]

@@ -12,6 +12,7 @@ from resnet_jax.explain.network import Network
 from resnet_jax.explain.sampling import total
 from resnet_jax.explain.targets import Target
 from resnet_jax.keys import Key, example_index, example_keys
+from resnet_jax.parallel import vary_like
 
 Perturb = Callable[[Key, jax.Array], tuple[jax.Array, jax.Array]]
 """`(key, images) -> (how much of each value is removed, the perturbed images)`."""
@@ -203,4 +204,5 @@ def completeness_error(
 def _ranks(heat: jax.Array) -> jax.Array:
     """Position of each pixel in the order from hot to cold, int32 [B, H, W]; ties go to the lower index."""
     flat = heat.reshape(len(heat), -1)
-    return jnp.argsort(jnp.argsort(-flat, axis=1), axis=1).reshape(heat.shape)
+    ranks = jnp.argsort(jnp.argsort(-flat, axis=1), axis=1).reshape(heat.shape)
+    return vary_like(ranks, heat)  # JAX takes positions in a sorted array for equal on all shards
