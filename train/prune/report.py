@@ -22,7 +22,7 @@ Curves = dict[str, dict[float, list[float]]]  # name -> sparsity -> pruned accur
 ABOVE: dict[str, Any] = {"loc": "lower right", "bbox_to_anchor": (1, 1), "ncols": 2, "fontsize": 8, "frameon": False}
 
 
-def report_main(argv: Sequence[str] | None = None) -> None:
+def report_main(argv: Sequence[str]) -> None:
     """Print the report of a run; write it as JSON and draw it on request."""
     about = "Compare a pruned run with the network that it started from."
     parser = argparse.ArgumentParser(prog="python -m train.prune report", description=about)
@@ -54,7 +54,7 @@ def report_main(argv: Sequence[str] | None = None) -> None:
         draw(report, args.picture)
 
 
-def curve_main(argv: Sequence[str] | None = None) -> None:
+def curve_main(argv: Sequence[str]) -> None:
     """Print a table of several runs, accuracy by sparsity; draw it on request."""
     about = "Compare runs of pruning: accuracy by sparsity."
     parser = argparse.ArgumentParser(prog="python -m train.prune curve", description=about)
