@@ -388,6 +388,13 @@ class Session(Generic[Config]):
         self.images_per_second = progress.images_per_second
         return state
 
+    def selected(self, state: TrainState) -> TrainState:
+        """The state to evaluate on the test split, as `select` says: the last one, or the best on validation."""
+        if getattr(self.config, "select", "last") != "best" or self.checkpoints.best is None:
+            return state
+        best, _ = self.checkpoints.restore(state, step=self.checkpoints.best) or (state, {})
+        return best
+
     def last_validation(self, state: Any, validate: Validate) -> dict[str, float]:
         """The row of `validate(state)`: that of the loop's end if it ended with this state, otherwise measured now."""
         ended = self.last_row and int(state.step) == self.steps

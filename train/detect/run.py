@@ -155,9 +155,7 @@ def run(
     )
 
     # ---- the end: one look at the test split ----
-    checkpoints = session.checkpoints
-    if config.select == "best" and checkpoints.best is not None:
-        state, _ = checkpoints.restore(state, step=checkpoints.best) or (state, {})
+    state = session.selected(state)
     row = session.last_validation(state, validate)
     figures = {"detector": config.detector, "selected_step": int(state.step)}
     if test:
