@@ -8,7 +8,7 @@ import shlex
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
@@ -122,6 +122,18 @@ def _paths(config: dict[str, Any]) -> dict[str, str]:
 def _set(config: dict[str, Any], name: str, text: str) -> None:
     group, _, last = name.rpartition(".")
     (config[group] if group else config)[last] = text
+
+
+def refuse_own_model(
+    run: str | Path, saved: Mapping[str, Any], way_out: str = "pass it here too, load(run, model=...)"
+) -> None:
+    """Refuse a run with this config.json if its model was passed to `run()`, so that its config does not describe it.
+
+    Raises:
+      UsageError: it was; the message ends in `way_out`.
+    """
+    if "model" in saved.get("replaced", []):
+        raise UsageError(f"{run} trained a model that was passed to run(): {way_out}")
 
 
 def pipeline_of(out: Path) -> str:

@@ -29,7 +29,7 @@ from train.detect.steps import detect_step
 from train.errors import UsageError
 from train.from_config import compute_dtype, make_kernels
 from train.paths import local_path, replace_file
-from train.run_folder import load_state, read_config
+from train.run_folder import load_state, read_config, refuse_own_model
 from train.runtime import compiler_options, keep_compiled
 
 SHAPE = (None, None, 3)  # images are read in their own size, as RGB
@@ -164,8 +164,8 @@ def load(run: str | Path, *, model: nn.Module | None = None) -> Detector:
     keep_compiled()
     folder = Path(run)
     config, saved = read_config(folder, DetectConfig)
-    if model is None and "model" in saved.get("replaced", []):
-        raise UsageError(f"{run} trained a model that was passed to run(): pass it here too, load(run, model=...)")
+    if model is None:
+        refuse_own_model(run, saved)
     dtype, classes, data = compute_dtype(config.dtype), tuple(saved["classes"]), config.data
     kernels, _ = make_kernels("auto", dtype=dtype)
     model = model or make_detector(config, len(classes), kernels, mode="jit")

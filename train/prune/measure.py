@@ -22,7 +22,7 @@ from train.prune.config import CHANNELS, PruneConfig
 from train.prune.deliver import COMPACT
 from train.prune.layers import layer_table, totals
 from train.report import collect
-from train.run_folder import load_state, read_config
+from train.run_folder import load_state, read_config, refuse_own_model
 from train.runtime import compiler_options
 from train.steps import eval_step
 from train.timing import interleaved, ratio, summary
@@ -60,9 +60,7 @@ def measure(
     config, saved = read_config(run, PruneConfig)
     if "prune" not in saved["config"]:
         raise UsageError(f"{run} is a run of training, not of pruning: python -m train.prune {run}")
-    if "model" in saved.get("replaced", []):
-        reason = "a report needs a model that its config describes; result.json has the figures"
-        raise UsageError(f"{run} pruned a model that was passed to run(): {reason}")
+    refuse_own_model(run, saved, "a report needs a model that its config describes; result.json has the figures")
     result = collect(run)
     kernels, _ = make_kernels(config.kernels)
     model = make_model(config, len(saved["classes"]), None, kernels)
