@@ -218,11 +218,11 @@ def pipeline(kind: type) -> str:
 
 
 def flat(config: Any, prefix: str = "") -> dict[str, Any]:
-    """Flatten a config to {flag's name: value}, nested fields as `optim.lr`."""
+    """Flatten a config, or a dict of its fields, to {flag's name: value}, nested fields as `optim.lr`."""
     fields: dict[str, Any] = {}
-    for f in dataclasses.fields(config):
-        value = getattr(config, f.name)
-        fields |= flat(value, f"{prefix}{f.name}.") if dataclasses.is_dataclass(value) else {prefix + f.name: value}
+    for name, value in (config if isinstance(config, dict) else vars(config)).items():
+        nested = isinstance(value, dict) or dataclasses.is_dataclass(value)
+        fields |= flat(value, f"{prefix}{name}.") if nested else {prefix + name: value}
     return fields
 
 

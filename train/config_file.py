@@ -2,12 +2,12 @@
 
 import dataclasses
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from train.config import pipeline
+from train.config import flat, pipeline
 from train.errors import UsageError, suggestion
 from train.json_text import to_json
 from train.paths import FOLDERS, PATHS, local_path, located
@@ -56,16 +56,7 @@ def read_config_file(name: str) -> ConfigFile:
         raise UsageError(f"--config {name}: preset must be text, got {to_json(preset)}")
     recorded = fields is not whole
     named = {key: value for key, value in fields.items() if recorded or key != "preset"}
-    return ConfigFile(path, flattened(named), preset, whole if recorded else {})
-
-
-def flattened(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Flatten nested fields to {name: value}, as `optim.lr`."""
-    found: dict[str, Any] = {}
-    for name, value in fields.items():
-        name = prefix + name
-        found |= flattened(value, f"{name}.") if isinstance(value, dict) else {name: value}
-    return found
+    return ConfigFile(path, flat(named), preset, whole if recorded else {})
 
 
 def with_fields(config: Any, file: ConfigFile) -> Any:
