@@ -231,8 +231,8 @@ def from_dict(kind: type, values: dict[str, Any]) -> Any:
     fields = {f.name: f for f in dataclasses.fields(kind)}
 
     def value(name: str, v: Any) -> Any:
-        if isinstance(v, dict):
-            nested: Any = fields[name].default_factory
+        nested: Any = fields[name].default_factory
+        if nested is not dataclasses.MISSING:
             return from_dict(nested, v)
         return tuple(v) if isinstance(v, list) else v
 

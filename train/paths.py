@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,14 @@ def located(text: str, run: Path, saved: dict[str, Any]) -> str:
         places = [now, typed, source]
     found = next((place for place in places if place.exists()), typed)
     return text if same_place(found, typed) else f"{prefix}{found}"
+
+
+def relocated(fields: Mapping[str, Any], run: Path, saved: dict[str, Any]) -> dict[str, str]:
+    """The paths among the fields of a run's config, such as {"init": "runs/dense"}, found from here; see `located`."""
+    paths = {name: text for name in PATHS if (text := fields.get(name))}
+    if "data.name" in paths and not paths["data.name"].startswith(FOLDERS):
+        del paths["data.name"]
+    return {name: located(text, run, saved) for name, text in paths.items()}
 
 
 def same_place(one: str | Path, other: str | Path) -> bool:

@@ -23,7 +23,7 @@ from train.config import RunConfig, TrainConfig, flat, from_dict, pipeline
 from train.data.sets import ImageSet
 from train.errors import RunError, UsageError
 from train.json_text import to_json
-from train.paths import FOLDERS, PATHS, local_path, located, replace_file, same_place
+from train.paths import PATHS, local_path, relocated, replace_file, same_place
 from train.runtime import cpu_line
 from train.state import TrainState, single_precision
 from train.steps import confusion_matrix, most_confused
@@ -99,29 +99,14 @@ def read_config(out: Path, kind: type[Run]) -> tuple[Run, dict[str, Any]]:
         if theirs != ours and kind is not RunConfig:
             raise UsageError(f"{out} is a run of {theirs}, not of {ours}")
         saved["config"].setdefault("steps_per_call", 1)  # runs before this field
-        for name, text in _paths(saved["config"]).items():
-            _set(saved["config"], name, located(text, out, saved))
+        for name, path in relocated(flat(saved["config"]), out, saved).items():
+            group, _, last = name.rpartition(".")
+            (saved["config"][group] if group else saved["config"])[last] = path
         return from_dict(kind, saved["config"]), saved
     except (FileNotFoundError, NotADirectoryError):
         raise UsageError(f"{out} is not a run folder: it has no config.json") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"{out / 'config.json'} cannot be read: {error}") from None
-
-
-def _paths(config: dict[str, Any]) -> dict[str, str]:
-    """The paths in a config as a dict, by the name of their field in `PATHS`."""
-    found = {}
-    for name in PATHS:
-        group, _, last = name.rpartition(".")
-        text = (config.get(group, {}) if group else config).get(last)
-        if text and (name != "data.name" or text.startswith(FOLDERS)):
-            found[name] = text
-    return found
-
-
-def _set(config: dict[str, Any], name: str, text: str) -> None:
-    group, _, last = name.rpartition(".")
-    (config[group] if group else config)[last] = text
 
 
 def refuse_own_model(
