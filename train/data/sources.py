@@ -101,6 +101,13 @@ class Encoded:
         return replace(self, indices=self.indices[indices])
 
 
+def sample(source: Arrays | Encoded, most: int | None) -> Arrays | Encoded:
+    """At most `most` random images of a split (None: all), always the same, because splits may be ordered by class."""
+    if most is None or len(source) <= most:
+        return source
+    return source.subset(np.sort(np.random.default_rng(0).permutation(len(source))[:most]))
+
+
 def decode_all(source: Encoded) -> Arrays:
     """Decode a split into memory, in threads; one error names the broken images.
 

@@ -13,6 +13,7 @@ from resnet_jax.parallel import make_mesh
 from resnet_jax.tree import PyTree
 from train import page
 from train.data.batches import eval_batches
+from train.data.sources import sample
 from train.errors import UsageError
 from train.explain import figures
 from train.explain.embeddings import Projection, neighbours, project
@@ -20,7 +21,6 @@ from train.explain.figures import in_colour
 from train.explain.images import Images, evenly
 from train.explain.landscape import loss_surface
 from train.explain.mistakes import calibration, confusion, worst
-from train.explain.outputs import sample
 from train.explain.subject import FORWARD, Subject
 from train.page import Html
 from train.report import charts

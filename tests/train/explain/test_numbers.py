@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from train.data.sources import Arrays
+from train.data.sources import Arrays, sample
 from train.errors import UsageError
 from train.explain import dataset, embeddings, figures, pages
 from train.explain.attributions import Attribution
@@ -20,7 +20,7 @@ from train.explain.embeddings import neighbours, project
 from train.explain.images import choose, evenly
 from train.explain.landscape import filter_direction, loss_surface
 from train.explain.mistakes import calibration, confusion, worst
-from train.explain.outputs import Outputs, sample
+from train.explain.outputs import Outputs
 from train.explain.pages import STEPS, cascade_view, open_out, write_report
 from train.steps import confusion_matrix, most_confused
 
