@@ -252,17 +252,15 @@ def check_xla(options: tuple[str, ...], mode: Mode) -> None:
             raise UsageError(f"--xla {option!r} is not of the form NAME=VALUE")
 
 
-def check_images(config: TrainConfig, shape: tuple[int, int, int], devices: int) -> None:
-    """Check a config against the shape (H, W, C) of a set's images and the number of devices.
+def check_images(config: TrainConfig, shape: tuple[int, int, int]) -> None:
+    """Check a config against the shape (H, W, C) of a set's images.
 
     Raises:
-      UsageError: a crop larger than the images, parts that do not divide a device's share of the batch.
+      UsageError: a crop larger than the images.
     """
-    crop, share = config.augment.resized_crop, config.batch // devices
+    crop = config.augment.resized_crop
     if crop and crop > min(shape[:2]):
         raise UsageError(f"--augment.resized-crop {crop} is larger than the images, {shape[0]}x{shape[1]}")
-    if share % config.accumulate:
-        raise UsageError(f"--accumulate {config.accumulate} does not divide the {share} images per device")
 
 
 SEEDS = "[0, 4294967296)"  # 32 bits reach the random keys

@@ -152,7 +152,7 @@ def make_pieces(session: Session[Any]) -> Pieces:
         raise UsageError(
             f"{dataset.name} has only one class: training needs two or more (a folder needs one subfolder per class)"
         )
-    check_images(config, dataset.image_shape, session.mesh.size)
+    check_images(config, dataset.image_shape)
     trainable = is_head if config.freeze else None
     tx, schedule = make_tx(config.optim, session.steps, session.epoch_steps, trainable=trainable)
     pieces = Pieces(

@@ -31,7 +31,7 @@ from train.data.batches import (
     train_batches,
 )
 from train.data.sources import collate
-from train.errors import RunError
+from train.errors import RunError, UsageError
 from train.from_config import (
     compute_dtype,
     make_kernels,
@@ -178,6 +178,9 @@ class Session(Generic[Config]):
         self.open_set(dataset)
         self.reading = time.perf_counter() - began
         check_batch(config.batch, self.mesh.size, len(self.dataset.train))
+        share, parts = config.batch // self.mesh.size, getattr(config, "accumulate", 1)
+        if share % parts:
+            raise UsageError(f"--accumulate {parts} does not divide the {share} images per device")
         self.epoch_steps = len(self.dataset.train) / config.batch
         self.steps = config.steps or max(int(config.epochs * self.epoch_steps), 1)
         traced_steps(config.profile, self.steps)
