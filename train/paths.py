@@ -36,6 +36,18 @@ def local_path(path: str | Path) -> Path:
     return local
 
 
+def make_folder(path: Path, problem: str = "cannot write to") -> None:
+    """Create a folder and its parents, unless it is there.
+
+    Raises:
+      UsageError: it cannot be created; the message begins with `problem`.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"{problem} {path}: {error.strerror}") from None
+
+
 def replace_file(path: Path, content: bytes) -> None:
     """Write a file atomically: readers see the old file or the new one.
 

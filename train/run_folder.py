@@ -23,7 +23,7 @@ from train.config import RunConfig, TrainConfig, flat, from_dict, pipeline
 from train.data.sets import ImageSet
 from train.errors import RunError, UsageError
 from train.json_text import to_json
-from train.paths import PATHS, local_path, relocated, replace_file, same_place
+from train.paths import PATHS, local_path, make_folder, relocated, replace_file, same_place
 from train.runtime import cpu_line
 from train.state import TrainState, single_precision
 from train.steps import confusion_matrix, most_confused
@@ -143,10 +143,7 @@ def claim(
         check_continues(out, config, replaced, longer=longer)
     elif any((out / "checkpoints").glob("*")):
         raise UsageError(f"{out} holds checkpoints but no config.json; choose a different --out")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"cannot create the run folder {out}: {error.strerror}") from None
+    make_folder(out, "cannot create the run folder")
     lock(out)
 
 

@@ -26,9 +26,8 @@ from train.detect.layout import STRIDE, Layout, Size, fit
 from train.detect.metrics import Detections
 from train.detect.objects import decode_scaled
 from train.detect.steps import detect_step
-from train.errors import UsageError
 from train.from_config import compute_dtype, make_kernels
-from train.paths import local_path, replace_file
+from train.paths import local_path, make_folder, replace_file
 from train.run_folder import load_state, read_config, refuse_own_model
 from train.runtime import compiler_options, keep_compiled
 
@@ -124,10 +123,7 @@ def object_finder(
     """
     folder, files = None if draw is None else local_path(draw), picture_names(paths)
     if folder is not None:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UsageError(f"cannot write to {folder}: {error.strerror}") from None
+        make_folder(folder)
     detector = load(run)
 
     def objects(path: str) -> list[dict[str, Any]]:

@@ -19,7 +19,7 @@ from train.explain.images import Images, evenly
 from train.explain.outputs import Outputs
 from train.json_text import to_json
 from train.page import Html
-from train.paths import local_path
+from train.paths import local_path, make_folder
 from train.report import charts, save_figure
 
 RESULT, PAGE, PICTURES = "scores.json", "index.html", "pictures"
@@ -148,14 +148,11 @@ def open_out(path: str) -> Path:
       UsageError: it holds other things, or cannot be written to.
     """
     out = local_path(path)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        if any(out.iterdir()) and not (out / RESULT).is_file():
-            raise UsageError(f"{out} holds other things than an explanation: choose a different --out")
-        if not os.access(out, os.W_OK):
-            raise UsageError(f"cannot write to {out}: permission denied")
-    except OSError as error:
-        raise UsageError(f"cannot write to {out}: {error.strerror}") from None
+    make_folder(out)
+    if not os.access(out, os.R_OK | os.W_OK | os.X_OK):
+        raise UsageError(f"cannot write to {out}: permission denied")
+    if any(out.iterdir()) and not (out / RESULT).is_file():
+        raise UsageError(f"{out} holds other things than an explanation: choose a different --out")
     return out
 
 
