@@ -1,7 +1,6 @@
 """Detections and objects drawn on images."""
 
 import colorsys
-import io
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -195,10 +194,3 @@ def _fitting(pen: ImageDraw.ImageDraw, text: str, font: Any, width: int) -> str:
     while len(text) > 1 and pen.textlength(text, font) > width:
         text = text[:-2] + "\N{HORIZONTAL ELLIPSIS}"
     return text
-
-
-def encode(picture: np.ndarray, kind: str = "png") -> bytes:
-    """The file of a picture uint8 [h, w, 3], as `png` or, much smaller for photographs, `jpeg`."""
-    buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, kind, **({"quality": 88} if kind == "jpeg" else {"optimize": True}))
-    return buffer.getvalue()

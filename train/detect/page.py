@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from train import page
-from train.detect.draw import Drawn, contact_sheet, draw_best_and_worst, encode
+from train.detect.draw import Drawn, contact_sheet, draw_best_and_worst
 from train.detect.metrics import Detections, Truth, at_recalls, voc_ap
 from train.detect.mistakes import Curve, count_errors, curves
 from train.errors import UsageError
@@ -54,7 +54,7 @@ def write_page(
         html.write_text(text, encoding="utf-8")
         folder.mkdir(exist_ok=True)
         for name, shown in sheets.items():
-            (folder / name).write_bytes(encode(contact_sheet(shown)))
+            (folder / name).write_bytes(page.encode(contact_sheet(shown)))
     except OSError as error:
         raise UsageError(f"cannot write {error.filename}: {error.strerror}") from None
     return [html, *(folder / name for name in sheets)]
@@ -181,6 +181,6 @@ def image_sections(best: Sequence[Drawn], worst: Sequence[Drawn], least: float) 
     found = []
     for title, images in (("Best images", best), ("Worst images", worst)):
         if images:
-            tiles = [(page.photograph(encode(picture, "jpeg"), caption), caption) for picture, caption in images]
+            tiles = [page.tile(page.encode(picture, "jpeg"), caption) for picture, caption in images]
             found.append(page.section(title, about, page.image_grid(tiles, smallest=320)))
     return found

@@ -20,13 +20,14 @@ from resnet_jax.detection.augment import BoxAugment
 from train.data.batches import Batch
 from train.data.decode import is_many, read_pixels, silence_pillow
 from train.detect.config import DetectConfig, parse_buckets
-from train.detect.draw import draw_objects, encode
+from train.detect.draw import draw_objects
 from train.detect.from_config import eval_augment, make_detector
 from train.detect.layout import STRIDE, Layout, Size, fit
 from train.detect.metrics import Detections
 from train.detect.objects import decode_scaled
 from train.detect.steps import detect_step
 from train.from_config import compute_dtype, make_kernels
+from train.page import encode
 from train.paths import local_path, make_folder, replace_file
 from train.run_folder import load_state, read_config, refuse_own_model
 from train.runtime import compiler_options, keep_compiled

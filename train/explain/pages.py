@@ -69,7 +69,7 @@ def attribution_view(
         if classes:
             said |= {"predicted": classes[seen.predicted[at]], "probability": float(seen.confidence[at])}
         grid = [
-            (page.photograph(tile, text.partition("\n")[0], width=WIDTH), _caption(text))
+            page.tile(tile, _caption(text), text.partition("\n")[0], width=WIDTH)
             for tile, text in zip(tiles, texts, strict=True)
         ]
         pieces += [page.heading(_title(said)), page.image_grid(grid, smallest=150)]
@@ -101,9 +101,11 @@ def cascade_view(shown: np.ndarray, name: str, found: Mapping[str, Attribution])
     for method in methods:
         heats = [found[method].heat[0], *found[method].randomized[steps]]
         rows.append([figures.overlay(shown, heat) for heat in heats])
-        tiles = [page.photograph(x, f"{method}, {at}", width=WIDTH) for x, at in zip(rows[-1], texts, strict=True)]
-        grid = page.image_grid([*zip(tiles, map(page.breakable, texts), strict=True)], smallest=80)
-        maps += [page.heading(method), grid]
+        tiles = [
+            page.tile(x, page.breakable(at), f"{method}, {at}", width=WIDTH)
+            for x, at in zip(rows[-1], texts, strict=True)
+        ]
+        maps += [page.heading(method), page.image_grid(tiles, smallest=80)]
     summary = f"Maps of {name}, with random weights from the head to each layer"
     pieces = page.figure(drawing, text), page.details(summary, *maps, shown=True)
     captions = [[f"{method}\n{at}" for at in texts] for method in methods]
