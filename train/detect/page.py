@@ -13,6 +13,7 @@ from train.detect.mistakes import Curve, count_errors, curves
 from train.errors import UsageError
 from train.page import Cell, Html, KeyFigure, Section
 from train.report import charts, check_file, new_figure
+from train.report.tables import cell
 from train.report.verdict import percent
 
 MEANINGS = {
@@ -152,7 +153,7 @@ def class_table(
         coco, other = metrics["per_class"][name], voc["per_class"][name]
         if coco["ap"] is not None:
             values = (coco["ap"], coco["ap50"], other["all_points"], other["eleven_points"])
-            rows.append([name, number, *map(_cell, values)])
+            rows.append([name, number, *(cell(value, percent) for value in values)])
     rows.sort(key=lambda row: row[2].value if isinstance(row[2], page.Number) else 0)
     return page.table(("class", "objects", "AP", "AP50", "VOC", "VOC, 11 points"), rows, caption="by class")
 
@@ -165,12 +166,8 @@ def size_table(metrics: Mapping[str, Any], truths: Sequence[Truth]) -> Html:
         number = int(np.sum((areas >= low) & (areas < high)))
         values = (metrics[f"ap_{name}"], metrics[f"ar_{name}"])
         limits = {"small": "below 32²", "medium": "32² to 96²", "large": "from 96²"}[name]
-        rows.append([f"{name} ({limits} pixels)", number, *map(_cell, values)])
+        rows.append([f"{name} ({limits} pixels)", number, *(cell(value, percent) for value in values)])
     return page.table(("size", "objects", "AP", "AR"), rows, caption="by area of the object")
-
-
-def _cell(value: float | None) -> Cell:
-    return None if value is None else page.Number(value, percent(value))
 
 
 def image_sections(best: Sequence[Drawn], worst: Sequence[Drawn], least: float) -> list[Section]:

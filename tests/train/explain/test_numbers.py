@@ -14,7 +14,7 @@ from train.data.sources import Arrays, sample
 from train.errors import UsageError
 from train.explain import dataset, embeddings, figures, pages
 from train.explain.attributions import Attribution
-from train.explain.config import VIEWS as NAMES
+from train.explain.config import VIEW_NAMES
 from train.explain.dataset import VIEWS, View
 from train.explain.embeddings import neighbours, project
 from train.explain.images import choose, evenly
@@ -213,7 +213,7 @@ def test_overlay_marks_the_hottest_pixel():
 
 
 def test_views_are_the_ones_that_flags_name():
-    assert tuple(VIEWS) == NAMES
+    assert tuple(VIEWS) == VIEW_NAMES
 
 
 def test_views_draw_from_the_seed(monkeypatch):
