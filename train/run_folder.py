@@ -139,7 +139,7 @@ def claim(
         created.
     """
     if (out / "config.json").exists():
-        check_images(out, config, dataset)
+        check_same_images(out, config, dataset)
         check_continues(out, config, replaced, longer=longer)
     elif any((out / "checkpoints").glob("*")):
         raise UsageError(f"{out} holds checkpoints but no config.json; choose a different --out")
@@ -239,7 +239,7 @@ def length_before(out: Path, config: RunConfig) -> str | None:
     return f"{before.epochs:g} epochs" if longer else None
 
 
-def check_images(out: Path, config: RunConfig, dataset: ImageSet) -> None:
+def check_same_images(out: Path, config: RunConfig, dataset: ImageSet) -> None:
     """Check that a run in a folder was made from these classes and images.
 
     Raises:

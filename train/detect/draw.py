@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from train.detect.metrics import Detections, Truth
-from train.detect.mistakes import best_and_worst, image_scores, judge, missed
+from train.detect.mistakes import best_and_worst, classify_errors, image_scores, missed
 
 SMALLEST, LARGEST = 480, 1200  # pixels of a picture's longer side
 FONT = 14  # pixels
@@ -63,7 +63,7 @@ def draw_objects(
         texts = [f"{classes[seen.labels[at]]} {seen.scores[at]:.0%}", f"{seen.scores[at]:.0%}"]
         labelled.append((seen.boxes[at] * scale, texts, seen.labels[at]))
     if truth is not None:
-        lost = missed(truth, *judge(seen, truth))
+        lost = missed(truth, *classify_errors(seen, truth))
         for box, label, unfound in zip(truth.boxes * scale, truth.labels, lost, strict=True):
             _dashes(pen, box, colour_of(label))
             if unfound:

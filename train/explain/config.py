@@ -13,7 +13,7 @@ USUAL = ("grad_cam", "integrated_gradients", "smooth_grad", "occlusion")
 
 
 @dataclass(frozen=True, kw_only=True)
-class SetConfig:
+class SplitConfig:
     """The image set that images, neighbours and views of a set come from."""
 
     name: str | None = None
@@ -48,7 +48,7 @@ class ExplainConfig:
     dataset: tuple[str, ...] | None = None
     """Also look at the whole split: without a name the usual views, or confusion, reliability, mistakes, neighbours,
     pca, tsne, umap, landscape."""
-    data: SetConfig = field(default_factory=SetConfig)
+    data: SplitConfig = field(default_factory=SplitConfig)
     most: int = 10_000
     """Most images of a split to look at."""
     batch: int = 16
