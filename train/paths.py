@@ -36,6 +36,19 @@ def local_path(path: str | Path) -> Path:
     return local
 
 
+def check_file(path: Path) -> None:
+    """Refuse a file that could not be written, before anything is measured; writes nothing.
+
+    Raises:
+      UsageError: its folder does not exist, or the system does not allow it.
+    """
+    if not path.parent.is_dir() or path.is_dir():
+        reason = "it is a folder" if path.is_dir() else f"{path.parent} is not a folder"
+        raise UsageError(f"cannot write {path}: {reason}")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise UsageError(f"cannot write {path}: permission denied")
+
+
 def make_folder(path: Path, problem: str = "cannot write to") -> None:
     """Create a folder and its parents, unless it is there.
 

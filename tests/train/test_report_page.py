@@ -15,7 +15,8 @@ from PIL import Image
 pytest.importorskip("matplotlib", reason="needs the extra plot")
 
 from train import page
-from train.report import blocks, charts, new_figure
+from train.drawing import new_figure
+from train.report import blocks, charts
 from train.report.__main__ import main
 from train.report.records import Group, Run, differences, group_runs, read_run
 from train.report.verdict import Comparison, comparable, compare_best, sentence

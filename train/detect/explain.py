@@ -21,13 +21,13 @@ from train.data.decode import read_pixels
 from train.detect.draw import Drawn, contact_sheet, draw_box, draw_objects
 from train.detect.metrics import Detections
 from train.detect.predict import SHAPE, Detector, load
+from train.drawing import new_figure
 from train.errors import UsageError, unknown
 from train.explain.attributions import options_of
 from train.explain.dataset import View
 from train.explain.figures import overlay
 from train.explain.pages import open_out, write_report
 from train.json_text import to_json
-from train.report import new_figure
 from train.run_folder import environment
 from train.runtime import compiler_options, say
 

@@ -10,9 +10,11 @@ from train import page
 from train.detect.draw import Drawn, contact_sheet, draw_best_and_worst
 from train.detect.metrics import Detections, Truth, at_recalls, voc_ap
 from train.detect.mistakes import Curve, count_errors, curves
+from train.drawing import new_figure
 from train.errors import UsageError
 from train.page import Cell, Html, KeyFigure, Section
-from train.report import charts, check_file, new_figure
+from train.paths import check_file
+from train.report import charts
 from train.report.tables import cell
 from train.report.verdict import percent
 

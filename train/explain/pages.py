@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from train import page
+from train.drawing import save_figure
 from train.errors import RunError, UsageError
 from train.explain import figures
 from train.explain.attributions import COMPLETE, COUNTEREXAMPLE, REFERENCE, SCORES, Aim, Attribution
@@ -20,7 +21,7 @@ from train.explain.outputs import Outputs
 from train.json_text import to_json
 from train.page import Html
 from train.paths import local_path, make_folder
-from train.report import charts, save_figure
+from train.report import charts
 
 RESULT, PAGE, PICTURES = "scores.json", "index.html", "pictures"
 WIDTH = 200  # of a picture in the page, in pixels

@@ -7,14 +7,15 @@ from typing import Any
 
 import numpy as np
 
+from train.drawing import check_picture, new_figure, save_figure
 from train.errors import UsageError
 from train.hub import source_path
-from train.paths import local_path
+from train.paths import check_file, local_path
 from train.prune.layers import Row, aligned, short
 from train.prune.layers import text as layers_text
 from train.prune.measure import Report, measure
 from train.ranges import check_ranges
-from train.report import check_comparable, check_file, check_picture, collect, new_figure, save_figure
+from train.report import check_comparable, collect
 from train.run_folder import environment, write_json
 
 Curves = dict[str, dict[float, list[float]]]  # name -> sparsity -> pruned accuracies

@@ -6,9 +6,9 @@ import sys
 from typing import Any
 
 from train.config_file import replaced
+from train.drawing import new_figure, save_figure
 from train.errors import UsageError
 from train.prune.layers import aligned
-from train.report import new_figure, save_figure
 from train.run_folder import environment, write_json
 from train.search.storage import Search, load_optuna
 from train.spaces import Choice, Integers, LogUniform, Range
