@@ -39,7 +39,7 @@ from train.json_text import to_json
 from train.paths import local_path
 from train.ranges import check_ranges
 from train.run import run as train_run
-from train.run_folder import environment, read_config, read_result, write_json
+from train.run_folder import environment, read_config, read_result, refuse_own_model, write_json
 from train.runtime import compiler_options, keep_compiled, say
 from train.state import init_variables
 from train.weights import ENCODER, load_weights
@@ -88,9 +88,7 @@ def evaluate(
     # A run that is continued for longer still has the encoder of before, but no result.
     if (result := read_result(run)) is None or not (run / ENCODER).is_file():
         raise UsageError(f"{run} is not finished: it has no {ENCODER if result else 'result.json'}")
-    if "model" in saved.get("replaced", []):
-        way_out = "fine-tune it in a script, train.run.run(TrainConfig(init=...), model=...)"
-        raise UsageError(f"{run} pretrained an encoder that was passed to run() and is not in its config: {way_out}")
+    refuse_own_model(run, saved, "fine-tune it in a script, train.run.run(TrainConfig(init=...), model=...)")
     writable = os.access(run, os.W_OK)
     if not writable and set(protocols) & set(TRAINED):
         raise UsageError(f"{run} cannot be written to, and fine-tuning keeps its runs there: copy it first")

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from pretrain.knn import knn_accuracy
 from pretrain.linear import linear_probe, probe_accuracy
 from resnet_jax.parallel import Mode
-from train.data.batches import EvalBatches
+from train.data.batches import EvalBatches, valid_rows
 from train.data.sets import Dataset
 from train.data.sources import Arrays, Encoded
 
@@ -50,12 +50,7 @@ class Extractor:
 
     def arrays(self, variables: Any, batches: EvalBatches) -> dict[str, np.ndarray]:
         """Arrays that the step returns, by name, with every example exactly once and in order."""
-        parts = []
-        for batch in batches:
-            rows = {name: np.asarray(x) for name, x in self.step(variables, batch).items()}
-            valid = rows.pop("valid")
-            parts.append({name: x[valid] for name, x in rows.items()})
-        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        return valid_rows(self.step(variables, batch) for batch in batches)
 
 
 class FrozenAccuracy(NamedTuple):

@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from train.drawing import new_figure, save_figure
 from train.errors import UsageError
 from train.paths import local_path
-from train.report import check_comparable, collect, new_figure, run_name, save_figure
+from train.report import check_comparable, collect, run_name
 
 Run = dict[str, Any]
 

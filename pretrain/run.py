@@ -25,7 +25,7 @@ from resnet_jax.layers import PooledProjection
 from resnet_jax.parallel import axis_of
 from resnet_jax.tree import PyTree, count
 from train.data.sets import Dataset
-from train.data.sources import Arrays, Encoded
+from train.data.sources import sample
 from train.errors import RunError
 from train.from_config import eval_augment, make_tx
 from train.loop import Hook, read_rows
@@ -153,13 +153,13 @@ def make_monitor(
     config, dataset = session.config, session.dataset
     classes = len(dataset.classes)
     neighbours = partial(knn_accuracy, classes=classes, k=config.neighbours, temperature=config.neighbour_temperature)
-    searched = features.batches(some(dataset.train, config.neighbour_images))
+    searched = features.batches(sample(dataset.train, config.neighbour_images))
     validation = features.batches(dataset.validation)
-    sample = pairs.batches(some(dataset.validation, HEALTH_IMAGES))
+    viewed = pairs.batches(sample(dataset.validation, HEALTH_IMAGES))
 
     def monitor(state: PretrainState) -> tuple[dict[str, float], str]:
         variables = state.encoder(target=objective.evaluate_target)
-        pair = pairs.arrays(variables, sample)
+        pair = pairs.arrays(variables, viewed)
         try:
             figures = health(pair["a"], pair["b"])
         except ValueError as error:
@@ -174,13 +174,6 @@ def make_monitor(
         return figures, line
 
     return monitor
-
-
-def some(source: Arrays | Encoded, count: int | None) -> Arrays | Encoded:
-    """Choose at most `count` images at random, because sets may be ordered by class; None means all of them."""
-    if count is None or count >= len(source):
-        return source
-    return source.subset(np.sort(np.random.default_rng(0).permutation(len(source))[:count]))
 
 
 def final_accuracies(

@@ -21,7 +21,7 @@ from train.bench import config as bench_config
 from train.cli import parse
 from train.config import OptimConfig, TrainConfig
 from train.explain.__main__ import parsed as explain_parsed
-from train.explain.config import VIEWS
+from train.explain.config import VIEW_NAMES
 from train.presets import PRESETS
 from train.prune import presets as prune_presets
 from train.prune.config import PruneConfig, Schedule
@@ -169,7 +169,7 @@ def test_tutorial_runs(tmp_path, monkeypatch, capsys):
 
 def test_tables_are_complete():
     assert re.findall(r"^\| `(\w+)` \|", README, re.M) == list(PRESETS)
-    assert all(f"`{name}`" in EXPLANATION for name in {*METHODS} - {"random"} | {*VIEWS})
+    assert all(f"`{name}`" in EXPLANATION for name in {*METHODS} - {"random"} | {*VIEW_NAMES})
     for name in [*SCORES, *get_args(Schedule)]:
         assert f"`{name}`" in PRUNING, name
     methods = re.findall(r"^\| `(\w+)` \|", PRETRAINING, re.M)

@@ -14,7 +14,7 @@ import jax
 import tyro
 
 from resnet_jax.resnet import MODELS
-from train.config_file import field_kinds, read_config_file, with_fields
+from train.config_file import field_kinds, meant, read_config_file, with_fields
 from train.errors import UsageError, one_line, suggestion, unknown
 from train.json_text import to_json
 from train.paths import is_folder
@@ -138,7 +138,9 @@ def arranged(argv: Sequence[str], kinds: dict[str, Any]) -> tuple[list[str], dic
             words += [value] if equals else []
             continue
         if name not in kinds or (negated and kinds[name] is not bool):
-            raise UsageError(f"unknown field {typed!r}: {_meant(name, kinds)}--help lists all fields")
+            ours = ELSEWHERE.get(name.rpartition(".")[2])
+            hint = f"did you mean --{ours}? " if ours in kinds else meant(name, kinds, "--")
+            raise UsageError(f"unknown field {typed!r}: {hint}--help lists all fields")
         if kinds[name] is bool:
             given = value if equals else rest.pop(0) if rest and rest[0].lower() in TRUTH else "true"
             if given.lower() not in TRUTH:
@@ -249,17 +251,6 @@ def _number(name: str, word: str, whole: bool, optional: bool) -> str:
 def _negative(name: str) -> str:
     group, dot, last = name.rpartition(".")
     return f"{group}{dot}no-{last}"
-
-
-def _meant(name: str, kinds: dict[str, Any]) -> str:
-    """Suggest fields for a name that is not one: its own name elsewhere, the fields of a group, or near ones."""
-    last = name.rpartition(".")[2]
-    same = [one for one in kinds if one.rpartition(".")[2] == last or one.startswith(f"{name}.")]
-    if ELSEWHERE.get(last) in kinds:
-        same = [ELSEWHERE[last]]
-    if same:
-        return f"did you mean {' or '.join(f'--{one}' for one in same[:4])}? "
-    return suggestion(f"--{name}", [f"--{one}" for one in kinds])
 
 
 def _not_a_preset(word: str) -> str:

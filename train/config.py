@@ -218,11 +218,11 @@ def pipeline(kind: type) -> str:
 
 
 def flat(config: Any, prefix: str = "") -> dict[str, Any]:
-    """Flatten a config to {flag's name: value}, nested fields as `optim.lr`."""
+    """Flatten a config, or a dict of its fields, to {flag's name: value}, nested fields as `optim.lr`."""
     fields: dict[str, Any] = {}
-    for f in dataclasses.fields(config):
-        value = getattr(config, f.name)
-        fields |= flat(value, f"{prefix}{f.name}.") if dataclasses.is_dataclass(value) else {prefix + f.name: value}
+    for name, value in (config if isinstance(config, dict) else vars(config)).items():
+        nested = isinstance(value, dict) or dataclasses.is_dataclass(value)
+        fields |= flat(value, f"{prefix}{name}.") if nested else {prefix + name: value}
     return fields
 
 
@@ -231,8 +231,8 @@ def from_dict(kind: type, values: dict[str, Any]) -> Any:
     fields = {f.name: f for f in dataclasses.fields(kind)}
 
     def value(name: str, v: Any) -> Any:
-        if isinstance(v, dict):
-            nested: Any = fields[name].default_factory
+        nested: Any = fields[name].default_factory
+        if nested is not dataclasses.MISSING:
             return from_dict(nested, v)
         return tuple(v) if isinstance(v, list) else v
 
@@ -252,17 +252,15 @@ def check_xla(options: tuple[str, ...], mode: Mode) -> None:
             raise UsageError(f"--xla {option!r} is not of the form NAME=VALUE")
 
 
-def check_images(config: TrainConfig, shape: tuple[int, int, int], devices: int) -> None:
-    """Check a config against the shape (H, W, C) of a set's images and the number of devices.
+def check_images(config: TrainConfig, shape: tuple[int, int, int]) -> None:
+    """Check a config against the shape (H, W, C) of a set's images.
 
     Raises:
-      UsageError: a crop larger than the images, parts that do not divide a device's share of the batch.
+      UsageError: a crop larger than the images.
     """
-    crop, share = config.augment.resized_crop, config.batch // devices
+    crop = config.augment.resized_crop
     if crop and crop > min(shape[:2]):
         raise UsageError(f"--augment.resized-crop {crop} is larger than the images, {shape[0]}x{shape[1]}")
-    if share % config.accumulate:
-        raise UsageError(f"--accumulate {config.accumulate} does not divide the {share} images per device")
 
 
 SEEDS = "[0, 4294967296)"  # 32 bits reach the random keys

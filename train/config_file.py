@@ -2,15 +2,15 @@
 
 import dataclasses
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from train.config import pipeline
+from train.config import flat, pipeline
 from train.errors import UsageError, suggestion
 from train.json_text import to_json
-from train.paths import FOLDERS, PATHS, local_path, located
+from train.paths import local_path, relocated
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,16 +56,7 @@ def read_config_file(name: str) -> ConfigFile:
         raise UsageError(f"--config {name}: preset must be text, got {to_json(preset)}")
     recorded = fields is not whole
     named = {key: value for key, value in fields.items() if recorded or key != "preset"}
-    return ConfigFile(path, flattened(named), preset, whole if recorded else {})
-
-
-def flattened(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Flatten nested fields to {name: value}, as `optim.lr`."""
-    found: dict[str, Any] = {}
-    for name, value in fields.items():
-        name = prefix + name
-        found |= flattened(value, f"{name}.") if isinstance(value, dict) else {name: value}
-    return found
+    return ConfigFile(path, flat(named), preset, whole if recorded else {})
 
 
 def with_fields(config: Any, file: ConfigFile) -> Any:
@@ -91,10 +82,7 @@ def with_fields(config: Any, file: ConfigFile) -> Any:
             raise UsageError(f"--config {file.path}: {name} must be {error}, got {to_json(value)}") from None
     if file.record:
         saved = {**file.record, "cwd": str(file.record.get("cwd", ""))}
-        for name in PATHS:
-            text = values.get(name)
-            if text and (name != "data.name" or text.startswith(FOLDERS)):
-                values[name] = located(text, file.path.parent, saved)
+        values |= relocated(values, file.path.parent, saved)
     return replaced(config, values)
 
 
@@ -167,7 +155,8 @@ def described(kind: Any) -> str:
     return f"a list of {PLURALS[first] if rest == [...] else f'{1 + len(rest)} {PLURALS[first]}'}"
 
 
-def meant(name: str, valid: Iterable[str]) -> str:
-    """Suggest fields for a name that is not one: the same name in a group, or near ones."""
-    same = [one for one in valid if one.rpartition(".")[2] == name or one.startswith(f"{name}.")]
-    return f"did you mean {' or '.join(same[:4])}? " if same else suggestion(name, valid)
+def meant(name: str, valid: Iterable[str], dashes: str = "") -> str:
+    """Suggest fields, after `dashes`, for a name that is not one: the same name or all of a group, or near names."""
+    last = name.rpartition(".")[2]
+    same = [dashes + one for one in valid if one.rpartition(".")[2] == last or one.startswith(f"{name}.")]
+    return f"did you mean {' or '.join(same[:4])}? " if same else suggestion(name, [dashes + one for one in valid])

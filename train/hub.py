@@ -14,8 +14,8 @@ from urllib.request import getproxies, proxy_bypass
 
 from resnet_jax.resnet import STAGES, BasicBlock
 from train.errors import UsageError, suggestion
-from train.network import connect
 from train.paths import local_path
+from train.reachable import connect
 
 WEIGHTS = "model.safetensors"
 CROP = 0.875  # timm's default

@@ -54,7 +54,7 @@ def fit(
     number = int(state.step)
     late: tuple[int, int, dict[str, jax.Array]] | None = None
 
-    def look() -> None:
+    def read_metrics() -> None:
         if late is None:
             return
         last, count, metrics = late
@@ -77,17 +77,17 @@ def fit(
         number += count
         if trace is not None:
             trace.after(number, state)
-        look()
+        read_metrics()
         late = number, count, metrics
         due = [call for every, call in hooks if number % every == 0 or number == steps]
         if due:
             # Hooks may save the state, so first check that its metrics are finite, and what the update made of it.
-            look()
+            read_metrics()
             late = None
             check_finite(state)
             for call in due:
                 call(state)
-    look()
+    read_metrics()
     check_finite(state)
     return state
 

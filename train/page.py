@@ -165,17 +165,31 @@ def figures(*pieces: Html) -> Html:
     return Html(f'<div class="figures">{"".join(pieces)}</div>')
 
 
+def encode(image: np.ndarray, kind: str = "png") -> bytes:
+    """The file of a picture uint8 [H, W, 3] or [H, W], as `png` or, much smaller for photographs, `jpeg`."""
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, kind, **({"quality": 88} if kind == "jpeg" else {"optimize": True}))
+    return buffer.getvalue()
+
+
 def photograph(image: np.ndarray | bytes, alt: str = "", *, width: int | None = None) -> Html:
     """A picture as a data URI: uint8 [H, W, 3] or [H, W], or the bytes of a PNG or JPEG file.
 
     `width` is in pixels of the page; small images are enlarged with sharp pixels.
     """
-    data = image if isinstance(image, bytes) else _png(image)
+    data = image if isinstance(image, bytes) else encode(image)
     kind = "jpeg" if data[:2] == b"\xff\xd8" else "png"
     size = f' width="{width}"' if width else ""
     small = ' class="pixels"' if not isinstance(image, bytes) and width and image.shape[1] < width else ""
     source = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
     return Html(f'<img{small}{size} alt="{escape(alt)}" src="{source}">')
+
+
+def tile(image: np.ndarray | bytes, caption: object, alt: str = "", *, width: int | None = None) -> tuple[Html, object]:
+    """A photograph and its caption, for `image_grid` and `picture`; `alt` is the caption unless it is given."""
+    return photograph(image, alt or str(caption), width=width), caption
 
 
 def picture(image: Html, caption: object = "") -> Html:
@@ -243,14 +257,6 @@ def _figure(content: Html, caption: object, *, scroll: bool = False) -> Html:
     inside = Html(f'<div class="scroll" tabindex="0">{content}</div>') if scroll else content
     text = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
     return Html(f"<figure>{inside}{text}</figure>")
-
-
-def _png(image: np.ndarray) -> bytes:
-    from PIL import Image
-
-    buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, "png", optimize=True)
-    return buffer.getvalue()
 
 
 def _variables(colours: Sequence[str], **others: str) -> str:

@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,31 @@ def local_path(path: str | Path) -> Path:
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror}") from None
     return local
+
+
+def check_file(path: Path) -> None:
+    """Refuse a file that could not be written, before anything is measured; writes nothing.
+
+    Raises:
+      UsageError: its folder does not exist, or the system does not allow it.
+    """
+    if not path.parent.is_dir() or path.is_dir():
+        reason = "it is a folder" if path.is_dir() else f"{path.parent} is not a folder"
+        raise UsageError(f"cannot write {path}: {reason}")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise UsageError(f"cannot write {path}: permission denied")
+
+
+def make_folder(path: Path, problem: str = "cannot write to") -> None:
+    """Create a folder and its parents, unless it is there.
+
+    Raises:
+      UsageError: it cannot be created; the message begins with `problem`.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"{problem} {path}: {error.strerror}") from None
 
 
 def replace_file(path: Path, content: bytes) -> None:
@@ -93,6 +119,14 @@ def located(text: str, run: Path, saved: dict[str, Any]) -> str:
         places = [now, typed, source]
     found = next((place for place in places if place.exists()), typed)
     return text if same_place(found, typed) else f"{prefix}{found}"
+
+
+def relocated(fields: Mapping[str, Any], run: Path, saved: dict[str, Any]) -> dict[str, str]:
+    """The paths among the fields of a run's config, such as {"init": "runs/dense"}, found from here; see `located`."""
+    paths = {name: text for name in PATHS if (text := fields.get(name))}
+    if "data.name" in paths and not paths["data.name"].startswith(FOLDERS):
+        del paths["data.name"]
+    return {name: located(text, run, saved) for name, text in paths.items()}
 
 
 def same_place(one: str | Path, other: str | Path) -> bool:

@@ -79,7 +79,7 @@ def run(
     state = session.place(start_state(session, pieces))
     training = Training(session, pieces, state)
     state = training.fit(session.resume(state), hooks, validated)
-    return session.finish(training.figures(training.selected(state), test=test))
+    return session.finish(training.figures(session.selected(state), test=test))
 
 
 def with_widths(config: Config) -> Config:
@@ -152,7 +152,7 @@ def make_pieces(session: Session[Any]) -> Pieces:
         raise UsageError(
             f"{dataset.name} has only one class: training needs two or more (a folder needs one subfolder per class)"
         )
-    check_images(config, dataset.image_shape, session.mesh.size)
+    check_images(config, dataset.image_shape)
     trainable = is_head if config.freeze else None
     tx, schedule = make_tx(config.optim, session.steps, session.epoch_steps, trainable=trainable)
     pieces = Pieces(
@@ -225,14 +225,6 @@ class Training:
             see=see,
             validated=validated,
         )
-
-    def selected(self, state: TrainState) -> TrainState:
-        """The state to evaluate on the test split: the last one, or the best on validation."""
-        checkpoints = self.session.checkpoints
-        if self.session.config.select != "best" or checkpoints.best is None:
-            return state
-        best, _ = checkpoints.restore(state, step=checkpoints.best) or (state, {})
-        return best
 
     def figures(self, state: TrainState, *, test: bool = True) -> dict[str, Any]:
         """Compute a trained state's figures for the result; with `test` also on the test split, see `test_figures`."""

@@ -8,7 +8,7 @@ import shlex
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
@@ -23,7 +23,7 @@ from train.config import RunConfig, TrainConfig, flat, from_dict, pipeline
 from train.data.sets import ImageSet
 from train.errors import RunError, UsageError
 from train.json_text import to_json
-from train.paths import FOLDERS, PATHS, local_path, located, replace_file, same_place
+from train.paths import PATHS, local_path, make_folder, relocated, replace_file, same_place
 from train.runtime import cpu_line
 from train.state import TrainState, single_precision
 from train.steps import confusion_matrix, most_confused
@@ -99,8 +99,9 @@ def read_config(out: Path, kind: type[Run]) -> tuple[Run, dict[str, Any]]:
         if theirs != ours and kind is not RunConfig:
             raise UsageError(f"{out} is a run of {theirs}, not of {ours}")
         saved["config"].setdefault("steps_per_call", 1)  # runs before this field
-        for name, text in _paths(saved["config"]).items():
-            _set(saved["config"], name, located(text, out, saved))
+        for name, path in relocated(flat(saved["config"]), out, saved).items():
+            group, _, last = name.rpartition(".")
+            (saved["config"][group] if group else saved["config"])[last] = path
         return from_dict(kind, saved["config"]), saved
     except (FileNotFoundError, NotADirectoryError):
         raise UsageError(f"{out} is not a run folder: it has no config.json") from None
@@ -108,20 +109,16 @@ def read_config(out: Path, kind: type[Run]) -> tuple[Run, dict[str, Any]]:
         raise UsageError(f"{out / 'config.json'} cannot be read: {error}") from None
 
 
-def _paths(config: dict[str, Any]) -> dict[str, str]:
-    """The paths in a config as a dict, by the name of their field in `PATHS`."""
-    found = {}
-    for name in PATHS:
-        group, _, last = name.rpartition(".")
-        text = (config.get(group, {}) if group else config).get(last)
-        if text and (name != "data.name" or text.startswith(FOLDERS)):
-            found[name] = text
-    return found
+def refuse_own_model(
+    run: str | Path, saved: Mapping[str, Any], way_out: str = "pass it here too, load(run, model=...)"
+) -> None:
+    """Refuse a run with this config.json if its model was passed to `run()`, so that its config does not describe it.
 
-
-def _set(config: dict[str, Any], name: str, text: str) -> None:
-    group, _, last = name.rpartition(".")
-    (config[group] if group else config)[last] = text
+    Raises:
+      UsageError: it was; the message ends in `way_out`.
+    """
+    if "model" in saved.get("replaced", []):
+        raise UsageError(f"{run} trained a model that was passed to run(): {way_out}")
 
 
 def pipeline_of(out: Path) -> str:
@@ -142,14 +139,11 @@ def claim(
         created.
     """
     if (out / "config.json").exists():
-        check_images(out, config, dataset)
+        check_same_images(out, config, dataset)
         check_continues(out, config, replaced, longer=longer)
     elif any((out / "checkpoints").glob("*")):
         raise UsageError(f"{out} holds checkpoints but no config.json; choose a different --out")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"cannot create the run folder {out}: {error.strerror}") from None
+    make_folder(out, "cannot create the run folder")
     lock(out)
 
 
@@ -245,7 +239,7 @@ def length_before(out: Path, config: RunConfig) -> str | None:
     return f"{before.epochs:g} epochs" if longer else None
 
 
-def check_images(out: Path, config: RunConfig, dataset: ImageSet) -> None:
+def check_same_images(out: Path, config: RunConfig, dataset: ImageSet) -> None:
     """Check that a run in a folder was made from these classes and images.
 
     Raises:

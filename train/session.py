@@ -31,7 +31,7 @@ from train.data.batches import (
     train_batches,
 )
 from train.data.sources import collate
-from train.errors import RunError
+from train.errors import RunError, UsageError
 from train.from_config import (
     compute_dtype,
     make_kernels,
@@ -178,6 +178,9 @@ class Session(Generic[Config]):
         self.open_set(dataset)
         self.reading = time.perf_counter() - began
         check_batch(config.batch, self.mesh.size, len(self.dataset.train))
+        share, parts = config.batch // self.mesh.size, getattr(config, "accumulate", 1)
+        if share % parts:
+            raise UsageError(f"--accumulate {parts} does not divide the {share} images per device")
         self.epoch_steps = len(self.dataset.train) / config.batch
         self.steps = config.steps or max(int(config.epochs * self.epoch_steps), 1)
         traced_steps(config.profile, self.steps)
@@ -387,6 +390,13 @@ class Session(Generic[Config]):
         self.seconds = time.perf_counter() - began
         self.images_per_second = progress.images_per_second
         return state
+
+    def selected(self, state: TrainState) -> TrainState:
+        """The state to evaluate on the test split, as `select` says: the last one, or the best on validation."""
+        if getattr(self.config, "select", "last") != "best" or self.checkpoints.best is None:
+            return state
+        best, _ = self.checkpoints.restore(state, step=self.checkpoints.best) or (state, {})
+        return best
 
     def last_validation(self, state: Any, validate: Validate) -> dict[str, float]:
         """The row of `validate(state)`: that of the loop's end if it ended with this state, otherwise measured now."""

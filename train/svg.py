@@ -5,8 +5,6 @@ import io
 import re
 from typing import Any
 
-from train.errors import UsageError
-
 # Colours of series 0 to 7 on a light and on a dark page: Okabe and Ito's hues (https://jfly.uni-koeln.de/color/), which
 # colour-blind readers can distinguish, with at least 2.7 times the luminance contrast to the page.
 LIGHT = ("#0072b2", "#d55e00", "#008a63", "#b5588f", "#333333", "#b98300", "#4aa3df", "#7a7a7a")
@@ -17,15 +15,9 @@ GREYS = {"#ffffff": "paper", "#000000": "ink", "#b0b0b0": "line", "#cccccc": "li
 
 
 def inline_svg(drawing: Any) -> tuple[str, int]:
-    """(SVG markup for the inside of a page, its natural width in pixels) of a matplotlib figure.
+    """(SVG markup for the inside of a page, its natural width in pixels) of a matplotlib figure."""
+    import matplotlib
 
-    Raises:
-      UsageError: matplotlib is not installed.
-    """
-    try:
-        import matplotlib
-    except ImportError:
-        raise UsageError('pictures need matplotlib: pip install -e ".[plot]"') from None
     buffer = io.StringIO()
     # Text stays text, in the page's font; a fixed salt and no metadata keep the bytes the same.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "page"}):

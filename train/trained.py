@@ -16,7 +16,7 @@ from train.from_config import compute_dtype, eval_augment, make_kernels, make_mo
 from train.hub import read_card, source_path
 from train.pretrained import load_card
 from train.prune.sparse_file import is_sparse_file, load_sparse
-from train.run_folder import load_state, pipeline_of, read_config
+from train.run_folder import load_state, pipeline_of, read_config, refuse_own_model
 from train.state import init_variables
 from train.weights import is_run, load_weights
 
@@ -83,8 +83,8 @@ def load_trained(
 def _of_run(source: str | Path, folder: Path, sparse: Path | None, model: nn.Module | None, encoders: bool) -> Trained:
     encoder = encoders and pipeline_of(folder) == "pretrain"
     config, saved = read_config(folder, RunConfig if encoder else TrainConfig)
-    if model is None and "model" in saved.get("replaced", []):
-        raise UsageError(f"{source} trained a model that was passed to run(): pass it here too, load(run, model=...)")
+    if model is None:
+        refuse_own_model(source, saved)
     if missing := [name for name in ("classes", "image_shape") if name not in saved]:
         raise UsageError(f"{folder / 'config.json'} does not name the {missing[0]} of the run")
     classes, (height, width, channels) = () if encoder else tuple(saved["classes"]), saved["image_shape"]

@@ -272,7 +272,7 @@ def test_evaluation_refuses_a_damaged_file(edited, trainings, fails, content):
 
 def test_evaluation_refuses_an_encoder_that_was_passed_to_run(edited, fails):
     line = fails(2, evaluate_main, [str(edited(replaced=["model"])), "--protocol", "scratch_10"])
-    assert "pretrained an encoder that was passed to run()" in line
+    assert "trained a model that was passed to run()" in line
 
 
 def test_evaluation_needs_a_finished_run(tmp_path, finished, fails):

@@ -105,7 +105,7 @@ def test_pruned(trained, dataset, tmp_path):
     assert result["pruned_accuracy"] > 0.5
     state = load_state(tmp_path)
     jax.tree.map(np.testing.assert_array_equal, apply_masks(state.params, state.masks), state.params)
-    with pytest.raises(UsageError, match=r"pruned a model that was passed to run\(\)"):
+    with pytest.raises(UsageError, match=r"trained a model that was passed to run\(\)"):
         measure(tmp_path)
 
 

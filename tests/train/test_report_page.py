@@ -15,10 +15,11 @@ from PIL import Image
 pytest.importorskip("matplotlib", reason="needs the extra plot")
 
 from train import page
-from train.report import blocks, charts, new_figure
+from train.drawing import new_figure
+from train.report import blocks, charts
 from train.report.__main__ import main
 from train.report.records import Group, Run, differences, group_runs, read_run
-from train.report.verdict import Comparison, comparable, judge, sentence
+from train.report.verdict import Comparison, comparable, compare_best, sentence
 
 VOID = {"meta", "link", "img", "br", "wbr"}
 
@@ -154,7 +155,7 @@ def test_table_aligns_numbers_and_marks_the_best():
     (([0.95, 0.951],), "only", "a reaches 95.05 % validation accuracy (mean of 2 seeds"),
 ])  # fmt: skip
 def test_verdict_weighs_the_margin_against_the_noise(scores, finding, words):
-    verdict = judge(Comparison("", [scored(name, *values) for name, values in zip("ab", scores, strict=False)]))
+    verdict = compare_best(Comparison("", [scored(name, *values) for name, values in zip("ab", scores, strict=False)]))
     assert verdict.finding == finding and words in plain(sentence(verdict))
 
 
@@ -162,7 +163,7 @@ def test_p_is_that_of_a_t_test():
     from scipy.stats import ttest_ind
 
     ours, theirs = [0.95, 0.93, 0.94], [0.92, 0.935, 0.91]
-    verdict = judge(Comparison("", [scored("a", *ours), scored("b", *theirs)]))
+    verdict = compare_best(Comparison("", [scored("a", *ours), scored("b", *theirs)]))
     assert verdict.p == pytest.approx(ttest_ind(ours, theirs).pvalue)
 
 

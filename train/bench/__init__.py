@@ -25,9 +25,8 @@ from train.bench.tasks import TASKS, Tasks
 from train.bench.timed import described, shares, time_runners, time_steps
 from train.bench.work import ceilings, one_core, usable_cores
 from train.data.batches import check_batch
-from train.errors import UsageError
 from train.from_config import compute_dtype
-from train.paths import local_path
+from train.paths import local_path, make_folder
 from train.run_folder import environment, write_json
 from train.runtime import say
 from train.timing import ratio
@@ -52,10 +51,7 @@ def bench(config: BenchConfig, *, tasks: Tasks = TASKS, augmentations: Augmentat
     check(config, tasks)
     second = other(config, tasks) if config.versus else None
     if config.out is not None:
-        try:
-            local_path(config.out).mkdir(parents=True, exist_ok=True)  # before the time is spent
-        except OSError as error:
-            raise UsageError(f"cannot make the folder --out {config.out}: {error.strerror}") from None
+        make_folder(local_path(config.out), "cannot make the folder --out")  # before the time is spent
     conditions = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,

@@ -6,7 +6,7 @@ appears once per epoch, batches are always full, and a checkpoint only has to ke
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache, partial
 from typing import Any, Protocol
 
@@ -222,6 +222,16 @@ class EvalBatches:
         if self.kept is None and isinstance(self.source, Arrays):
             self.kept = list(self.batches())
         return self.batches() if self.kept is None else iter(self.kept)
+
+
+def valid_rows(outputs: Iterable[dict[str, Any]]) -> dict[str, np.ndarray]:
+    """Concatenate arrays [B, ...] of several batches by name, without the rows where `valid`, bool [B], is False."""
+    parts = []
+    for output in outputs:
+        rows = {name: np.asarray(x) for name, x in output.items()}
+        valid = rows.pop("valid")
+        parts.append({name: x[valid] for name, x in rows.items()})
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 def decoded_ahead(

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 from train.errors import UsageError
-from train.network import connect
+from train.reachable import connect
 
 
 def prepare(name: str, root: Path) -> Path:

@@ -213,10 +213,10 @@ def _check_classes_left(
         raise UsageError(f"no image of {shortened([classes[label] for label in sorted(lost)])} can be read")
 
 
-def fits_in_memory(dataset: Dataset, *, limit: int = MEMORY_LIMIT) -> bool:
+def fits_in_memory(dataset: Dataset) -> bool:
     """Whether the training images are in memory, or `in_memory` will decode them into it."""
     encoded = _decoded_once(dataset)
-    return isinstance(dataset.train, Arrays) or ("train" in encoded and _decoded_bytes(encoded) <= limit)
+    return isinstance(dataset.train, Arrays) or ("train" in encoded and _decoded_bytes(encoded) <= MEMORY_LIMIT)
 
 
 def _decoded_once(dataset: Dataset) -> dict[str, Encoded]:
@@ -361,9 +361,9 @@ def complete(splits: dict[str, Any], fraction: float, seed: int) -> dict[str, An
     return splits
 
 
-def _synthetic(size: int, count: int = 2048, classes: int = 10) -> tuple[tuple[str, ...], dict[str, Any]]:
+def _synthetic(size: int) -> tuple[tuple[str, ...], dict[str, Any]]:
     """Make seeded noise over one smooth pattern per class, for trials and speed measurements, not for accuracy."""
-    rng = np.random.default_rng(0)
+    classes, rng = 10, np.random.default_rng(0)
     coarse = rng.integers(64, 192, (classes, 4, 4, 3), dtype=np.uint8)
     patterns = np.stack([np.asarray(Image.fromarray(c).resize((size, size))) for c in coarse]).astype(np.int16)
 
@@ -372,7 +372,7 @@ def _synthetic(size: int, count: int = 2048, classes: int = 10) -> tuple[tuple[s
         noise = rng.integers(-64, 64, (n, size, size, 3), dtype=np.int16)
         return Arrays(images=(patterns[labels] + noise).clip(0, 255).astype(np.uint8), labels=labels)
 
-    return tuple(map(str, range(classes))), {"train": split(count), "test": split(count // 4)}
+    return tuple(map(str, range(classes))), {"train": split(2048), "test": split(512)}
 
 
 def _tfds(name: str, data_dir: Path | None, size: int | None) -> tuple[tuple[str, ...], dict[str, Any]]:

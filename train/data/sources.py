@@ -101,14 +101,21 @@ class Encoded:
         return replace(self, indices=self.indices[indices])
 
 
-def decode_all(source: Encoded, *, skip_broken: bool = False) -> Arrays:
-    """Decode a split into memory, in threads; one error names the broken images, or `skip_broken` leaves them out.
+def sample(source: Arrays | Encoded, most: int | None) -> Arrays | Encoded:
+    """At most `most` random images of a split (None: all), always the same, because splits may be ordered by class."""
+    if most is None or len(source) <= most:
+        return source
+    return source.subset(np.sort(np.random.default_rng(0).permutation(len(source))[:most]))
+
+
+def decode_all(source: Encoded) -> Arrays:
+    """Decode a split into memory, in threads; one error names the broken images.
 
     Raises:
       UsageError: images that cannot be read, or that differ in size while `source.size` is None.
     """
     examples, broken = decode_readable(source)
-    report_broken(broken, len(source), skip_broken)
+    report_broken(broken, len(source), skip=False)
     return stacked(examples)
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from train.data.folder import SPLITS, PassedOver
 from train.data.sources import shortened
 from train.detect.layout import Size
-from train.detect.objects import Annotated, look
+from train.detect.objects import Annotated, read_header
 from train.errors import UsageError
 from train.paths import local_path
 
@@ -64,7 +64,7 @@ def annotated(
                 f"({shortened(classes)})"
             )
         with ThreadPoolExecutor() as pool:
-            seen = list(pool.map(lambda one: look(one.image), found))
+            seen = list(pool.map(lambda one: read_header(one.image), found))
         images = [_annotated(one, header, known, passed) for one, header in zip(found, seen, strict=True)]
         faults += [image for image in images if isinstance(image, str)]
         result[split] = [image for image in images if not isinstance(image, str)]

@@ -1,7 +1,6 @@
 """Detections and objects drawn on images."""
 
 import colorsys
-import io
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -9,7 +8,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from train.detect.metrics import Detections, Truth
-from train.detect.mistakes import best_and_worst, image_scores, judge, missed
+from train.detect.mistakes import best_and_worst, classify_errors, image_scores, missed
 
 SMALLEST, LARGEST = 480, 1200  # pixels of a picture's longer side
 FONT = 14  # pixels
@@ -64,7 +63,7 @@ def draw_objects(
         texts = [f"{classes[seen.labels[at]]} {seen.scores[at]:.0%}", f"{seen.scores[at]:.0%}"]
         labelled.append((seen.boxes[at] * scale, texts, seen.labels[at]))
     if truth is not None:
-        lost = missed(truth, *judge(seen, truth))
+        lost = missed(truth, *classify_errors(seen, truth))
         for box, label, unfound in zip(truth.boxes * scale, truth.labels, lost, strict=True):
             _dashes(pen, box, colour_of(label))
             if unfound:
@@ -195,10 +194,3 @@ def _fitting(pen: ImageDraw.ImageDraw, text: str, font: Any, width: int) -> str:
     while len(text) > 1 and pen.textlength(text, font) > width:
         text = text[:-2] + "\N{HORIZONTAL ELLIPSIS}"
     return text
-
-
-def encode(picture: np.ndarray, kind: str = "png") -> bytes:
-    """The file of a picture uint8 [h, w, 3], as `png` or, much smaller for photographs, `jpeg`."""
-    buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, kind, **({"quality": 88} if kind == "jpeg" else {"optimize": True}))
-    return buffer.getvalue()

@@ -18,16 +18,16 @@ from resnet_jax.explain import METHODS, class_score
 from resnet_jax.keys import example_keys
 from train import page
 from train.data.decode import read_pixels
-from train.detect.draw import Drawn, contact_sheet, draw_box, draw_objects, encode
+from train.detect.draw import Drawn, contact_sheet, draw_box, draw_objects
 from train.detect.metrics import Detections
 from train.detect.predict import SHAPE, Detector, load
+from train.drawing import new_figure
 from train.errors import UsageError, unknown
 from train.explain.attributions import options_of
 from train.explain.dataset import View
 from train.explain.figures import overlay
 from train.explain.pages import open_out, write_report
 from train.json_text import to_json
-from train.report import new_figure
 from train.run_folder import environment
 from train.runtime import compiler_options, say
 
@@ -96,7 +96,7 @@ def explain(
         objects = []
         for row in range(len(found.labels)):
             drawn, record = explain_object(detector, compiled, image, found, row)
-            tiles = [(page.photograph(encode(x.picture, "jpeg"), x.caption), x.caption) for x in drawn]
+            tiles = [page.tile(page.encode(picture, "jpeg"), caption) for picture, caption in drawn]
             pieces.append(page.image_grid(tiles, smallest=240))
             drawings[f"{at:03}_{re.sub(r'[^A-Za-z0-9]+', '_', Path(path).stem)}_{row}"] = contact_sheet(
                 drawn, columns=4

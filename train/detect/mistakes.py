@@ -12,7 +12,7 @@ CORRECT, DUPLICATE, LOCALISATION, CLASS, BOTH, BACKGROUND, IGNORED = range(len(K
 MATCH, NEAR = 0.5, 0.1  # IoU of a detection with its object; of one that is meant for it, but misses it
 
 
-def judge(found: Detections, truth: Truth) -> tuple[np.ndarray, np.ndarray]:
+def classify_errors(found: Detections, truth: Truth) -> tuple[np.ndarray, np.ndarray]:
     """Compare the detections of an image with its objects, at IoU 0.5.
 
     In falling order of score each detection takes the free object of its class with the highest IoU, as in COCO. The
@@ -51,7 +51,7 @@ def judge(found: Detections, truth: Truth) -> tuple[np.ndarray, np.ndarray]:
 
 
 def missed(truth: Truth, kinds: np.ndarray, owners: np.ndarray) -> np.ndarray:
-    """Objects, bool [m], that no detection found, mistook or missed by little; `kinds`, `owners` are of `judge`."""
+    """Objects, bool [m], that no detection found, mistook or missed by little, from the result of `classify_errors`."""
     lost = ~truth.crowd
     lost[owners[np.isin(kinds, (CORRECT, LOCALISATION, CLASS))]] = False
     return lost
@@ -66,7 +66,7 @@ def count_errors(detections: Sequence[Detections], truths: Sequence[Truth], *, l
     check(detections, truths)
     counts, lost = np.zeros(len(KINDS), int), 0
     for found, truth in zip(detections, truths, strict=True):
-        kinds, owners = judge(found.above(least), truth)
+        kinds, owners = classify_errors(found.above(least), truth)
         counts += np.bincount(kinds, minlength=len(KINDS))
         lost += int(missed(truth, kinds, owners).sum())
     return {**dict(zip(KINDS[:IGNORED], counts[:IGNORED].tolist(), strict=True)), "missed": lost}
@@ -87,7 +87,7 @@ def curves(detections: Sequence[Detections], truths: Sequence[Truth], classes: S
       ValueError: there are not as many images in both.
     """
     check(detections, truths)
-    kinds = [judge(found, truth)[0] for found, truth in zip(detections, truths, strict=True)]
+    kinds = [classify_errors(found, truth)[0] for found, truth in zip(detections, truths, strict=True)]
     scores, labels, judged = (
         np.concatenate([np.zeros(0), *values])
         for values in ((x.scores for x in detections), (x.labels for x in detections), kinds)
@@ -111,7 +111,7 @@ def image_scores(detections: Sequence[Detections], truths: Sequence[Truth], *, l
     check(detections, truths)
     scores = []
     for found, truth in zip(detections, truths, strict=True):
-        kinds, _ = judge(found.above(least), truth)
+        kinds, _ = classify_errors(found.above(least), truth)
         both = int(np.sum(kinds != IGNORED) + np.sum(~truth.crowd))
         scores.append(2 * int(np.sum(kinds == CORRECT)) / both if both else 1.0)
     return np.array(scores)

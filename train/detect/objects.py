@@ -125,7 +125,7 @@ def decode_scaled(data: Any, original: Size, size: Size, scale: float, turned: b
         raise Unreadable(fault(error, b"" if isinstance(data, np.ndarray) else data[:100])) from None
 
 
-def look(data: bytes | str) -> tuple[Size, bool] | str:
+def read_header(data: bytes | str) -> tuple[Size, bool] | str:
     """Read an image's header, from bytes or a path: (stored size, whether EXIF swaps its sides), or what is wrong."""
     try:
         with Image.open(io.BytesIO(data) if isinstance(data, bytes) else data) as image:

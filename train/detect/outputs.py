@@ -14,7 +14,7 @@ from train.detect.metrics import Detections, truths_of
 from train.errors import UsageError
 from train.json_text import to_json
 from train.paths import local_path
-from train.run_folder import check_images, read_config, read_result, write_json
+from train.run_folder import check_same_images, read_config, read_result, write_json
 
 DETECTIONS = "detections.json"
 
@@ -85,7 +85,7 @@ def report(run: Path, *, out: Path | None = None, dir: str | None = None, least:
     found, result = read_detections(run / DETECTIONS), read_result(run) or {}
     data = config.data if dir is None else replace(config.data, dir=dir)
     dataset = open_objects(data)
-    check_images(run, config, dataset)
+    check_same_images(run, config, dataset)
     source = dataset.test
     figures = {name.removeprefix("test_"): value for name, value in result.items() if name.startswith("test_")}
     title = f"{saved['preset']}: {config.detector} on {dataset.name}"

@@ -7,12 +7,15 @@ from typing import Any
 import numpy as np
 
 from train import page
-from train.detect.draw import Drawn, contact_sheet, draw_best_and_worst, encode
+from train.detect.draw import Drawn, contact_sheet, draw_best_and_worst
 from train.detect.metrics import Detections, Truth, at_recalls, voc_ap
 from train.detect.mistakes import Curve, count_errors, curves
+from train.drawing import new_figure
 from train.errors import UsageError
 from train.page import Cell, Html, KeyFigure, Section
-from train.report import charts, check_file, new_figure
+from train.paths import check_file
+from train.report import charts
+from train.report.tables import cell
 from train.report.verdict import percent
 
 MEANINGS = {
@@ -54,7 +57,7 @@ def write_page(
         html.write_text(text, encoding="utf-8")
         folder.mkdir(exist_ok=True)
         for name, shown in sheets.items():
-            (folder / name).write_bytes(encode(contact_sheet(shown)))
+            (folder / name).write_bytes(page.encode(contact_sheet(shown)))
     except OSError as error:
         raise UsageError(f"cannot write {error.filename}: {error.strerror}") from None
     return [html, *(folder / name for name in sheets)]
@@ -152,7 +155,7 @@ def class_table(
         coco, other = metrics["per_class"][name], voc["per_class"][name]
         if coco["ap"] is not None:
             values = (coco["ap"], coco["ap50"], other["all_points"], other["eleven_points"])
-            rows.append([name, number, *map(_cell, values)])
+            rows.append([name, number, *(cell(value, percent) for value in values)])
     rows.sort(key=lambda row: row[2].value if isinstance(row[2], page.Number) else 0)
     return page.table(("class", "objects", "AP", "AP50", "VOC", "VOC, 11 points"), rows, caption="by class")
 
@@ -165,12 +168,8 @@ def size_table(metrics: Mapping[str, Any], truths: Sequence[Truth]) -> Html:
         number = int(np.sum((areas >= low) & (areas < high)))
         values = (metrics[f"ap_{name}"], metrics[f"ar_{name}"])
         limits = {"small": "below 32²", "medium": "32² to 96²", "large": "from 96²"}[name]
-        rows.append([f"{name} ({limits} pixels)", number, *map(_cell, values)])
+        rows.append([f"{name} ({limits} pixels)", number, *(cell(value, percent) for value in values)])
     return page.table(("size", "objects", "AP", "AR"), rows, caption="by area of the object")
-
-
-def _cell(value: float | None) -> Cell:
-    return None if value is None else page.Number(value, percent(value))
 
 
 def image_sections(best: Sequence[Drawn], worst: Sequence[Drawn], least: float) -> list[Section]:
@@ -181,6 +180,6 @@ def image_sections(best: Sequence[Drawn], worst: Sequence[Drawn], least: float) 
     found = []
     for title, images in (("Best images", best), ("Worst images", worst)):
         if images:
-            tiles = [(page.photograph(encode(picture, "jpeg"), caption), caption) for picture, caption in images]
+            tiles = [page.tile(page.encode(picture, "jpeg"), caption) for picture, caption in images]
             found.append(page.section(title, about, page.image_grid(tiles, smallest=320)))
     return found

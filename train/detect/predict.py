@@ -20,16 +20,16 @@ from resnet_jax.detection.augment import BoxAugment
 from train.data.batches import Batch
 from train.data.decode import is_many, read_pixels, silence_pillow
 from train.detect.config import DetectConfig, parse_buckets
-from train.detect.draw import draw_objects, encode
+from train.detect.draw import draw_objects
 from train.detect.from_config import eval_augment, make_detector
 from train.detect.layout import STRIDE, Layout, Size, fit
 from train.detect.metrics import Detections
 from train.detect.objects import decode_scaled
 from train.detect.steps import detect_step
-from train.errors import UsageError
 from train.from_config import compute_dtype, make_kernels
-from train.paths import local_path, replace_file
-from train.run_folder import load_state, read_config
+from train.page import encode
+from train.paths import local_path, make_folder, replace_file
+from train.run_folder import load_state, read_config, refuse_own_model
 from train.runtime import compiler_options, keep_compiled
 
 SHAPE = (None, None, 3)  # images are read in their own size, as RGB
@@ -124,10 +124,7 @@ def object_finder(
     """
     folder, files = None if draw is None else local_path(draw), picture_names(paths)
     if folder is not None:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UsageError(f"cannot write to {folder}: {error.strerror}") from None
+        make_folder(folder)
     detector = load(run)
 
     def objects(path: str) -> list[dict[str, Any]]:
@@ -164,8 +161,8 @@ def load(run: str | Path, *, model: nn.Module | None = None) -> Detector:
     keep_compiled()
     folder = Path(run)
     config, saved = read_config(folder, DetectConfig)
-    if model is None and "model" in saved.get("replaced", []):
-        raise UsageError(f"{run} trained a model that was passed to run(): pass it here too, load(run, model=...)")
+    if model is None:
+        refuse_own_model(run, saved)
     dtype, classes, data = compute_dtype(config.dtype), tuple(saved["classes"]), config.data
     kernels, _ = make_kernels("auto", dtype=dtype)
     model = model or make_detector(config, len(classes), kernels, mode="jit")

@@ -103,9 +103,6 @@ def run(
 
     # ---- pieces and state ----
     config, dataset = session.config, session.dataset
-    share = config.batch // session.mesh.size
-    if share % config.accumulate:
-        raise UsageError(f"--accumulate {config.accumulate} does not divide the {share} images per device")
     model = model or make_detector(config, len(dataset.classes), session.kernels)
     described, schedule = make_tx(config.optim, session.steps, session.epoch_steps, trainable=is_trained(config))
     tx = tx or described
@@ -155,9 +152,7 @@ def run(
     )
 
     # ---- the end: one look at the test split ----
-    checkpoints = session.checkpoints
-    if config.select == "best" and checkpoints.best is not None:
-        state, _ = checkpoints.restore(state, step=checkpoints.best) or (state, {})
+    state = session.selected(state)
     row = session.last_validation(state, validate)
     figures = {"detector": config.detector, "selected_step": int(state.step)}
     if test:

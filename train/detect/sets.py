@@ -19,7 +19,7 @@ from train.data.sources import report_broken
 from train.detect import coco, shapes, voc, yolo
 from train.detect.annotations import Reader, annotated, cleaned
 from train.detect.layout import Layout, Size, check_buckets, check_fits, choose_buckets, fit
-from train.detect.objects import Annotated, Objects, decode_together, look
+from train.detect.objects import Annotated, Objects, decode_together, read_header
 from train.errors import UsageError
 from train.paths import local_path, split_prefix
 
@@ -188,7 +188,7 @@ def _tfds(
 
     def read(split: str, position: int, record: bytes) -> Annotated | str:
         values, where = parsed(record), f"{position} of {name} {split}"
-        header = look(values["image"].bytes_list.value[0])
+        header = read_header(values["image"].bytes_list.value[0])
         if isinstance(header, str):
             return f"cannot read image {where}: {header}"
         height, width = header[0]

@@ -8,12 +8,12 @@ from train.config import SEEDS, flat
 from train.errors import UsageError, unknown
 from train.ranges import check_ranges
 
-VIEWS = ("confusion", "reliability", "mistakes", "neighbours", "pca", "tsne", "umap", "landscape")
+VIEW_NAMES = ("confusion", "reliability", "mistakes", "neighbours", "pca", "tsne", "umap", "landscape")
 USUAL = ("grad_cam", "integrated_gradients", "smooth_grad", "occlusion")
 
 
 @dataclass(frozen=True, kw_only=True)
-class SetConfig:
+class SplitConfig:
     """The image set that images, neighbours and views of a set come from."""
 
     name: str | None = None
@@ -48,7 +48,7 @@ class ExplainConfig:
     dataset: tuple[str, ...] | None = None
     """Also look at the whole split: without a name the usual views, or confusion, reliability, mistakes, neighbours,
     pca, tsne, umap, landscape."""
-    data: SetConfig = field(default_factory=SetConfig)
+    data: SplitConfig = field(default_factory=SplitConfig)
     most: int = 10_000
     """Most images of a split to look at."""
     batch: int = 16
@@ -72,8 +72,8 @@ def check(config: ExplainConfig) -> None:
         if name not in METHODS:
             raise unknown("method", name, METHODS)
     for name in config.dataset or ():
-        if name not in VIEWS:
-            raise unknown("view", name, VIEWS)
+        if name not in VIEW_NAMES:
+            raise unknown("view", name, VIEW_NAMES)
     if not (config.methods or config.features or config.dataset is not None):
         raise UsageError("nothing to do: name --methods, or pass --features or --dataset")
     for name in ("target", "cascade"):

@@ -13,6 +13,7 @@ from resnet_jax.parallel import make_mesh
 from resnet_jax.tree import PyTree
 from train import page
 from train.data.batches import eval_batches
+from train.data.sources import sample
 from train.errors import UsageError
 from train.explain import figures
 from train.explain.embeddings import Projection, neighbours, project
@@ -20,7 +21,6 @@ from train.explain.figures import in_colour
 from train.explain.images import Images, evenly
 from train.explain.landscape import loss_surface
 from train.explain.mistakes import calibration, confusion, worst
-from train.explain.outputs import sample
 from train.explain.subject import FORWARD, Subject
 from train.page import Html
 from train.report import charts
@@ -78,7 +78,7 @@ def mistakes_view(subject: Subject, images: Images) -> View:
     pixels = _pixels(subject, found)
     rows = [(classes[seen.labels[at]], classes[seen.predicted[at]], float(seen.confidence[at])) for at in found]
     captions = [f"{true}, predicted {said} ({share:.0%})" for true, said, share in rows]
-    tiles = [(page.photograph(in_colour(x), text, width=WIDTH), text) for x, text in zip(pixels, captions, strict=True)]
+    tiles = [page.tile(in_colour(x), text, width=WIDTH) for x, text in zip(pixels, captions, strict=True)]
     listed = [{"label": true, "predicted": said, "probability": share} for true, said, share in rows]
     short = [f"{true}\n{said} {share:.0%}" for true, said, share in rows]
     lines = [slice(at, at + 8) for at in range(0, len(found), 8)]
@@ -97,8 +97,8 @@ def neighbours_view(subject: Subject, images: Images) -> View:
         labels = [classes[example["label"]] for example in examples]
         rows.append([image, *(example["image"] for example in examples)])
         texts.append([name, *(f"{label}, {value:.2f}" for label, value in zip(labels, values, strict=True))])
-        tiles = [page.photograph(in_colour(x), text, width=WIDTH) for x, text in zip(rows[-1], texts[-1], strict=True)]
-        pieces.append(page.image_grid([*zip(tiles, texts[-1], strict=True)], smallest=80))
+        tiles = [page.tile(in_colour(x), text, width=WIDTH) for x, text in zip(rows[-1], texts[-1], strict=True)]
+        pieces.append(page.image_grid(tiles, smallest=80))
         numbers.append({"image": name, "labels": labels, "similarity": values})
     note = page.paragraph(
         f"On the left the explained image, then the most similar of {len(subject.bank):,} training images, each with "

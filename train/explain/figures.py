@@ -5,9 +5,10 @@ from typing import Any
 
 import numpy as np
 
+from train.drawing import new_figure
 from train.explain.images import evenly
 from train.explain.mistakes import Calibration
-from train.report import charts, new_figure
+from train.report import charts
 
 NAMED = 20  # most classes that a legend names, and layers that an axis names
 THUMBNAIL = 16  # points

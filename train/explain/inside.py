@@ -56,7 +56,7 @@ def inside_view(trained: Trained, pixels: Pixels, image: jax.Array, layer: str |
         "feature_maps": f"the first {maps.shape[1]} channels of {name} for the first image",
         "dreams": f"images that excite most, in reading order: {', '.join(labels)}; made from noise, not photographs",
     }
-    shown = [page.picture(page.photograph(x, captions[key], width=WIDTH), captions[key]) for key, x in pictures.items()]
+    shown = [page.picture(*page.tile(x, captions[key], width=WIDTH)) for key, x in pictures.items()]
     return View(pictures, (page.figures(*shown),), {})
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from resnet_jax.augment import Augment, preprocess_batch
 from resnet_jax.parallel import all_rows, compile_step, make_mesh, place, replicated
 from resnet_jax.tree import PyTree
-from train.data.batches import Batch, eval_batches
+from train.data.batches import Batch, eval_batches, valid_rows
 from train.data.sources import Arrays, Encoded
 from train.runtime import compiler_options
 from train.trained import Trained
@@ -63,20 +63,9 @@ def make_outputs(trained: Trained, batch: int) -> Callable[[Arrays | Encoded], O
     )
 
     def outputs(source: Arrays | Encoded) -> Outputs:
-        parts: list[dict[str, Any]] = []
-        for part in eval_batches(source, batch=min(batch, len(source)), mesh=mesh):
-            rows = {name: np.asarray(x) for name, x in step(variables, part).items()}
-            valid = rows.pop("valid")
-            parts.append({name: x[valid] for name, x in rows.items()})
-        whole = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        batches = eval_batches(source, batch=min(batch, len(source)), mesh=mesh)
+        whole = valid_rows(step(variables, part) for part in batches)
         predictions = [whole.get(name, np.zeros(0, np.float32)) for name in ("predicted", "confidence")]
         return Outputs(whole["features"], whole["label"], *predictions)
 
     return outputs
-
-
-def sample(source: Arrays | Encoded, most: int) -> Arrays | Encoded:
-    """At most `most` images of a split, the same ones in every call, in their order in the split."""
-    if len(source) <= most:
-        return source
-    return source.subset(np.sort(np.random.default_rng(0).permutation(len(source))[:most]))

@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from train import page
+from train.drawing import save_figure
 from train.errors import RunError, UsageError
 from train.explain import figures
 from train.explain.attributions import COMPLETE, COUNTEREXAMPLE, REFERENCE, SCORES, Aim, Attribution
@@ -19,8 +20,8 @@ from train.explain.images import Images, evenly
 from train.explain.outputs import Outputs
 from train.json_text import to_json
 from train.page import Html
-from train.paths import local_path
-from train.report import charts, save_figure
+from train.paths import local_path, make_folder
+from train.report import charts
 
 RESULT, PAGE, PICTURES = "scores.json", "index.html", "pictures"
 WIDTH = 200  # of a picture in the page, in pixels
@@ -69,7 +70,7 @@ def attribution_view(
         if classes:
             said |= {"predicted": classes[seen.predicted[at]], "probability": float(seen.confidence[at])}
         grid = [
-            (page.photograph(tile, text.partition("\n")[0], width=WIDTH), _caption(text))
+            page.tile(tile, _caption(text), text.partition("\n")[0], width=WIDTH)
             for tile, text in zip(tiles, texts, strict=True)
         ]
         pieces += [page.heading(_title(said)), page.image_grid(grid, smallest=150)]
@@ -101,9 +102,11 @@ def cascade_view(shown: np.ndarray, name: str, found: Mapping[str, Attribution])
     for method in methods:
         heats = [found[method].heat[0], *found[method].randomized[steps]]
         rows.append([figures.overlay(shown, heat) for heat in heats])
-        tiles = [page.photograph(x, f"{method}, {at}", width=WIDTH) for x, at in zip(rows[-1], texts, strict=True)]
-        grid = page.image_grid([*zip(tiles, map(page.breakable, texts), strict=True)], smallest=80)
-        maps += [page.heading(method), grid]
+        tiles = [
+            page.tile(x, page.breakable(at), f"{method}, {at}", width=WIDTH)
+            for x, at in zip(rows[-1], texts, strict=True)
+        ]
+        maps += [page.heading(method), page.image_grid(tiles, smallest=80)]
     summary = f"Maps of {name}, with random weights from the head to each layer"
     pieces = page.figure(drawing, text), page.details(summary, *maps, shown=True)
     captions = [[f"{method}\n{at}" for at in texts] for method in methods]
@@ -148,14 +151,11 @@ def open_out(path: str) -> Path:
       UsageError: it holds other things, or cannot be written to.
     """
     out = local_path(path)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        if any(out.iterdir()) and not (out / RESULT).is_file():
-            raise UsageError(f"{out} holds other things than an explanation: choose a different --out")
-        if not os.access(out, os.W_OK):
-            raise UsageError(f"cannot write to {out}: permission denied")
-    except OSError as error:
-        raise UsageError(f"cannot write to {out}: {error.strerror}") from None
+    make_folder(out)
+    if not os.access(out, os.R_OK | os.W_OK | os.X_OK):
+        raise UsageError(f"cannot write to {out}: permission denied")
+    if any(out.iterdir()) and not (out / RESULT).is_file():
+        raise UsageError(f"{out} holds other things than an explanation: choose a different --out")
     return out
 
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from resnet_jax.explain import Network
 from train.data.decode import silence_pillow
+from train.drawing import new_figure
 from train.errors import UsageError
 from train.explain.attributions import COUNTEREXAMPLE, REFERENCE, explain_images
 from train.explain.config import ExplainConfig
@@ -17,7 +18,6 @@ from train.explain.images import pixels_of
 from train.explain.inside import inside_view
 from train.explain.pages import attribution_view, cascade_view, open_out, write_report
 from train.explain.subject import Subject
-from train.report import new_figure
 from train.run_folder import environment
 from train.runtime import keep_compiled, say
 from train.trained import load_trained

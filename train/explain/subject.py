@@ -11,13 +11,13 @@ from resnet_jax.explain import Network
 from train.config import DataConfig, RunConfig
 from train.data.decode import read_pixels
 from train.data.sets import Dataset
-from train.data.sources import Arrays, Encoded
+from train.data.sources import Arrays, Encoded, sample
 from train.errors import UsageError, suggestion
 from train.explain.attributions import Aim, class_aim, difference_aim, similarity_aim
 from train.explain.config import ExplainConfig
 from train.explain.embeddings import neighbours
 from train.explain.images import Images, choose, read_images
-from train.explain.outputs import Outputs, make_outputs, sample
+from train.explain.outputs import Outputs, make_outputs
 from train.from_config import load_data
 from train.runtime import say
 from train.trained import Trained

@@ -102,7 +102,7 @@ def short(path: str) -> str:
     return path.removesuffix("/kernel")
 
 
-def aligned(lines: Sequence[Sequence[str]], edges: str) -> str:
+def aligned(lines: Sequence[Sequence[str]], edges: str = "") -> str:
     """Align lines of equal length in columns, two spaces apart: left where `edges` has <, otherwise right."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     forms = [f"{{:{edge}{width}}}" for edge, width in zip(edges.ljust(len(widths), ">"), widths, strict=True)]

@@ -22,7 +22,7 @@ from train.prune.config import CHANNELS, PruneConfig
 from train.prune.deliver import COMPACT
 from train.prune.layers import layer_table, totals
 from train.report import collect
-from train.run_folder import load_state, read_config
+from train.run_folder import load_state, read_config, refuse_own_model
 from train.runtime import compiler_options
 from train.steps import eval_step
 from train.timing import interleaved, ratio, summary
@@ -31,6 +31,7 @@ from train.weights import dense_variables, load_masks
 Report = dict[str, Any]
 Network = tuple[nn.Module, PyTree, PyTree]  # model, variables, masks
 
+IMAGES = 1000  # most validation images for `sensitivity`
 EVAL_BATCH = 500
 WARMUP = 3
 
@@ -40,17 +41,14 @@ def measure(
     *,
     before: Path | None = None,
     shares: Sequence[float] = (),
-    images: int = 1000,
     steps: int = 20,
-    repeats: int = 10,
 ) -> Report:
     """Report on a finished run, ready for JSON: accuracy, bytes, multiply-adds and latency, layer by layer.
 
     Args:
       before: the run or weights that it started from, if they are no longer where its config says.
       shares: sparsities for `sensitivity`, which is not measured if this is empty.
-      images: number of validation images for `sensitivity`.
-      steps, repeats: arguments of `latency`, which is not measured with 0 steps.
+      steps: argument of `latency`, which is not measured with 0 steps.
 
     Returns:
       `run`: which run it is. `before` and `after`: `accuracy`, `bytes`, those of `compare`, and the median `latency_ms`
@@ -62,9 +60,7 @@ def measure(
     config, saved = read_config(run, PruneConfig)
     if "prune" not in saved["config"]:
         raise UsageError(f"{run} is a run of training, not of pruning: python -m train.prune {run}")
-    if "model" in saved.get("replaced", []):
-        reason = "a report needs a model that its config describes; result.json has the figures"
-        raise UsageError(f"{run} pruned a model that was passed to run(): {reason}")
+    refuse_own_model(run, saved, "a report needs a model that its config describes; result.json has the figures")
     result = collect(run)
     kernels, _ = make_kernels(config.kernels)
     model = make_model(config, len(saved["classes"]), None, kernels)
@@ -88,9 +84,9 @@ def measure(
     times = curves = None
     if steps:
         pair = {"before": network[:2], "after": after[:2]}
-        times = latency(pair, shape, steps=steps, repeats=repeats, plain=not kernels)
+        times = latency(pair, shape, steps=steps, plain=not kernels)
     if shares:
-        evaluated, number = _validation(config, network[0], dense, images, not kernels)
+        evaluated, number = _validation(config, network[0], dense, not kernels)
         curves = {
             "split": "validation",
             "images": number,
@@ -122,11 +118,11 @@ def compare(before: Network, after: Network, image_shape: Sequence[int]) -> Repo
 
 
 def _validation(
-    config: PruneConfig, model: Any, variables: dict[str, PyTree], images: int, plain: bool
+    config: PruneConfig, model: Any, variables: dict[str, PyTree], plain: bool
 ) -> tuple[Callable[[PyTree], float], int]:
     """Make params -> accuracy on the first images of the validation split, compiled once; and the number of images."""
     split = load_data(config).validation
-    number = min(images, len(split))
+    number = min(IMAGES, len(split))
     batches = []
     for start in range(0, number, EVAL_BATCH):
         batch = collate([split[i] for i in range(start, min(start + EVAL_BATCH, number))])

@@ -7,14 +7,15 @@ from typing import Any
 
 import numpy as np
 
+from train.drawing import check_picture, new_figure, save_figure
 from train.errors import UsageError
 from train.hub import source_path
-from train.paths import local_path
+from train.paths import check_file, local_path
 from train.prune.layers import Row, aligned, short
 from train.prune.layers import text as layers_text
 from train.prune.measure import Report, measure
 from train.ranges import check_ranges
-from train.report import check_comparable, check_file, check_picture, collect, new_figure, save_figure
+from train.report import check_comparable, collect
 from train.run_folder import environment, write_json
 
 Curves = dict[str, dict[float, list[float]]]  # name -> sparsity -> pruned accuracies
@@ -22,7 +23,7 @@ Curves = dict[str, dict[float, list[float]]]  # name -> sparsity -> pruned accur
 ABOVE: dict[str, Any] = {"loc": "lower right", "bbox_to_anchor": (1, 1), "ncols": 2, "fontsize": 8, "frameon": False}
 
 
-def report_main(argv: Sequence[str] | None = None) -> None:
+def report_main(argv: Sequence[str]) -> None:
     """Print the report of a run; write it as JSON and draw it on request."""
     about = "Compare a pruned run with the network that it started from."
     parser = argparse.ArgumentParser(prog="python -m train.prune report", description=about)
@@ -54,7 +55,7 @@ def report_main(argv: Sequence[str] | None = None) -> None:
         draw(report, args.picture)
 
 
-def curve_main(argv: Sequence[str] | None = None) -> None:
+def curve_main(argv: Sequence[str]) -> None:
     """Print a table of several runs, accuracy by sparsity; draw it on request."""
     about = "Compare runs of pruning: accuracy by sparsity."
     parser = argparse.ArgumentParser(prog="python -m train.prune curve", description=about)

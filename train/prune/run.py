@@ -96,7 +96,7 @@ def train_dense(config: PruneConfig, session: Session[Any], hooks: Sequence[Hook
     if p.schedule == "iterative" and p.restart == "rewind":
         hooks = [*hooks, *keep_early_weights(session, state, p.rewind_epochs)]
     state = training.fit(state, hooks)
-    session.finish(training.figures(training.selected(state)))
+    session.finish(training.figures(session.selected(state)))
 
 
 def train_levels(

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from train.drawing import new_figure, save_figure
 from train.errors import UsageError
 
 
@@ -58,58 +59,6 @@ def run_name(path: Path, among: Sequence[Path]) -> str:
     depths = range(1, len(parts) + 1)
     depth = next(depth for depth in depths if all(other[-depth:] != parts[-depth:] for other in others))
     return Path(*parts[-depth:]).as_posix()
-
-
-def new_figure(width: float, height: float) -> Any:
-    """Make an empty matplotlib figure; sizes are in inches.
-
-    Raises:
-      UsageError: matplotlib is not installed.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UsageError('pictures need matplotlib: pip install -e ".[plot]"') from None
-    return Figure(figsize=(width, height), layout="constrained")
-
-
-def check_picture(picture: Path) -> None:
-    """Refuse a picture that `save_figure` could not write, before anything is measured; writes nothing.
-
-    Raises:
-      UsageError: matplotlib is not installed, the folder does not exist, or the format is not supported.
-    """
-    kinds = new_figure(1, 1).canvas.get_supported_filetypes()
-    kind = picture.suffix.removeprefix(".").lower()
-    if kind and kind not in kinds:
-        raise UsageError(f"cannot draw {picture}: {kind} is not one of {', '.join(sorted(kinds))}")
-    if not picture.parent.is_dir():
-        raise UsageError(f"cannot draw {picture}: {picture.parent} is not a folder")
-
-
-def check_file(path: Path) -> None:
-    """Refuse a file that could not be written, before anything is measured; writes nothing.
-
-    Raises:
-      UsageError: its folder does not exist, or the system does not allow it.
-    """
-    if not path.parent.is_dir() or path.is_dir():
-        reason = "it is a folder" if path.is_dir() else f"{path.parent} is not a folder"
-        raise UsageError(f"cannot write {path}: {reason}")
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise UsageError(f"cannot write {path}: permission denied")
-
-
-def save_figure(figure: Any, picture: Path) -> None:
-    """Write a figure in the format that the file's suffix names.
-
-    Raises:
-      UsageError: the folder does not exist, or the format is not supported.
-    """
-    try:
-        figure.savefig(picture, dpi=130)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"cannot draw {picture}: {error}") from None
 
 
 def draw(runs: dict[str, dict[str, Any]], picture: Path) -> None:

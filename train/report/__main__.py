@@ -6,8 +6,8 @@ from pathlib import Path
 
 from train.errors import UsageError, one_line
 from train.json_text import to_json
-from train.paths import local_path
-from train.report import check_file, collect, draw, run_name
+from train.paths import check_file, local_path
+from train.report import collect, draw, run_name
 
 
 def main(argv: Sequence[str] | None = None) -> None:

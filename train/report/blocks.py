@@ -11,7 +11,7 @@ from train.page import Html, KeyFigure, details, figure, figures, join, key_figu
 from train.report import charts
 from train.report.records import SCORES, Group, Run, differences, group_runs
 from train.report.tables import configuration, differences_table, per_second, progress, runs_table, settings_table, text
-from train.report.verdict import Verdict, comparable, judge, percent, sentence, spread_of
+from train.report.verdict import Verdict, comparable, compare_best, percent, sentence, spread_of
 
 Part = tuple[str, Html]  # title, content
 
@@ -32,7 +32,7 @@ class Block:
         self.comparisons = comparable(self.groups)
         ranked = [group for comparison in self.comparisons for group in comparison.groups]
         self.groups = ranked + [group for group in self.groups if not group.scores]
-        self.verdicts = [judge(comparison) for comparison in self.comparisons]
+        self.verdicts = [compare_best(comparison) for comparison in self.comparisons]
 
     @property
     def title(self) -> str:

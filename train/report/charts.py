@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from train.report import new_figure
+from train.drawing import new_figure
 from train.report.records import Group, Run
 from train.svg import LIGHT
 

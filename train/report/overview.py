@@ -4,9 +4,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from train.drawing import new_figure, save_figure
 from train.errors import UsageError
 from train.page import Html, Section, heading, join, page, paragraph, section
-from train.report import charts, check_file, new_figure, save_figure
+from train.paths import check_file
+from train.report import charts
 from train.report.blocks import Block
 from train.report.records import Run
 from train.report.tables import progress

@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from train.config_file import flattened
+from train.config import flat
 from train.errors import UsageError
 from train.loop import read_rows
 from train.report import collect, run_name
@@ -79,7 +79,7 @@ class Run:
     @cached_property
     def settings(self) -> dict[str, Any]:
         """The configuration by `group.field`."""
-        return flattened(self.record["config"])
+        return flat(self.record["config"])
 
     @property
     def validation_images(self) -> int | None:

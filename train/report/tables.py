@@ -77,7 +77,7 @@ def runs_table(groups: Sequence[Group], *, mark: bool) -> Html:
     """One row per run, by setting, and with `mark` the best one; the test split was evaluated once, at the end."""
     runs = [run for group in groups for run in group.runs]
     columns = [c for c in COLUMNS[runs[0].kind] if any(_value(run, c[1]) is not None for run in runs)]
-    rows = [[run.name, *(_cell(_value(run, key), form) for _, key, form, _ in columns)] for run in runs]
+    rows = [[run.name, *(cell(_value(run, key), form) for _, key, form, _ in columns)] for run in runs]
     best = {title: which for title, _, _, which in columns if which and mark}
     unfinished = [run for run in runs if not run.finished]
     head = ["run", *(title for title, *_ in columns)]
@@ -102,7 +102,8 @@ def _value(run: Run, key: str) -> float | None:
     return run.settings.get("seed") if value is None and last == "seed" else value
 
 
-def _cell(value: float | None, form: Callable[[float], str]) -> Cell:
+def cell(value: float | None, form: Callable[[float], str]) -> Cell:
+    """A number in a table, as `form` shows it; None is an empty cell."""
     return None if value is None else Number(value, form(value))
 
 

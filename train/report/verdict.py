@@ -69,7 +69,7 @@ def comparable(groups: Sequence[Group]) -> list[Comparison]:
     return sorted(found, key=lambda comparison: -sum(len(group.scores) for group in comparison.groups))
 
 
-def judge(comparison: Comparison) -> Verdict:
+def compare_best(comparison: Comparison) -> Verdict:
     """Compare the best setting with the next one."""
     where, groups = comparison
     best, second = groups[0], groups[1] if len(groups) > 1 else None

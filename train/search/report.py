@@ -6,8 +6,9 @@ import sys
 from typing import Any
 
 from train.config_file import replaced
+from train.drawing import new_figure, save_figure
 from train.errors import UsageError
-from train.report import new_figure, save_figure
+from train.prune.layers import aligned
 from train.run_folder import environment, write_json
 from train.search.storage import Search, load_optuna
 from train.spaces import Choice, Integers, LogUniform, Range
@@ -120,8 +121,7 @@ def table(search: Search, rows: list[dict[str, Any]], best: dict[str, Any] | Non
         ]
         for row in rows
     ]
-    widths = [max(map(len, column)) for column in zip(header, *lines, strict=True)]
-    text = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in [header, *lines]]
+    text = [aligned([header, *lines])]
     if best is not None:
         text.append(
             f"best on validation: trial {best['trial']}, {percent(best['accuracy'])}; the first trial, the config as "

@@ -38,7 +38,7 @@ def curves(rows: Sequence[dict[str, Any]]) -> np.ndarray | None:
         return None
     columns = min(len(panels), 3)
     try:
-        from train.report import new_figure
+        from train.drawing import new_figure
 
         figure = new_figure(3.4 * columns, 2.4 * math.ceil(len(panels) / columns))
         from matplotlib.backends.backend_agg import FigureCanvasAgg

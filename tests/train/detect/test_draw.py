@@ -16,10 +16,10 @@ from train.detect.draw import (
     contact_sheet,
     draw_best_and_worst,
     draw_objects,
-    encode,
     enlarged,
 )
 from train.detect.metrics import coco_metrics
+from train.page import encode
 
 CLASSES = ("cat", "dog", "owl")
 GREY = np.full((500, 600, 3), 128, np.uint8)

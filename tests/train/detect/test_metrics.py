@@ -6,7 +6,7 @@ import pytest
 from tests.reference.coco_ap import mean_ap
 from train.detect import mistakes
 from train.detect.metrics import Detections, Truth, coco_metrics, overlaps, voc_ap
-from train.detect.mistakes import KINDS, best_and_worst, count_errors, curves, image_scores, judge
+from train.detect.mistakes import KINDS, best_and_worst, classify_errors, count_errors, curves, image_scores
 
 BOXES = np.array([[0, 0, 10, 10], [20, 20, 60, 60], [100, 100, 250, 250]], np.float32)  # small, medium, large
 
@@ -155,7 +155,7 @@ def test_errors_have_the_kinds_that_were_made():
         strict=True,
     )
     seen = found(boxes, labels=labels)
-    judged, owned = judge(seen, objects)
+    judged, owned = classify_errors(seen, objects)
     assert tuple(KINDS[kind] for kind in judged) == kinds and tuple(owned) == owners
     # Objects 3 and 4 were not even nearly found.
     assert mistakes.missed(objects, judged, owned).tolist() == [False, False, False, True, True, False]

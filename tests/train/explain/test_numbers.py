@@ -10,17 +10,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from train.data.sources import Arrays
+from train.data.sources import Arrays, sample
 from train.errors import UsageError
 from train.explain import dataset, embeddings, figures, pages
 from train.explain.attributions import Attribution
-from train.explain.config import VIEWS as NAMES
+from train.explain.config import VIEW_NAMES
 from train.explain.dataset import VIEWS, View
 from train.explain.embeddings import neighbours, project
 from train.explain.images import choose, evenly
 from train.explain.landscape import filter_direction, loss_surface
 from train.explain.mistakes import calibration, confusion, worst
-from train.explain.outputs import Outputs, sample
+from train.explain.outputs import Outputs
 from train.explain.pages import STEPS, cascade_view, open_out, write_report
 from train.steps import confusion_matrix, most_confused
 
@@ -213,7 +213,7 @@ def test_overlay_marks_the_hottest_pixel():
 
 
 def test_views_are_the_ones_that_flags_name():
-    assert tuple(VIEWS) == NAMES
+    assert tuple(VIEWS) == VIEW_NAMES
 
 
 def test_views_draw_from_the_seed(monkeypatch):
