@@ -1,8 +1,10 @@
 """Every test runs on 8 forced CPU devices, without a network; warnings and implicit rank promotion are errors."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -74,6 +76,36 @@ def command(tfds_dir):
         if start:
             return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
         return subprocess.run(line, capture_output=True, check=False, **options)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def killed(command):
+    """`killed("train", "--seed", 1, when=f)` starts a command, kills it when `f()` holds, and returns its exit code.
+
+    `f()` holds at the kill too: the process is stopped and asked again first. It may go on for `after` seconds before.
+    """
+
+    def run(*arguments, when, after=0.0):
+        process, deadline = command(*arguments, start=True), time.monotonic() + 600
+        try:
+            while True:
+                while not when():
+                    assert process.poll() is None, f"it ended too early: {process.communicate()}"
+                    assert time.monotonic() < deadline, "it takes too long"
+                    time.sleep(0.001)
+                time.sleep(after)
+                os.kill(process.pid, signal.SIGSTOP)
+                os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+                assert process.poll() is None, f"it ended too early: {process.communicate()}"
+                if when():
+                    break
+                os.kill(process.pid, signal.SIGCONT)
+        finally:
+            process.kill()
+            process.communicate()
+        return process.returncode
 
     return run
 

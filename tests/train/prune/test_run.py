@@ -2,7 +2,6 @@
 
 import json
 import signal
-import time
 from pathlib import Path
 
 import jax
@@ -99,19 +98,16 @@ def test_finished_run_only_says_its_result(finished, fails, capsys):
 
 
 @pytest.mark.slow
-def test_killed_it_ends_bit_equal(finished, command, tmp_path):
+def test_killed_it_ends_bit_equal(finished, command, killed, tmp_path):
     """SIGKILL in the pruning: the second start ends where the uninterrupted run did."""
     out = tmp_path / "killed"
-    process = command("train.prune", *by_command(out, "--save-steps", 2), start=True)
-    deadline = time.monotonic() + 120
-    while not any(p.name.isdigit() for p in (out / "checkpoints").glob("*")):
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
-    second = command("train.prune", *by_command(out, "--save-steps", 2))
+    arguments = ["train.prune", *by_command(out, "--save-steps", 2)]
+
+    def saved():
+        return any(p.name.isdigit() for p in (out / "checkpoints").glob("*"))
+
+    assert killed(*arguments, when=saved) == -signal.SIGKILL
+    second = command(*arguments)
     assert second.returncode == 0, second.stderr
     assert "resuming from step" in second.stderr
     result, whole = json.loads(second.stdout.splitlines()[-1]), json.loads(finished[0].stdout.splitlines()[-1])
