@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, settings
 
 ROOT = Path(__file__).parent.parent
 # A cache for each process of pytest-xdist: JAX does not write its files in one piece.
@@ -28,6 +29,9 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # Nets that several tests, or several processes of one test, compile are compiled once.
 jax.config.update("jax_compilation_cache_dir", str(CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+# How fast a machine is decides about no test.
+settings.register_profile("any speed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any speed")
 
 
 def on_one_device():
