@@ -109,6 +109,10 @@ def killed(command):
         finally:
             process.kill()
             process.communicate()
+            # It may have been writing a file of the cache, which all later processes would read.
+            for path in CACHE.glob("*"):
+                if path.stat().st_mtime > time.time() - 2:
+                    path.unlink()
         return process.returncode
 
     return run
