@@ -1,13 +1,16 @@
 """Every test runs on 8 forced CPU devices, without a network; warnings and implicit rank promotion are errors."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, settings
 
 ROOT = Path(__file__).parent.parent
 # A cache for each process of pytest-xdist: JAX does not write its files in one piece.
@@ -26,6 +29,9 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # Nets that several tests, or several processes of one test, compile are compiled once.
 jax.config.update("jax_compilation_cache_dir", str(CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+# How fast a machine is decides about no test.
+settings.register_profile("any speed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any speed")
 
 
 def on_one_device():
@@ -74,6 +80,40 @@ def command(tfds_dir):
         if start:
             return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
         return subprocess.run(line, capture_output=True, check=False, **options)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def killed(command):
+    """`killed("train", "--seed", 1, when=f)` starts a command, kills it when `f()` holds, and returns its exit code.
+
+    `f()` holds at the kill too: the process is stopped and asked again first. It may go on for `after` seconds before.
+    """
+
+    def run(*arguments, when, after=0.0):
+        process, deadline = command(*arguments, start=True), time.monotonic() + 600
+        try:
+            while True:
+                while not when():
+                    assert process.poll() is None, f"it ended too early: {process.communicate()}"
+                    assert time.monotonic() < deadline, "it takes too long"
+                    time.sleep(0.001)
+                time.sleep(after)
+                os.kill(process.pid, signal.SIGSTOP)
+                os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+                assert process.poll() is None, f"it ended too early: {process.communicate()}"
+                if when():
+                    break
+                os.kill(process.pid, signal.SIGCONT)
+        finally:
+            process.kill()
+            process.communicate()
+            # It may have been writing a file of the cache, which all later processes would read.
+            for path in CACHE.glob("*"):
+                if path.stat().st_mtime > time.time() - 2:
+                    path.unlink()
+        return process.returncode
 
     return run
 

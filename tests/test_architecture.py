@@ -18,7 +18,7 @@ ALLOWED = {
     "pretrain": {"resnet_jax", "train", "pretrain"},
 }
 LAYER_0 = {"jax", "numpy", "flax"}
-LINEN_FILES = {"resnet.py", "layers.py", "mobilenet.py", "heads.py", "network.py", "cascading.py"}
+LINEN_FILES = {"resnet.py", "layers.py", "network.py", "cascading.py"}
 FILES = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
 
 

@@ -10,7 +10,8 @@ import pytest
 
 from pretrain.objectives import OBJECTIVES, Views
 from resnet_jax import contrastive as c
-from tests.pretrain.test_steps import BATCH, B, assert_close, small
+from tests.pretrain.test_steps import BATCH, B, small
+from tests.reference.compare import assert_close
 
 
 def random_views(seed=0):

@@ -8,7 +8,6 @@ import numpy as np
 
 from resnet_jax.layers import CifarStem
 from resnet_jax.resnet import BasicBlock, ResNet
-from resnet_jax.tree import leaves
 from train.optim import make_optimizer, make_schedule
 from train.state import TrainState, init_state, init_variables
 
@@ -60,11 +59,3 @@ def tiny_state(tx: Any, seed: int = 0, channels: int = 3, model: Any = None, **o
 
 def batch_of(images: tuple[np.ndarray, np.ndarray]) -> dict[str, np.ndarray]:
     return {"image": images[0], "label": images[1]}
-
-
-def assert_near(got: Any, want: Any, tolerance: float = 1e-5, what: str = "") -> None:
-    """Assert that two trees are equal up to `tolerance` of the largest value of each leaf."""
-    for (path, leaf), other in zip(leaves(want).items(), jax.tree.leaves(got), strict=True):
-        assert np.shape(other) == np.shape(leaf), f"{what} {path}"
-        error = np.abs(np.asarray(other, np.float64) - leaf).max() / max(np.abs(leaf).max(), 1e-3)
-        assert error <= tolerance, f"{what} {path}: {error:.2e}"

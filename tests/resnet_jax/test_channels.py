@@ -96,7 +96,7 @@ def masked(variables: PyTree, masks: PyTree) -> PyTree:
     return variables | {"params": apply_masks(variables["params"], masks)}
 
 
-def assert_same(model: ResNet, variables: PyTree, small: ResNet, small_variables: PyTree) -> None:
+def assert_same_outputs(model: ResNet, variables: PyTree, small: ResNet, small_variables: PyTree) -> None:
     expected = jax.jit(model.apply)(variables, IMAGES)
     actual = jax.jit(small.apply)(small_variables, IMAGES)
     assert np.abs(expected).max() > 0.05
@@ -121,13 +121,13 @@ def test_compact_is_the_masked_network(name: str) -> None:
     assert small.widths == widths_of(small, small_variables["params"])
     assert jax.tree.map(jnp.shape, small_variables) == jax.tree.map(jnp.shape, shapes_of(small))
     assert count(small_variables["params"]) < 0.8 * count(variables["params"])
-    assert_same(model, masked(variables, masks), small, small_variables)
+    assert_same_outputs(model, masked(variables, masks), small, small_variables)
 
     if name in ("zero_pad", "zero_pad_odd"):
         masks = masks_for(small, small_variables["params"], round_to=2, sparsity=0.4)
         smaller, smaller_variables = compact(small, small_variables, masks)
         assert count(smaller_variables["params"]) < count(small_variables["params"])
-        assert_same(small, masked(small_variables, masks), smaller, smaller_variables)
+        assert_same_outputs(small, masked(small_variables, masks), smaller, smaller_variables)
 
 
 @pytest.mark.parametrize("name", ["zero_pad", pytest.param("preact_bottleneck", marks=pytest.mark.slow)])
@@ -287,7 +287,7 @@ def test_some_groups_alone(only: str, sparsity: float, widths: tuple[int, ...]) 
     small, small_variables = compact(model, variables, masks)
     assert small.widths == widths
     assert "shortcut" in small_variables["params"]["stage1_block1"]
-    assert_same(model, masked(variables, masks), small, small_variables)
+    assert_same_outputs(model, masked(variables, masks), small, small_variables)
 
 
 def test_channels_masked_in_part_stay() -> None:
@@ -300,7 +300,7 @@ def test_channels_masked_in_part_stay() -> None:
     )
     small, small_variables = compact(model, variables, masks)
     assert small.widths == widths_of(model, variables["params"])
-    assert_same(model, masked(variables, masks), small, small_variables)
+    assert_same_outputs(model, masked(variables, masks), small, small_variables)
 
 
 def test_wrong_masks() -> None:

@@ -22,7 +22,7 @@ from hypothesis.extra.numpy import arrays
 
 from resnet_jax import contrastive as c
 from resnet_jax.parallel import compile_step, make_mesh, mean_over, replicated, shard_batch, vary
-from tests.reference.nets import assert_near
+from tests.reference.compare import assert_near
 
 B, D, K, NEGATIVES = 8, 4, 5, 12  # examples, dimensions, prototypes
 SCORES = ("scores", "student", "teacher", "center")

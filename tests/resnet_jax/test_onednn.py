@@ -13,7 +13,8 @@ from resnet_jax import MODELS, onednn
 from resnet_jax.layers import BatchNorm, max_pool
 from resnet_jax.onednn import library
 from resnet_jax.parallel import axis_of, compile_step, make_mesh, replicated, shard_batch
-from tests.reference.nets import CLASSES, assert_near, batch_of, tiny, tiny_state, tiny_tx
+from tests.reference.compare import assert_near
+from tests.reference.nets import CLASSES, batch_of, tiny, tiny_state, tiny_tx
 from train.state import init_variables
 from train.steps import train_step
 

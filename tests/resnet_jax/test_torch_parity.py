@@ -15,8 +15,8 @@ import pytest
 from resnet_jax.resnet import MODELS, ResNet
 from resnet_jax.torch_weights import from_torch, to_torch
 from resnet_jax.tree import leaves
+from tests.reference.compare import assert_near
 from tests.reference.make_golden import CASES, CLASSES, GOLDEN, batch, shallow, summary, torch_reference, weights
-from tests.reference.nets import assert_near
 
 HAS_TORCH = importlib.util.find_spec("torch") is not None
 

@@ -24,7 +24,7 @@ def test_two_hosts_equal_one(command, tmp_path):
         env = {"JAX_NUM_CPU_DEVICES": str(devices)}
         processes = [command(*arguments, *more, start=True, env=env) for more in extra]
         try:
-            return [(*process.communicate(timeout=240), process.returncode) for process in processes]
+            return [(*process.communicate(timeout=600), process.returncode) for process in processes]
         finally:
             for process in processes:
                 process.kill()

@@ -2,7 +2,6 @@
 
 import json
 import sys
-import time
 from dataclasses import replace
 
 import jax
@@ -139,11 +138,9 @@ def test_features_and_a_missing_head(tiny, tmp_path):
         ("hf:a/b/c", "is not of the form"),
     ],
 )
-def test_refused_within_seconds(name, message, cache):
-    began = time.monotonic()
+def test_refused(name, message, cache):
     with pytest.raises(UsageError, match=message):
         read_card(name)
-    assert time.monotonic() - began < 5
 
 
 def test_no_network_is_noticed(cache, monkeypatch):

@@ -11,6 +11,7 @@ from safetensors.numpy import save_file
 
 from resnet_jax.torch_weights import to_torch
 from resnet_jax.tree import leaves
+from tests.reference.compare import assert_equal
 from train.config import AugmentConfig, DataConfig, OptimConfig, TrainConfig
 from train.data.sets import load as load_data
 from train.errors import UsageError
@@ -220,14 +221,9 @@ def test_finetune_from_torch_weights(trained, photographs, tmp_path):
     """A torchvision-style state dict in safetensors: the backbone arrives bit by bit, the head is new."""
     source = load_state(trained[1]).variables
     save_file(to_torch(source), tmp_path / "weights.safetensors")
-    assert_same(load_weights(tmp_path / "weights.safetensors", jax.tree.map(np.zeros_like, source)), source)
+    assert_equal(load_weights(tmp_path / "weights.safetensors", jax.tree.map(np.zeros_like, source)), source)
     result = run(finetune(trained, photographs, tmp_path / "run", tmp_path / "weights.safetensors"))
     assert result["test_accuracy"] >= 0.9
-
-
-def assert_same(got, want):
-    for path, leaf in leaves(got).items():
-        np.testing.assert_array_equal(leaf, leaves(want)[path], err_msg=path)
 
 
 def test_wrapped_pth_file(trained, tmp_path):
@@ -235,7 +231,7 @@ def test_wrapped_pth_file(trained, tmp_path):
     source = load_state(trained[1]).variables
     state = {name: torch.from_numpy(np.array(array)) for name, array in to_torch(source).items()}
     torch.save({"state_dict": {f"module.{name}": tensor for name, tensor in state.items()}}, tmp_path / "weights.pth")
-    assert_same(load_weights(tmp_path / "weights.pth", source), source)
+    assert_equal(load_weights(tmp_path / "weights.pth", source), source)
 
 
 def test_pth_without_torch_names_the_extra(tmp_path, monkeypatch):

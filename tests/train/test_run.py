@@ -3,9 +3,7 @@
 import dataclasses
 import json
 import os
-import random
 import signal
-import time
 from functools import partial
 
 import jax
@@ -71,44 +69,31 @@ def test_same_command_again(finished, capsys, fails):
 
 
 @pytest.mark.slow
-def test_killed_twice_it_ends_bit_equal(finished, command, tmp_path):
-    """SIGKILL at a random moment, then in the middle of a save: the third start ends where the first run did."""
+def test_killed_again_and_again_it_ends_bit_equal(finished, command, killed, tmp_path):
+    """SIGKILL at two moments after a save, then in the middle of one: the last start ends where the first run did."""
     _, whole = finished
     out = tmp_path / "killed"
     arguments = quick(out, "--save-steps", "3")
 
-    def started():
-        return command("train", *arguments, start=True)
-
-    def kill(process):
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        assert process.returncode == -signal.SIGKILL
-
-    def wait_for(process, condition):
-        deadline = time.monotonic() + 120
-        while not condition():
-            assert process.poll() is None, process.communicate()
-            assert time.monotonic() < deadline
-            time.sleep(0.001)
-
     def checkpoints(pattern):
         return list((out / "checkpoints").glob(pattern))
 
-    first = started()
-    wait_for(first, lambda: checkpoints("[0-9]*") and "tmp" not in checkpoints("[0-9]*")[0].name)
-    time.sleep(random.uniform(0, 0.3))
-    kill(first)
-    had = max(int(p.name) for p in checkpoints("[0-9]*") if p.name.isdigit())
+    def newest():
+        return max((int(p.name) for p in checkpoints("[0-9]*") if p.name.isdigit()), default=0)
 
-    second = started()
-    wait_for(second, lambda: any(int(p.name.split(".")[0]) > had for p in checkpoints("*tmp*")))
-    kill(second)
+    def saved(had):
+        return newest() > had
+
+    def in_a_save(had):
+        return saved(had) and checkpoints("*tmp*")  # not one that an earlier kill left: a start removes those
+
+    for when, after in ((saved, 0.02), (saved, 0.15), (in_a_save, 0)):  # seconds
+        assert killed("train", *arguments, when=partial(when, newest()), after=after) == -signal.SIGKILL
     assert checkpoints("*tmp*"), "the kill was to hit a save"
 
-    third = command("train", *arguments)
-    assert third.returncode == 0, third.stderr
-    assert "resuming from step" in third.stderr
+    last = command("train", *arguments)
+    assert last.returncode == 0, last.stderr
+    assert "resuming from step" in last.stderr
     assert not checkpoints("*tmp*")
     results = [json.loads((folder / "result.json").read_text()) for folder in (whole, out)]
     assert results[0]["params_digest"] == results[1]["params_digest"]

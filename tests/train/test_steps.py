@@ -13,6 +13,7 @@ from resnet_jax.augment import normalize
 from resnet_jax.losses import LOSSES, smooth_labels
 from resnet_jax.masks import apply_masks
 from resnet_jax.tree import is_head, is_kernel, leaves, map_with_path
+from tests.reference.compare import assert_close
 from tests.reference.nets import CLASSES, batch_of, tiny, tiny_state, tiny_tx
 from train.loop import evaluate
 from train.optim import make_optimizer
@@ -22,10 +23,6 @@ from train.steps import classify, eval_step, train_step
 TX = tiny_tx()
 STEP = jax.jit(partial(train_step, model=tiny(), tx=TX))
 GOLDEN = {"loss": 1.400973, "accuracy": 0.25, "grad_norm": 0.659943, "params_norm": 13.246058}
-
-
-def assert_close(a, b, **tolerance):
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, **tolerance), jax.device_get(a), jax.device_get(b))
 
 
 def test_golden_metrics(images):

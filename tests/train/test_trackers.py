@@ -364,7 +364,7 @@ def test_wandb_offline_files(tmp_path, capfd):
     (file,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
     assert file != before and file.name == before.name, "it is the same run"
     # W&B's own process closes the file, some time after the run's end.
-    found, deadline = [], time.monotonic() + 60
+    found, deadline = [], time.monotonic() + 600
     while not any(record.HasField("exit") for record in found):
         assert time.monotonic() < deadline, "the file was not closed"
         time.sleep(0.05)

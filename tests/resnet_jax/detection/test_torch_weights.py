@@ -126,7 +126,7 @@ def in_their_layout(path, x):
     return np.concatenate([np.zeros_like(x[:4]), x]) if path.startswith("box_head/deltas/") else x
 
 
-def assert_same(got, want, images):
+def assert_answers_agree(got, want, images):
     """Compare answers or their summaries. Boxes whose scores nearly tie may come in a different order."""
     for name, x in want.items():
         kind, _, rest = name.partition("/")
@@ -165,7 +165,7 @@ def test_golden(kind):
     model, arrays = small(kind), examples(*SIZES[kind])
     variables = from_torchvision(state, shapes_here(model, SIZES[kind]))
     got = summary(ours(model, variables, *arrays))
-    assert_same(got, want, len(arrays[0]))
+    assert_answers_agree(got, want, len(arrays[0]))
 
 
 @pytest.mark.slow
@@ -183,7 +183,7 @@ def test_full_detectors_of_torchvision(kind):
     model, arrays = full(kind), examples(128, 128)
     variables = from_torchvision(net.state_dict(), shapes_here(model, (128, 128)))
     with jax.default_matmul_precision("highest"):
-        assert_same(ours(model, variables, *arrays), answers(net, *arrays), len(arrays[0]))
+        assert_answers_agree(ours(model, variables, *arrays), answers(net, *arrays), len(arrays[0]))
 
 
 # ---- the state dict -------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from resnet_jax.parallel import batch_sharding, make_mesh
+from tests.reference.compare import assert_equal
 from train.data.batches import eval_batch_size, eval_batches, stream_indices, train_batches
 from train.data.sources import Arrays, Encoded
 from train.errors import UsageError
@@ -54,11 +55,6 @@ def take(stream, count):
     return [jax.tree.map(np.asarray, next(stream)) for _ in range(count)]
 
 
-def assert_same(got, want):
-    assert len(got) == len(want)
-    jax.tree.map(np.testing.assert_array_equal, got, want)
-
-
 # ---- the order -----------------------------------------------------------------------------------------------------
 
 
@@ -85,7 +81,7 @@ def test_epochs_and_seeds_differ():
 def test_resident_and_streamed_are_the_same(sources, mesh):
     streams = [train_batches(sources[kind], batch=8, seed=3, mesh=mesh) for kind in ("resident", "streamed")]
     resident, streamed = (take(stream, 11) for stream in streams)
-    assert_same(streamed, resident)
+    assert_equal(streamed, resident)
     labels = np.concatenate([batch["label"] for batch in resident])
     assert labels.dtype == np.int32
     np.testing.assert_array_equal(labels, stream_indices(COUNT, 3, 0, 88))
@@ -102,13 +98,13 @@ def test_goes_on_in_the_middle_of_an_epoch(kind, sources, mesh):
     take(stream, 3)
     state = stream.state()
     rest = take(stream, 4)
-    assert_same(rest, whole[3:])
+    assert_equal(rest, whole[3:])
 
     fresh = new()
     fresh.restore(state)
-    assert_same(take(fresh, 4), whole[3:])
+    assert_equal(take(fresh, 4), whole[3:])
     stream.restore(state)  # and the stream that had gone further goes back
-    assert_same(take(stream, 4), whole[3:])
+    assert_equal(take(stream, 4), whole[3:])
     assert fresh.state() == stream.state()
 
 
@@ -241,4 +237,4 @@ def test_processes_share_the_batches(kind, mode, sources, mesh, monkeypatch):
         parts.append(batches(mode))
     for want, *own in zip(whole, *parts, strict=True):
         joined = jax.tree.map(lambda want, *x: np.concatenate(x).reshape(-1, *want.shape[1:]), want, *own)
-        assert_same(joined, want)
+        assert_equal(joined, want)

@@ -2,7 +2,6 @@
 
 import json
 import signal
-import time
 from dataclasses import replace
 
 import numpy as np
@@ -89,22 +88,19 @@ def test_stopped_it_ends_bit_equal(tmp_path):
 
 
 @pytest.mark.slow
-def test_killed_it_ends_bit_equal(finished, command, tmp_path):
+def test_killed_it_ends_bit_equal(command, killed, tmp_path):
     """SIGKILL after a checkpoint: the second start ends where a whole run does, in processes of their own."""
 
-    def started(out, **options):
-        return command("train.detect", *quick(out, "--save-steps", "1", "--steps", "12"), **options)
+    def arguments(out):
+        return ["train.detect", *quick(tmp_path / out, "--save-steps", "1", "--steps", "12")]
 
-    process, deadline = started(tmp_path / "killed", start=True), time.monotonic() + 300
-    while not any(p.name.isdigit() for p in (tmp_path / "killed" / "checkpoints").glob("[0-9]*")):
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    def saved():
+        return any(p.name.isdigit() for p in (tmp_path / "killed" / "checkpoints").glob("[0-9]*"))
+
+    assert killed(*arguments("killed"), when=saved) == -signal.SIGKILL
     assert not (tmp_path / "killed" / "result.json").exists()
 
-    again, whole = started(tmp_path / "killed"), started(tmp_path / "whole")
+    again, whole = command(*arguments("killed")), command(*arguments("whole"))
     assert again.returncode == whole.returncode == 0, again.stderr + whole.stderr
     assert "resuming from step" in again.stderr
     results = [json.loads(done.stdout.splitlines()[-1]) for done in (again, whole)]

@@ -12,6 +12,7 @@ from resnet_jax.layers import CifarStem
 from resnet_jax.masks import apply_masks
 from resnet_jax.resnet import BasicBlock, ResNet
 from resnet_jax.tree import leaves
+from tests.reference.compare import assert_equal
 from train import session as session_module
 from train.config import TrainConfig
 from train.prune.__main__ import main
@@ -101,12 +102,6 @@ def rows_of(out, name):
     return [round(row[name], 6) for row in rows if name in row]
 
 
-def assert_same(a, b):
-    assert list(a) == list(b)
-    for path in a:
-        np.testing.assert_array_equal(a[path], b[path], err_msg=path)
-
-
 def assert_pruned(out, result, share, *, slack=0):
     """This share is pruned, to the weight; what is pruned is zero; the sparse file has the same weights and masks."""
     state, masks = state_of(out), masks_of(out)
@@ -114,12 +109,12 @@ def assert_pruned(out, result, share, *, slack=0):
     size = sum(mask.size for mask in masks.values())
     assert abs(kept_in(masks) - (size - round(share * size))) <= slack
     assert result["sparsity"] == pytest.approx(1 - kept_in(masks) / size, abs=1e-6)
-    assert_same(flat(state.params), flat(apply_masks(state.params, state.masks)))
+    assert_equal(flat(state.params), flat(apply_masks(state.params, state.masks)))
     variables, saved, about = load_sparse(Path(result["pruned_file"]))
-    assert_same(flat(saved), flat(state.masks))
+    assert_equal(flat(saved), flat(state.masks))
     config, _ = read_config(out, TrainConfig)
     classes = json.dumps([str(digit) for digit in range(10)])
     assert about == {"model": "two_blocks", "widths": json.dumps(config.widths), "classes": classes}
     if "file_accuracy" not in result:  # not int8
-        assert_same(flat(variables), flat(state.variables))
+        assert_equal(flat(variables), flat(state.variables))
     return masks

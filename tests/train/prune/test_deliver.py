@@ -11,6 +11,7 @@ import pytest
 
 from resnet_jax.masks import apply_masks, full_masks
 from resnet_jax.tree import count
+from tests.reference.compare import assert_equal
 from tests.train.prune.runs import (
     ALIKE,
     AT_ONCE,
@@ -25,7 +26,6 @@ from tests.train.prune.runs import (
     TO_80,
     TWO_BLOCKS,
     assert_pruned,
-    assert_same,
     flat,
     masks_of,
     prune,
@@ -74,8 +74,8 @@ def test_fine_tuning_keeps_what_is_pruned(pruned, tmp_path, source):
     given = pruned(*GRADUAL)
     before = state_of(given.out)
     after = fine_tune(given.out if source == "run" else given.result["pruned_file"], tmp_path / "run")
-    assert_same(flat(after.masks), flat(before.masks))
-    assert_same(flat(after.params), flat(apply_masks(after.params, before.masks)))
+    assert_equal(flat(after.masks), flat(before.masks))
+    assert_equal(flat(after.params), flat(apply_masks(after.params, before.masks)))
     for path, w in flat(after.params).items():
         assert not np.array_equal(w, flat(before.params)[path])
 
@@ -112,8 +112,8 @@ def of_gradual(pruned):
 
 def test_masks_of_another_run(pruned):
     given, run = pruned(*GRADUAL), of_gradual(pruned)
-    assert_same(flat(load_masks(given.out, state_of(run.out).params)), flat(state_of(run.out).masks))
-    assert_same(assert_pruned(run.out, run.result, 0.8), masks_of(given.out))
+    assert_equal(flat(load_masks(given.out, state_of(run.out).params)), flat(state_of(run.out).masks))
+    assert_equal(assert_pruned(run.out, run.result, 0.8), masks_of(given.out))
 
 
 def test_pruned_further(pruned, tmp_path):
@@ -159,7 +159,7 @@ def test_compact_network_is_the_masked_one(pruned):
     assert result["channels_pruned"] == 0.5 < result["sparsity"]
     assert saved["config"]["augment"]["mean"] is not None
     variables, _, _ = load_sparse(compact / "sparse.safetensors")
-    assert_same(flat(variables), flat(state.variables))
+    assert_equal(flat(variables), flat(state.variables))
 
 
 @pytest.mark.slow

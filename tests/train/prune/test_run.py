@@ -2,7 +2,6 @@
 
 import json
 import signal
-import time
 from pathlib import Path
 
 import jax
@@ -11,6 +10,7 @@ import pytest
 
 from resnet_jax.parallel import make_mesh
 from resnet_jax.tree import is_kernel, leaves
+from tests.reference.compare import assert_equal
 from tests.reference.nets import Mlp
 from tests.train.prune.runs import (
     ALIKE,
@@ -26,7 +26,6 @@ from tests.train.prune.runs import (
     TO_80,
     TWO_BLOCKS,
     assert_pruned,
-    assert_same,
     flat,
     kept_in,
     masks_of,
@@ -99,19 +98,16 @@ def test_finished_run_only_says_its_result(finished, fails, capsys):
 
 
 @pytest.mark.slow
-def test_killed_it_ends_bit_equal(finished, command, tmp_path):
+def test_killed_it_ends_bit_equal(finished, command, killed, tmp_path):
     """SIGKILL in the pruning: the second start ends where the uninterrupted run did."""
     out = tmp_path / "killed"
-    process = command("train.prune", *by_command(out, "--save-steps", 2), start=True)
-    deadline = time.monotonic() + 120
-    while not any(p.name.isdigit() for p in (out / "checkpoints").glob("*")):
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
-    second = command("train.prune", *by_command(out, "--save-steps", 2))
+    arguments = ["train.prune", *by_command(out, "--save-steps", 2)]
+
+    def saved():
+        return any(p.name.isdigit() for p in (out / "checkpoints").glob("*"))
+
+    assert killed(*arguments, when=saved) == -signal.SIGKILL
+    second = command(*arguments)
     assert second.returncode == 0, second.stderr
     assert "resuming from step" in second.stderr
     result, whole = json.loads(second.stdout.splitlines()[-1]), json.loads(finished[0].stdout.splitlines()[-1])
@@ -126,7 +122,7 @@ def test_pruned_at_once(pruned, dense):
     """The smallest weights of all layers go, and training starts from the others."""
     out, result, [start] = pruned(*AT_ONCE, *TO_80)
     masks, before = assert_pruned(out, result, 0.8), flat(state_of(dense).params)
-    assert_same({path: start.masks[path] for path in masks}, masks)
+    assert_equal({path: start.masks[path] for path in masks}, masks)
     assert smallest_go(before, masks, {path: np.ones_like(mask) for path, mask in masks.items()})
     measured = json.loads((out / "start.json").read_text())
     assert measured["sparsity"] == pytest.approx(result["sparsity"])
@@ -192,7 +188,7 @@ def test_levels_that_rewind(small, tmp_path):
     assert [start.step for start in run.starts] == [0, 3, 3]
     for start in run.starts[1:]:
         assert start.position == position != run.starts[0].position
-        assert_same(start.params, {path: w * start.masks[path] for path, w in flat(saved["params"]).items()})
+        assert_equal(start.params, {path: w * start.masks[path] for path, w in flat(saved["params"]).items()})
     everything = {path: np.ones_like(mask) for path, mask in run.starts[1].masks.items()}
     assert smallest_go(flat(dense.params), run.starts[1].masks, everything)
     assert smallest_go(flat(first.params), run.starts[2].masks, run.starts[1].masks)
@@ -205,7 +201,7 @@ def test_levels_from_other_weights(dense, tmp_path):
     levels_of(run)
     first, second = run.starts
     assert first.step == second.step == 0 and first.position == second.position
-    assert_same(second.params, {path: w * second.masks[path] for path, w in first.params.items()})
+    assert_equal(second.params, {path: w * second.masks[path] for path, w in first.params.items()})
     initial = dense_at_the_start()
     assert all(not np.array_equal(w, initial[path] * first.masks[path]) for path, w in first.params.items() if w.any()
                and is_kernel(path, w))  # fmt: skip
@@ -217,7 +213,7 @@ def test_levels_that_go_on(pruned, dense):
     first, _ = levels_of(run)
     for start, before in zip(run.starts, (state_of(dense), first), strict=True):
         assert start.step == 0
-        assert_same(start.params, {path: w * start.masks[path] for path, w in flat(before.params).items()})
+        assert_equal(start.params, {path: w * start.masks[path] for path, w in flat(before.params).items()})
 
 
 def dense_at_the_start():
@@ -232,7 +228,7 @@ def test_pruned_before_training(dense, tmp_path):
     out, result, [start] = prune(dense, *more, "--out", tmp_path / "run")
     assert_pruned(out, result, 0.8)
     assert result["steps"] == 8
-    assert_same(start.params, {path: w * start.masks[path] for path, w in dense_at_the_start().items()})
+    assert_equal(start.params, {path: w * start.masks[path] for path, w in dense_at_the_start().items()})
 
 
 # ---- scores, scopes, structures --------------------------------------------------------------------------------------

@@ -49,7 +49,7 @@ def built(tree, *, odd=ODD):
     return np.where(mask, array, np.float32(0)), mask
 
 
-def assert_same(a, b):
+def assert_bit_equal(a, b):
     """Bit-equal trees of NumPy arrays: structure, shapes, dtypes, the sign of zeros."""
     assert jax.tree.structure(a) == jax.tree.structure(b)
     for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
@@ -80,8 +80,8 @@ def test_what_is_saved_comes_back_bit_by_bit(tmp_path_factory, tree, statistics)
     variables = {"params": params, "batch_stats": built(statistics)[0]}
     save_sparse(path, variables, masks, metadata={"sparsity": "0.9", "": "é"})
     loaded, loaded_masks, metadata = load_sparse(path)
-    assert_same(variables, loaded)
-    assert_same(masks, loaded_masks)
+    assert_bit_equal(variables, loaded)
+    assert_bit_equal(masks, loaded_masks)
     assert metadata == {"sparsity": "0.9", "": "é"}
 
 
@@ -93,7 +93,7 @@ def test_int8_is_off_by_half_a_scale_at_most(tmp_path_factory, tree, exponent):
     params = jax.tree.map(lambda w: np.clip(w * 10.0**exponent, -3.4e38, 3.4e38).astype(np.float32), params)
     save_sparse(path, {"params": params}, masks, values="int8")
     loaded, loaded_masks, metadata = load_sparse(path)
-    assert_same(masks, loaded_masks)
+    assert_bit_equal(masks, loaded_masks)
     assert metadata == {}
     for w, mask, q in zip(*map(jax.tree.leaves, (params, masks, loaded["params"])), strict=True):
         assert isinstance(q, np.ndarray)
@@ -119,7 +119,7 @@ def test_equal_networks_give_equal_files(tmp_path, network):
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes() == (tmp_path / "jax").read_bytes()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b", "jax"]
     save_sparse(tmp_path / "a", network[0], no_masks(network[0]["params"]))
-    assert_same(network[0], load_sparse(tmp_path / "a")[0])
+    assert_bit_equal(network[0], load_sparse(tmp_path / "a")[0])
 
 
 def test_files_are_small(tmp_path):
@@ -137,7 +137,7 @@ def test_files_are_small(tmp_path):
         save_sparse(tmp_path / values, variables, masks, values=values)
         size = (tmp_path / values).stat().st_size
         assert size < len(gzip.compress(dense)) and size < len(dense) / ratio
-    assert_same(variables, load_sparse(tmp_path / "float32")[0])
+    assert_bit_equal(variables, load_sparse(tmp_path / "float32")[0])
 
 
 def old_network(kind):
@@ -167,7 +167,7 @@ def test_files_of_commit_9ac8e3e_load(kind, values, tmp_path):
     for each in (path, tmp_path / "new"):
         assert is_sparse_file(each)
         *found, metadata = load_sparse(each)
-        assert_same([variables, masks], found)
+        assert_bit_equal([variables, masks], found)
         assert metadata == about
     assert (tmp_path / "new").stat().st_size <= 1.04 * path.stat().st_size
 
@@ -232,7 +232,7 @@ def test_no_damage_goes_unnoticed(saved):
         except UsageError:
             noticed += 1
         else:
-            assert_same(wanted[:2], found[:2])
+            assert_bit_equal(wanted[:2], found[:2])
             assert found[2] == wanted[2]
     assert noticed > 0.98 * len(content)
     for length in {0, 1, 7, 8, 9, *range(10, len(content), 97), len(content) - 1}:

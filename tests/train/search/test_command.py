@@ -2,7 +2,6 @@
 
 import json
 import signal
-import time
 
 import pytest
 
@@ -11,16 +10,10 @@ WORDS += " --optim.lr 0.001 --range batch=fixed"
 
 
 @pytest.mark.slow
-def test_killed_search_is_finished_by_two_workers(command, tmp_path):
+def test_killed_search_is_finished_by_two_workers(command, killed, tmp_path):
     words = ["train.search", *WORDS.split(), "--out", tmp_path / "s"]
     trials = tmp_path / "s" / "trials"
-    killed = command(*words, start=True)
-    deadline = time.monotonic() + 300
-    while not (trials / "001" / "metrics.jsonl").exists():
-        assert killed.poll() is None and time.monotonic() < deadline, killed.communicate()[1]
-        time.sleep(0.05)
-    killed.send_signal(signal.SIGKILL)
-    killed.communicate()
+    assert killed(*words, when=(trials / "001" / "metrics.jsonl").exists) == -signal.SIGKILL
     assert not (tmp_path / "s" / "search.json").exists()
 
     done = command(*words, "--workers", 2)
