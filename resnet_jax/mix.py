@@ -16,8 +16,8 @@ def mixup(
 ) -> tuple[jax.Array, jax.Array]:
     """Mix each example with its partner: `lam * x + (1 - lam) * partner`, one lam ~ Beta(alpha, alpha) per batch.
 
-    https://arxiv.org/abs/1710.09412. Images are float [B, H, W, C], labels float [B, K], one-hot or soft, and alpha > 0.
-    With `axis_name` the batch is split over that axis; the same key on all devices gives the result of one.
+    https://arxiv.org/abs/1710.09412, with alpha > 0. Images are float [B, H, W, C], and labels float [B, K], one-hot or
+    soft. With `axis_name` the batch is split over that axis; the same key on all devices gives the result of one.
 
     Raises:
       TypeError: images or labels are integers.

@@ -122,8 +122,8 @@ def _multiply(params: PyTree, gradient: PyTree) -> PyTree:
 
 
 def _gradient(params: PyTree, batch: Batch, loss: Loss) -> PyTree:
-    """Return the gradient of the batch's mean loss, float32."""
-    return jax.tree.map(_float32, jax.grad(lambda p: loss(p, batch).mean())(params))
+    """Return the gradient of the batch's mean loss, float32; under `shard_map`, of the shard's batch alone."""
+    return jax.tree.map(_float32, jax.grad(lambda p: loss(p, batch).mean())(vary_like(params, batch)))
 
 
 def _taylor(params: PyTree, batch: Batch, loss: Loss) -> PyTree:

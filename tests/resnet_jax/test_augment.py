@@ -93,6 +93,13 @@ def test_contract(name):
     assert (len(np.unique(same, axis=0)) == 1) == (name in FIXED)
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_64_bits_change_no_dtype(name):
+    with jax.enable_x64(True):
+        image = jax.ShapeDtypeStruct(SHAPE, jnp.float32)
+        assert jax.eval_shape(factory(name)(**CASES[name]), jax.random.key(0), image).dtype == jnp.float32
+
+
 @pytest.mark.parametrize("name", ["color_jitter", "grayscale", "trivial_augment"])
 def test_one_channel(name):
     """Equal and constant neighbors of gray images could cause divisions by zero."""
@@ -124,6 +131,7 @@ def on_zeros(augment, shape):
         (lambda: on_zeros(A.color_jitter(), (4, 4, 2)), "1 or 3 channels"),
         (lambda: on_zeros(A.grayscale(), (4, 4, 2)), "1 or 3 channels"),
         (lambda: on_zeros(AA.rand_augment(), (4, 4, 2)), "1 or 3 channels"),
+        (lambda: AA.rand_augment(2, 31), r"magnitude must be in \[0, 31\), not 31"),
     ],
 )
 def test_wrong_arguments(make, message):
@@ -242,6 +250,8 @@ def test_random_resized_crop_falls_back_to_the_central_box():
     crop = A.random_resized_crop((4, 4), scale=(1.0, 1.0), ratio=(1.0, 1.0))  # cannot fit into 4 x 9
     image = photo((4, 9, 3))
     np.testing.assert_allclose(jax.jit(crop)(jax.random.key(0), image), image[:, 2:6], atol=1e-6)
+    thin = A.random_resized_crop((4, 4), ratio=(3.0, 4.0))  # a box of ratio 3 would be a third of a pixel high
+    np.testing.assert_allclose(jax.jit(thin)(jax.random.key(0), image[:, :1]), np.tile(image[1:2, :1], (4, 4, 1)))
 
 
 def test_resize_equals_pillow():

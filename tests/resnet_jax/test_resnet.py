@@ -174,6 +174,12 @@ def test_forward(name: str) -> None:
         np.testing.assert_array_equal(together, maps["pooled"])
 
 
+def test_squeeze_and_excitation_of_few_channels() -> None:
+    """At least one hidden unit."""
+    shapes = jax.eval_shape(SqueezeExcite().init, jax.random.key(0), jnp.zeros((2, 3, 3, 8)))
+    assert shapes["params"]["fc1"]["kernel"].shape == (8, 1)
+
+
 BLOCKS = {
     "basic": (tiny(BasicBlock), "norm2/scale"),
     "bottleneck": (tiny(Bottleneck), "norm3/scale"),

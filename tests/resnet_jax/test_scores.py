@@ -6,9 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh, PartitionSpec
 
 from resnet_jax import scores
 from resnet_jax.losses import softmax_cross_entropy
+from resnet_jax.masks import make_masks
 from resnet_jax.scores import SCORES, fisher, magnitude, norm_scale, random, snip, synflow, taylor
 from resnet_jax.tree import leaves
 
@@ -53,6 +55,23 @@ def test_scores_by_gradients_equal_the_formulas(name):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-8), got, expected(name))
     if name == "snip":
         assert sum(float(s.sum()) for s in got.values()) == pytest.approx(1, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", BY_GRADIENTS)
+def test_scores_inside_a_compiled_step(name):
+    """Under `jit`, and as masks of each shard under `shard_map`."""
+
+    def masks(params, batch):
+        scores = SCORES[name](params, loss=linear_loss, batches=[batch])
+        return make_masks(scores, 0.5)["kernel"]
+
+    want = make_masks(SCORES[name](PARAMS, loss=linear_loss, batches=[BATCHES[0]]), 0.5)["kernel"]
+    np.testing.assert_array_equal(jax.jit(masks)(PARAMS, BATCHES[0]), want)
+    mesh, split = Mesh(np.array(jax.devices()[:2]), ("data",)), PartitionSpec("data")
+    both = jax.tree.map(lambda a, b: np.concatenate([a, b]), *BATCHES[:2])
+    sharded = jax.shard_map(masks, mesh=mesh, in_specs=(PartitionSpec(), split), out_specs=split)
+    second = make_masks(SCORES[name](PARAMS, loss=linear_loss, batches=[BATCHES[1]]), 0.5)["kernel"]
+    np.testing.assert_array_equal(jax.jit(sharded)(PARAMS, both), np.concatenate([want, second]))
 
 
 @pytest.mark.parametrize(("at_once", "length"), [(1, 6), (2 * 16, 3), (5 * 16, 2), (6 * 16, 1), (1 << 20, 1)])

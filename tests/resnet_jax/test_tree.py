@@ -33,6 +33,21 @@ def test_ema(decay):
     np.testing.assert_allclose(ema({"a": jnp.asarray(4.0)}, {"a": jnp.asarray(8.0)}, decay)["a"], 8 - 4 * decay)
 
 
+def test_ema_keeps_the_dtype_of_the_average():
+    """A decay that is an array, as in a schedule, does not promote: the average can be the carry of a scan."""
+    average, decays = {"a": jnp.asarray(4.0, jnp.bfloat16)}, jnp.asarray([0.5, 0.5])
+    average, _ = jax.lax.scan(lambda a, decay: (ema(a, {"a": jnp.asarray(8.0)}, decay), None), average, decays)
+    assert average["a"].dtype == jnp.bfloat16 and float(average["a"]) == 7
+
+
+@pytest.mark.parametrize("implementation", ["threefry2x32", "rbg", "unsafe_rbg"])
+def test_draws_by_example_keys_do_not_depend_on_the_batch(implementation):
+    keys = example_keys(jax.random.key(0, impl=implementation), example_index(6))
+    draws = jax.vmap(jax.random.normal)(keys)
+    np.testing.assert_array_equal(draws, [jax.random.normal(key) for key in keys])
+    assert len(np.unique(draws)) == 6
+
+
 def test_example_keys_are_the_same_in_any_split():
     key = step_key(jax.random.key(0), jnp.asarray(3))
     whole = example_keys(key, example_index(8))

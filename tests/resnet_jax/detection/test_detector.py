@@ -83,6 +83,15 @@ def test_a_batch_without_objects_teaches_the_background(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_losses_without_rows_for_objects_are_those_of_padding(kind):
+    variables, (images, boxes, labels) = trained(kind)[0], objects(0, 0)
+    losses = jax.jit(partial(tiny_detector(kind).apply, method="losses"))
+    want, got = (losses(variables, images, None, boxes[:, :n], labels[:, :n], KEYS[:2]) for n in (1, 0))
+    assert want.keys() == got.keys()
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), got, want)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_boxes_of_rows_that_are_padding_count_nothing(kind):
     variables, compute = trained(kind)
     images, boxes, labels = objects(0, 1, 7, 30)

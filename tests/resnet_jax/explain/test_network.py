@@ -143,6 +143,9 @@ def test_pictures():
     np.testing.assert_allclose(upsample(line, (1, 5), align_corners=True)[0, 0], [0, 1, 2, 3, 4])
     np.testing.assert_allclose(rescale(jnp.asarray([[[2.0, 4.0]], [[3.0, 3.0]]])), [[[0, 1]], [[0, 0]]], atol=1e-6)
     np.testing.assert_allclose(upsample(line, (1, 4), first=0)[0, 0], [0, 2, 4, 4])
+    # A stride of 4, of which the last position sees one pixel.
+    np.testing.assert_allclose(upsample(line, (1, 5), first=0)[0, 0], [0, 1, 2, 3, 4])
+    np.testing.assert_allclose(rescale(jnp.asarray([[[2e-9, 4e-9, 3e-9]]])), [[[0, 1, 0.5]]], atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -151,6 +151,8 @@ def test_similarities_of_maps():
             contrast = (2 * xy + 9e-4) / (xx + yy + 9e-4)
             values.append((2 * x.mean() * y.mean() + 1e-4) / (x.mean() ** 2 + y.mean() ** 2 + 1e-4) * contrast)
     np.testing.assert_allclose(ssim(a.astype(np.float32), b.astype(np.float32)), [np.mean(values)], rtol=1e-4)
+    with pytest.raises(ValueError, match="smaller than a window of 9 pixels"):
+        ssim(a, b, window=9)
 
 
 COMPILED = jax.jit(lambda network, heat: deletion(network, IMAGES, ONE, heat, steps=8))
