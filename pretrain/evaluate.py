@@ -33,7 +33,7 @@ from train.cli import start
 from train.config import SEEDS, AugmentConfig, DataConfig, OptimConfig, TrainConfig
 from train.data.batches import eval_batch_size
 from train.data.sets import Dataset, known_labels, share_of
-from train.errors import UsageError, unknown
+from train.errors import OneLineParser, UsageError, unknown
 from train.from_config import compute_dtype, eval_augment, make_kernels, make_model, open_data, read_data
 from train.json_text import to_json
 from train.paths import local_path
@@ -123,13 +123,15 @@ def evaluate(
         if writable:
             write_json(path, kept)
 
+    sized = {"image_size": config.data.image_size} if config.data.image_size else {}
     # The protocols on frozen features share one pass over the splits.
     if set(protocols) & set(FROZEN):
         frozen = frozen_figures(config, run, dataset)
         if "knn" in protocols:
-            keep("knn", frozen.knn, neighbours=config.neighbours, temperature=config.neighbour_temperature)
+            how = {"neighbours": config.neighbours, "temperature": config.neighbour_temperature}
+            keep("knn", frozen.knn, **how, **sized)
         if "linear" in protocols:
-            keep("linear", frozen.linear, learning_rate=frozen.learning_rate, seed=config.seed)
+            keep("linear", frozen.linear, learning_rate=frozen.learning_rate, seed=config.seed, **sized)
     # The others each train a network in a folder named by its settings, so that new settings start from scratch.
     for protocol in (name for name in protocols if name in TRAINED):
         way, _, percent = protocol.partition("_")
@@ -138,9 +140,7 @@ def evaluate(
         devices = jax.device_count()
         size = max(min(batch, labelled) // devices, 1) * devices
         steps = max(round(epochs * labelled / size), UPDATES)
-        tuning: dict[str, Any] = {"epochs": epochs, "lr": lr, "batch": size, "seed": seed}
-        if config.data.image_size:
-            tuning["image_size"] = config.data.image_size
+        tuning: dict[str, Any] = {"epochs": epochs, "lr": lr, "batch": size, "seed": seed, **sized}
         if way == "finetune":  # a run that has been continued for longer has a different encoder
             tuning["pretrained_steps"] = result["steps"]
         say(f"{protocol}: {dataset.name}, {labelled:,} labelled images, {steps} updates")
@@ -200,7 +200,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Evaluate; print one line per protocol on stderr and the result as JSON on stdout."""
     import argparse
 
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="python -m pretrain.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
@@ -209,15 +209,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--data", help="a different set from the one it was pretrained on, to measure transfer")
     add("--dir", help="the TFDS data_dir of that set")
     add("--image-size", type=int, help="resize the images of that set to this side")
-    add("--epochs", type=float, default=30, help="epochs of fine-tuning and of training from scratch")
-    add("--lr", type=float, default=0.05)
-    add("--batch", type=int, default=64)
-    add("--seed", type=int, default=0)
+    training = parser.add_argument_group("fine-tuning and training from scratch").add_argument
+    training("--epochs", type=float, help="(default: 30)")
+    training("--lr", type=float, help="(default: 0.05)")
+    training("--batch", type=int, help="(default: 64)")
+    training("--seed", type=int, help="(default: 0)")
     args = parser.parse_args(argv)
     data = DataConfig(name=args.data, dir=args.dir, image_size=args.image_size) if args.data else None
-    if data is None and (args.dir or args.image_size):
+    if data is None and (args.dir, args.image_size) != (None, None):
         raise UsageError("--dir and --image-size apply only to a different set: name it with --data")
-    tuning = {name: getattr(args, name) for name in ("epochs", "lr", "batch", "seed")}
+    given = {name: getattr(args, name) for name in ("epochs", "lr", "batch", "seed")}
+    tuning = {name: value for name, value in given.items() if value is not None}
+    if tuning and not set(args.protocol) & set(TRAINED):
+        raise UsageError(f"--{next(iter(tuning))} only applies to protocols that train: {', '.join(TRAINED)}")
     result = evaluate(args.run, args.protocol, data=data, **tuning)
     transfer = "" if result["dataset"] == result["pretrained_on"] else f", pretrained on {result['pretrained_on']}"
     for name, value in result.items():

@@ -67,7 +67,7 @@ class Checkpoints:
             preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep_last), best]),
             cleanup_tmp_directories=writes,
         )
-        self._writer = ThreadPoolExecutor(1, "checkpoint")
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Any = None
 
     @property
@@ -93,7 +93,7 @@ class Checkpoints:
         copy = _copy({**_fields(state), "key": jax.random.key_data(state.key)})
         metadata = {"iterator": iterator, "key": str(jax.random.key_impl(state.key))}
         if jax.process_count() == 1:
-            self._pending = self._writer.submit(lambda: self._write(copy, metadata, metrics).result())
+            self._pending = self._thread.submit(lambda: self._write(copy, metadata, metrics).result())
             return
         # Orbax's hosts meet in collectives, whose order among those of the steps must be the same on all of them.
         try:
@@ -167,7 +167,9 @@ class Checkpoints:
         steps = self.steps if step is None else [step]
         for candidate in reversed(steps):
             try:
-                found = self._load(candidate)
+                # In the thread, where Ctrl-C cannot end up in Orbax, which takes it for a damaged file.
+                alone = jax.process_count() == 1
+                found = self._thread.submit(self._load, candidate).result() if alone else self._load(candidate)
             except Exception as error:  # a damaged file can raise anything
                 reason = " ".join(str(error).split())[:160]
                 print(f"warning: checkpoint {candidate} in {self.root} is damaged ({reason})", file=sys.stderr)
@@ -191,7 +193,7 @@ class Checkpoints:
 
     def close(self) -> None:
         self.wait()
-        self._writer.shutdown()
+        self._thread.shutdown()
         self._orbax.close()
         if self._link is not None:
             self._link.cleanup()

@@ -70,6 +70,8 @@ def with_fields(config: Any, file: ConfigFile) -> Any:
     if theirs != ours:
         raise UsageError(f"--config {file.path} describes a run of {theirs}, not of {ours}")
     kinds, values = field_kinds(type(config)), {}
+    if any(name.startswith("prune.") for name in file.fields) and "prune.sparsity" not in kinds:
+        raise UsageError(f"--config {file.path} describes a run of train.prune, not of {ours}")
     for name, value in file.fields.items():
         if file.record and (name, value) in FORMER:
             continue

@@ -1,14 +1,17 @@
 """Errors that the user can fix (exit code 2) or that stopped a run (exit code 1), each shown as one line."""
 
+import _thread
+import argparse
 import difflib
 import logging
 import os
 import re
 import sys
+import threading
 import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 OUT_OF_MEMORY = "out of memory: lower --batch, split it with --accumulate, or choose a smaller network or images"
 
@@ -27,6 +30,13 @@ class DivergedError(RunError):
 
 class LostHostError(RunError):
     """A host that stopped answering. The process ends without JAX's shutdown, which would wait for it."""
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """A parser whose errors are a `UsageError`, of one line like all others."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; see --help")
 
 
 def unknown(kind: str, name: str, valid: Iterable[str], other: Iterable[str] = ()) -> UsageError:
@@ -57,7 +67,7 @@ def one_line() -> Iterator[None]:
     # Orbax and asyncio log at length about a damaged checkpoint or a full disk, which would bury the one line.
     for library in ("absl", "asyncio", "root"):
         logging.getLogger(library).setLevel(logging.CRITICAL)
-    sys.unraisablehook = _without_late_writes
+    sys.unraisablehook = _unraisable
     try:
         yield
     except (UsageError, RunError) as error:
@@ -90,11 +100,16 @@ def one_line() -> Iterator[None]:
         # The reader has closed the pipe, as in `python -m train --help | head`: end quietly.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
-        print("interrupted; run the same command again to resume from the last checkpoint", file=sys.stderr)
+        print("interrupted; the same command continues a run from its last checkpoint", file=sys.stderr)
         raise SystemExit(130) from None
 
 
-def _without_late_writes(unraisable: Any) -> None:
-    """`sys.unraisablehook`, except for writes that report to an event loop which their failure has already closed."""
-    if str(unraisable.exc_value) != "Event loop is closed":
+def _unraisable(unraisable: Any) -> None:
+    """`sys.unraisablehook` that delivers a Ctrl-C again which a callback of the garbage collector received.
+
+    It also drops writes that report to an event loop which their failure has already closed.
+    """
+    if issubclass(unraisable.exc_type, KeyboardInterrupt):
+        threading.Timer(0.01, _thread.interrupt_main).start()  # not now: the callback would receive this one too
+    elif str(unraisable.exc_value) != "Event loop is closed":
         sys.__unraisablehook__(unraisable)

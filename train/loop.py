@@ -197,7 +197,7 @@ class Progress:
         rate = self.images_per_second
         left = timedelta(seconds=round((self.steps - step) * self.batch / rate) if rate else 0)
         values = "  ".join(f"{name.replace('_', ' ')} {means[name]:.4g}" for name in self.shown if name in means)
-        epoch = f"epoch {step / self.epoch_steps:.1f}/{math.ceil(self.steps / self.epoch_steps)}"
+        epoch = f"epoch {step / self.epoch_steps:.1f}/{round(self.steps / self.epoch_steps, 1):g}"
         return f"step {step}/{self.steps}  {epoch}  {values}  {rate:,.0f} images/s  {left} left"
 
     def say(self, line: str, *, stays: bool = True) -> None:

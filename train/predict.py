@@ -19,7 +19,7 @@ import numpy as np
 from resnet_jax.augment import preprocess_batch
 from resnet_jax.tree import PyTree
 from train.data.decode import is_many, read_pixels, silence_pillow
-from train.errors import UsageError, one_line
+from train.errors import OneLineParser, UsageError, one_line
 from train.hub import source_path
 from train.json_text import to_json
 from train.ranges import check_ranges
@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     A run of detection gives `objects` instead of `top`: each one's class, score and box. An image that cannot be read
     has an `error` instead, and makes the exit code 2.
     """
-    parser = argparse.ArgumentParser(prog="python -m train.predict", description=main.__doc__)
+    parser = OneLineParser(prog="python -m train.predict", description=main.__doc__)
     parser.add_argument("run", help="run folder, or a model by name: cifar10_resnet20, hf:OWNER/NAME")
     parser.add_argument("images", nargs="+", help="image files")
     parser.add_argument("--top", type=int, help="number of classes to print (5); not for detectors")
@@ -129,10 +129,11 @@ def predictor(args: argparse.Namespace) -> tuple[str, Callable[[Sequence[str]], 
     """
     run = source_path(args.run)
     if pipeline_of(run) != "train.detect":
+        classify = load(args.run, top=5 if args.top is None else args.top)
         for name in ("least", "draw"):
             if getattr(args, name) is not None:
                 raise UsageError(f"--{name} is for objects, and {args.run} does not detect any")
-        return "top", load(args.run, top=5 if args.top is None else args.top)
+        return "top", classify
     from train.detect.predict import object_finder
 
     if args.top is not None:

@@ -24,6 +24,7 @@ from train.data.sets import ImageSet
 from train.errors import RunError, UsageError
 from train.json_text import to_json
 from train.paths import PATHS, local_path, make_folder, relocated, replace_file, same_place
+from train.prune.sparse_file import SPARSE
 from train.runtime import cpu_line
 from train.state import TrainState, single_precision
 from train.steps import confusion_matrix, most_confused
@@ -54,9 +55,11 @@ def settle(
     With `longer`, a config with more epochs or steps than the run in the folder continues it.
 
     Raises:
-      UsageError: the folder holds a run with different settings, or is not a local one.
+      UsageError: the folder holds a run with different settings or a delivered network, or is not a local one.
     """
     out = local_path(config.out or f"runs/{preset}-seed{config.seed}")
+    if (out / SPARSE).exists() and not hasattr(config, "prune"):
+        raise UsageError(f"{out} is a network that train.prune delivered: train it with --init {out}, in a new --out")
     if (out / "config.json").exists() or (out / "result.json").exists():
         check_continues(out, config, replaced, longer=longer)
     result = read_result(out)

@@ -285,6 +285,8 @@ def _same_shapes(given: PyTree, wanted: PyTree, source: str | Path) -> PyTree:
     ]
     heads = [p for p in want if p.startswith("params/head/")]
     if body := [p for p in odd if not p.startswith("params/head/")]:
-        raise UsageError(f"{source} comes from a different model: {abbreviate(body)} differ")
+        there, here = ("x".join(map(str, side[body[0]].shape)) if body[0] in side else "none" for side in (have, want))
+        shapes = f"the first is {there} there and {here} here"
+        raise UsageError(f"{source} comes from a different model: {abbreviate(body)} differ; {shapes}")
     kept = heads if {*heads} & {*odd} else []
     return map_with_path(lambda path, leaf: leaf if path in kept else have[path], wanted)

@@ -150,7 +150,8 @@ def _zeros(program: Any) -> set[core.Var]:
     """Variables that are 0: `shard_map` casts the 0 of a ReLU to an array that varies over shards."""
     zeros: set[core.Var] = set()
     for equation in program.eqns:
-        if equation.primitive.name in ("pvary", "pcast", "convert_element_type") and _is_zero(*equation.invars, zeros):
+        is_cast = equation.primitive.name in ("pvary", "pcast", "convert_element_type")
+        if is_cast and all(_is_zero(x, zeros) for x in equation.invars):
             zeros.update(equation.outvars)
     return zeros
 

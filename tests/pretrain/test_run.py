@@ -208,6 +208,11 @@ def test_evaluation_of_a_run_that_only_may_be_read(finished, tfds_dir, capsys, m
     [
         (["--protocol", "kmeans"], "unknown protocol 'kmeans'"),
         (["--dir", "somewhere"], "--dir and --image-size apply only to a different set: name it with --data"),
+        (["--image-size", "0"], "--dir and --image-size apply only to a different set: name it with --data"),
+        (
+            ["--lr", "0.1"],
+            "--lr only applies to protocols that train: finetune_1, finetune_10, finetune_100,",
+        ),
         (["--data", "synthetic"], "synthetic has 3 channels, but"),
     ],
 )

@@ -1,6 +1,8 @@
 """Checkpoints: exact round trips, different device counts, damage, different models, failing disks."""
 
+import _thread
 import shutil
+import time
 from functools import partial
 
 import jax
@@ -254,6 +256,26 @@ def test_checkpoint_of_another_model(all_saved, states, change, message):
     checkpoints = Checkpoints(all_saved, writes=False)
     with pytest.raises(UsageError, match="comes from a different model or optimizer: " + message):
         checkpoints.restore(change(states[0]))
+
+
+@only_first
+def test_ctrl_c_while_it_reads(folder, states, monkeypatch):
+    """Orbax takes any exception for a damaged file: an interrupted start must not cost the checkpoint."""
+    checkpoints = Checkpoints(folder)
+    load = checkpoints._orbax.load
+
+    def interrupted(*args):
+        try:
+            _thread.interrupt_main()
+            time.sleep(0.2)
+        except BaseException:
+            raise ValueError("incompatible handler") from None
+        return load(*args)
+
+    monkeypatch.setattr(checkpoints._orbax, "load", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoints.resume(states[0])
+    assert_equal(Checkpoints(folder).restore(states[0])[0], states[0])
 
 
 @only_first

@@ -116,6 +116,7 @@ REFUSED = {
     '{"preset": 3}': "preset must be text, got 3",
     '{"preset": "didgits"}': "unknown preset 'didgits': did you mean digits? ",
     '{"config": {}, "pipeline": "pretrain"}': "describes a run of pretrain, not of train",
+    '{"config": {"prune": {"sparsity": 0.5}}}': "describes a run of train.prune, not of train",
     '{"config": 3}': "must hold an object of fields",
     "[]": "must hold an object of fields",
     "{": "is not JSON",

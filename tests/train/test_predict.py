@@ -151,7 +151,9 @@ def test_images_that_cannot_be_read(predict, image, message):
 
 def test_folders_that_hold_no_run(trained, tmp_path, fails):
     arguments = [str(tmp_path), "image.png"]
-    assert "is not a run folder: it has no config.json" in fails(2, main, arguments)
+    for more in ([], ["--least", "0.5"]):
+        assert "is not a run folder: it has no config.json" in fails(2, main, [*arguments, *more])
+    assert "argument --top: invalid int value: 'nan'; see --help" in fails(2, main, [*arguments, "--top", "nan"])
     saved = json.loads((trained[1] / "config.json").read_text())
     for changed, message in (
         (saved | {"config": saved["config"] | {"model": "resnet9"}}, "unknown model 'resnet9'"),
@@ -253,7 +255,7 @@ def test_damaged_weights(tmp_path, name):
 def test_weights_of_another_model(trained, tmp_path):
     _, source, _ = trained
     wider = jax.tree.map(lambda x: np.concatenate([x, x]), load_state(source).variables)
-    with pytest.raises(UsageError, match="comes from a different model"):
+    with pytest.raises(UsageError, match=r"different model: .* differ; the first is \d+ there and \d+ here"):
         load_weights(source, wider)
     save_file({"conv1.weight": np.zeros((3, 3, 3, 3), np.float32)}, tmp_path / "weights.safetensors")
     with pytest.raises(UsageError, match=r"weights.safetensors: "):

@@ -2,6 +2,8 @@
 
 import subprocess
 import sys
+import time
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -49,6 +51,14 @@ def test_platform_that_does_not_exist(fails, monkeypatch):
     assert "no device of the platforms in JAX_PLATFORMS=cuda" in fails(2, exec, assertion)
     with pytest.raises(AssertionError, match="ours"), one_line():
         raise AssertionError("ours")
+
+
+def test_ctrl_c_in_a_callback_is_delivered_again(monkeypatch):
+    """Python drops what a callback of the garbage collector raises, and a run would go on."""
+    monkeypatch.setattr(sys, "unraisablehook", None)
+    with pytest.raises(SystemExit, match="130"), one_line():
+        sys.unraisablehook(SimpleNamespace(exc_type=KeyboardInterrupt, exc_value=KeyboardInterrupt()))
+        time.sleep(60)
 
 
 @pytest.mark.parametrize("error", [jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory"), MemoryError("Out")])

@@ -1,16 +1,14 @@
 """`python -m train.data prepare NAME [--dir DIR]`: download a stock TFDS set and store it as ArrayRecord."""
 
-import argparse
-
 from train.data.prepare import prepare
 from train.data.prepared import default_data_dir
-from train.errors import one_line
+from train.errors import OneLineParser, one_line
 from train.paths import local_path
 
 
 def main() -> None:
     """Parse the command line, prepare the set, and print its folder."""
-    parser = argparse.ArgumentParser(prog="python -m train.data", description=__doc__)
+    parser = OneLineParser(prog="python -m train.data", description=__doc__)
     parser.add_argument("command", choices=["prepare"])
     parser.add_argument("name")
     parser.add_argument("--dir", type=local_path, default=default_data_dir(), help="the TFDS data_dir")

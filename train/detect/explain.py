@@ -1,6 +1,5 @@
 """Which pixels made a box? Heat maps of the best detections in some images, on one page and as PNG files."""
 
-import argparse
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -22,7 +21,7 @@ from train.detect.draw import Drawn, contact_sheet, draw_box, draw_objects
 from train.detect.metrics import Detections
 from train.detect.predict import SHAPE, Detector, load
 from train.drawing import new_figure
-from train.errors import UsageError, unknown
+from train.errors import OneLineParser, UsageError, unknown
 from train.explain.attributions import options_of
 from train.explain.dataset import View
 from train.explain.figures import overlay
@@ -43,7 +42,7 @@ ABOUT = (
 
 def explain_main(argv: Sequence[str]) -> None:
     """`python -m train.detect explain RUN IMAGE...`: show which pixels made the best detections of images."""
-    parser = argparse.ArgumentParser(prog="python -m train.detect explain", description=explain_main.__doc__)
+    parser = OneLineParser(prog="python -m train.detect explain", description=explain_main.__doc__)
     parser.add_argument("run", help="folder of a run of detection")
     parser.add_argument("images", nargs="+", help="image files")
     parser.add_argument("--out", required=True, help="folder for index.html, scores.json and pictures")

@@ -11,7 +11,7 @@ import numpy as np
 
 from train.detect.config import DetectConfig
 from train.detect.metrics import Detections, truths_of
-from train.errors import UsageError
+from train.errors import OneLineParser, UsageError
 from train.json_text import to_json
 from train.paths import local_path
 from train.run_folder import check_same_images, read_config, read_result, write_json
@@ -56,7 +56,7 @@ def read_detections(path: Path) -> list[Detections]:
 
 def report_main(argv: Sequence[str]) -> None:
     """`python -m train.detect report RUN`: show a finished run's detections on its test split, on one page."""
-    parser = argparse.ArgumentParser(prog="python -m train.detect report", description=report_main.__doc__)
+    parser = OneLineParser(prog="python -m train.detect report", description=report_main.__doc__)
     parser.add_argument("run", help="folder of a finished run")
     parser.add_argument("--out", help="file to write; by default detections.html in the run folder")
     parser.add_argument("--dir", help="the TFDS data_dir, if it has moved")

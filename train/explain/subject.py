@@ -122,7 +122,10 @@ class Subject:
         first, colon, second = target.partition(":")
         if target in classes or not colon:
             return class_aim(np.full(count, class_index(target, classes)), classes), network
-        return difference_aim(class_index(first, classes), class_index(second, classes), count, classes), network
+        pair = class_index(first, classes), class_index(second, classes)
+        if pair[0] == pair[1]:
+            raise UsageError(f"--target {target} names one class twice: the difference would be 0")
+        return difference_aim(*pair, count, classes), network
 
     def _neighbour_aim(self, seen: Outputs) -> Aim:
         """Similarity to the nearest training image that is not the image itself."""

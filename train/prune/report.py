@@ -1,6 +1,5 @@
 """Show what pruning did: `python -m train.prune report RUN` (one run) and `curve RUN...` (accuracy by sparsity)."""
 
-import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from train.drawing import check_picture, new_figure, save_figure
-from train.errors import UsageError
+from train.errors import OneLineParser, UsageError
 from train.hub import source_path
 from train.paths import check_file, local_path
 from train.prune.layers import Row, aligned, short
@@ -26,7 +25,7 @@ ABOVE: dict[str, Any] = {"loc": "lower right", "bbox_to_anchor": (1, 1), "ncols"
 def report_main(argv: Sequence[str]) -> None:
     """Print the report of a run; write it as JSON and draw it on request."""
     about = "Compare a pruned run with the network that it started from."
-    parser = argparse.ArgumentParser(prog="python -m train.prune report", description=about)
+    parser = OneLineParser(prog="python -m train.prune report", description=about)
     parser.add_argument("run", type=local_path, help="a finished run of pruning")
     parser.add_argument("--before", type=source_path, help="the run that it started from, if that has moved alone")
     parser.add_argument("--json", type=local_path, help="write the report to this file")
@@ -58,7 +57,7 @@ def report_main(argv: Sequence[str]) -> None:
 def curve_main(argv: Sequence[str]) -> None:
     """Print a table of several runs, accuracy by sparsity; draw it on request."""
     about = "Compare runs of pruning: accuracy by sparsity."
-    parser = argparse.ArgumentParser(prog="python -m train.prune curve", description=about)
+    parser = OneLineParser(prog="python -m train.prune curve", description=about)
     parser.add_argument(
         "runs", nargs="+", type=local_path, help="finished runs, or JSON files of python -m train.report --json"
     )

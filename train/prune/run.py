@@ -17,9 +17,9 @@ from train.from_config import make_model, make_state
 from train.hub import source_path
 from train.loop import Hook
 from train.prune.config import PruneConfig, PruningConfig, check, check_dates, dates, dense_config, retraining
-from train.prune.deliver import SPARSE, deliver
+from train.prune.deliver import deliver
 from train.prune.scoring import Channels, Target, in_step
-from train.prune.sparse_file import load_sparse
+from train.prune.sparse_file import SPARSE, load_sparse
 from train.prune.start import keep_early_weights, make_target, prune_start, start_masks
 from train.run import Training, make_pieces, start_state, with_widths
 from train.run_folder import load_state, read_config, settle, unlocked

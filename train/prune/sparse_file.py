@@ -31,6 +31,7 @@ from resnet_jax.tree import PyTree
 from train.errors import UsageError
 from train.paths import replace_file
 
+SPARSE = "sparse.safetensors"  # the file's name in a run folder
 NAME = "resnet-jax sparse"
 FORMAT = f"{NAME} 1"
 

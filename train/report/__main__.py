@@ -1,10 +1,9 @@
 """Show which run is better, and why: `python -m train.report RUN...` writes one page about runs of any kind."""
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from train.errors import UsageError, one_line
+from train.errors import OneLineParser, UsageError, one_line
 from train.json_text import to_json
 from train.paths import check_file, local_path
 from train.report import collect, draw, run_name
@@ -12,7 +11,7 @@ from train.report import collect, draw, run_name
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Write the page about the runs, or the JSON file and the picture that the flags name."""
-    parser = argparse.ArgumentParser(prog="python -m train.report", description=__doc__)
+    parser = OneLineParser(prog="python -m train.report", description=__doc__)
     parser.add_argument("runs", nargs="+", type=local_path, help="run folders, or JSON files written by --json")
     parser.add_argument(
         "--html",

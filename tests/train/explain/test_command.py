@@ -158,6 +158,7 @@ def test_classes_by_name_and_number():
         (["--out", "OUT", "IMAGE", "--layer", "head"], "--layer head: its output is not a map [B, h, w, K]"),
         (["--out", "OUT", "IMAGE", "--target", "10"], "unknown class '10': choose one of 0, 1, 2"),
         (["--out", "OUT", "IMAGE", "--target", "1:x"], "unknown class 'x'"),
+        (["--out", "OUT", "IMAGE", "--target", "1:1"], "--target 1:1 names one class twice"),
         (["--out", "OUT", "IMAGE", "--target", "image:nowhere.png"], "cannot read image nowhere.png"),
         (["--out", "OUT", "--methods", "gradcam"], "unknown method 'gradcam': did you mean grad_cam?"),
         (["--out", "OUT", "--dataset", "confusions"], "unknown view 'confusions': did you mean confusion?"),

@@ -327,10 +327,11 @@ def test_curve(pruned, capsys, tmp_path):
 def test_report_and_curve_refuse(pruned, dense, fails, tmp_path):
     of_training = "is a run of training, not of pruning"
     gradual, wider = pruned(*GRADUAL).out, tmp_path / "wider.json"
+    compact = pruned(*CHANNELS).out / "compact"
     wider.write_text(json.dumps((record := collect(gradual)) | {"config": record["config"] | {"widths": [32] * 5}}))
     for message, *arguments in (
         (of_training, "report", dense),
-        (of_training, "report", pruned(*CHANNELS).out / "compact"),
+        (of_training, "report", compact),
         ("it has no config.json", "report", tmp_path),
         ("--sensitivity must be at least 0 and below 1, got 1.5", "report", dense, "--sensitivity", 1.5),
         (f"{dense} is not a run of pruning", "curve", dense),
@@ -338,6 +339,9 @@ def test_report_and_curve_refuse(pruned, dense, fails, tmp_path):
         ("a table needs runs of the same network on the same set, got", "curve", gradual, wider),
     ):
         assert message in fails(2, main, [str(a) for a in arguments])
+    # Training further in its folder would leave another network there than the file next to it.
+    line = fails(2, train_main, ["--config", str(compact)])
+    assert f"{compact} is a network that train.prune delivered: train it with --init" in line
 
 
 @pytest.mark.skipif(not find_spec("matplotlib"), reason="needs the extra plot")
