@@ -104,8 +104,7 @@ def evaluate(
     _check_fits(dataset, config, run, saved["image_shape"][-1])
 
     # Keep figures of protocols that were evaluated before in the same file.
-    set_name = re.sub(r"[/:]+", "_", dataset.name)
-    path = run / f"evaluation-{set_name}.json"
+    path = run / f"evaluation-{file_name(dataset)}.json"
     if not writable:
         say(f"note: {run} cannot be written to, so {path.name} is not written")
     source = saved["config"]["data"]["name"]
@@ -132,39 +131,54 @@ def evaluate(
             keep("knn", frozen.knn, **how, **sized)
         if "linear" in protocols:
             keep("linear", frozen.linear, learning_rate=frozen.learning_rate, seed=config.seed, **sized)
-    # The others each train a network in a folder named by its settings, so that new settings start from scratch.
     for protocol in (name for name in protocols if name in TRAINED):
-        way, _, percent = protocol.partition("_")
-        fraction = int(percent) / 100
-        labelled = len(share_of(known_labels(dataset.train), fraction, config.data.split_seed))
-        devices = jax.device_count()
-        size = max(min(batch, labelled) // devices, 1) * devices
-        steps = max(round(epochs * labelled / size), UPDATES)
-        tuning: dict[str, Any] = {"epochs": epochs, "lr": lr, "batch": size, "seed": seed, **sized}
-        if way == "finetune":  # a run that has been continued for longer has a different encoder
-            tuning["pretrained_steps"] = result["steps"]
-        say(f"{protocol}: {dataset.name}, {labelled:,} labelled images, {steps} updates")
-        settings = "-".join(f"{name}{value:g}" for name, value in tuning.items())
-        a = config.augment
-        crop = a.resized_crop or min(dataset.image_shape[:2])
-        shared = ("model", "width", "widths", "zero_init", "eval_batch", "dtype", "kernels", "cache")
-        tuned = train_run(
-            TrainConfig(
-                **{name: getattr(config, name) for name in shared},
-                out=str(run / f"{protocol}-{set_name}-{settings}"),
-                init=str(run / ENCODER) if way == "finetune" else None,
-                data=replace(config.data, fraction=fraction * config.data.fraction),
-                augment=AugmentConfig(resized_crop=crop, min_scale=MIN_SCALE, flip=a.flip, mean=a.mean, std=a.std),
-                optim=OptimConfig(lr=lr, nesterov=True, weight_decay=1e-4, warmup_epochs=steps / 10 * size / labelled),
-                steps=steps,
-                batch=size,
-                eval_every=max(steps * size / labelled / 5, 1e-3),
-                seed=seed,
-            ),
-            protocol,
-        )
-        keep(protocol, tuned["test_accuracy"], labelled=labelled, **tuning)
+        tuning = {"epochs": epochs, "lr": lr, "batch": batch, "seed": seed, **sized}
+        keep(protocol, **train_further(run, config, dataset, protocol, tuning, result["steps"]))
     return {"pretrained_on": source, "dataset": dataset.name, "run": str(run), **accuracies, **environment()}
+
+
+def train_further(
+    run: Path, config: PretrainConfig, dataset: Dataset, protocol: str, tuning: dict[str, Any], pretrained_steps: int
+) -> dict[str, Any]:
+    """Train a network as one of `TRAINED` says, in a folder of the run: its test accuracy and settings, by name.
+
+    The folder is named by the set and the settings, so that different ones start from scratch.
+    """
+    way, _, percent = protocol.partition("_")
+    fraction, epochs, lr = int(percent) / 100, tuning["epochs"], tuning["lr"]
+    labelled = len(share_of(known_labels(dataset.train), fraction, config.data.split_seed))
+    devices = jax.device_count()
+    size = max(min(tuning["batch"], labelled) // devices, 1) * devices
+    steps = max(round(epochs * labelled / size), UPDATES)
+    tuning = {**tuning, "batch": size}
+    if way == "finetune":  # a run that has been continued for longer has a different encoder
+        tuning["pretrained_steps"] = pretrained_steps
+    say(f"{protocol}: {dataset.name}, {labelled:,} labelled images, {steps} updates")
+    settings = "-".join(f"{name}{value:g}" for name, value in tuning.items())
+    a = config.augment
+    crop = a.resized_crop or min(dataset.image_shape[:2])
+    shared = ("model", "width", "widths", "zero_init", "eval_batch", "dtype", "kernels", "cache")
+    tuned = train_run(
+        TrainConfig(
+            **{name: getattr(config, name) for name in shared},
+            out=str(run / f"{protocol}-{file_name(dataset)}-{settings}"),
+            init=str(run / ENCODER) if way == "finetune" else None,
+            data=replace(config.data, fraction=fraction * config.data.fraction),
+            augment=AugmentConfig(resized_crop=crop, min_scale=MIN_SCALE, flip=a.flip, mean=a.mean, std=a.std),
+            optim=OptimConfig(lr=lr, nesterov=True, weight_decay=1e-4, warmup_epochs=steps / 10 * size / labelled),
+            steps=steps,
+            batch=size,
+            eval_every=max(steps * size / labelled / 5, 1e-3),
+            seed=tuning["seed"],
+        ),
+        protocol,
+    )
+    return {"accuracy": tuned["test_accuracy"], "labelled": labelled, **tuning}
+
+
+def file_name(dataset: Dataset) -> str:
+    """The set's name as part of a file's."""
+    return re.sub(r"[/:]+", "_", dataset.name)
 
 
 def _check_fits(dataset: Dataset, config: PretrainConfig, run: Path, channels: int) -> None:
