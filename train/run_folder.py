@@ -24,8 +24,8 @@ from train.data.sets import ImageSet
 from train.errors import RunError, UsageError
 from train.json_text import to_json
 from train.paths import PATHS, local_path, make_folder, relocated, replace_file, same_place
-from train.prune.sparse_file import SPARSE
 from train.runtime import cpu_line
+from train.sparse_file import SPARSE
 from train.state import TrainState, single_precision
 from train.steps import confusion_matrix, most_confused
 

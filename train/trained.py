@@ -15,8 +15,8 @@ from train.errors import UsageError
 from train.from_config import compute_dtype, eval_augment, make_kernels, make_model, with_kernels
 from train.hub import read_card, source_path
 from train.pretrained import load_card
-from train.prune.sparse_file import is_sparse_file, load_sparse
 from train.run_folder import load_state, pipeline_of, read_config, refuse_own_model
+from train.sparse_file import is_sparse_file, load_sparse
 from train.state import init_variables
 from train.weights import is_run, load_weights
 

@@ -17,9 +17,9 @@ from train.config import TrainConfig
 from train.errors import UsageError
 from train.hub import WEIGHTS, download, is_hub_name, read_card, source_path
 from train.paths import local_path, replace_file
-from train.prune.sparse_file import is_sparse_file, load_sparse
 from train.run_folder import load_state, pipeline_of, read_config
 from train.runtime import say
+from train.sparse_file import is_sparse_file, load_sparse
 
 ENCODER = "encoder.safetensors"  # in the folder of a pretraining run
 PICKLE = "pytorch_model.bin"  # in older folders from the hub

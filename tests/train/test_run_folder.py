@@ -25,11 +25,11 @@ from train.loop import evaluate, read_rows
 from train.paths import local_path, same_place
 from train.predict import load as predict
 from train.prune.config import PruneConfig, of_run
-from train.prune.sparse_file import save_sparse
 from train.report import collect, run_name
 from train.run import run
 from train.run_folder import LOCK, lock, read_config, settle, unlocked, write_json
 from train.runtime import all_hosts
+from train.sparse_file import save_sparse
 
 pytestmark = pytest.mark.usefixtures("one_device")
 

@@ -22,9 +22,9 @@ from train.data.sources import collate
 from train.errors import RunError
 from train.from_config import make_tx
 from train.prune.config import CHANNELS, dense_config
-from train.prune.sparse_file import SPARSE, save_sparse
 from train.run_folder import claim, write_config
 from train.session import Session
+from train.sparse_file import SPARSE, save_sparse
 from train.state import TrainState, init_state
 
 COMPACT = "compact"

@@ -19,12 +19,12 @@ from train.loop import Hook
 from train.prune.config import PruneConfig, PruningConfig, check, check_dates, dates, dense_config, retraining
 from train.prune.deliver import deliver
 from train.prune.scoring import Channels, Target, in_step
-from train.prune.sparse_file import SPARSE, load_sparse
 from train.prune.start import keep_early_weights, make_target, prune_start, start_masks
 from train.run import Training, make_pieces, start_state, with_widths
 from train.run_folder import load_state, read_config, settle, unlocked
 from train.runtime import join_hosts, say
 from train.session import Session, open_session
+from train.sparse_file import SPARSE, load_sparse
 from train.state import TrainState
 from train.weights import dense_variables, is_run
 

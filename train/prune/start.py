@@ -35,11 +35,11 @@ from train.prune.scoring import (
     prune_at_once,
     recalibrate,
 )
-from train.prune.sparse_file import is_sparse_file
 from train.run import Training
 from train.run_folder import load_state, write_json
 from train.runtime import run_once
 from train.session import Session
+from train.sparse_file import is_sparse_file
 from train.state import TrainState, init_variables
 from train.weights import load_masks
 

@@ -14,8 +14,8 @@ from train.explain.attributions import SCORES, options_of
 from train.explain.images import pixels_of
 from train.explain.subject import class_index
 from train.from_config import make_kernels, with_kernels
-from train.prune.sparse_file import save_sparse
 from train.run_folder import load_state
+from train.sparse_file import save_sparse
 from train.trained import load_trained
 
 pytest.importorskip("matplotlib", reason="needs the extra plot")

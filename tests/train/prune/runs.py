@@ -16,8 +16,8 @@ from tests.reference.compare import assert_equal
 from train import session as session_module
 from train.config import TrainConfig
 from train.prune.__main__ import main
-from train.prune.sparse_file import load_sparse
 from train.run_folder import load_state, read_config
+from train.sparse_file import load_sparse
 
 # Two stages of one block for 8x8 digits.
 TWO_BLOCKS = partial(ResNet, (1, 1), BasicBlock, stem=CifarStem)

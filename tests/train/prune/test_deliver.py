@@ -38,11 +38,11 @@ from train.errors import UsageError
 from train.from_config import load_data
 from train.predict import load as load_predict
 from train.prune.__main__ import main
-from train.prune.sparse_file import load_sparse, save_sparse
 from train.prune.start import named_masks
 from train.report import collect
 from train.report.__main__ import main as report_main
 from train.run_folder import read_config
+from train.sparse_file import load_sparse, save_sparse
 from train.state import init_variables
 from train.weights import load_masks, load_weights
 

@@ -39,8 +39,8 @@ from train.checkpoint import Checkpoints
 from train.errors import UsageError
 from train.prune.__main__ import main
 from train.prune.config import PruningConfig
-from train.prune.sparse_file import load_sparse
 from train.prune.start import make_target, start_masks
+from train.sparse_file import load_sparse
 from train.state import init_variables
 
 pytestmark = pytest.mark.usefixtures("small")

@@ -18,10 +18,10 @@ from resnet_jax.masks import kernels_except, no_masks
 from resnet_jax.resnet import MODELS
 from resnet_jax.tree import map_with_path
 from tests.conftest import ROOT
+from train import sparse_file
 from train.errors import RunError, UsageError
-from train.prune import sparse_file
 from train.prune.deliver import dense_file
-from train.prune.sparse_file import FORMAT, is_sparse_file, load_sparse, save_sparse
+from train.sparse_file import FORMAT, is_sparse_file, load_sparse, save_sparse
 from train.weights import save_encoder
 
 SHAPES = st.lists(st.integers(0, 4), max_size=3).map(tuple)
