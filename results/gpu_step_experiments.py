@@ -144,7 +144,7 @@ def pair_plain(p, q):
 
 
 def pair_split(p, q):
-    """The same in two stages, told so."""
+    """The same in two stages: within groups of rows, then over the groups."""
     n, c = p.shape
     groups = largest_divisor(n, 256)
     return p.reshape(groups, -1, c).sum(1).sum(0), q.reshape(groups, -1, c).sum(1).sum(0)
@@ -503,7 +503,7 @@ def try_out(group, programs):
 
 
 def measure(group, programs, reference, blocks=4, seconds=0.35):
-    """Blocks in turns, one call ahead; rows with the step's time and its ratio to the reference's."""
+    """Interleaved blocks, one call ahead; rows with the step's time and its ratio to the reference's."""
     calls = {}
     for name, program in programs.items():
         jax.block_until_ready(program())
@@ -660,7 +660,7 @@ def small(group):
 
 
 def torch_compiled(group):
-    """torch.compile's step and ours without augmentation, in turns: the same work in both."""
+    """torch.compile's step and ours without augmentation, interleaved: the same work in both."""
     from tests.reference.torch_bench import Served
 
     model, batch, side, classes, options = SHAPE

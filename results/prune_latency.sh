@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A ResNet-18 (CIFAR stem) with half of its channels: parameters, multiply-adds, bytes, latency in turns with the dense one.
+# A ResNet-18 (CIFAR stem) with half of its channels: parameters, multiply-adds, bytes, latency interleaved with that of the dense one.
 #   bash results/prune_latency.sh DATA_DIR SET FOLDER JSON
 # Both are trained for a few steps only, as what a network has learned does not change its speed: accuracies in JSON say
 # nothing.

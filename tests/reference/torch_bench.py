@@ -138,7 +138,7 @@ def ours(name: str, batch: int, side: int, classes: int, kernels: str) -> tuple[
 
 
 def compare(name: str, case: tuple[int, int, int], arguments: argparse.Namespace) -> dict[str, Any]:
-    """Blocks of both in turns, and the ratio of their step times with its 95 % interval."""
+    """Blocks of both, interleaved, and the ratio of their step times with its 95 % interval."""
     import numpy as np
 
     from train.timing import ratio, summary
