@@ -31,7 +31,6 @@ from train.weights import dense_variables, load_masks
 Report = dict[str, Any]
 Network = tuple[nn.Module, PyTree, PyTree]  # model, variables, masks
 
-IMAGES = 1000  # most validation images for `sensitivity`
 EVAL_BATCH = 500
 WARMUP = 3
 
@@ -41,14 +40,17 @@ def measure(
     *,
     before: Path | None = None,
     shares: Sequence[float] = (),
+    images: int = 1000,
     steps: int = 20,
+    repeats: int = 10,
 ) -> Report:
     """Report on a finished run, ready for JSON: accuracy, bytes, multiply-adds and latency, layer by layer.
 
     Args:
       before: the run or weights that it started from, if they are no longer where its config says.
       shares: sparsities for `sensitivity`, which is not measured if this is empty.
-      steps: argument of `latency`, which is not measured with 0 steps.
+      images: number of validation images for `sensitivity`.
+      steps, repeats: arguments of `latency`, which is not measured with 0 steps.
 
     Returns:
       `run`: which run it is. `before` and `after`: `accuracy`, `bytes`, those of `compare`, and the median `latency_ms`
@@ -84,9 +86,9 @@ def measure(
     times = curves = None
     if steps:
         pair = {"before": network[:2], "after": after[:2]}
-        times = latency(pair, shape, steps=steps, plain=not kernels)
+        times = latency(pair, shape, steps=steps, repeats=repeats, plain=not kernels)
     if shares:
-        evaluated, number = _validation(config, network[0], dense, not kernels)
+        evaluated, number = _validation(config, network[0], dense, images, not kernels)
         curves = {
             "split": "validation",
             "images": number,
@@ -118,11 +120,11 @@ def compare(before: Network, after: Network, image_shape: Sequence[int]) -> Repo
 
 
 def _validation(
-    config: PruneConfig, model: Any, variables: dict[str, PyTree], plain: bool
+    config: PruneConfig, model: Any, variables: dict[str, PyTree], images: int, plain: bool
 ) -> tuple[Callable[[PyTree], float], int]:
     """Make params -> accuracy on the first images of the validation split, compiled once; and the number of images."""
     split = load_data(config).validation
-    number = min(IMAGES, len(split))
+    number = min(images, len(split))
     batches = []
     for start in range(0, number, EVAL_BATCH):
         batch = collate([split[i] for i in range(start, min(start + EVAL_BATCH, number))])
