@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from train.drawing import new_figure, save_figure
-from train.errors import OneLineParser, UsageError
+from train.errors import OneLineParser, UsageError, one_line
 from train.paths import local_path
 from train.report import check_comparable, collect, run_name
 
@@ -102,7 +102,6 @@ def read(path: Path, *, labelled: bool = False) -> Run:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Read the runs; draw a picture or print a table, as the flags request."""
-
     parser = OneLineParser(prog="python -m pretrain.report", description=__doc__)
     parser.add_argument(
         "runs", nargs="+", type=local_path, help="run folders, or JSON files that train.report --json wrote"
@@ -120,7 +119,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    from train.errors import one_line
-
     with one_line():
         main()

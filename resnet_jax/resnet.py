@@ -159,6 +159,15 @@ class PreActBottleneck(PreActBlock):
     kernel_sizes = (1, 3, 1)
 
 
+def stride_of(shape: tuple[int, ...], image_shape: tuple[int, ...]) -> int:
+    """The stride, a power of two, of maps of this (height, width) over images of `image_shape`.
+
+    Maps of a single cell may have a larger one.
+    """
+    ratio = max(-(-side // cells) for side, cells in zip(image_shape, shape, strict=True))
+    return 1 << (ratio - 1).bit_length()
+
+
 def split_widths(widths: Sequence[int] | None, blocks: int) -> tuple[int | None, list[Sequence[int] | None]]:
     """Split `ResNet.widths` into the stem's and each block's; None stands for the default widths.
 

@@ -129,6 +129,7 @@ def predictor(args: argparse.Namespace) -> tuple[str, Callable[[Sequence[str]], 
     """
     run = source_path(args.run)
     if pipeline_of(run) != "train.detect":
+        # Load first: of a folder that is not a run, the message says that.
         classify = load(args.run, top=5 if args.top is None else args.top)
         for name in ("least", "draw"):
             if getattr(args, name) is not None:

@@ -19,13 +19,13 @@ from resnet_jax.detection.box_head import (
     select_detections,
 )
 from resnet_jax.detection.losses import mean_of
-from resnet_jax.detection.padding import ignore_padding, inside, stride_of
+from resnet_jax.detection.padding import ignore_padding, inside
 from resnet_jax.detection.pooling import multilevel_roi_align
 from resnet_jax.detection.pyramid import FeaturePyramid
 from resnet_jax.detection.rpn import ProposalHead, ProposalRules, Proposals, proposal_loss, propose
 from resnet_jax.keys import Key
 from resnet_jax.layers import ModuleDef
-from resnet_jax.resnet import ResNet
+from resnet_jax.resnet import ResNet, stride_of
 
 Losses = dict[str, jax.Array]
 

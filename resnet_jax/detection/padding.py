@@ -9,21 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from resnet_jax.resnet import stride_of
+
 
 def inside(shape: tuple[int, ...], stride: int, size: jax.Array) -> jax.Array:
     """Whether the cells of a map (h, w) of this stride lie in an image of `size` int [..., 2]: bool [..., h, w]."""
     rows, columns = (jnp.arange(n).reshape((1,) * (size.ndim - 1) + (n,)) * stride for n in shape)
     height, width = size[..., :1], size[..., 1:]
     return (rows < height)[..., :, None] & (columns < width)[..., None, :]
-
-
-def stride_of(shape: tuple[int, ...], image_shape: tuple[int, ...]) -> int:
-    """The stride, a power of two, of maps of this (height, width) over images of `image_shape`.
-
-    Maps of a single cell may have a larger one.
-    """
-    ratio = max(-(-side // cells) for side, cells in zip(image_shape, shape, strict=True))
-    return 1 << (ratio - 1).bit_length()
 
 
 def fill(x: jax.Array, image_shape: tuple[int, ...], size: jax.Array) -> jax.Array:

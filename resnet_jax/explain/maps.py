@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from resnet_jax.resnet import stride_of
+
 
 def upsample(
     maps: jax.Array, size: tuple[int, ...], *, align_corners: bool = False, first: float | None = None
@@ -27,7 +29,7 @@ def _interpolation(old: int, new: int, align_corners: bool, first: float | None)
     elif first is None:
         first, stride = (new / old - 1) / 2, new / old
     else:
-        stride = 1 << (-(-new // old) - 1).bit_length()  # the last position may see less than a stride of the image
+        stride = stride_of((old,), (new,))
     centers = (np.arange(new) - first) / stride
     distance = np.abs(np.clip(centers, 0, old - 1)[:, None] - np.arange(old)[None])
     return np.maximum(1 - distance, 0).astype(np.float32)

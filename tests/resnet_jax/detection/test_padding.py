@@ -10,10 +10,10 @@ import pytest
 
 from resnet_jax import onednn
 from resnet_jax.detection.detector import FasterRCNN
-from resnet_jax.detection.padding import ignore_padding, inside, stride_of
+from resnet_jax.detection.padding import ignore_padding, inside
 from resnet_jax.detection.pyramid import FeaturePyramid, enlarge
 from resnet_jax.detection.rpn import ProposalRules
-from resnet_jax.resnet import MODELS
+from resnet_jax.resnet import MODELS, stride_of
 from tests.reference.detectors import init, tiny_detector
 
 SIZE = (64, 54)  # as high as the smaller bucket; its width is not a multiple of any stride, its cells are odd in number
